@@ -1,0 +1,82 @@
+"""What one call asks of a backend, as plain data.
+
+A :class:`Problem` holds every static fact of a call (shapes, activations, mode, hinge) and no tensor.
+Every backend with a hand-written backward serves the same four functions of it (see
+``backends/handwritten.py``, their readable twin). The letters are those of ``docs/mathematics.md``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .activations import Activation
+
+__all__ = ["Hinge", "Mode", "Problem", "accumulate_dtype", "direction_table"]
+
+Mode = Literal["tangent", "adjoint"]
+
+
+@dataclass(frozen=True)
+class Hinge:
+    """The penalty on the slopes J (N, D, k): w·h(margin - direction·J), h = relu or relu².
+
+    ``direction`` is row-major with 1, k or D·k entries in {-1, 0, 1}. Entries of direction 0 never
+    count. With ``elementwise`` the penalty is (N, D, k), otherwise its sum, a scalar.
+    """
+
+    direction: tuple[int, ...] = (1,)
+    margin: float = 0.0
+    squared: bool = False
+    elementwise: bool = False
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A chain of L linear layers, its mode and its hinge.
+
+    ``widths`` is (d, H_1, …, D), L + 1 numbers; ``activations`` has one entry for each linear layer
+    (identity where none follows); the monotone inputs x2 are the last ``k`` columns of x (N, d).
+    With ``hinge`` None the second output is the Jacobian J (N, D, k) itself.
+    """
+
+    widths: tuple[int, ...]
+    activations: tuple[Activation, ...]
+    k: int
+    mode: Mode
+    hinge: Hinge | None
+
+    @property
+    def d(self) -> int:
+        return self.widths[0]
+
+    @property
+    def D(self) -> int:  # noqa: N802 (the letter of the mathematics)
+        return self.widths[-1]
+
+    @property
+    def depth(self) -> int:
+        return len(self.activations)
+
+    @property
+    def keeps_adjoint(self) -> bool:
+        """Adjoint mode with one output: its chain is also the task loss's own backward."""
+        return self.mode == "adjoint" and self.D == 1
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of J, the hinge and every sum: float32 for half precision, else the dtype itself."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+@lru_cache(maxsize=256)
+def direction_table(
+    direction: tuple[int, ...], D: int, k: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """``direction`` as a (D, k) tensor, made once and shared between calls: not to be written to."""
+    table = torch.tensor(direction, dtype=dtype, device=device)
+    return table.reshape(-1, k if table.numel() > 1 else 1).expand(D, k).contiguous()
