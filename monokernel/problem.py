@@ -16,7 +16,15 @@ from torch import Tensor
 
 from .activations import Activation
 
-__all__ = ["Hinge", "Mode", "Problem", "accumulate_dtype", "direction_table"]
+__all__ = [
+    "Hinge",
+    "Mode",
+    "Problem",
+    "accumulate_dtype",
+    "cheaper_mode",
+    "direction_table",
+    "nan_rule",
+]
 
 Mode = Literal["tangent", "adjoint"]
 
@@ -66,6 +74,19 @@ class Problem:
     def keeps_adjoint(self) -> bool:
         """Adjoint mode with one output: its chain is also the task loss's own backward."""
         return self.mode == "adjoint" and self.D == 1
+
+
+def cheaper_mode(D: int, k: int) -> Mode:
+    """The cost rule: adjoint (D chains) or tangent (k passes), whichever needs fewer products."""
+    return "adjoint" if D == 1 or D < k else "tangent"
+
+
+def nan_rule(y: Tensor, J: Tensor) -> Tensor:
+    """Where the output (N, D) is NaN so is its slope (N, D, k): no NaN becomes a zero penalty.
+
+    Without it PyTorch's σ'(NaN) = 1 of ReLU would give a finite slope to a row that has no value.
+    """
+    return torch.where(y.isnan().unsqueeze(-1), torch.nan, J)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

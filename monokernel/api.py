@@ -1,0 +1,259 @@
+"""The public calls: check the arguments, choose who serves, run it, give it its shape."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from . import hinge as hinges
+from .arguments import (
+    Inputs,
+    check_direction,
+    check_hinge,
+    check_inputs,
+    check_weight,
+)
+from .backends import general, reference
+from .function import autocast_operands, evaluate
+from .network import unwrap
+from .planning import Route, choose
+from .problem import Hinge, Problem, accumulate_dtype
+
+__all__ = ["MonotonePenalty", "fused_mono_penalty", "value_and_jacobian"]
+
+
+@overload
+def fused_mono_penalty(
+    mlp: nn.Module,
+    x1: Tensor,
+    x2: Tensor,
+    *,
+    direction: Any = ...,
+    margin: float = ...,
+    hinge: str = ...,
+    weight: Tensor | float | None = ...,
+    reduction: str = ...,
+    return_output: Literal[False] = ...,
+    mode: str = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def fused_mono_penalty(
+    mlp: nn.Module,
+    x1: Tensor,
+    x2: Tensor,
+    *,
+    direction: Any = ...,
+    margin: float = ...,
+    hinge: str = ...,
+    weight: Tensor | float | None = ...,
+    reduction: str = ...,
+    return_output: Literal[True],
+    mode: str = ...,
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def fused_mono_penalty(
+    mlp: nn.Module,
+    x1: Tensor,
+    x2: Tensor,
+    *,
+    direction: Any = 1,
+    margin: float = 0.0,
+    hinge: str = "linear",
+    weight: Tensor | float | None = None,
+    reduction: str = "sum",
+    return_output: bool = False,
+    mode: str = "auto",
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Penalty on every slope ∂y/∂x2 of ``y = mlp(cat[x1, x2])`` that has the wrong sign.
+
+    Sums ``weight · h(margin - direction · ∂y[n, d]/∂x2[n, c])`` over rows n, outputs d and columns
+    c, with h = relu ("linear") or relu² ("squared"). One forward serves y and the slopes; the
+    backward is first-order, so nothing is differentiated twice. Rows of the batch must not
+    influence each other.
+
+    Args:
+        mlp: called as ``mlp(torch.cat([x1, x2], -1))``, output (..., D). Chains of Linear layers
+            and element-wise activations are fused, every other module takes the general path.
+        x1: the free inputs (..., d1), floating point; d1 may be 0.
+        x2: the monotone inputs (..., k), or (...,) read as k = 1; same leading shape, dtype, device.
+        direction: +1 the output must not decrease, -1 must not increase, 0 free: a scalar, (k,) or
+            (D, k), as numbers or a tensor (which is read to the host).
+        margin: the slope, in its direction, from which on there is no penalty.
+        hinge: "linear" or "squared".
+        weight: multiplies the penalties: a number or a tensor that broadcasts to (D, k) or
+            (..., D, k), one multiplier per constraint say; gradients reach it if it requires them.
+        reduction: "sum"; "mean" over the constrained entries (NaN where there are none, as
+            ``torch.mean`` has it); "none" gives (..., D, k).
+        return_output: also return y, which shares the forward.
+        mode: "tangent" (one pass per column), "adjoint" (one chain per output) or "auto", the
+            cheaper of the two.
+        backend: "auto", "triton", "cpu", "torch" (hand-written backward in PyTorch operations) or
+            "reference" (autograd, all orders of derivative).
+
+    Returns:
+        ``penalty``, or ``(y, penalty)`` with ``return_output=True``. The penalty is float32 for
+        half-precision networks, else of the network's dtype.
+
+    Raises:
+        ValueError, TypeError: one sentence naming the argument, what was expected and what came;
+            also for a backend asked for by name that cannot serve.
+    """
+    mlp = unwrap(mlp)
+    inputs = check_inputs(x1, x2)
+    signs = check_direction(direction, inputs.k)
+    static = check_hinge(signs.flat, margin, hinge, reduction)
+    route = choose(mlp, inputs, mode, backend)
+    if route.chain is None or route.backend == "reference":
+        y, J = _slopes(mlp, inputs, route)
+        N, (D, k) = inputs.batch.numel(), J.shape[-2:]
+        signs.for_network(D)
+        factor = check_weight(weight, inputs.x2, D, k)
+        penalty = hinges.penalties(J, static, factor)
+        if reduction != "none":
+            penalty = penalty.sum()
+    else:
+        D, k, N = route.chain.widths[-1], inputs.k, inputs.batch.numel()
+        signs.for_network(D)
+        factor = check_weight(weight, inputs.x2, D, k)
+        y, penalty = _fused(inputs, route, static, factor)
+    if reduction == "mean":
+        penalty = penalty / hinges.constrained_entries(static.direction, N, D, k)
+    return (y, penalty) if return_output else penalty
+
+
+def value_and_jacobian(
+    mlp: nn.Module, x1: Tensor, x2: Tensor, *, mode: str = "auto", backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """y = mlp(cat[x1, x2]) and its slopes, for losses of one's own.
+
+    Args:
+        mlp, x1, x2, mode, backend: as for :func:`fused_mono_penalty`.
+
+    Returns:
+        y (..., D) and ∂y/∂x2 (..., D, k), float32 for half-precision networks. Both are
+        differentiable once (to all orders with ``backend="reference"``).
+    """
+    mlp = unwrap(mlp)
+    inputs = check_inputs(x1, x2)
+    route = choose(mlp, inputs, mode, backend)
+    if route.chain is None or route.backend == "reference":
+        return _slopes(mlp, inputs, route)
+    return _fused(inputs, route, None, None)
+
+
+class MonotonePenalty(nn.Module):
+    """A network together with its penalty: ``forward(x1, x2)`` gives ``(y, penalty)``.
+
+    An ordinary module around ``mlp``, so that DistributedDataParallel, FSDP, Lightning and
+    ``torch.compile`` wrap it as they wrap any other. The arguments are those of
+    :func:`fused_mono_penalty`; a tensor ``direction`` is read once, here, and a tensor ``weight`` is
+    a buffer that moves with the module.
+
+    Args:
+        mlp: the network; ``.mlp`` afterwards.
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        mlp: nn.Module,
+        *,
+        direction: Any = 1,
+        margin: float = 0.0,
+        hinge: str = "linear",
+        weight: Tensor | float | None = None,
+        reduction: str = "sum",
+        mode: str = "auto",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.mlp = mlp
+        self.direction = direction.tolist() if isinstance(direction, Tensor) else direction
+        self.margin, self.hinge, self.reduction = margin, hinge, reduction
+        self.mode, self.backend = mode, backend
+        number = isinstance(weight, (int, float))
+        self.register_buffer("weight", torch.tensor(float(weight)) if number else weight)
+
+    def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+        """y (..., D) and the penalty of ``x1`` (..., d1), ``x2`` (..., k)."""
+        return fused_mono_penalty(
+            self.mlp,
+            x1,
+            x2,
+            direction=self.direction,
+            margin=self.margin,
+            hinge=self.hinge,
+            weight=self.weight,
+            reduction=self.reduction,
+            return_output=True,
+            mode=self.mode,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"direction={self.direction}, margin={self.margin}, hinge={self.hinge!r}"
+
+
+def _slopes(mlp: nn.Module, inputs: Inputs, route: Route) -> tuple[Tensor, Tensor]:
+    """y (..., D) and J (..., D, k) by autograd alone."""
+    if route.chain is None:
+        return general.value_and_jacobian(mlp, inputs, route.mode, route.transformed)
+    problem, x, params = _problem(inputs, route, None)
+    y, J = reference.value_and_jacobian(problem, x, params)
+    return _leading(y, inputs), _leading(J, inputs)
+
+
+def _fused(
+    inputs: Inputs, route: Route, hinge: Hinge | None, weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """y (..., D) and the reduced penalty (or J) by a hand-written backend."""
+    reduce = hinge is not None and not hinge.elementwise
+    outside = weight is not None and weight.requires_grad
+    if hinge is not None and outside:  # the weight's own gradient is PyTorch's business
+        hinge = Hinge(hinge.direction, hinge.margin, hinge.squared, True)
+    problem, x, params = _problem(inputs, route, hinge)
+    kernel_weight = None if outside else _kernel_weight(weight, inputs, problem)
+    y, out = evaluate(problem, route.backend, x, kernel_weight, params)
+    y = _leading(y, inputs)
+    if out.dim():
+        out = _leading(out, inputs)
+    if outside:
+        out = out * weight
+    return y, out.sum() if reduce and out.dim() else out
+
+
+def _problem(
+    inputs: Inputs, route: Route, hinge: Hinge | None
+) -> tuple[Problem, Tensor, list[Tensor | None]]:
+    """The problem, its rows x (N, d) and its parameters, in autocast's dtype where it is on."""
+    chain = route.chain
+    assert chain is not None and route.mode is not None
+    problem = Problem(chain.widths, chain.activations, inputs.k, route.mode, hinge)
+    x, params = autocast_operands(inputs.joined(), chain.parameters())
+    return problem, x.reshape(-1, inputs.d), list(params)
+
+
+def _kernel_weight(weight: Tensor | None, inputs: Inputs, problem: Problem) -> Tensor | None:
+    """The hinge weight as the kernels take it: contiguous (D, k) or (N, D, k)."""
+    if weight is None:
+        return None
+    D, k = problem.D, problem.k
+    dtype = accumulate_dtype(inputs.x2.dtype)
+    weight = weight.to(device=inputs.x2.device, dtype=dtype)
+    if weight.dim() <= 2:
+        return weight.expand(D, k).contiguous()
+    return weight.expand(*inputs.batch, D, k).reshape(-1, D, k).contiguous()
+
+
+def _leading(t: Tensor, inputs: Inputs) -> Tensor:
+    """(N, …) back to (*batch, …)."""
+    return t if len(inputs.batch) == 1 else t.reshape(*inputs.batch, *t.shape[1:])

@@ -1,0 +1,167 @@
+"""Bad input gets one clear sentence: which argument, what was expected, what came.
+
+Everything a user can get wrong before the network runs is checked here, and here alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .problem import Hinge
+
+__all__ = [
+    "BACKENDS",
+    "MODES",
+    "REDUCTIONS",
+    "Direction",
+    "Inputs",
+    "check_choice",
+    "check_direction",
+    "check_hinge",
+    "check_inputs",
+    "check_weight",
+]
+
+MODES = ("auto", "tangent", "adjoint")
+BACKENDS = ("auto", "triton", "cpu", "torch", "reference")
+REDUCTIONS = ("sum", "mean", "none")
+HINGES = ("linear", "squared")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """``x1`` (..., d1) and ``x2`` (..., k) with equal leading shape ``batch``."""
+
+    x1: Tensor
+    x2: Tensor
+
+    @property
+    def batch(self) -> torch.Size:
+        return self.x2.shape[:-1]
+
+    @property
+    def k(self) -> int:
+        return self.x2.shape[-1]
+
+    @property
+    def d(self) -> int:
+        return self.x1.shape[-1] + self.k
+
+    def joined(self) -> Tensor:
+        """cat[x1, x2], the network's input (..., d)."""
+        return torch.cat((self.x1, self.x2), -1) if self.x1.shape[-1] else self.x2
+
+
+def check_inputs(x1: Any, x2: Any) -> Inputs:
+    """Reads ``x2`` of shape (...,) as k = 1."""
+    for name, t in (("x1", x1), ("x2", x2)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+        if not t.dtype.is_floating_point:
+            raise TypeError(f"{name}: expected a floating-point tensor, got {_dtype(t)}")
+    if x1.dim() == 0:
+        raise ValueError("x1: expected shape (..., d1), got a tensor with no dimension")
+    if x2.dim() == x1.dim() - 1:
+        x2 = x2.unsqueeze(-1)
+    if x2.shape[:-1] != x1.shape[:-1] or x2.dim() != x1.dim():
+        raise ValueError(
+            f"x2: expected shape {_shape(x1.shape[:-1], 'k')} or {tuple(x1.shape[:-1])} to go with "
+            f"x1 {tuple(x1.shape)}, got {tuple(x2.shape)}"
+        )
+    if x2.shape[-1] == 0:
+        raise ValueError("x2: expected at least one column, got k = 0")
+    if x1.device != x2.device:
+        raise ValueError(f"x2: expected on the device of x1, {x1.device}, got {x2.device}")
+    if x1.dtype != x2.dtype:
+        raise TypeError(f"x2: expected the dtype of x1, {_dtype(x1)}, got {_dtype(x2)}")
+    return Inputs(x1, x2)
+
+
+@dataclass(frozen=True)
+class Direction:
+    """The signs as given: ``flat`` is row-major of ``shape`` (), (k,) or (D, k)."""
+
+    flat: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def for_network(self, D: int) -> tuple[int, ...]:
+        """The 1, k or D·k signs of a network with D outputs."""
+        if len(self.shape) == 2 and self.shape[0] != D:
+            raise ValueError(
+                f"direction: expected a scalar, (k,) = ({self.shape[1]},) or (D, k) = "
+                f"({D}, {self.shape[1]}), got shape {self.shape}"
+            )
+        return self.flat
+
+
+def check_direction(direction: Any, k: int) -> Direction:
+    """``direction`` is a number, a nested sequence or a tensor (read to the host once)."""
+    shape: tuple[int, ...]
+    if isinstance(direction, (int, float)):
+        values, shape = [direction], ()
+    else:
+        try:
+            tensor = torch.as_tensor(direction)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(
+                "direction: expected a number, a (nested) sequence of numbers or a tensor, got "
+                f"{type(direction).__name__}"
+            ) from None
+        values, shape = tensor.flatten().tolist(), tuple(tensor.shape)
+    if len(shape) > 2 or (shape and shape[-1] != k):
+        raise ValueError(
+            f"direction: expected a scalar, (k,) = ({k},) or (D, k) = (D, {k}), got shape {shape}"
+        )
+    for v in values:
+        if v not in (-1, 0, 1):
+            raise ValueError(f"direction: expected entries in {{-1, 0, 1}}, got {v}")
+    return Direction(tuple(int(v) for v in values), shape)
+
+
+def check_hinge(direction: tuple[int, ...], margin: Any, hinge: Any, reduction: Any) -> Hinge:
+    """The static part of the penalty; ``direction`` as ``Direction.for_network`` gives it."""
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)):
+        raise TypeError(f"margin: expected a number, got {type(margin).__name__}")
+    check_choice("hinge", hinge, HINGES)
+    check_choice("reduction", reduction, REDUCTIONS)
+    return Hinge(direction, float(margin), hinge == "squared", reduction == "none")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_weight(weight: Any, x: Tensor, D: int, k: int) -> Tensor | None:
+    """``weight`` as a tensor that broadcasts to (*batch, D, k), x being (*batch, d), or None."""
+    if weight is None:
+        return None
+    if isinstance(weight, (int, float)):
+        return torch.as_tensor(weight, dtype=x.dtype, device=x.device)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a number or a tensor, got {type(weight).__name__}")
+    if not weight.dtype.is_floating_point:
+        raise TypeError(f"weight: expected a floating-point tensor, got {_dtype(weight)}")
+    if weight.device != x.device and weight.dim():
+        raise ValueError(f"weight: expected on the device of x1, {x.device}, got {weight.device}")
+    full = (*x.shape[:-1], D, k)
+    short = len(full) - weight.dim()
+    if short < 0 or any(w not in (1, n) for w, n in zip(weight.shape, full[short:], strict=True)):
+        raise ValueError(
+            f"weight: expected a shape that broadcasts to (D, k) = ({D}, {k}) or (..., D, k) = "
+            f"{tuple(full)}, got {tuple(weight.shape)}"
+        )
+    return weight
+
+
+def _dtype(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")
+
+
+def _shape(batch: Sequence[int], last: str) -> str:
+    return f"({', '.join([*map(str, batch), last])}{'' if batch else ','})"

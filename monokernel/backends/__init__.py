@@ -1,0 +1,58 @@
+"""Who computes.
+
+``reference`` is autograd's own truth for a chain of layers, ``general`` serves any module. The other
+backends have a hand-written backward and share one protocol, the four functions of
+``handwritten.py``: PyTorch operations (``"torch"``), C++ (``"cpu"``) and Triton (``"triton"``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
+from typing import Protocol, cast
+
+from torch import Tensor
+
+from ..problem import Problem
+
+__all__ = ["MODULES", "Backend", "load"]
+
+# Public name -> module, imported when first asked for: Triton must not be paid for on a CPU.
+MODULES = {"triton": ".triton", "cpu": ".cpu", "torch": ".handwritten"}
+
+Params = Sequence[Tensor | None]
+
+
+class Backend(Protocol):
+    """What a module with a hand-written backward provides."""
+
+    def refuses(self, problem: Problem, x: Tensor) -> str | None:
+        """One sentence why it cannot serve, or None."""
+
+    def saved_like(self, problem: Problem, x: Tensor) -> list[Tensor]:
+        """Uninitialised buffers for what the forward saves; none aliases another."""
+
+    def forward(
+        self, problem: Problem, x: Tensor, weight: Tensor | None, params: Params, save: bool
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """y (N, D), the penalty or J, and the saved tensors (none unless ``save``)."""
+
+    def backward(
+        self,
+        problem: Problem,
+        gy: Tensor | None,
+        gout: Tensor | None,
+        x: Tensor,
+        weight: Tensor | None,
+        params: Params,
+        saved: Sequence[Tensor],
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """The gradients of x and of every parameter, None where ``needs`` is false."""
+
+
+@cache
+def load(name: str) -> Backend:
+    """The module that serves the backend of this public name."""
+    return cast(Backend, import_module(MODULES[name], __name__))

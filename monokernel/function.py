@@ -1,0 +1,278 @@
+"""The operator boundary: how a hand-written backend meets autograd and ``torch.compile``.
+
+Eager calls go through a classic ``autograd.Function`` straight to the backend (about 8 µs; a custom
+operator costs 24). Under ``torch.compile`` the same Function calls two registered operators, opaque
+to the compiler. It declares no ``jvp``: forward mode and functorch take the reference path instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .activations import Activation
+from .backends import load
+from .problem import Hinge, Mode, Problem, accumulate_dtype
+
+__all__ = ["FusedMonoPenalty", "autocast_operands", "evaluate", "transformed"]
+
+Params = Sequence[Tensor | None]
+
+SECOND_DERIVATIVE = (
+    "fused_mono_penalty: its backward is written by hand and first-order; a second derivative was "
+    "asked for, which backend='reference' supports"
+)
+
+
+def evaluate(
+    problem: Problem, backend: str, x: Tensor, weight: Tensor | None, params: Params
+) -> tuple[Tensor, Tensor]:
+    """y (N, D) and the penalty, or J where there is no hinge, differentiable once."""
+    tracked = torch.is_grad_enabled() and (
+        x.requires_grad or any(p is not None and p.requires_grad for p in params)
+    )
+    if tracked:
+        y, out = FusedMonoPenalty.apply(problem, backend, weight, x, *params)
+        return y, out
+    y, out, _ = _forward(problem, backend, x, weight, params, save=False)
+    return y, out
+
+
+def transformed() -> bool:
+    """Whether a functorch transform or forward-mode AD is at work."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    )
+
+
+def autocast_operands(x: Tensor, params: Params) -> tuple[Tensor, Params]:
+    """x and the parameters in autocast's dtype where it is on; float64 is exempt, as in PyTorch."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x, params
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype), [None if p is None else p.to(dtype) for p in params]
+
+
+class FusedMonoPenalty(torch.autograd.Function):
+    """(problem, backend, weight, x, *params) → (y, penalty or J), differentiable once in x, params."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        problem: Problem,
+        backend: str,
+        weight: Tensor | None,
+        x: Tensor,
+        *params: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        y, out, saved = _forward(problem, backend, x, weight, params, save=True)
+        ctx.problem, ctx.backend = problem, backend
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, *params, *saved)
+        return y, out
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor | None, gout: Tensor | None) -> Any:  # type: ignore[override]
+        x, weight, *rest = ctx.saved_tensors
+        count = 2 * ctx.problem.depth
+        params, saved = rest[:count], rest[count:]
+        needs = ctx.needs_input_grad[3:]
+        again = torch.is_grad_enabled()
+        with torch.no_grad():
+            grads = _backward(
+                ctx.problem, ctx.backend, gy, gout, x, weight, params, saved, needs
+            )
+        if again:
+            grads = _guard(grads, [gy, gout, x, *params])
+        return (None, None, None, *grads)
+
+
+class _NoSecond(torch.autograd.Function):
+    """Identity on the first ``count`` tensors; its backward raises."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
+        raise RuntimeError(SECOND_DERIVATIVE)
+
+
+def _guard(grads: Sequence[Tensor | None], causes: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The same gradients, so tied to what they depend on that differentiating them raises."""
+    present = [g for g in grads if g is not None]
+    tied = _NoSecond.apply(len(present), *present, *(c for c in causes if c is not None))
+    rest = iter(tied)
+    return [None if g is None else next(rest) for g in grads]
+
+
+# --- eager or compiled -----------------------------------------------------------------------------
+
+
+def _forward(
+    problem: Problem, backend: str, x: Tensor, weight: Tensor | None, params: Params, save: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    if torch.compiler.is_compiling():
+        y, out, *saved = torch.ops.monokernel.forward(
+            x, weight, list(params), save, backend, *_pack(problem)
+        )
+        return y, out, saved
+    with _no_autocast(x):
+        return load(backend).forward(problem, x, weight, params, save)
+
+
+def _backward(
+    problem: Problem,
+    backend: str,
+    gy: Tensor | None,
+    gout: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    params: Params,
+    saved: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    if torch.compiler.is_compiling():
+        found = torch.ops.monokernel.backward(
+            gy, gout, x, weight, list(params), list(saved), list(needs), backend, *_pack(problem)
+        )
+        present = iter(found)
+        return [next(present) if need else None for need in needs]
+    with _no_autocast(x):
+        return load(backend).backward(problem, gy, gout, x, weight, params, saved, needs)
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """The operands are cast already; autocast must not touch the sums in float32."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+# --- the registered operators ----------------------------------------------------------------------
+
+_PROBLEM = (
+    "str backend, int[] widths, str[] kinds, float[] numbers, int k, str mode, bool penalised, "
+    "int[] direction, float margin, bool squared, bool elementwise"
+)
+_library = torch.library.Library("monokernel", "DEF")
+_library.define(
+    f"forward(Tensor x, Tensor? weight, Tensor?[] params, bool save, {_PROBLEM}) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "backward(Tensor? gy, Tensor? gout, Tensor x, Tensor? weight, Tensor?[] params, "
+    f"Tensor[] saved, bool[] needs, {_PROBLEM}) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _pack(problem: Problem) -> tuple[Any, ...]:
+    """The problem as numbers and strings, in the order of ``_PROBLEM`` after ``backend``."""
+    hinge = problem.hinge or Hinge()
+    numbers: list[float] = []
+    for σ in problem.activations:
+        numbers += (σ.p, σ.q, σ.r)
+    return (
+        list(problem.widths),
+        [σ.kind for σ in problem.activations],
+        numbers,
+        problem.k,
+        problem.mode,
+        problem.hinge is not None,
+        list(hinge.direction),
+        hinge.margin,
+        hinge.squared,
+        hinge.elementwise,
+    )
+
+
+def _unpack(
+    widths: Sequence[int],
+    kinds: Sequence[str],
+    numbers: Sequence[float],
+    k: int,
+    mode: Mode,
+    penalised: bool,
+    direction: Sequence[int],
+    margin: float,
+    squared: bool,
+    elementwise: bool,
+) -> Problem:
+    activations = tuple(
+        Activation(kind, *numbers[3 * i : 3 * i + 3]) for i, kind in enumerate(kinds)
+    )
+    hinge = Hinge(tuple(direction), margin, squared, elementwise) if penalised else None
+    return Problem(tuple(widths), activations, k, mode, hinge)
+
+
+def _forward_op(
+    x: Tensor, weight: Tensor | None, params: Params, save: bool, backend: str, *packed: Any
+) -> list[Tensor]:
+    with _no_autocast(x):
+        y, out, saved = load(backend).forward(_unpack(*packed), x, weight, params, save)
+    return [y, out, *saved]
+
+
+def _forward_fake(
+    x: Tensor, weight: Tensor | None, params: Params, save: bool, backend: str, *packed: Any
+) -> list[Tensor]:
+    problem = _unpack(*packed)
+    N, D = x.shape[0], problem.D
+    scalar = problem.hinge is not None and not problem.hinge.elementwise
+    shape = () if scalar else (N, D, problem.k)
+    out = x.new_empty(shape, dtype=accumulate_dtype(x.dtype))
+    saved = load(backend).saved_like(problem, x) if save else []
+    return [x.new_empty(N, D), out, *saved]
+
+
+def _backward_op(
+    gy: Tensor | None,
+    gout: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    params: Params,
+    saved: Sequence[Tensor],
+    needs: Sequence[bool],
+    backend: str,
+    *packed: Any,
+) -> list[Tensor]:
+    with _no_autocast(x):
+        grads = load(backend).backward(
+            _unpack(*packed), gy, gout, x, weight, params, saved, needs
+        )
+    return [g for g in grads if g is not None]
+
+
+def _backward_fake(
+    gy: Tensor | None,
+    gout: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    params: Params,
+    saved: Sequence[Tensor],
+    needs: Sequence[bool],
+    backend: str,
+    *packed: Any,
+) -> list[Tensor]:
+    return [
+        t.new_empty(t.shape)
+        for t, need in zip((x, *params), needs, strict=True)
+        if need and t is not None
+    ]
+
+
+for _name, _real, _fake in (
+    ("forward", _forward_op, _forward_fake),
+    ("backward", _backward_op, _backward_fake),
+):
+    _library.impl(_name, _real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"monokernel::{_name}", _fake, lib=_library)

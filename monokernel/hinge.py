@@ -1,0 +1,46 @@
+"""The hinge on the slopes, in differentiable PyTorch: for the reference and the general path.
+
+The kernels compute the same in their epilogue; ``slope_weights`` is what their backward needs of it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .problem import Hinge, direction_table
+
+__all__ = ["constrained_entries", "penalties", "slope_weights"]
+
+
+def penalties(J: Tensor, hinge: Hinge, weight: Tensor | None) -> Tensor:
+    """w·h(margin - direction·J) for every entry of J (N, D, k); 0 where the direction is 0."""
+    direction = _table(J, hinge)
+    r = torch.relu(hinge.margin - direction * J)
+    if hinge.squared:
+        r = r.square()
+    if 0 in hinge.direction:
+        r = torch.where(direction == 0, 0.0, r)
+    return r if weight is None else weight * r
+
+
+def slope_weights(J: Tensor, hinge: Hinge, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The penalties of J (N, D, k) and their derivatives in J, both (N, D, k). Not for autograd."""
+    direction = _table(J, hinge)
+    r = hinge.margin - direction * J
+    free = r <= 0 if 0 not in hinge.direction else (r <= 0) | (direction == 0)
+    r.masked_fill_(free, 0.0)
+    # The derivative at a slope of exactly the margin is 0, and NaN is no violation of r <= 0.
+    S = (-2 * direction) * r if hinge.squared else torch.where(free, 0.0, -direction)
+    if hinge.squared:
+        r = r.square()
+    return (r, S) if weight is None else (weight * r, weight * S)
+
+
+def constrained_entries(direction: tuple[int, ...], N: int, D: int, k: int) -> int:
+    """How many of the N·D·k slopes the direction constrains."""
+    return N * (D * k // len(direction)) * sum(s != 0 for s in direction)
+
+
+def _table(J: Tensor, hinge: Hinge) -> Tensor:
+    return direction_table(hinge.direction, J.shape[-2], J.shape[-1], J.dtype, J.device)
