@@ -140,7 +140,7 @@ def _silu_first(a: Tensor, _: Activation) -> Tensor:
 
 def _silu_second(a: Tensor, _: Activation) -> Tensor:
     s = torch.sigmoid(a)
-    return s * (1 - s) * (2 + a * (1 - 2 * s))
+    return (s - s * s) * (2 + a - 2 * a * s)
 
 
 def _mish_first(a: Tensor, _: Activation) -> Tensor:

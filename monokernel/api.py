@@ -16,7 +16,7 @@ from .arguments import (
     check_weight,
 )
 from .backends import general, reference
-from .function import autocast_operands, evaluate
+from .function import evaluate, operand_dtype
 from .network import unwrap
 from .planning import Route, choose
 from .problem import Hinge, Problem, accumulate_dtype
@@ -238,8 +238,11 @@ def _problem(
     chain = route.chain
     assert chain is not None and route.mode is not None
     problem = Problem(chain.widths, chain.activations, inputs.k, route.mode, hinge)
-    x, params = autocast_operands(inputs.joined(), chain.parameters())
-    return problem, x.reshape(-1, inputs.d), list(params)
+    x, params = inputs.joined().reshape(-1, inputs.d), chain.parameters()
+    dtype = operand_dtype(x)
+    if any(t is not None and t.dtype != dtype for t in (x, *params)):
+        x, params = x.to(dtype), [None if p is None else p.to(dtype) for p in params]
+    return problem, x, params
 
 
 def _kernel_weight(weight: Tensor | None, inputs: Inputs, problem: Problem) -> Tensor | None:

@@ -5,6 +5,7 @@ Everything a user can get wrong before the network runs is checked here, and her
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,11 +47,12 @@ class Inputs:
 
     @property
     def k(self) -> int:
-        return self.x2.shape[-1]
+        """A plain number also where torch.compile made the shape symbolic."""
+        return operator.index(self.x2.shape[-1])
 
     @property
     def d(self) -> int:
-        return self.x1.shape[-1] + self.k
+        return operator.index(self.x1.shape[-1]) + self.k
 
     def joined(self) -> Tensor:
         """cat[x1, x2], the network's input (..., d)."""

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .activations import Activation
 from .backends import load
-from .problem import Hinge, Mode, Problem, accumulate_dtype
+from .problem import Problem, accumulate_dtype, pack, unpack
 
-__all__ = ["FusedMonoPenalty", "autocast_operands", "evaluate", "transformed"]
+__all__ = ["FusedMonoPenalty", "evaluate", "operand_dtype", "transformed"]
 
 Params = Sequence[Tensor | None]
 
@@ -45,18 +44,15 @@ def evaluate(
 
 def transformed() -> bool:
     """Whether a functorch transform or forward-mode AD is at work."""
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-    )
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def autocast_operands(x: Tensor, params: Params) -> tuple[Tensor, Params]:
-    """x and the parameters in autocast's dtype where it is on; float64 is exempt, as in PyTorch."""
+def operand_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's dtype where it is on, else that of x; float64 is exempt, as in PyTorch."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-        return x, params
-    dtype = torch.get_autocast_dtype(device)
-    return x.to(dtype), [None if p is None else p.to(dtype) for p in params]
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 class FusedMonoPenalty(torch.autograd.Function):
@@ -121,7 +117,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     if torch.compiler.is_compiling():
         y, out, *saved = torch.ops.monokernel.forward(
-            x, weight, list(params), save, backend, *_pack(problem)
+            x, weight, list(params), save, backend, *pack(problem)
         )
         return y, out, saved
     with _no_autocast(x):
@@ -141,7 +137,7 @@ def _backward(
 ) -> list[Tensor | None]:
     if torch.compiler.is_compiling():
         found = torch.ops.monokernel.backward(
-            gy, gout, x, weight, list(params), list(saved), list(needs), backend, *_pack(problem)
+            gy, gout, x, weight, list(params), list(saved), list(needs), backend, *pack(problem)
         )
         present = iter(found)
         return [next(present) if need else None for need in needs]
@@ -159,6 +155,7 @@ def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 # --- the registered operators ----------------------------------------------------------------------
 
+# The problem as ``pack`` gives it, behind the backend's public name.
 _PROBLEM = (
     "str backend, int[] widths, str[] kinds, float[] numbers, int k, str mode, bool penalised, "
     "int[] direction, float margin, bool squared, bool elementwise"
@@ -175,57 +172,18 @@ _library.define(
 )
 
 
-def _pack(problem: Problem) -> tuple[Any, ...]:
-    """The problem as numbers and strings, in the order of ``_PROBLEM`` after ``backend``."""
-    hinge = problem.hinge or Hinge()
-    numbers: list[float] = []
-    for σ in problem.activations:
-        numbers += (σ.p, σ.q, σ.r)
-    return (
-        list(problem.widths),
-        [σ.kind for σ in problem.activations],
-        numbers,
-        problem.k,
-        problem.mode,
-        problem.hinge is not None,
-        list(hinge.direction),
-        hinge.margin,
-        hinge.squared,
-        hinge.elementwise,
-    )
-
-
-def _unpack(
-    widths: Sequence[int],
-    kinds: Sequence[str],
-    numbers: Sequence[float],
-    k: int,
-    mode: Mode,
-    penalised: bool,
-    direction: Sequence[int],
-    margin: float,
-    squared: bool,
-    elementwise: bool,
-) -> Problem:
-    activations = tuple(
-        Activation(kind, *numbers[3 * i : 3 * i + 3]) for i, kind in enumerate(kinds)
-    )
-    hinge = Hinge(tuple(direction), margin, squared, elementwise) if penalised else None
-    return Problem(tuple(widths), activations, k, mode, hinge)
-
-
 def _forward_op(
     x: Tensor, weight: Tensor | None, params: Params, save: bool, backend: str, *packed: Any
 ) -> list[Tensor]:
     with _no_autocast(x):
-        y, out, saved = load(backend).forward(_unpack(*packed), x, weight, params, save)
+        y, out, saved = load(backend).forward(unpack(*packed), x, weight, params, save)
     return [y, out, *saved]
 
 
 def _forward_fake(
     x: Tensor, weight: Tensor | None, params: Params, save: bool, backend: str, *packed: Any
 ) -> list[Tensor]:
-    problem = _unpack(*packed)
+    problem = unpack(*packed)
     N, D = x.shape[0], problem.D
     scalar = problem.hinge is not None and not problem.hinge.elementwise
     shape = () if scalar else (N, D, problem.k)
@@ -247,7 +205,7 @@ def _backward_op(
 ) -> list[Tensor]:
     with _no_autocast(x):
         grads = load(backend).backward(
-            _unpack(*packed), gy, gout, x, weight, params, saved, needs
+            unpack(*packed), gy, gout, x, weight, params, saved, needs
         )
     return [g for g in grads if g is not None]
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .problem import Hinge, direction_table
+from .problem import Hinge, direction_table, shared_direction_table
 
 __all__ = ["constrained_entries", "penalties", "slope_weights"]
 
 
 def penalties(J: Tensor, hinge: Hinge, weight: Tensor | None) -> Tensor:
     """w·h(margin - direction·J) for every entry of J (N, D, k); 0 where the direction is 0."""
-    direction = _table(J, hinge)
+    direction = direction_table(hinge.direction, *J.shape[-2:], J.dtype, J.device)
     r = torch.relu(hinge.margin - direction * J)
     if hinge.squared:
         r = r.square()
@@ -26,7 +26,7 @@ def penalties(J: Tensor, hinge: Hinge, weight: Tensor | None) -> Tensor:
 
 def slope_weights(J: Tensor, hinge: Hinge, weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """The penalties of J (N, D, k) and their derivatives in J, both (N, D, k). Not for autograd."""
-    direction = _table(J, hinge)
+    direction = shared_direction_table(hinge.direction, *J.shape[-2:], J.dtype, J.device)
     r = hinge.margin - direction * J
     free = r <= 0 if 0 not in hinge.direction else (r <= 0) | (direction == 0)
     r.masked_fill_(free, 0.0)
@@ -40,7 +40,3 @@ def slope_weights(J: Tensor, hinge: Hinge, weight: Tensor | None) -> tuple[Tenso
 def constrained_entries(direction: tuple[int, ...], N: int, D: int, k: int) -> int:
     """How many of the N·D·k slopes the direction constrains."""
     return N * (D * k // len(direction)) * sum(s != 0 for s in direction)
-
-
-def _table(J: Tensor, hinge: Hinge) -> Tensor:
-    return direction_table(hinge.direction, J.shape[-2], J.shape[-1], J.dtype, J.device)

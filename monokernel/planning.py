@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from . import network
 from .arguments import BACKENDS, MODES, Inputs, check_choice, check_inputs
-from .backends import MODULES, load
-from .function import autocast_operands, transformed
-from .problem import Mode, Problem, cheaper_mode
+from .backends import DEVICES, MODULES, refusal
+from .function import operand_dtype, transformed
+from .problem import Mode, cheaper_mode
 
 __all__ = ["Plan", "Route", "choose", "plan"]
 
@@ -77,7 +77,11 @@ def choose(mlp: nn.Module, inputs: Inputs, mode: str, backend: str) -> Route:
     D, k = chain.widths[-1], inputs.k
     chosen: Mode = cheaper_mode(D, k) if mode == "auto" else mode  # type: ignore[assignment]
     refused: dict[str, str] = {}
+    device = inputs.x2.device.type
     for name in MODULES if backend == "auto" else (backend,):
+        if backend == "auto" and DEVICES.get(name, device) != device:
+            refused[name] = f"the tensors are on {device}, it serves {DEVICES[name]}"
+            continue
         why = _refusal(name, chain, inputs, chosen, functional)
         if why is None:
             return Route(name, chosen, chain, None, functional, refused)
@@ -94,12 +98,9 @@ def _refusal(
         return None
     if functional:
         return "a functorch transform or forward-mode AD is at work"
-    problem = Problem(chain.widths, chain.activations, inputs.k, mode, None)
-    x, _ = autocast_operands(inputs.x2, ())
-    try:
-        return load(name).refuses(problem, x)
-    except ImportError as error:
-        return f"it could not be imported ({error})"
+    kinds = tuple(σ.kind for σ in chain.activations)
+    x = inputs.x2
+    return refusal(name, chain.widths, kinds, inputs.k, mode, operand_dtype(x), x.device)
 
 
 def _general(mlp: nn.Module, reason: str, mode: str, backend: str, functional: bool) -> Route:

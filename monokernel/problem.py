@@ -7,6 +7,7 @@ Every backend with a hand-written backward serves the same four functions of it 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -19,11 +20,15 @@ from .activations import Activation
 __all__ = [
     "Hinge",
     "Mode",
+    "Packed",
     "Problem",
     "accumulate_dtype",
     "cheaper_mode",
     "direction_table",
     "nan_rule",
+    "pack",
+    "shared_direction_table",
+    "unpack",
 ]
 
 Mode = Literal["tangent", "adjoint"]
@@ -76,6 +81,60 @@ class Problem:
         return self.mode == "adjoint" and self.D == 1
 
 
+Packed = tuple[
+    tuple[int, ...],
+    tuple[str, ...],
+    tuple[float, ...],
+    int,
+    Mode,
+    bool,
+    tuple[int, ...],
+    float,
+    bool,
+    bool,
+]
+
+
+def pack(problem: Problem) -> Packed:
+    """The problem as plain numbers and strings: what a registered operator can take."""
+    hinge = problem.hinge or Hinge()
+    numbers: tuple[float, ...] = ()
+    for σ in problem.activations:
+        numbers += (σ.p, σ.q, σ.r)
+    return (
+        problem.widths,
+        tuple(σ.kind for σ in problem.activations),
+        numbers,
+        problem.k,
+        problem.mode,
+        problem.hinge is not None,
+        hinge.direction,
+        hinge.margin,
+        hinge.squared,
+        hinge.elementwise,
+    )
+
+
+def unpack(
+    widths: Sequence[int],
+    kinds: Sequence[str],
+    numbers: Sequence[float],
+    k: int,
+    mode: Mode,
+    penalised: bool,
+    direction: Sequence[int],
+    margin: float,
+    squared: bool,
+    elementwise: bool,
+) -> Problem:
+    """The problem that ``pack`` made these of."""
+    activations = tuple(
+        Activation(kind, *numbers[3 * i : 3 * i + 3]) for i, kind in enumerate(kinds)
+    )
+    hinge = Hinge(tuple(direction), margin, squared, elementwise) if penalised else None
+    return Problem(tuple(widths), activations, k, mode, hinge)
+
+
 def cheaper_mode(D: int, k: int) -> Mode:
     """The cost rule: adjoint (D chains) or tangent (k passes), whichever needs fewer products."""
     return "adjoint" if D == 1 or D < k else "tangent"
@@ -94,10 +153,18 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-@lru_cache(maxsize=256)
 def direction_table(
     direction: tuple[int, ...], D: int, k: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """``direction`` as a (D, k) tensor, made once and shared between calls: not to be written to."""
+    """``direction`` (1, k or D·k signs, row-major) as a contiguous (D, k) tensor."""
     table = torch.tensor(direction, dtype=dtype, device=device)
-    return table.reshape(-1, k if table.numel() > 1 else 1).expand(D, k).contiguous()
+    return table.reshape(-1, k if len(direction) > 1 else 1).expand(D, k).contiguous()
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def shared_direction_table(
+    direction: tuple[int, ...], D: int, k: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The same, made once and shared between the kernels' calls: not to be written to."""
+    return direction_table(direction, D, k, dtype, device)

@@ -8,18 +8,24 @@ backends have a hand-written backward and share one protocol, the four functions
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from typing import Protocol, cast
 
+import torch
 from torch import Tensor
 
-from ..problem import Problem
+from ..activations import Activation
+from ..problem import Mode, Problem
 
-__all__ = ["MODULES", "Backend", "load"]
+__all__ = ["DEVICES", "MODULES", "Backend", "load", "refusal"]
 
 # Public name -> module, imported when first asked for: Triton must not be paid for on a CPU.
 MODULES = {"triton": ".triton", "cpu": ".cpu", "torch": ".handwritten"}
+
+# Where ``auto`` looks for it (AMD's GPUs are "cuda" too). Asked for by name it answers for itself:
+# under its interpreter Triton serves CPU tensors.
+DEVICES = {"triton": "cuda", "cpu": "cpu"}
 
 Params = Sequence[Tensor | None]
 
@@ -28,7 +34,7 @@ class Backend(Protocol):
     """What a module with a hand-written backward provides."""
 
     def refuses(self, problem: Problem, x: Tensor) -> str | None:
-        """One sentence why it cannot serve, or None."""
+        """One sentence why it cannot serve, or None; x is (0, d), for its dtype and device."""
 
     def saved_like(self, problem: Problem, x: Tensor) -> list[Tensor]:
         """Uninitialised buffers for what the forward saves; none aliases another."""
@@ -56,3 +62,38 @@ class Backend(Protocol):
 def load(name: str) -> Backend:
     """The module that serves the backend of this public name."""
     return cast(Backend, import_module(MODULES[name], __name__))
+
+
+@torch.compiler.assume_constant_result
+def refusal(
+    name: str,
+    widths: tuple[int, ...],
+    kinds: tuple[str, ...],
+    k: int,
+    mode: Mode,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> str | None:
+    """Why the backend of this name cannot serve such a problem, or None. Asked once for each.
+
+    Takes plain values (and not the activations' numbers, which torch.compile may make symbolic), so
+    that the compiler can treat the answer as a constant.
+    """
+    return _refusal(name, widths, kinds, k, mode, dtype, device)
+
+
+@lru_cache(maxsize=1024)
+def _refusal(
+    name: str,
+    widths: tuple[int, ...],
+    kinds: tuple[str, ...],
+    k: int,
+    mode: Mode,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> str | None:
+    problem = Problem(widths, tuple(Activation(kind) for kind in kinds), k, mode, None)
+    try:
+        return load(name).refuses(problem, torch.empty(0, problem.d, dtype=dtype, device=device))
+    except ImportError as error:
+        return f"it could not be imported ({error})"

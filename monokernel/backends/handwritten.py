@@ -245,12 +245,9 @@ class _Block:
         for σ, a in zip(problem.activations, self.a[: L - 1], strict=False):
             self.h.append(σ.value(a))
 
-    def pull(self, l: int, g: Tensor, of: Tensor | None = None) -> Tensor:
-        """σ'(a_l) ∘ g, for the rows ``of`` the block."""
-        if l >= len(self.a):
-            return g
-        a = self.a[l]
-        return self.problem.activations[l].pull(g, a if of is None else a[of])
+    def pull(self, l: int, g: Tensor) -> Tensor:
+        """σ'(a_l) ∘ g. Where a_L was not kept it is y itself, and σ_L the identity."""
+        return self.problem.activations[l].pull(g, self.a[l]) if l < len(self.a) else g
 
     def add_to(self, grads: _Gradients) -> None:
         pairs = None if self.gJ is None else _Pairs.of(self, self.gJ)
@@ -273,11 +270,10 @@ class _Block:
             p = self.pull(l, P)
             q = None
             if pairs is not None:
-                rows = pairs.row
-                pairs.add_weight(grads, l, p[rows])
-                q = pairs.curvature(self, l, P[rows])
+                pairs.add_weight(grads, l, pairs.take(p))
+                q = pairs.curvature(self, l, pairs.take(P))
                 if qh is not None:
-                    q = self.pull(l, qh, rows) if q is None else q.add_(self.pull(l, qh, rows))
+                    q = pairs.pull(self, l, qh) if q is None else q.add_(pairs.pull(self, l, qh))
             self._add_layer(grads, l, None if self.gy is None else self.gy * p, q, pairs)
             qh = q @ weight_of(self.params, l) if q is not None and l > grads.lowest else None
 
@@ -289,7 +285,7 @@ class _Block:
             q = None
             if pairs is not None and seed is not None:
                 q = pairs.curvature(self, l, seed)
-                p = self.pull(l, seed, pairs.row)
+                p = pairs.pull(self, l, seed)
                 pairs.add_weight(grads, l, p)
                 seed = p @ W if l > grads.lowest else None
             g = None if gh is None else self.pull(l, gh)
@@ -322,8 +318,12 @@ class _Pairs:
     distinct and a scatter is free of collisions: deterministic on every device.
     """
 
-    def __init__(self, row: Tensor, x_dot: Tensor, seed: Tensor, groups: list[int]) -> None:
+    def __init__(
+        self, row: Tensor, x_dot: Tensor, seed: Tensor, groups: list[int], everything: bool
+    ) -> None:
         self.row, self.x_dot, self.seed, self.groups = row, x_dot, seed, groups
+        self.everything = everything  # one group, all rows: nothing to gather
+        self.a: list[Tensor] = []
         self.a_dot: list[Tensor] = []
         self.h_dot: list[Tensor] = []
 
@@ -338,16 +338,26 @@ class _Pairs:
         other = torch.zeros(len(row), active.shape[0], dtype=dtype, device=gJ.device)
         other.scatter_(1, group.unsqueeze(1), 1.0)
         x_dot, seed = (other, own) if tangent else (own, other)
-        return cls(row, x_dot, seed, active.sum(1).tolist())
+        groups = active.sum(1).tolist()
+        return cls(row, x_dot, seed, groups, groups == [active.shape[1]])
+
+    def take(self, t: Tensor) -> Tensor:
+        """The pairs' rows of a block's tensor."""
+        return t if self.everything else t.index_select(0, self.row)
+
+    def pull(self, block: _Block, l: int, g: Tensor) -> Tensor:
+        """σ'(a_l) ∘ g for the pairs."""
+        return block.problem.activations[l].pull(g, self.a[l]) if l < len(self.a) else g
 
     def run_tangent(self, block: _Block) -> None:
         """ȧ_l and ḣ_l of every layer for the pairs' directions ẋ."""
         problem = block.problem
+        self.a = [self.take(a) for a in block.a]
         h_dot = self.x_dot
         for l in range(problem.depth):
             W = weight_of(block.params, l)
             a_dot = h_dot @ (W if l else W[:, problem.d - problem.k :]).t()
-            h_dot = block.pull(l, a_dot, self.row)
+            h_dot = self.pull(block, l, a_dot)
             self.a_dot.append(a_dot)
             self.h_dot.append(h_dot)
 
@@ -363,9 +373,12 @@ class _Pairs:
         σ = block.problem.activations[l]
         if σ.piecewise_linear:
             return None
-        return σ.second(block.a[l][self.row]).mul_(self.a_dot[l]).mul_(P)
+        return σ.second(self.a[l]).mul_(self.a_dot[l]).mul_(P)
 
     def scatter_add(self, g: Tensor, q: Tensor) -> None:
         """g[row] += q, group by group."""
+        if self.everything:
+            g.add_(q)
+            return
         for rows, part in zip(self.row.split(self.groups), q.split(self.groups), strict=True):
             g.index_add_(0, rows, part)
