@@ -1,0 +1,69 @@
+"""The Triton kernels: the tangent beside the activations, on the GPU.
+
+Two paths, each with the four functions of the backend protocol: ``whole.py`` (narrow networks, the
+network is one kernel) and ``layered.py`` (every other). This module only chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ...problem import Problem
+from . import whole
+from .launch import interpreting
+
+__all__ = ["backward", "forward", "refuses", "saved_like"]
+
+Params = Sequence[Tensor | None]
+
+
+def refuses(problem: Problem, x: Tensor) -> str | None:
+    """Why the kernels cannot serve this call, or None."""
+    if x.device.type != "cuda" and not interpreting():
+        return f"x is on the {x.device.type}; the Triton kernels run on CUDA and ROCm devices"
+    if x.dtype == torch.float64 and not interpreting():
+        return "x is float64, for which there are no tensor-core kernels"
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f"x is {x.dtype}; the Triton kernels serve float32, float16 and bfloat16"
+    return None
+
+
+def _path(problem: Problem, x: Tensor) -> ModuleType:
+    return whole
+
+
+def saved_like(problem: Problem, x: Tensor) -> list[Tensor]:
+    """Uninitialised buffers for what the backward needs again."""
+    saved: list[Tensor] = _path(problem, x).saved_like(problem, x)
+    return saved
+
+
+def forward(
+    problem: Problem, x: Tensor, weight: Tensor | None, params: Params, save: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """y (N, D), the penalty or J, and the saved tensors (none unless ``save``)."""
+    result: tuple[Tensor, Tensor, list[Tensor]] = _path(problem, x).forward(
+        problem, x, weight, params, save
+    )
+    return result
+
+
+def backward(
+    problem: Problem,
+    gy: Tensor | None,
+    gout: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    params: Params,
+    saved: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of x and of every parameter, None where ``needs`` is false."""
+    grads: list[Tensor | None] = _path(problem, x).backward(
+        problem, gy, gout, x, weight, params, saved, needs
+    )
+    return grads

@@ -1,0 +1,242 @@
+"""What every kernel shares: the activation table, the hinge, and masked tiles of a layer.
+
+The third spelling of ``monokernel/activations.py``. Only operations that Triton's interpreter knows
+are used (no libdevice, no inline assembly), so that the same source runs with and without a GPU.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["activation", "bias_row", "hinge_epilogue", "slope_cotangent", "weight_tile"]
+
+# Kinds, as indices of ``activations.KINDS``.
+RELU = tl.constexpr(1)
+LEAKY_RELU = tl.constexpr(2)
+HARDTANH = tl.constexpr(3)
+ELU = tl.constexpr(4)
+GELU = tl.constexpr(5)
+GELU_TANH = tl.constexpr(6)
+SILU = tl.constexpr(7)
+MISH = tl.constexpr(8)
+SOFTPLUS = tl.constexpr(9)
+SOFTSIGN = tl.constexpr(10)
+TANH = tl.constexpr(11)
+SIGMOID = tl.constexpr(12)
+LOGSIGMOID = tl.constexpr(13)
+
+# What the second output is.
+JACOBIAN = tl.constexpr(0)
+PENALTIES = tl.constexpr(1)
+PENALTY_SUM = tl.constexpr(2)
+
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
+GELU_CUBIC = tl.constexpr(0.044715)
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1. In float32 a polynomial near 0, where the difference would cancel."""
+    direct = tl.exp(x) - 1
+    if x.dtype == tl.float64:
+        return direct
+    # Taylor to x^8: at |x| = 0.5 the first term left out is 5e-9 of the value.
+    p = 1 / 5040 + x * (1 / 40320)
+    p = 1 / 24 + x * (1 / 120 + x * (1 / 720 + x * p))
+    near = x * (1 + x * (1 / 2 + x * (1 / 6 + x * p)))
+    return tl.where(tl.abs(x) < 0.5, near, direct)
+
+
+@triton.jit
+def log1p_exp(x):
+    """log(1 + exp(x)) for x <= 0, with its relative accuracy kept where exp(x) is small."""
+    e = tl.exp(x)
+    direct = tl.log(1 + e)
+    if x.dtype == tl.float64:
+        return direct
+    near = e * (1 - e * (1 / 2 - e * (1 / 3 - e * (1 / 4))))
+    return tl.where(e < 0.02, near, direct)
+
+
+@triton.jit
+def tanh(x):
+    e = expm1(-2 * tl.abs(x))  # in (-1, 0]: nothing overflows
+    t = -e / (2 + e)
+    return tl.where(x < 0, -t, t)
+
+
+@triton.jit
+def sigmoid(x):
+    return 1 / (1 + tl.exp(-x))
+
+
+@triton.jit
+def activation(a, ACT: tl.constexpr):
+    """σ(a), σ'(a), σ''(a) of the kind and numbers ACT = (code, p, q, r).
+
+    What the caller does not use is dead code to the compiler. Comparisons are written so that a NaN
+    in ``a`` stays one in σ(a).
+    """
+    CODE: tl.constexpr = ACT[0]
+    p: tl.constexpr = ACT[1]
+    q: tl.constexpr = ACT[2]
+    r: tl.constexpr = ACT[3]
+    zero = tl.zeros_like(a)
+    value = a
+    first = zero + 1
+    second = zero
+    if CODE == RELU:
+        value = tl.where(a <= 0, zero, a)
+        first = tl.where(a > 0, zero + 1, zero)
+    elif CODE == LEAKY_RELU:
+        value = tl.where(a > 0, a, a * p)
+        first = tl.where(a > 0, zero + 1, zero + p)
+    elif CODE == HARDTANH:
+        value = tl.where(a <= p, zero + p, tl.where(a >= q, zero + q, a))
+        first = tl.where((a > p) & (a < q), zero + 1, zero)
+    elif CODE == ELU:
+        x = tl.where(a > 0, zero, a) * r
+        tail = tl.exp(x) * (p * q * r)
+        value = tl.where(a > 0, a * p, expm1(x) * (p * q))
+        first = tl.where(a > 0, zero + p, tail)
+        second = tl.where(a > 0, zero, tail * r)
+    elif CODE == GELU:
+        normal = 0.5 * (1 + tl.erf(a * SQRT_HALF))
+        density = tl.exp(-0.5 * a * a) * INV_SQRT_2PI
+        value = a * normal
+        first = normal + a * density
+        second = density * (2 - a * a)
+    elif CODE == GELU_TANH:
+        t = tanh(SQRT_2_OVER_PI * (a + GELU_CUBIC * a * a * a))
+        u1 = SQRT_2_OVER_PI * (1 + 3 * GELU_CUBIC * a * a)
+        u2 = (6 * SQRT_2_OVER_PI * GELU_CUBIC) * a
+        value = 0.5 * a * (1 + t)
+        first = 0.5 * (1 + t) + 0.5 * a * (1 - t * t) * u1
+        second = (1 - t * t) * (u1 + 0.5 * a * (u2 - 2 * t * u1 * u1))
+    elif CODE == SILU:
+        s = sigmoid(a)
+        value = a * s
+        first = s * (1 + a * (1 - s))
+        second = s * (1 - s) * (2 + a * (1 - 2 * s))
+    elif CODE == MISH:
+        t = tanh(tl.where(a > 0, a, zero) + log1p_exp(-tl.abs(a)))
+        s = sigmoid(a)
+        value = a * t
+        first = t + a * s * (1 - t * t)
+        second = (1 - t * t) * s * (2 + a * (1 - s - 2 * t * s))
+    elif CODE == SOFTPLUS:
+        x = a * p
+        s = sigmoid(x)
+        value = tl.where(
+            x > q, a, (tl.where(x > 0, x, zero) + log1p_exp(-tl.abs(x))) / p
+        )
+        first = tl.where(x > q, zero + 1, s)
+        second = tl.where(x > q, zero, s * (1 - s) * p)
+    elif CODE == SOFTSIGN:
+        d = 1 / (1 + tl.abs(a))
+        value = a * d
+        first = d * d
+        second = tl.where(a > 0, -2 * d * d * d, tl.where(a < 0, 2 * d * d * d, zero))
+    elif CODE == TANH:
+        value = tanh(a)
+        first = 1 - value * value
+        second = -2 * value * first
+    elif CODE == SIGMOID:
+        value = sigmoid(a)
+        first = value * (1 - value)
+        second = first * (1 - 2 * value)
+    elif CODE == LOGSIGMOID:
+        s = sigmoid(a)
+        value = tl.where(a < 0, a, zero) - log1p_exp(-tl.abs(a))
+        first = 1 - s
+        second = -s * (1 - s)
+    return value, first, second
+
+
+@triton.jit
+def hinge(J, direction, weight, MARGIN: tl.constexpr, SQUARED: tl.constexpr):
+    """w·h(margin - direction·J) and its derivative in J. NaN is no r <= 0, so it stays a penalty."""
+    r = MARGIN - direction * J
+    free = (r <= 0) | (direction == 0)
+    r = tl.where(free, tl.zeros_like(r), r)
+    if SQUARED:
+        return weight * r * r, weight * (-2 * direction * r)
+    return weight * r, weight * tl.where(
+        free, tl.zeros_like(r), -direction + tl.zeros_like(r)
+    )
+
+
+@triton.jit
+def hinge_epilogue(
+    J,
+    y,
+    n,
+    ok,
+    at,
+    inside,
+    direction,
+    weight,
+    weight_row,
+    out,
+    slopes,
+    ENTRIES: tl.constexpr,
+    OUT: tl.constexpr,
+    MARGIN: tl.constexpr,
+    SQUARED: tl.constexpr,
+    SAVE: tl.constexpr,
+):
+    """Writes what was asked for of a tile of slopes J; returns its penalties, 0 outside the mask.
+
+    J[i, j] is the entry ``at[j]`` of the ENTRIES = D·k slopes of row n[i]. Where y is NaN the slope
+    is too: no NaN becomes a penalty of zero.
+    """
+    J = tl.where(y == y, J, tl.zeros_like(J) + float("nan"))
+    mask = ok[:, None] & inside[None, :]
+    entry = n[:, None] * ENTRIES + at[None, :]
+    if OUT == JACOBIAN:
+        tl.store(out + entry, J, mask=mask)
+        return tl.zeros_like(J)
+    sign = tl.load(direction + at, mask=inside, other=0.0)[None, :]
+    if weight is None:
+        w = tl.zeros_like(J) + 1
+    else:
+        w = tl.load(
+            weight + n[:, None] * weight_row + at[None, :], mask=mask, other=0.0
+        )
+    penalty, S = hinge(J, sign, w, MARGIN, SQUARED)
+    if OUT == PENALTIES:
+        tl.store(out + entry, penalty, mask=mask)
+    if SAVE:
+        tl.store(slopes + entry, S, mask=mask)
+    return tl.where(mask, penalty, tl.zeros_like(penalty))
+
+
+@triton.jit
+def slope_cotangent(gout, slopes, entry, mask, OUT: tl.constexpr):
+    """gJ = ∂loss/∂J at the offsets ``entry``: gout itself, or gout·∂penalty/∂J."""
+    if OUT == JACOBIAN:
+        return tl.load(gout + entry, mask=mask, other=0.0)
+    S = tl.load(slopes + entry, mask=mask, other=0.0)
+    if OUT == PENALTIES:
+        return S * tl.load(gout + entry, mask=mask, other=0.0)
+    return S * tl.load(gout)
+
+
+@triton.jit
+def weight_tile(
+    W, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, C: tl.constexpr
+):
+    """The tile W[row, column] of a weight (ROWS, COLUMNS), zero outside of it."""
+    mask = (row[:, None] < ROWS) & (column[None, :] < COLUMNS)
+    return tl.load(
+        W + row[:, None] * COLUMNS + column[None, :], mask=mask, other=0.0
+    ).to(C)
+
+
+@triton.jit
+def bias_row(b, column, COLUMNS: tl.constexpr, A: tl.constexpr):
+    """b[column] as a row of the accumulation dtype, zero outside of it."""
+    return tl.load(b + column, mask=column < COLUMNS, other=0.0).to(A)[None, :]

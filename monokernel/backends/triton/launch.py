@@ -1,0 +1,92 @@
+"""The one place where kernels are launched: it counts launches, and knows about the interpreter."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...problem import Problem, accumulate_dtype
+
+__all__ = [
+    "LaunchCount",
+    "accumulator",
+    "activation_table",
+    "compute_dtype",
+    "dot_precision",
+    "interpreting",
+    "launch",
+    "processors",
+]
+
+TL_DTYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+class LaunchCount:
+    """How many kernels this package has launched since the process began."""
+
+    total = 0
+
+
+@triton.jit
+def _probe() -> None:
+    pass
+
+
+def interpreting() -> bool:
+    """Whether kernels run under Triton's interpreter (decided when they were defined)."""
+    return not isinstance(_probe, triton.JITFunction)
+
+
+def launch(
+    kernel: Any, programs: tuple[int, ...], on: Tensor, *args: object, **options: object
+) -> None:
+    """Runs ``kernel`` on the grid ``programs``, on the device of ``on``."""
+    LaunchCount.total += 1
+    elsewhere = on.is_cuda and on.device.index != torch.cuda.current_device()
+    with torch.cuda.device(on.device) if elsewhere else nullcontext():
+        kernel[programs](*args, **options)
+
+
+@lru_cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors; 2 under the interpreter, so that tests meet several programs."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of dot operands. The interpreter's bfloat16 dots are wrong, so it takes float32."""
+    return torch.float32 if dtype == torch.bfloat16 and interpreting() else dtype
+
+
+def accumulator(dtype: torch.dtype) -> Any:
+    """The accumulation dtype, in Triton's name."""
+    return TL_DTYPES[accumulate_dtype(dtype)]
+
+
+def dot_precision(dtype: torch.dtype, highest: str = "ieee") -> str:
+    """``input_precision`` of the dots: float32 follows ``torch.get_float32_matmul_precision()``.
+
+    PyTorch's own products on CUDA use TF32 at "high" as well as at "medium".
+    """
+    if dtype != torch.float32:
+        return "ieee"
+    return highest if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+@lru_cache(maxsize=256)
+def activation_table(problem: Problem) -> tuple[tuple[int, float, float, float], ...]:
+    """The activations as the kernels take them at compile time: (code, p, q, r) for each layer."""
+    return tuple((a.code, a.p, a.q, a.r) for a in problem.activations)

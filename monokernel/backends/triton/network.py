@@ -1,0 +1,132 @@
+"""Pieces of the two whole-network kernels: their compile-time description and the chain's steps.
+
+A tile holds BM rows of one layer in registers. Hidden layers share one padded width H; the last
+layer's outputs are padded to PD. Padding costs nothing that is stored: weights are zero there, so
+whatever σ(0) is in a padded unit meets a zero on its way on, and no cotangent comes back to it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .device import activation, bias_row, weight_tile
+
+__all__ = [
+    "first_layer",
+    "keep",
+    "layer_up",
+    "matmul",
+    "padded_width",
+    "recall",
+    "store_scratch",
+]
+
+
+@triton.jit
+def matmul(a, b, C: tl.constexpr, PRECISION: tl.constexpr):
+    """a @ b with operands in the compute dtype and the sum in the accumulation dtype."""
+    return tl.dot(a.to(C), b.to(C), input_precision=PRECISION)
+
+
+@triton.constexpr_function
+def padded_width(l, L, H, PD):
+    """The padded number of units after layer l (counted from 0) of L."""
+    return PD if l == L - 1 else H
+
+
+@triton.jit
+def first_layer(
+    x,
+    n,
+    ok,
+    W,
+    b,
+    WIDTHS: tl.constexpr,
+    BIAS: tl.constexpr,
+    OUT: tl.constexpr,
+    BK: tl.constexpr,
+    C: tl.constexpr,
+    A: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """a_1 of the rows n of x, in chunks of BK input columns."""
+    d: tl.constexpr = WIDTHS[0]
+    BM: tl.constexpr = n.shape[0]
+    unit = tl.arange(0, OUT)
+    a = tl.zeros((BM, OUT), A)
+    for start in range(0, d, BK):
+        column = start + tl.arange(0, BK)
+        h = tl.load(
+            x + n[:, None] * d + column[None, :],
+            mask=ok[:, None] & (column[None, :] < d),
+            other=0.0,
+        )
+        w = weight_tile(W, unit, column, WIDTHS[1], d, C)
+        a += matmul(h, tl.trans(w), C, PRECISION)
+    if BIAS:
+        a += bias_row(b, unit, WIDTHS[1], A)
+    return a
+
+
+@triton.jit
+def layer_up(
+    h,
+    w,
+    b,
+    BIAS: tl.constexpr,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    A: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """h Wᵀ + b with the weight tile w (N of its rows are real)."""
+    a = matmul(h, tl.trans(w), C, PRECISION)
+    if BIAS:
+        a += bias_row(b, tl.arange(0, w.shape[0]), N, A)
+    return a
+
+
+# What is needed again on the way back stays in registers (a tuple of tiles), or, where those would
+# spill, in this program's own slots of a scratch buffer, which stays in the L2 cache.
+
+
+@triton.jit
+def store_scratch(
+    scratch, slot: tl.constexpr, tile, H: tl.constexpr, SLOTS: tl.constexpr
+):
+    BM: tl.constexpr = tile.shape[0]
+    base = scratch + (tl.program_id(0).to(tl.int64) * SLOTS + slot) * (BM * H)
+    i = tl.arange(0, BM)
+    j = tl.arange(0, tile.shape[1])
+    tl.store(base + i[:, None] * H + j[None, :], tile)
+
+
+@triton.jit
+def keep(kept, tile, scratch, slot: tl.constexpr, H: tl.constexpr, SLOTS: tl.constexpr):
+    """``kept`` with one more tile: in registers, or in ``slot`` of the scratch buffer if there is one."""
+    if scratch is None:
+        return kept + (tile,)
+    store_scratch(scratch, slot, tile, H, SLOTS)
+    return kept + (slot,)
+
+
+@triton.jit
+def recall(
+    kept,
+    i: tl.constexpr,
+    scratch,
+    slot: tl.constexpr,
+    BM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    H: tl.constexpr,
+    SLOTS: tl.constexpr,
+    A: tl.constexpr,
+):
+    """The tile kept as number i (in ``slot``), in the accumulation dtype."""
+    if scratch is None:
+        return kept[i].to(A)
+    base = scratch + (tl.program_id(0).to(tl.int64) * SLOTS + slot) * (BM * H)
+    r = tl.arange(0, BM)
+    c = tl.arange(0, WIDTH)
+    return tl.load(base + r[:, None] * H + c[None, :]).to(A)
