@@ -180,8 +180,11 @@ class MonotonePenalty(nn.Module):
         self.direction = direction.tolist() if isinstance(direction, Tensor) else direction
         self.margin, self.hinge, self.reduction = margin, hinge, reduction
         self.mode, self.backend = mode, backend
-        number = isinstance(weight, (int, float))
-        self.register_buffer("weight", torch.tensor(float(weight)) if number else weight)
+        if isinstance(weight, (int, float)):
+            floating = (p.dtype for p in mlp.parameters() if p.is_floating_point())
+            dtype = accumulate_dtype(next(floating, torch.get_default_dtype()))
+            weight = torch.tensor(weight, dtype=dtype)
+        self.register_buffer("weight", weight)
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
         """y (..., D) and the penalty of ``x1`` (..., d1), ``x2`` (..., k)."""

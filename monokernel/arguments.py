@@ -103,18 +103,13 @@ class Direction:
 
 def check_direction(direction: Any, k: int) -> Direction:
     """``direction`` is a number, a nested sequence or a tensor (read to the host once)."""
-    shape: tuple[int, ...]
-    if isinstance(direction, (int, float)):
-        values, shape = [direction], ()
-    else:
-        try:
-            tensor = torch.as_tensor(direction)
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(
-                "direction: expected a number, a (nested) sequence of numbers or a tensor, got "
-                f"{type(direction).__name__}"
-            ) from None
-        values, shape = tensor.flatten().tolist(), tuple(tensor.shape)
+    try:
+        values, shape = _numbers(direction)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            "direction: expected a number, a (nested) sequence of numbers or a tensor, got "
+            f"{type(direction).__name__}"
+        ) from None
     if len(shape) > 2 or (shape and shape[-1] != k):
         raise ValueError(
             f"direction: expected a scalar, (k,) = ({k},) or (D, k) = (D, {k}), got shape {shape}"
@@ -123,6 +118,22 @@ def check_direction(direction: Any, k: int) -> Direction:
         if v not in (-1, 0, 1):
             raise ValueError(f"direction: expected entries in {{-1, 0, 1}}, got {v}")
     return Direction(tuple(int(v) for v in values), shape)
+
+
+def _numbers(direction: Any) -> tuple[list[Any], tuple[int, ...]]:
+    """The numbers, row-major, and their shape. Plain Python as far as it goes: numbers that went
+    through a tensor would be unknown to torch.compile."""
+    if isinstance(direction, (int, float)):
+        return [direction], ()
+    if not isinstance(direction, (list, tuple)):
+        tensor = torch.as_tensor(direction)
+        return tensor.flatten().tolist(), tuple(tensor.shape)
+    rows = [_numbers(row) for row in direction]
+    shapes = {shape for _, shape in rows}
+    if len(shapes) > 1:
+        raise ValueError("rows of different length")
+    inner = shapes.pop() if shapes else ()
+    return [v for values, _ in rows for v in values], (len(rows), *inner)
 
 
 def check_hinge(direction: tuple[int, ...], margin: Any, hinge: Any, reduction: Any) -> Hinge:

@@ -16,7 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from .activations import IDENTITY, Activation, of_module
 
-__all__ = ["Chain", "batch_coupling", "read", "unwrap"]
+__all__ = ["Chain", "batch_coupling", "read", "sharded", "unwrap"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,14 @@ def batch_coupling(mlp: nn.Module) -> str | None:
     """A batch normalisation that uses the statistics of the batch: its rows have no own slope."""
     for name, m in mlp.named_modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None):
+            return f"{name or 'mlp'} ({type(m).__name__})"
+    return None
+
+
+def sharded(mlp: nn.Module) -> str | None:
+    """A part that FSDP manages by itself: it frees its weights before the slopes are computed."""
+    for name, m in mlp.named_modules():
+        if any(c.__name__ in ("FSDPModule", "FullyShardedDataParallel") for c in type(m).__mro__):
             return f"{name or 'mlp'} ({type(m).__name__})"
     return None
 

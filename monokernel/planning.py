@@ -112,6 +112,12 @@ def _general(mlp: nn.Module, reason: str, mode: str, backend: str, functional: b
             f"mlp: {coupled} normalises with the statistics of the batch, so a row has no slope of "
             "its own; expected evaluation mode (.eval()) with running statistics, got training mode"
         )
+    part = network.sharded(mlp)
+    if part is not None:
+        raise ValueError(
+            f"mlp: {part} is sharded on its own, so its weights are gone when its slopes are needed; "
+            "expected fully_shard around the MonotonePenalty as a whole"
+        )
     known: Mode | None = None if mode == "auto" else mode  # type: ignore[assignment]
     functional = functional or torch.compiler.is_compiling()
     refused = dict.fromkeys(MODULES, reason) if backend == "auto" else {}
