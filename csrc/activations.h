@@ -1,0 +1,190 @@
+// σ, σ' and σ'' of the activation table (monokernel/activations.py), in the order of its codes.
+//
+// Each kind is one function of one vector that gives all three; what a caller does not store, the
+// compiler drops. The transcendental part is shared. Kinks and NaN are treated as PyTorch does.
+#pragma once
+
+#include "plan.h"
+#include "vmath.h"
+
+namespace {
+
+template <class T> struct Sigma {
+  Vec<T> value, first, second;
+};
+
+// The numbers of one activation, in the working precision.
+template <class T> struct Numbers {
+  T p, q, r;
+};
+
+template <class T> MK_INLINE Vec<T> none() { return Vec<T>{}; }
+
+template <class T> struct Identity {
+  static MK_INLINE Sigma<T> at(Vec<T> a, Numbers<T>) { return {a, splat(T(1)), none<T>()}; }
+};
+
+template <class T> struct Relu {
+  static MK_INLINE Sigma<T> at(Vec<T> a, Numbers<T>) {
+    return {max_zero<T>(a), a > T(0) ? splat(T(1)) : none<T>(), none<T>()};
+  }
+};
+
+template <class T> struct LeakyRelu {
+  static MK_INLINE Sigma<T> at(Vec<T> a, Numbers<T> s) {
+    const Vec<T> slope = a > T(0) ? splat(T(1)) : splat(s.p);
+    return {a * slope, slope, none<T>()};
+  }
+};
+
+template <class T> struct Hardtanh {
+  static MK_INLINE Sigma<T> at(Vec<T> a, Numbers<T> s) {
+    const Vec<T> low = splat(s.p), high = splat(s.q), one = splat(T(1));
+    const Vec<T> first = a > low ? (a < high ? one : none<T>()) : none<T>();
+    const Vec<T> raised = a < low ? low : a;
+    return {raised > high ? high : raised, first, none<T>()};
+  }
+};
+
+template <class T> struct Elu {
+  static MK_INLINE Sigma<T> at(Vec<T> a, Numbers<T> s) {
+    const Exp<T> e = exp_both<T, false>(min_zero<T>(a) * s.r);
+    const T scale = s.p * s.q;
+    const auto positive = a > T(0);
+    const Vec<T> first = e.exp * (scale * s.r);
+    return {positive ? a * s.p : e.expm1 * scale, positive ? splat(s.p) : first,
+            positive ? none<T>() : first * s.r};
+  }
+};
+
+template <class T> struct Gelu {
+  static MK_INLINE Sigma<T> at(Vec<T> a, Numbers<T>) {
+    const Normal<T> n = normal<T>(a);
+    return {a * n.cdf, n.cdf + a * n.pdf, n.pdf * (T(2) - a * a)};
+  }
+};
+
+template <class T> struct GeluTanh {
+  static MK_INLINE Sigma<T> at(Vec<T> a, Numbers<T>) {
+    constexpr T c = T(0.79788456080286535588), cubic = T(0.044715);
+    const Vec<T> square = a * a;
+    const Tanh<T> t = tanh_both<T>(c * (a + cubic * a * square));
+    const Vec<T> u1 = c * (T(1) + (3 * cubic) * square), u2 = (c * 6 * cubic) * a;
+    const Vec<T> half = T(0.5) * (T(1) + t.value);
+    return {a * half, half + T(0.5) * a * t.first * u1,
+            t.first * (u1 + T(0.5) * a * (u2 - T(2) * t.value * u1 * u1))};
+  }
+};
+
+template <class T> struct Silu {
+  static MK_INLINE Sigma<T> at(Vec<T> a, Numbers<T>) {
+    const Logistic<T> s = logistic<T>(a);
+    return {a * s.value, s.value * (T(1) + a * s.complement),
+            s.value * s.complement * (T(2) + a * (s.complement - s.value))};
+  }
+};
+
+template <class T> struct Mish {
+  // tanh(softplus(a)) is ((1 + u)² - 1) / ((1 + u)² + 1) with u = exp(a), written in exp(-|a|).
+  static MK_INLINE Sigma<T> at(Vec<T> a, Numbers<T>) {
+    const Logistic<T> s = logistic<T>(a);
+    const Vec<T> e = s.small, one = splat(T(1));
+    const auto negative = a < T(0);
+    const Vec<T> top = negative ? e * (e + T(2)) : T(2) * e + one;
+    const Vec<T> rest = T(2) * (negative ? one : e * e);
+    const Vec<T> q = one / (top + rest);
+    const Vec<T> t = top * q;
+    const Vec<T> slope = rest * q * (one + t);  // 1 - t², as (1 - t)(1 + t)
+    return {a * t, t + a * s.value * slope,
+            slope * s.value * (T(2) + a * (s.complement - T(2) * t * s.value))};
+  }
+};
+
+template <class T> struct Softplus {
+  static MK_INLINE Sigma<T> at(Vec<T> a, Numbers<T> s) {
+    const Vec<T> u = a * s.p;
+    const Logistic<T> m = logistic<T>(u);
+    const auto linear = u > s.q;
+    const Vec<T> value = (max_zero<T>(u) + log1p_unit<T>(m.small)) / s.p;
+    return {linear ? a : value, linear ? splat(T(1)) : m.value,
+            linear ? none<T>() : m.value * m.complement * s.p};
+  }
+};
+
+template <class T> struct Softsign {
+  static MK_INLINE Sigma<T> at(Vec<T> a, Numbers<T>) {
+    const Vec<T> q = T(1) / (T(1) + abs_of<T>(a));
+    const Vec<T> square = q * q;
+    const Vec<T> bent = T(-2) * square * q;
+    return {a * q, square, a > T(0) ? bent : (a < T(0) ? -bent : a)};
+  }
+};
+
+template <class T> struct TanhKind {
+  static MK_INLINE Sigma<T> at(Vec<T> a, Numbers<T>) {
+    const Tanh<T> t = tanh_both<T>(a);
+    return {t.value, t.first, T(-2) * t.value * t.first};
+  }
+};
+
+template <class T> struct Sigmoid {
+  static MK_INLINE Sigma<T> at(Vec<T> a, Numbers<T>) {
+    const Logistic<T> s = logistic<T>(a);
+    const Vec<T> first = s.value * s.complement;
+    return {s.value, first, first * (s.complement - s.value)};
+  }
+};
+
+template <class T> struct LogSigmoid {
+  static MK_INLINE Sigma<T> at(Vec<T> a, Numbers<T>) {
+    const Logistic<T> s = logistic<T>(a);
+    return {min_zero<T>(a) - log1p_unit<T>(s.small), s.complement, -s.value * s.complement};
+  }
+};
+
+// What to do over a rectangle of pre-activations a: store σ, σ', σ'' where a place is given.
+template <class T> struct Apply {
+  int64_t rows, columns;  // columns: whole vectors
+  const T* a;
+  int64_t lda;
+  T *h, *s, *c;
+  int64_t ld;  // of h, s and c
+};
+
+// `Order`: 0 stores σ, 1 also σ', 2 also σ''; 3 stores σ' alone, 4 σ' and σ''.
+template <class T, template <class> class Kind, int Order>
+void apply_kind(const Apply<T>& w, Numbers<T> numbers) {
+  for (int64_t i = 0; i < w.rows; ++i) {
+    for (int64_t j = 0; j < w.columns; j += Simd<T>::lanes) {
+      const Sigma<T> v = Kind<T>::at(load(w.a + i * w.lda + j), numbers);
+      const int64_t at = i * w.ld + j;
+      if (Order <= 2) store(w.h + at, v.value);
+      if (Order >= 1) store(w.s + at, v.first);
+      if (Order == 2 || Order == 4) store(w.c + at, v.second);
+    }
+  }
+}
+
+template <class T> using ApplyFn = void (*)(const Apply<T>&, Numbers<T>);
+
+#define MK_ORDERS(Kind)                                                               \
+  {                                                                                   \
+    apply_kind<T, Kind, 0>, apply_kind<T, Kind, 1>, apply_kind<T, Kind, 2>,           \
+        apply_kind<T, Kind, 3>, apply_kind<T, Kind, 4>                                \
+  }
+
+// The functions of one activation by order; the codes are those of monokernel.activations.KINDS.
+template <class T> const ApplyFn<T>* orders_of(int kind) {
+  static const ApplyFn<T> table[][5] = {
+      MK_ORDERS(Identity), MK_ORDERS(Relu),     MK_ORDERS(LeakyRelu), MK_ORDERS(Hardtanh),
+      MK_ORDERS(Elu),      MK_ORDERS(Gelu),     MK_ORDERS(GeluTanh),  MK_ORDERS(Silu),
+      MK_ORDERS(Mish),     MK_ORDERS(Softplus), MK_ORDERS(Softsign),  MK_ORDERS(TanhKind),
+      MK_ORDERS(Sigmoid),  MK_ORDERS(LogSigmoid)};
+  static_assert(sizeof(table) / sizeof(table[0]) == kinds, "one row for each kind of the table");
+  return table[kind];
+}
+#undef MK_ORDERS
+
+MK_INLINE bool is_piecewise_linear(int kind) { return kind <= 3; }
+
+}  // namespace

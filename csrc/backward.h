@@ -1,0 +1,578 @@
+// The backward pass: gradients of (y, J or its penalty) with respect to parameters and x.
+//
+// The part of a slope in the loss is uᵀ·J·e for a pair of seeds: in tangent mode e is a unit vector
+// (one monotone column) and u = gJ[n, :, c], in adjoint mode u is a unit vector (one output) and
+// e = gJ[n, d, :]. Both are one tangent chain up from e and one cotangent chain down from u, and only
+// pairs that are not zero are there at all: `Pairs`. They add to the weight gradients and leave, for
+// each row, σ''∘ȧ∘ū in the cotangent of the pre-activations, which the task's own chain carries down.
+#pragma once
+
+#include "forward.h"
+
+namespace {
+
+// One thread's sums of the weight gradients. W_1 is kept transposed, (d, H_1): x is narrow.
+template <class T> struct Gradients {
+  T* base;
+
+  static int64_t weight_size(const Net<T>& net, int64_t l) {
+    const Layer<T>& layer = net.at(l);
+    return l == 1 ? layer.in * whole_vectors<T>(layer.out)
+                  : layer.out * whole_vectors<T>(layer.in);
+  }
+  static int64_t offset(const Net<T>& net, int64_t end) {
+    int64_t n = 0;
+    for (int64_t l = 1; l < end; ++l) {
+      n += weight_size(net, l) + whole_vectors<T>(net.at(l).out);
+    }
+    return n;
+  }
+  T* weight(const Net<T>& net, int64_t l) const { return base + offset(net, l); }
+  T* bias(const Net<T>& net, int64_t l) const { return weight(net, l) + weight_size(net, l); }
+};
+
+// The pairs (row, column or output) of a block that take part in the loss by their slopes.
+template <class T> struct Pairs {
+  int32_t* row;
+  T *e, *u;  // tangent seeds (pairs, k), cotangent seeds (pairs, D)
+  int64_t lde, ldu;
+};
+
+template <class T> struct BackwardScratch {
+  T *h, *s, *c, *r;        // by layer, `stride` apart: h_l, σ', σ'', and Σ over pairs of σ''∘ȧ∘ū
+  T *at, *ht;              // by layer: ȧ_l and ḣ_l of the pairs
+  T *pc, *qc;              // by layer, one output in adjoint mode: p_l and total adjoint of the pairs
+  T *g[2], *t;             // cotangents of a layer, all rows or pairs
+  T* slopes;               // gJ (rows, D, k)
+  Pairs<T> pairs;
+  Gradients<T> sums;
+  int64_t ld, stride;
+
+  BackwardScratch(Bump& memory, const Net<T>& net, int64_t capacity) {
+    ld = scratch_ld<T>(max_of(net.widest, net.d));
+    stride = capacity * ld;
+    const int64_t L = net.L;
+    T** const by_layer[] = {&h, &s, &c, &r, &at, &ht, &pc, &qc};
+    for (T** buffer : by_layer) *buffer = memory.take<T>(stride * L);
+    for (T*& buffer : g) buffer = memory.take<T>(stride);
+    t = memory.take<T>(stride);
+    slopes = memory.take<T>(capacity * net.D * net.k);
+    pairs.row = memory.take<int32_t>(capacity);
+    pairs.lde = scratch_ld<T>(net.k), pairs.ldu = scratch_ld<T>(net.D);
+    pairs.e = memory.take<T>(capacity * pairs.lde);
+    pairs.u = memory.take<T>(capacity * pairs.ldu);
+    sums.base = memory.take<T>(Gradients<T>::offset(net, L + 1));
+  }
+  T* of(T* array, int64_t l) const { return array + (l - 1) * stride; }
+};
+
+// What a call needs beyond its pointers.
+struct Wants {
+  bool weights[max_layers], biases[max_layers], input, pairs;
+};
+
+template <class T> struct BackwardPass {
+  const Net<T>& net;
+  const BackwardCall& call;
+  SavedLayout<T> layout;
+  Wants wants;
+
+  // --- weight gradients -------------------------------------------------------------------------
+
+  // dW_l += gᵀ·h (h (rows, in) is h_{l-1}, or x for the first layer).
+  void add_weight(const BackwardScratch<T>& scratch, int64_t l, int64_t rows, const T* g,
+                  int64_t ldg, const T* h, int64_t ldh) const {
+    if (!wants.weights[l - 1] || rows == 0) return;
+    const Layer<T>& layer = net.at(l);
+    T* to = scratch.sums.weight(net, l);
+    if (l == 1) return add_first(to, 0, layer.in, rows, g, ldg, h, ldh);
+    const Matrix<T> b{h, rows, layer.in, ldh};
+    gemm<true>(layer.out, rows, g, ldg, b, 0, from_c<T>(), to, whole_vectors<T>(layer.in),
+               Nothing{});
+  }
+  // Rows [from, from + count) of dW_1ᵀ += xᵀ·g.
+  void add_first(T* to, int64_t from, int64_t count, int64_t rows, const T* g, int64_t ldg,
+                 const T* x, int64_t ldx) const {
+    const int64_t H = net.at(1).out, ld = whole_vectors<T>(H);
+    const Matrix<T> b{g, rows, H, ldg};
+    gemm<true>(count, rows, x, ldx, b, 0, from_c<T>(), to + from * ld, ld, Nothing{});
+  }
+  // The tangent of x is e in its last k columns and nothing elsewhere.
+  void add_first_columns(const BackwardScratch<T>& scratch, int64_t pairs, const T* g) const {
+    if (!wants.weights[0]) return;
+    add_first(scratch.sums.weight(net, 1), net.d - net.k, net.k, pairs, g, scratch.ld,
+              scratch.pairs.e, scratch.pairs.lde);
+  }
+  void add_bias(const BackwardScratch<T>& scratch, int64_t l, int64_t rows, const T* g,
+                int64_t ldg) const {
+    if (!wants.biases[l - 1]) return;
+    T* to = scratch.sums.bias(net, l);
+    const int64_t columns = whole_vectors<T>(net.at(l).out);
+    for (int64_t j = 0; j < columns; j += Simd<T>::lanes) {
+      Vec<T> even = load(to + j), odd = Vec<T>{};
+      int64_t i = 0;
+      for (; i + 2 <= rows; i += 2) {
+        even += load(g + i * ldg + j);
+        odd += load(g + (i + 1) * ldg + j);
+      }
+      if (i < rows) even += load(g + i * ldg + j);
+      store(to + j, even + odd);
+    }
+  }
+
+  // --- the block's rows -------------------------------------------------------------------------
+
+  const T* x(int64_t row0) const { return static_cast<const T*>(call.x) + row0 * net.d; }
+  const T* gy(int64_t row0) const {
+    return call.gy ? static_cast<const T*>(call.gy) + row0 * net.D : nullptr;
+  }
+
+  // gJ of the block; false if it is zero throughout. Zero slopes stay zero whatever gout is.
+  bool slope_gradients(T* to, int64_t rows, int64_t row0) const {
+    if (!wants.pairs) return false;
+    const int64_t n = rows * net.D * net.k, at = row0 * net.D * net.k;
+    const T* out = static_cast<const T*>(call.gout);
+    bool any = false;
+    if (!net.plan->hinge) {
+      for (int64_t i = 0; i < n; ++i) {
+        to[i] = out[at + i];
+        any |= to[i] != T(0);
+      }
+      return any;
+    }
+    const T* derivative = static_cast<const T*>(call.saved[2]) + at;
+    const bool each = net.plan->elementwise;
+    for (int64_t i = 0; i < n; ++i) {
+      const T u = derivative[i];
+      to[i] = u == T(0) ? T(0) : u * out[each ? at + i : 0];
+      any |= to[i] != T(0);
+    }
+    return any;
+  }
+
+  // a_l as forward saved it; a_1 is computed again where it was not.
+  const T* pre_activation(const BackwardScratch<T>& scratch, int64_t block, int64_t rows,
+                          int64_t row0, int64_t l, int64_t* ld) const {
+    if (layout.has_a(l)) {
+      *ld = layout.ld(l);
+      return layout.a(call.saved[0], block, l);
+    }
+    const Layer<T>& layer = net.at(1);
+    *ld = scratch.ld;
+    gemm<false>(rows, layer.in, x(row0), net.d, layer.forward, 0, from_bias(layer.bias), scratch.t,
+                *ld, Nothing{});
+    return scratch.t;
+  }
+
+  void activate(const BackwardScratch<T>& scratch, int64_t block, int64_t rows, int64_t row0,
+                int64_t l, int order) const {
+    int64_t lda;
+    const T* a = pre_activation(scratch, block, rows, row0, l, &lda);
+    net.at(l).apply(order, {rows, whole_vectors<T>(net.at(l).out), a, lda, scratch.of(scratch.h, l),
+                            scratch.of(scratch.s, l), scratch.of(scratch.c, l), scratch.ld});
+  }
+
+  // --- pairs ------------------------------------------------------------------------------------
+
+  // Takes pairs from candidate `next` on until the block's capacity is full.
+  int64_t gather_pairs(const BackwardScratch<T>& scratch, int64_t rows, int64_t* next) const {
+    const int64_t D = net.D, k = net.k, each = net.plan->adjoint ? D : k;
+    const Pairs<T>& pairs = scratch.pairs;
+    int64_t m = 0;
+    for (; *next < rows * each && m < layout.blocks.capacity; ++*next) {
+      const int64_t i = *next / each, q = *next % each;
+      const T* g = scratch.slopes + i * D * k;
+      T *e = pairs.e + m * pairs.lde, *u = pairs.u + m * pairs.ldu;
+      bool any = false;
+      if (net.plan->adjoint) {
+        for (int64_t c = 0; c < k; ++c) any |= (e[c] = g[q * k + c]) != T(0);
+        if (!any) continue;
+        for (int64_t d = 0; d < D; ++d) u[d] = d == q ? T(1) : T(0);
+      } else {
+        for (int64_t d = 0; d < D; ++d) any |= (u[d] = g[d * k + q]) != T(0);
+        if (!any) continue;
+        for (int64_t c = 0; c < k; ++c) e[c] = c == q ? T(1) : T(0);
+      }
+      pairs.row[m++] = int32_t(i);
+    }
+    return m;
+  }
+
+  // to[i] = s[row[i]]∘x[i], one tile of pairs after a product.
+  struct ScaleRows {
+    const int32_t* row;
+    const T* s;
+    const T* x;
+    T* to;
+    int64_t ld;
+
+    void operator()(int64_t i0, int64_t rows, int64_t j0, int64_t columns) const {
+      for (int64_t i = i0; i < i0 + rows; ++i) {
+        multiply<T>(1, columns, s + row[i] * ld + j0, 0, x + i * ld + j0, 0, to + i * ld + j0, 0);
+      }
+    }
+  };
+
+  // ȧ_l and ḣ_l of m pairs, up to layer `end`. s is σ' by layer and row[i] its row for pair i.
+  void tangent_chain(const BackwardScratch<T>& scratch, int64_t m, int64_t end, const T* s,
+                     const int32_t* row) const {
+    const int64_t ld = scratch.ld;
+    for (int64_t l = 1; l <= end; ++l) {
+      const Layer<T>& layer = net.at(l);
+      T *at = scratch.of(scratch.at, l), *ht = scratch.of(scratch.ht, l);
+      const ScaleRows after{row, s + (l - 1) * scratch.stride, at, ht, ld};
+      if (l == 1) {
+        gemm<false>(m, net.k, scratch.pairs.e, scratch.pairs.lde, layer.forward, net.d - net.k,
+                    from_zero<T>(), at, ld, after);
+      } else {
+        gemm<false>(m, layer.in, scratch.of(scratch.ht, l - 1), ld, layer.forward, 0,
+                    from_zero<T>(), at, ld, after);
+      }
+    }
+  }
+
+  // r_l[row] += σ''∘ȧ∘ū, pair after pair.
+  void add_curvature(const BackwardScratch<T>& scratch, int64_t l, int64_t m, const T* u,
+                     int64_t ldu) const {
+    if (!net.at(l).curved) return;
+    const int64_t ld = scratch.ld, columns = whole_vectors<T>(net.at(l).out);
+    const T *c = scratch.of(scratch.c, l), *at = scratch.of(scratch.at, l);
+    T* r = scratch.of(scratch.r, l);
+    for (int64_t i = 0; i < m; ++i) {
+      const int64_t row = scratch.pairs.row[i] * ld;
+      for (int64_t j = 0; j < columns; j += Simd<T>::lanes) {
+        store(r + row + j, load(r + row + j) + load(c + row + j) * load(at + i * ld + j) *
+                                                   load(u + i * ldu + j));
+      }
+    }
+  }
+
+  // Everything that m pairs add: weight gradients, and r for the task's chain.
+  void run_pairs(const BackwardScratch<T>& scratch, int64_t m) const {
+    const int64_t L = net.L, ld = scratch.ld;
+    const Pairs<T>& pairs = scratch.pairs;
+    tangent_chain(scratch, m, net.last().curved ? L : L - 1, scratch.s, pairs.row);
+    T* u = scratch.g[0];
+    const int64_t D = whole_vectors<T>(net.D);
+    add_curvature(scratch, L, m, pairs.u, pairs.ldu);
+    for (int64_t i = 0; i < m; ++i) {
+      multiply<T>(1, D, pairs.u + i * pairs.ldu, 0,
+                  scratch.of(scratch.s, L) + pairs.row[i] * ld, 0, u + i * ld, 0);
+    }
+    for (int64_t l = L; l > 1; --l) {
+      add_weight(scratch, l, m, u, ld, scratch.of(scratch.ht, l - 1), ld);
+      T *pulled = scratch.t, *next = u == scratch.g[0] ? scratch.g[1] : scratch.g[0];
+      gemm<false>(m, net.at(l).out, u, ld, net.at(l).back, 0, from_zero<T>(), pulled, ld,
+                  ScaleRows{pairs.row, scratch.of(scratch.s, l - 1), pulled, next, ld});
+      add_curvature(scratch, l - 1, m, pulled, ld);
+      u = next;
+    }
+    add_first_columns(scratch, m, u);
+  }
+
+  // --- one block, any mode ----------------------------------------------------------------------
+
+  void run(const BackwardScratch<T>& scratch, int64_t block) const {
+    const int64_t rows = layout.blocks.rows(block), row0 = layout.blocks.begin(block);
+    const bool active = slope_gradients(scratch.slopes, rows, row0);
+    if (!active && !call.gy) return no_input_gradient(rows, row0);
+    if (layout.keeps_adjoint()) return run_single(scratch, block, rows, row0, active);
+    const int64_t L = net.L, ld = scratch.ld;
+    for (int64_t l = 1; l <= L; ++l) {
+      const bool curved = active && net.at(l).curved;
+      if (curved) clear(scratch.of(scratch.r, l), rows * ld);
+      if (l < L || !net.last().identity) {
+        activate(scratch, block, rows, row0, l, curved ? 2 : 1);
+      } else {
+        ones(scratch, rows);
+      }
+    }
+    if (active) {
+      int64_t next = 0;
+      while (const int64_t m = gather_pairs(scratch, rows, &next)) run_pairs(scratch, m);
+    }
+    if (call.gy || (active && net.curved)) {
+      task_chain(scratch, rows, row0, active);
+    } else {
+      no_input_gradient(rows, row0);
+    }
+  }
+
+  // σ_L' where no activation follows the last layer.
+  void ones(const BackwardScratch<T>& scratch, int64_t rows) const {
+    T* s = scratch.of(scratch.s, net.L);
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < whole_vectors<T>(net.D); ++j) s[i * scratch.ld + j] = T(1);
+    }
+  }
+
+  void no_input_gradient(int64_t rows, int64_t row0) const {
+    if (call.gx) clear(static_cast<T*>(call.gx) + row0 * net.d, rows * net.d);
+  }
+
+  // The cotangent g_l of a_l for all rows: the task loss's, and what the pairs left in r.
+  void task_chain(const BackwardScratch<T>& scratch, int64_t rows, int64_t row0,
+                  bool active) const {
+    const int64_t L = net.L, D = net.D, ld = scratch.ld;
+    const T* given = gy(row0);
+    T* g = scratch.g[0];
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < D; ++j) {
+        const T from_task = given ? given[i * D + j] * scratch.of(scratch.s, L)[i * ld + j] : T(0);
+        const bool curved = active && net.last().curved;
+        g[i * ld + j] = from_task + (curved ? scratch.of(scratch.r, L)[i * ld + j] : T(0));
+      }
+      for (int64_t j = D; j < whole_vectors<T>(D); ++j) g[i * ld + j] = 0;
+    }
+    for (int64_t l = L; l > 1; --l) {
+      add_weight(scratch, l, rows, g, ld, scratch.of(scratch.h, l - 1), ld);
+      add_bias(scratch, l, rows, g, ld);
+      T* next = g == scratch.g[0] ? scratch.g[1] : scratch.g[0];
+      const T* s = scratch.of(scratch.s, l - 1);
+      gemm<false>(rows, net.at(l).out, g, ld, net.at(l).back, 0, from_zero<T>(), next, ld,
+                  Scale<T>{s, ld, next, ld, next, ld});
+      if (active && net.at(l - 1).curved) add_rows(scratch, l - 1, rows, next);
+      g = next;
+    }
+    first_layer(scratch, rows, row0, g);
+  }
+
+  void add_rows(const BackwardScratch<T>& scratch, int64_t l, int64_t rows, T* g) const {
+    const T* r = scratch.of(scratch.r, l);
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < whole_vectors<T>(net.at(l).out); j += Simd<T>::lanes) {
+        const int64_t at = i * scratch.ld + j;
+        store(g + at, load(g + at) + load(r + at));
+      }
+    }
+  }
+
+  // dW_1, db_1 and dx of the finished g_1.
+  void first_layer(const BackwardScratch<T>& scratch, int64_t rows, int64_t row0, const T* g) const {
+    const int64_t ld = scratch.ld, d = net.d;
+    add_weight(scratch, 1, rows, g, ld, x(row0), d);
+    add_bias(scratch, 1, rows, g, ld);
+    if (!call.gx) return;
+    T* dx = scratch.t;
+    gemm<false>(rows, net.at(1).out, g, ld, net.at(1).back, 0, from_zero<T>(), dx, ld, Nothing{});
+    for (int64_t i = 0; i < rows; ++i) {
+      copy(static_cast<T*>(call.gx) + (row0 + i) * d, dx + i * ld, d);
+    }
+  }
+
+  // --- one block, one output in adjoint mode -------------------------------------------------------
+
+  // The task's cotangent of a_l is gy·p_l, and p_l is known: without pairs no chain is left, only
+  // the weight gradients' own products.
+  void run_single(const BackwardScratch<T>& scratch, int64_t block, int64_t rows, int64_t row0,
+                  bool active) const {
+    const int64_t L = net.L, ld = scratch.ld;
+    int64_t next = 0;
+    const int64_t m = active ? gather_pairs(scratch, rows, &next) : 0;
+    const T* given = gy(row0);
+    T *top = scratch.of(scratch.h, L), *s = scratch.of(scratch.s, L);  // top: gy, here column 0
+    for (int64_t i = 0; i < rows; ++i) top[i * ld] = given ? given[i] : T(0);
+    if (net.last().identity) {
+      ones(scratch, rows);
+    } else {
+      int64_t lda;
+      const T* a = pre_activation(scratch, block, rows, row0, L, &lda);
+      net.last().apply(4, {rows, Simd<T>::lanes, a, lda, nullptr, s, scratch.of(scratch.c, L), ld});
+    }
+    for (int64_t l = 1; l < L; ++l) {
+      activate(scratch, block, rows, row0, l, m && net.at(l).curved ? 2 : 1);
+    }
+    if (m) run_single_pairs(scratch, block, m);
+    // g_L = gy·p_L; rows of pairs hold their total adjoint in qc.
+    T* g = scratch.g[0];
+    for (int64_t i = 0; i < rows; ++i) {
+      clear(g + i * ld, Simd<T>::lanes);
+      g[i * ld] = top[i * ld] * s[i * ld];
+    }
+    for (int64_t l = L; l >= 1; --l) {
+      if (l < L) {
+        g = g == scratch.g[0] ? scratch.g[1] : scratch.g[0];
+        single_cotangent(scratch, block, l, rows, g);
+      }
+      if (m && net.curved) {
+        const int64_t columns = whole_vectors<T>(net.at(l).out);
+        for (int64_t i = 0; i < m; ++i) {
+          copy(g + scratch.pairs.row[i] * ld, scratch.of(scratch.qc, l) + i * ld, columns);
+        }
+      }
+      if (l == 1) return first_layer(scratch, rows, row0, g);
+      add_weight(scratch, l, rows, g, ld, scratch.of(scratch.h, l - 1), ld);
+      add_bias(scratch, l, rows, g, ld);
+    }
+  }
+
+  // P_l of one row: saved, or the last layer's weights times σ_L'.
+  const T* pulled(const BackwardScratch<T>& scratch, int64_t block, int64_t l, int64_t row,
+                  T* scale) const {
+    if (l == net.L - 1) {
+      *scale = scratch.of(scratch.s, net.L)[row * scratch.ld];
+      return net.last().rows;
+    }
+    *scale = T(1);
+    return layout.p(call.saved[1], block, l) + row * layout.ld(l);
+  }
+
+  // g_l = gy·σ'∘P_l.
+  void single_cotangent(const BackwardScratch<T>& scratch, int64_t block, int64_t l, int64_t rows,
+                        T* g) const {
+    const int64_t ld = scratch.ld, columns = whole_vectors<T>(net.at(l).out);
+    const T* s = scratch.of(scratch.s, l);
+    for (int64_t i = 0; i < rows; ++i) {
+      T scale;
+      const T* P = pulled(scratch, block, l, i, &scale);
+      scale *= scratch.of(scratch.h, net.L)[i * ld];
+      for (int64_t j = 0; j < columns; j += Simd<T>::lanes) {
+        store(g + i * ld + j, scale * load(P + j) * load(s + i * ld + j));
+      }
+    }
+  }
+
+  // p_l, ḣ_l and the total adjoint q_l = gy·p_l + σ''-terms of m pairs (one for each active row).
+  void run_single_pairs(const BackwardScratch<T>& scratch, int64_t block, int64_t m) const {
+    const int64_t L = net.L, ld = scratch.ld;
+    const int32_t* row = scratch.pairs.row;
+    tangent_chain(scratch, m, net.last().curved ? L : L - 1, scratch.s, row);
+    T *pc = scratch.of(scratch.pc, L), *qc = scratch.of(scratch.qc, L);
+    for (int64_t i = 0; i < m; ++i) {
+      const int64_t from = row[i] * ld;
+      clear(qc + i * ld, Simd<T>::lanes);
+      pc[i * ld] = scratch.of(scratch.s, L)[from];
+      qc[i * ld] = scratch.of(scratch.h, L)[from] * pc[i * ld];
+      if (net.last().curved) {
+        qc[i * ld] += scratch.of(scratch.c, L)[from] * scratch.of(scratch.at, L)[i * ld];
+      }
+    }
+    for (int64_t l = L; l > 1; --l) {
+      add_weight(scratch, l, m, scratch.of(scratch.pc, l), ld, scratch.of(scratch.ht, l - 1), ld);
+      T *p = scratch.of(scratch.pc, l - 1), *q = scratch.of(scratch.qc, l - 1);
+      if (net.curved) {
+        gemm<false>(m, net.at(l).out, scratch.of(scratch.qc, l), ld, net.at(l).back, 0,
+                    from_zero<T>(), q, ld,
+                    ScaleRows{row, scratch.of(scratch.s, l - 1), q, q, ld});
+      }
+      single_pairs_layer(scratch, block, l - 1, m, p, q);
+    }
+    add_first_columns(scratch, m, scratch.of(scratch.pc, 1));
+  }
+
+  // p = σ'∘P, q += σ''∘ȧ∘P for the pairs of one layer.
+  void single_pairs_layer(const BackwardScratch<T>& scratch, int64_t block, int64_t l, int64_t m,
+                          T* p, T* q) const {
+    const int64_t ld = scratch.ld, columns = whole_vectors<T>(net.at(l).out);
+    const T *s = scratch.of(scratch.s, l), *c = scratch.of(scratch.c, l);
+    const T* at = scratch.of(scratch.at, l);
+    for (int64_t i = 0; i < m; ++i) {
+      const int64_t row = scratch.pairs.row[i];
+      T scale;
+      const T* P = pulled(scratch, block, l, row, &scale);
+      for (int64_t j = 0; j < columns; j += Simd<T>::lanes) {
+        const Vec<T> P_j = scale * load(P + j);
+        const int64_t here = i * ld + j, there = row * ld + j;
+        store(p + here, load(s + there) * P_j);
+        if (!net.at(l).curved) continue;
+        store(q + here, load(q + here) + load(c + there) * load(at + here) * P_j);
+      }
+    }
+  }
+};
+
+template <class T> void pack_for_backward(Net<T>& net, const SavedLayout<T>& layout,
+                                          const BackwardCall& call, const Wants& wants,
+                                          Bump& memory) {
+  const int64_t L = net.L;
+  if (!layout.has_a(1)) net.pack_bias(memory, 1);
+  if (!layout.has_a(1) || wants.pairs) net.pack_forward(memory, 1);
+  if (wants.pairs) {
+    for (int64_t l = 2; l < L + (net.last().curved ? 1 : 0); ++l) net.pack_forward(memory, l);
+  }
+  const bool single = layout.keeps_adjoint();
+  if (single && L > 1) net.pack_rows(memory, L);
+  if (!single || (wants.pairs && net.curved)) {
+    for (int64_t l = 2; l <= L; ++l) net.pack_back(memory, l);
+  }
+  if (call.gx) net.pack_back(memory, 1);
+}
+
+// Adds up the threads' sums in their order and lays them out as the parameters are.
+template <class T>
+void write_gradients(const Net<T>& net, const BackwardCall& call, const BackwardScratch<T>* scratch,
+                     int64_t threads) {
+  for (int64_t l = 1; l <= net.L; ++l) {
+    const Layer<T>& layer = net.at(l);
+    T *dw = static_cast<T*>(call.grads[2 * l - 2]), *db = static_cast<T*>(call.grads[2 * l - 1]);
+    const auto add = [&](T* to, int64_t step, int64_t at, int64_t n) {
+      for (int64_t j = 0; j < n; ++j) {
+        T total = scratch[0].sums.base[at + j];
+        for (int64_t t = 1; t < threads; ++t) total += scratch[t].sums.base[at + j];
+        to[j * step] = total;
+      }
+    };
+    const int64_t at = Gradients<T>::offset(net, l);
+    if (dw && l == 1) {
+      const int64_t ld = whole_vectors<T>(layer.out);
+      for (int64_t i = 0; i < layer.in; ++i) add(dw + i, layer.in, at + i * ld, layer.out);
+    } else if (dw) {
+      const int64_t ld = whole_vectors<T>(layer.in);
+      for (int64_t i = 0; i < layer.out; ++i) add(dw + i * layer.in, 1, at + i * ld, layer.in);
+    }
+    if (db) add(db, 1, at + Gradients<T>::weight_size(net, l), layer.out);
+  }
+}
+
+template <class T> bool any_slope_gradient(const Net<T>& net, const BackwardCall& call) {
+  if (!call.gout) return false;
+  if (!net.plan->hinge) return true;
+  const T* derivative = static_cast<const T*>(call.saved[2]);
+  for (int64_t i = 0; i < call.N * net.D * net.k; ++i) {
+    if (derivative[i] != T(0)) return true;
+  }
+  return false;
+}
+
+template <class T>
+Status backward(const Plan& plan, const BackwardCall& call, const Runtime& runtime) {
+  Net<T> net(plan, call.params);
+  const SavedLayout<T> layout(net, call.N);
+  const Blocks& blocks = layout.blocks;
+  Wants wants{};
+  for (int64_t l = 0; l < net.L; ++l) {
+    wants.weights[l] = call.grads[2 * l] != nullptr;
+    wants.biases[l] = call.grads[2 * l + 1] != nullptr;
+  }
+  wants.input = call.gx != nullptr;
+  wants.pairs = any_slope_gradient(net, call);
+  const int64_t threads = min_of<int64_t>(max_of(call.threads, 1), blocks.count);
+  Bump count;
+  const auto lay_out = [&](Bump& memory, auto&& each_thread) {
+    pack_for_backward(net, layout, call, wants, memory);
+    for (int64_t t = 0; t < threads; ++t) {
+      each_thread(t, BackwardScratch<T>(memory, net, blocks.capacity));
+    }
+  };
+  lay_out(count, [](int64_t, const BackwardScratch<T>&) {});
+  const size_t scratch_at = (count.used + 63) / 64 * 64;
+  const size_t bytes = scratch_at + size_t(threads) * sizeof(BackwardScratch<T>);
+  char* base = static_cast<char*>(runtime.acquire(bytes));
+  if (!base) return out_of_memory;
+  Bump memory{base, 0};
+  BackwardScratch<T>* scratch = reinterpret_cast<BackwardScratch<T>*>(base + scratch_at);
+  lay_out(memory, [&](int64_t t, const BackwardScratch<T>& s) { scratch[t] = s; });
+
+  const BackwardPass<T> pass{net, call, layout, wants};
+  auto work = [&](int64_t t) {
+    clear(scratch[t].sums.base, Gradients<T>::offset(net, net.L + 1));
+    const int64_t end = first_block(blocks, threads, t + 1);
+    for (int64_t b = first_block(blocks, threads, t); b < end; ++b) pass.run(scratch[t], b);
+  };
+  on_threads(runtime, threads, work);
+  write_gradients(net, call, scratch, threads);
+  runtime.release(base, bytes);
+  return ok;
+}
+
+}  // namespace

@@ -1,0 +1,311 @@
+// The forward pass: y, and J or its penalty, of one block of rows after another.
+//
+// A block goes through all layers while it stays in cache; tangents or the adjoint chain follow at
+// once, from the σ' still there. Letters are those of docs/mathematics.md.
+#pragma once
+
+#include "net.h"
+
+namespace {
+
+// After a product gave a tile of a: h = σ(a), s = σ'(a).
+template <class T> struct Activate {
+  const Layer<T>& layer;
+  int order;
+  const T* a;
+  int64_t lda;
+  T *h, *s;
+  int64_t ld;
+
+  void operator()(int64_t i, int64_t rows, int64_t j, int64_t columns) const {
+    const int64_t at = i * ld + j;
+    layer.apply(order, {rows, columns, a + i * lda + j, lda, h + at, s + at, nullptr, ld});
+  }
+};
+
+// After a product gave a tile of x: to = s∘x (to may be x itself).
+template <class T> struct Scale {
+  const T* s;
+  int64_t lds;
+  const T* x;
+  int64_t ldx;
+  T* to;
+  int64_t ldto;
+
+  void operator()(int64_t i, int64_t rows, int64_t j, int64_t columns) const {
+    multiply(rows, columns, x + i * ldx + j, ldx, s + i * lds + j, lds, to + i * ldto + j, ldto);
+  }
+};
+
+template <class T> struct ForwardScratch {
+  T *a, *h[2], *p[2];  // one block of the widest layer each
+  T* s;                // σ'(a_l), l = 1 .. L, `stride` apart
+  T *y, *slopes;       // (rows, D) padded; (rows, D, k)
+  int64_t ld, stride;
+
+  ForwardScratch(Bump& memory, const Net<T>& net, int64_t capacity, bool own_slopes) {
+    ld = scratch_ld<T>(net.widest);
+    stride = capacity * ld;
+    a = memory.take<T>(stride);
+    for (T*& buffer : h) buffer = memory.take<T>(stride);
+    for (T*& buffer : p) buffer = memory.take<T>(stride);
+    s = memory.take<T>(stride * net.L);
+    y = memory.take<T>(stride);
+    slopes = memory.take<T>(own_slopes ? capacity * net.D * net.k : 0);
+  }
+  T* first(int64_t l) const { return s + (l - 1) * stride; }
+};
+
+template <class T> struct ForwardPass {
+  const Net<T>& net;
+  const ForwardCall& call;
+  SavedLayout<T> layout;
+  double* partial;  // one sum of the penalty for each block
+
+  // a_l of a block: its place among the saved, or scratch.
+  T* pre_activation(const ForwardScratch<T>& scratch, int64_t block, int64_t l, int64_t* ld) const {
+    if (call.saved && layout.has_a(l)) {
+      *ld = layout.ld(l);
+      return layout.a(call.saved[0], block, l);
+    }
+    *ld = scratch.ld;
+    return l == net.L ? scratch.y : scratch.a;
+  }
+
+  void run(const ForwardScratch<T>& scratch, int64_t block) const {
+    const int64_t rows = layout.blocks.rows(block), row0 = layout.blocks.begin(block);
+    const T* top = hidden_layers(scratch, block, rows, row0);
+    T* y = static_cast<T*>(call.y) + row0 * net.D;
+    output_layer(scratch, block, rows, row0, top, y);
+    const bool direct = !net.plan->hinge || net.plan->elementwise;
+    const int64_t Dk = net.D * net.k;
+    T* slopes = direct ? static_cast<T*>(call.out) + row0 * Dk : scratch.slopes;
+    if (net.L == 1) {
+      only_layer_slopes(scratch, rows, slopes);
+    } else if (net.plan->adjoint) {
+      for (int64_t d = 0; d < net.D; ++d) adjoint_slopes(scratch, block, rows, d, slopes + d * net.k);
+    } else {
+      for (int64_t c = 0; c < net.k; ++c) tangent_slopes(scratch, rows, c, slopes + c);
+    }
+    spread_nan(rows, y, slopes);
+    if (net.plan->hinge) hinge(block, rows, row0, slopes);
+  }
+
+  // h_l, σ'(a_l) for l < L; returns h_{L-1}.
+  const T* hidden_layers(const ForwardScratch<T>& scratch, int64_t block, int64_t rows,
+                         int64_t row0) const {
+    const T* h = static_cast<const T*>(call.x) + row0 * net.d;
+    int64_t ldh = net.d;
+    for (int64_t l = 1; l < net.L; ++l) {
+      const Layer<T>& layer = net.at(l);
+      int64_t lda;
+      T *a = pre_activation(scratch, block, l, &lda), *next = scratch.h[l % 2];
+      const Activate<T> after{layer, 1, a, lda, next, scratch.first(l), scratch.ld};
+      gemm<false>(rows, layer.in, h, ldh, layer.forward, 0, from_bias(layer.bias), a, lda, after);
+      h = next;
+      ldh = scratch.ld;
+    }
+    return h;
+  }
+
+  void output_layer(const ForwardScratch<T>& scratch, int64_t block, int64_t rows, int64_t row0,
+                    const T* h, T* y) const {
+    const Layer<T>& layer = net.last();
+    const int64_t D = net.D, ldh = net.L == 1 ? net.d : scratch.ld;
+    int64_t lda;
+    T* a = pre_activation(scratch, block, net.L, &lda);
+    if (net.L == 1) h = static_cast<const T*>(call.x) + row0 * net.d;
+    if (net.last_by_dots()) {
+      dot_rows(rows, layer.in, h, ldh, D, layer.rows, whole_vectors<T>(layer.in), layer.bias, a,
+               lda, 1);
+    } else {
+      gemm<false>(rows, layer.in, h, ldh, layer.forward, 0, from_bias(layer.bias), a, lda,
+                  Nothing{});
+    }
+    T* value = a;
+    int64_t ld = lda;
+    if (!layer.identity) {
+      value = scratch.p[0], ld = scratch.ld;
+      layer.apply(1, {rows, whole_vectors<T>(D), a, lda, value, scratch.first(net.L), nullptr, ld});
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < D; ++j) y[i * D + j] = value[i * ld + j];
+    }
+  }
+
+  // σ_L'(a_L)[i, d], one where no activation follows the last layer.
+  T last_first(const ForwardScratch<T>& scratch, int64_t i, int64_t d) const {
+    return net.last().identity ? T(1) : scratch.first(net.L)[i * scratch.ld + d];
+  }
+
+  void only_layer_slopes(const ForwardScratch<T>& scratch, int64_t rows, T* slopes) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t d = 0; d < net.D; ++d) {
+        const T* w = net.last().w + d * net.d + (net.d - net.k);
+        const T s = last_first(scratch, i, d);
+        for (int64_t c = 0; c < net.k; ++c) slopes[(i * net.D + d) * net.k + c] = s * w[c];
+      }
+    }
+  }
+
+  // J[:, d, :] = p_1·W_1[:, x2]; P_{l-1} = p_l·W_l, p = σ'∘P.
+  void adjoint_slopes(const ForwardScratch<T>& scratch, int64_t block, int64_t rows, int64_t d,
+                      T* to) const {
+    const int64_t L = net.L, ld = scratch.ld, Dk = net.D * net.k;
+    const int64_t top = whole_vectors<T>(net.last().in);
+    const T* w = net.last().rows + d * top;
+    T* p = scratch.p[(L - 1) % 2];
+    for (int64_t i = 0; i < rows; ++i) {
+      const T s = last_first(scratch, i, d);
+      for (int64_t j = 0; j < top; j += Simd<T>::lanes) {
+        store(p + i * ld + j, load(scratch.first(L - 1) + i * ld + j) * (s * load(w + j)));
+      }
+    }
+    for (int64_t l = L - 1; l > 1; --l) {
+      const Layer<T>& layer = net.at(l);
+      T *next = scratch.p[(l - 1) % 2], *pulled = next;
+      int64_t ldp = ld;
+      if (call.saved && layout.has_p(l - 1)) {
+        pulled = layout.p(call.saved[1], block, l - 1);
+        ldp = layout.ld(l - 1);
+      }
+      gemm<false>(rows, layer.out, p, ld, layer.back, 0, from_zero<T>(), pulled, ldp,
+                  Scale<T>{scratch.first(l - 1), ld, pulled, ldp, next, ld});
+      p = next;
+    }
+    if (net.slopes_by_dots()) {
+      const int64_t H = net.at(1).out;
+      dot_rows<T>(rows, H, p, ld, net.k, net.columns, whole_vectors<T>(H), nullptr, to, Dk, 1);
+    } else {
+      T* J = scratch.a;
+      gemm<false>(rows, net.at(1).out, p, ld, net.slopes, 0, from_zero<T>(), J, ld, Nothing{});
+      for (int64_t i = 0; i < rows; ++i) copy(to + i * Dk, J + i * ld, net.k);
+    }
+  }
+
+  // J[:, :, c]: ȧ_1 = W_1[:, c], ḣ = σ'∘ȧ, ȧ_{l+1} = W_{l+1}·ḣ.
+  void tangent_slopes(const ForwardScratch<T>& scratch, int64_t rows, int64_t c, T* to) const {
+    const int64_t L = net.L, ld = scratch.ld, k = net.k, Dk = net.D * k;
+    const int64_t H = whole_vectors<T>(net.at(1).out);
+    T* t = scratch.p[0];
+    multiply(rows, H, scratch.first(1), ld, net.columns + c * H, 0, t, ld);
+    for (int64_t l = 2; l < L; ++l) {
+      const Layer<T>& layer = net.at(l);
+      T* next = scratch.p[(l - 1) % 2];
+      gemm<false>(rows, layer.in, t, ld, layer.forward, 0, from_zero<T>(), next, ld,
+                  Scale<T>{scratch.first(l), ld, next, ld, next, ld});
+      t = next;
+    }
+    const Layer<T>& layer = net.last();
+    if (net.last_by_dots()) {
+      dot_rows<T>(rows, layer.in, t, ld, net.D, layer.rows, whole_vectors<T>(layer.in), nullptr, to,
+                  Dk, k);
+    } else {
+      T* J = scratch.a;
+      gemm<false>(rows, layer.in, t, ld, layer.forward, 0, from_zero<T>(), J, ld, Nothing{});
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t d = 0; d < net.D; ++d) to[i * Dk + d * k] = J[i * ld + d];
+      }
+    }
+    if (layer.identity) return;
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t d = 0; d < net.D; ++d) to[i * Dk + d * k] *= last_first(scratch, i, d);
+    }
+  }
+
+  // An output that is NaN has no slope: no NaN may turn into a zero penalty.
+  void spread_nan(int64_t rows, const T* y, T* slopes) const {
+    for (int64_t i = 0; i < rows * net.D; ++i) {
+      if (y[i] == y[i]) continue;
+      for (int64_t c = 0; c < net.k; ++c) slopes[i * net.k + c] = y[i];
+    }
+  }
+
+  // e = w·h(margin - direction·J); what is saved is ∂e/∂J, zero wherever the row is inactive.
+  void hinge(int64_t block, int64_t rows, int64_t row0, const T* slopes) const {
+    const Plan& plan = *net.plan;
+    const int64_t Dk = net.D * net.k;
+    const T margin = T(plan.margin);
+    const T* weight = static_cast<const T*>(call.weight);
+    if (weight && call.weight_per_row) weight += row0 * Dk;
+    T* derivative = call.saved ? static_cast<T*>(call.saved[2]) + row0 * Dk : nullptr;
+    T* each = plan.elementwise ? static_cast<T*>(call.out) + row0 * Dk : nullptr;
+    double total = 0;
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t q = 0; q < Dk; ++q) {
+        const T sign = T(plan.direction[q]);
+        const T r = margin - sign * slopes[i * Dk + q];
+        const bool off = sign == T(0) || r <= T(0);
+        const T w = weight ? weight[(call.weight_per_row ? i * Dk : 0) + q] : T(1);
+        const T e = off ? T(0) : w * (plan.squared ? r * r : r);
+        if (derivative) {
+          derivative[i * Dk + q] = off ? T(0) : -sign * w * (plan.squared ? T(2) * r : T(1));
+        }
+        if (each) each[i * Dk + q] = e;
+        total += double(e);
+      }
+    }
+    if (partial) partial[block] = total;
+  }
+};
+
+template <class T> void pack_for_forward(Net<T>& net, Bump& memory) {
+  for (int64_t l = 1; l < net.L; ++l) net.pack_forward(memory, l);
+  for (int64_t l = 1; l <= net.L; ++l) net.pack_bias(memory, l);
+  if (!net.last_by_dots()) net.pack_forward(memory, net.L);
+  if (net.L == 1) return;
+  if (net.last_by_dots() || net.plan->adjoint) net.pack_rows(memory, net.L);
+  if (!net.plan->adjoint) return net.pack_columns(memory);
+  for (int64_t l = 2; l < net.L; ++l) net.pack_back(memory, l);
+  if (net.slopes_by_dots()) {
+    net.pack_columns(memory);
+  } else {
+    net.pack_slopes(memory);
+  }
+}
+
+template <class T>
+Status forward(const Plan& plan, const ForwardCall& call, const Runtime& runtime) {
+  Net<T> net(plan, call.params);
+  const SavedLayout<T> layout(net, call.N);
+  const Blocks& blocks = layout.blocks;
+  const bool summed = plan.hinge && !plan.elementwise;
+  if (call.N == 0) {
+    if (summed) *static_cast<T*>(call.out) = 0;
+    return ok;
+  }
+  const int64_t threads = min_of<int64_t>(max_of(call.threads, 1), blocks.count);
+  Bump count;
+  const auto lay_out = [&](Bump& memory, double** partial, auto&& each_thread) {
+    *partial = memory.take<double>(summed ? blocks.count : 0);
+    pack_for_forward(net, memory);
+    for (int64_t t = 0; t < threads; ++t) {
+      each_thread(t, ForwardScratch<T>(memory, net, blocks.capacity, summed));
+    }
+  };
+  double* partial;
+  lay_out(count, &partial, [](int64_t, const ForwardScratch<T>&) {});
+  const size_t scratch_at = (count.used + 63) / 64 * 64;
+  const size_t bytes = scratch_at + size_t(threads) * sizeof(ForwardScratch<T>);
+  char* base = static_cast<char*>(runtime.acquire(bytes));
+  if (!base) return out_of_memory;
+  Bump memory{base, 0};
+  ForwardScratch<T>* scratch = reinterpret_cast<ForwardScratch<T>*>(base + scratch_at);
+  lay_out(memory, &partial, [&](int64_t t, const ForwardScratch<T>& s) { scratch[t] = s; });
+
+  const ForwardPass<T> pass{net, call, layout, summed ? partial : nullptr};
+  auto work = [&](int64_t t) {
+    const int64_t end = first_block(blocks, threads, t + 1);
+    for (int64_t b = first_block(blocks, threads, t); b < end; ++b) pass.run(scratch[t], b);
+  };
+  on_threads(runtime, threads, work);
+  if (summed) {
+    double total = 0;
+    for (int64_t b = 0; b < blocks.count; ++b) total += partial[b];
+    *static_cast<T*>(call.out) = T(total);
+  }
+  runtime.release(base, bytes);
+  return ok;
+}
+
+}  // namespace

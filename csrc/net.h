@@ -1,0 +1,228 @@
+// One call's view of the network: layers with their weights packed, the cut of the rows into blocks,
+// and the scratch memory, all laid out in one allocation.
+#pragma once
+
+#include "activations.h"
+#include "gemm.h"
+
+namespace {
+
+constexpr int max_layers = 128;
+
+// Hands out pieces of one allocation. Run once with no base to count, once to hand out.
+struct Bump {
+  char* base = nullptr;
+  size_t used = 0;
+
+  template <class U> U* take(int64_t n) {
+    const size_t at = (used + 63) / 64 * 64;
+    used = at + size_t(n) * sizeof(U);
+    return base ? reinterpret_cast<U*>(base + at) : nullptr;
+  }
+};
+
+// The row stride of scratch matrices: whole vectors, and one more so that the rows of a matrix of
+// 2^n columns do not all fall into the same few sets of the first-level cache.
+template <class T> MK_INLINE int64_t scratch_ld(int64_t columns) {
+  return round_up(columns, Simd<T>::lanes) + Simd<T>::lanes;
+}
+template <class T> MK_INLINE int64_t whole_vectors(int64_t columns) {
+  return round_up(columns, Simd<T>::lanes);
+}
+
+// Rows are cut into `count` blocks of at most `capacity` rows that go through all layers while they
+// stay in the second-level cache. The cut depends on nothing but N, so that what forward saves can
+// be read whatever the number of threads is by then.
+struct Blocks {
+  int64_t N, tiles, count, capacity;
+
+  explicit Blocks(int64_t n) : N(n), tiles((n + MR - 1) / MR) {
+    constexpr int64_t target = 96 / MR;  // tiles in a block of many rows
+    count = (tiles + target - 1) / target;
+    if (count > 1) count = round_up(count, 2);  // two, four, ... threads get equal shares
+    count = max_of<int64_t>(count, 1);
+    capacity = max_of<int64_t>((tiles + count - 1) / count, 1) * MR;
+  }
+  int64_t begin(int64_t b) const { return min_of(N, b * tiles / count * MR); }
+  int64_t rows(int64_t b) const { return begin(b + 1) - begin(b); }
+};
+
+// One linear layer a = W·h + b (W (out, in)) and the activation that follows it.
+template <class T> struct Layer {
+  int64_t in, out;
+  const ApplyFn<T>* sigma;
+  Numbers<T> numbers;
+  bool identity, curved;  // curved: σ'' is not zero everywhere
+  const T *w, *b;         // the user's tensors
+
+  Matrix<T> forward;      // Wᵀ (in, out), for h·Wᵀ
+  Matrix<T> back;         // W (out, in), for g·W
+  const T* bias;          // b padded to whole vectors; null without bias
+  const T* rows;          // W itself with padded rows (stride whole_vectors(in)), for dot products
+
+  void apply(int order, Apply<T> what) const { sigma[order](what, numbers); }
+};
+
+template <class T> struct Net {
+  const Plan* plan;
+  int64_t L, d, D, k, widest;  // widest: of the hidden layers, x2 and the output
+  bool curved;
+  Layer<T> layer[max_layers];  // layer[l - 1] is layer l of the formulas
+  const T* columns;            // (k, whole_vectors(H_1)): the columns of W_1 that meet x2
+  Matrix<T> slopes;            // the same as B (H_1, k) of a product
+
+  const Layer<T>& at(int64_t l) const { return layer[l - 1]; }
+  const Layer<T>& last() const { return layer[L - 1]; }
+
+  Net(const Plan& p, const void* const* params) : plan(&p) {
+    L = p.L, d = p.widths[0], D = p.widths[p.L], k = p.k;
+    widest = max_of(D, k);
+    curved = false;
+    for (int64_t l = 0; l < L; ++l) {
+      Layer<T>& f = layer[l];
+      f = Layer<T>{};
+      f.in = p.widths[l], f.out = p.widths[l + 1];
+      widest = max_of(widest, f.out);
+      f.sigma = orders_of<T>(int(p.kind[l]));
+      f.numbers = {T(p.numbers[3 * l]), T(p.numbers[3 * l + 1]), T(p.numbers[3 * l + 2])};
+      f.identity = p.kind[l] == 0;
+      f.curved = !is_piecewise_linear(int(p.kind[l]));
+      curved = curved || f.curved;
+      f.w = static_cast<const T*>(params[2 * l]);
+      f.b = static_cast<const T*>(params[2 * l + 1]);
+    }
+    columns = nullptr;
+    slopes = Matrix<T>{};
+  }
+
+  // The last layer goes by dot products when its outputs are few; they read h in whole vectors,
+  // which x itself is not laid out for.
+  bool last_by_dots() const { return L > 1 && prefers_dots<T>(last().in, D); }
+  bool slopes_by_dots() const { return prefers_dots<T>(at(1).out, k); }
+  // Whether a_1 is left for backward: recomputing it from x costs a product of depth d.
+  bool saves_first() const { return d > 48; }
+
+  void pack_forward(Bump& memory, int64_t l) {
+    Layer<T>& f = layer[l - 1];
+    T* to = memory.take<T>(packed_size<T>(f.in, f.out));
+    if (to) f.forward = pack(to, f.w, 1, f.in, f.in, f.out);
+  }
+  void pack_back(Bump& memory, int64_t l) {
+    Layer<T>& f = layer[l - 1];
+    T* to = memory.take<T>(packed_size<T>(f.out, f.in));
+    if (to) f.back = pack(to, f.w, f.in, 1, f.out, f.in);
+  }
+  void pack_bias(Bump& memory, int64_t l) {
+    Layer<T>& f = layer[l - 1];
+    if (!f.b) return;
+    T* to = memory.take<T>(whole_vectors<T>(f.out));
+    if (!to) return;
+    for (int64_t j = 0; j < whole_vectors<T>(f.out); ++j) to[j] = j < f.out ? f.b[j] : T(0);
+    f.bias = to;
+  }
+  void pack_rows(Bump& memory, int64_t l) {
+    Layer<T>& f = layer[l - 1];
+    const int64_t ld = whole_vectors<T>(f.in);
+    T* to = memory.take<T>(f.out * ld);
+    if (!to) return;
+    for (int64_t i = 0; i < f.out; ++i) {
+      for (int64_t j = 0; j < ld; ++j) to[i * ld + j] = j < f.in ? f.w[i * f.in + j] : T(0);
+    }
+    f.rows = to;
+  }
+  void pack_columns(Bump& memory) {
+    const Layer<T>& f = layer[0];
+    const int64_t ld = whole_vectors<T>(f.out);
+    T* to = memory.take<T>(k * ld);
+    if (!to) return;
+    for (int64_t c = 0; c < k; ++c) {
+      for (int64_t j = 0; j < ld; ++j) {
+        to[c * ld + j] = j < f.out ? f.w[j * d + (d - k) + c] : T(0);
+      }
+    }
+    columns = to;
+  }
+  void pack_slopes(Bump& memory) {
+    T* to = memory.take<T>(packed_size<T>(at(1).out, k));
+    if (to) slopes = pack(to, at(1).w + (d - k), d, 1, at(1).out, k);
+  }
+};
+
+// Where forward leaves what backward reads, block after block: the pre-activations a_l of the hidden
+// layers (a_1 only where it is dear to recompute; a_L only where an activation follows), and for one
+// output in adjoint mode the pulled-back P_l of layers 1 .. L-2. Both hold everything: σ, σ', σ'' and
+// p are one cheap pass away, and P_{L-1} is a row of W_L. Rows are padded to whole vectors; a block's
+// layers lie together, so that all of it takes N times the same number of elements.
+template <class T> struct SavedLayout {
+  const Net<T>& net;
+  Blocks blocks;
+
+  SavedLayout(const Net<T>& n, int64_t N) : net(n), blocks(N) {}
+
+  int64_t ld(int64_t l) const { return whole_vectors<T>(net.at(l).out); }
+  bool has_a(int64_t l) const {
+    if (l == net.L) return !net.last().identity;
+    return l > 1 || net.saves_first();
+  }
+  bool keeps_adjoint() const { return net.plan->adjoint && net.D == 1; }
+  bool has_p(int64_t l) const { return keeps_adjoint() && l <= net.L - 2; }
+
+  int64_t row_of_a(int64_t end) const {  // elements of one row before layer `end`
+    int64_t n = 0;
+    for (int64_t l = 1; l < end; ++l) n += has_a(l) ? ld(l) : 0;
+    return n;
+  }
+  int64_t row_of_p(int64_t end) const {
+    int64_t n = 0;
+    for (int64_t l = 1; l < end; ++l) n += has_p(l) ? ld(l) : 0;
+    return n;
+  }
+  T* a(void* buffer, int64_t block, int64_t l) const {
+    return static_cast<T*>(buffer) + place(block, row_of_a(l), row_of_a(net.L + 1));
+  }
+  T* p(void* buffer, int64_t block, int64_t l) const {
+    return static_cast<T*>(buffer) + place(block, row_of_p(l), row_of_p(net.L + 1));
+  }
+  int64_t place(int64_t block, int64_t before, int64_t all) const {
+    return blocks.begin(block) * all + blocks.rows(block) * before;
+  }
+  Saved elements_of_a_row() const {
+    return {{row_of_a(net.L + 1), row_of_p(net.L + 1), net.plan->hinge ? net.D * net.k : 0}};
+  }
+};
+
+// Runs work(thread) for every thread of the call, on PyTorch's pool.
+template <class Work> void on_threads(const Runtime& runtime, int64_t threads, Work& work) {
+  if (threads == 1) return work(0);
+  runtime.parallel(
+      threads,
+      [](int64_t begin, int64_t end, void* context) {
+        for (int64_t t = begin; t < end; ++t) (*static_cast<Work*>(context))(t);
+      },
+      &work);
+}
+
+// The blocks of one thread: a fixed share, so that the same thread count gives the same bits.
+MK_INLINE int64_t first_block(const Blocks& blocks, int64_t threads, int64_t t) {
+  return blocks.count * t / threads;
+}
+
+template <class T> MK_INLINE void clear(T* to, int64_t n) {
+  __builtin_memset(to, 0, size_t(n) * sizeof(T));
+}
+template <class T> MK_INLINE void copy(T* to, const T* from, int64_t n) {
+  __builtin_memcpy(to, from, size_t(n) * sizeof(T));
+}
+
+// to[i][j] = x[i][j]·y[i][j] over rows x columns (whole vectors).
+template <class T>
+MK_INLINE void multiply(int64_t rows, int64_t columns, const T* x, int64_t ldx, const T* y,
+                        int64_t ldy, T* to, int64_t ldto) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; j += Simd<T>::lanes) {
+      store(to + i * ldto + j, load(x + i * ldx + j) * load(y + i * ldy + j));
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,60 @@
+// The vector of the machine at hand, as GCC's and Clang's vector extensions spell it: one source
+// serves AVX-512, AVX2, NEON and SSE2, chosen by MK_VECTOR_BYTES in isa_*.cpp.
+//
+// Everything of a kernel lives in an unnamed namespace and uses no standard C++ header, so that no
+// inline function compiled for one instruction set can be picked by the linker for another.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifndef MK_VECTOR_BYTES
+#error "define MK_VECTOR_BYTES before including the kernels"
+#endif
+
+#define MK_UNROLL _Pragma("GCC unroll 32")
+#define MK_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+template <class T> struct IntOf;
+template <> struct IntOf<float> { typedef int32_t type; };
+template <> struct IntOf<double> { typedef int64_t type; };
+
+template <class T> struct Simd {
+  typedef typename IntOf<T>::type Int;
+  typedef T V __attribute__((vector_size(MK_VECTOR_BYTES)));
+  typedef Int I __attribute__((vector_size(MK_VECTOR_BYTES)));
+  // As V, but with the alignment of one element: what unaligned loads and stores go through.
+  typedef T Any __attribute__((vector_size(MK_VECTOR_BYTES), aligned(sizeof(T)), may_alias));
+  static constexpr int lanes = MK_VECTOR_BYTES / sizeof(T);
+};
+
+template <class T> using Vec = typename Simd<T>::V;
+template <class T> using IVec = typename Simd<T>::I;
+
+template <class T> MK_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename Simd<T>::Any*>(p);
+}
+template <class T> MK_INLINE void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename Simd<T>::Any*>(p) = v;
+}
+template <class T> MK_INLINE Vec<T> splat(T s) { return Vec<T>{} + s; }
+
+// Sum over the lanes, always in the same order: halves folded onto each other.
+template <class T> MK_INLINE T sum(Vec<T> v) {
+  T lane[Simd<T>::lanes];
+  __builtin_memcpy(lane, &v, sizeof(v));
+  MK_UNROLL
+  for (int width = Simd<T>::lanes / 2; width > 0; width /= 2) {
+    MK_UNROLL
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  }
+  return lane[0];
+}
+
+MK_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+template <class A> MK_INLINE A min_of(A a, A b) { return a < b ? a : b; }
+template <class A> MK_INLINE A max_of(A a, A b) { return a < b ? b : a; }
+
+}  // namespace

@@ -1,0 +1,272 @@
+"""The native CPU kernel: the library of ``csrc/`` behind the four functions of a backend.
+
+The library is plain C to the outside and is opened with ctypes, which releases the GIL; it gets raw
+pointers and runs on PyTorch's own thread pool through ``torch_parallel_for`` of LibTorch's stable C
+interface. So one binary serves every Python and every PyTorch from 2.10 on, and a call costs a few
+microseconds. ``docs/native.md`` has the measurements behind these choices.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Sequence
+from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
+from functools import cache, lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..activations import Activation
+from ..problem import Hinge, Problem
+
+__all__ = ["activation", "backward", "forward", "isa", "refuses", "saved_like"]
+
+Params = Sequence[Tensor | None]
+
+MAX_LAYERS = 128
+LIBRARY = "_native.so"
+BUILD_LOG = "_native_build.txt"  # setup.py leaves the reason here where the library was not built
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_DTYPES = (torch.float32, torch.float64)
+
+
+def refuses(problem: Problem, x: Tensor) -> str | None:
+    """Why the kernel cannot serve the problem on tensors like x, or None."""
+    if x.device.type != "cpu":
+        return f"it serves CPU tensors, got {x.device}"
+    if x.dtype not in _DTYPES:
+        return f"it serves float32 and float64, got {str(x.dtype).removeprefix('torch.')}"
+    if problem.depth > MAX_LAYERS:
+        return f"it serves at most {MAX_LAYERS} layers, got {problem.depth}"
+    found = _library()
+    return found if isinstance(found, str) else None
+
+
+def saved_like(problem: Problem, x: Tensor) -> list[Tensor]:
+    """Uninitialised buffers, flat: the a_l, the P_l and ∂penalty/∂J (see ``csrc/net.h``)."""
+    N = x.shape[0]
+    return [x.new_empty(N * n) for n in _plan(problem, x.dtype).saved if n]
+
+
+def forward(
+    problem: Problem, x: Tensor, weight: Tensor | None, params: Params, save: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """y (N, D), the penalty (or J where there is no hinge), and what the backward needs."""
+    plan = _plan(problem, x.dtype)
+    N, hinge = x.shape[0], problem.hinge
+    y = x.new_empty(N, problem.D)
+    out = x.new_empty(() if plan.summed else (N, problem.D, problem.k))
+    saved = saved_like(problem, x) if save else []
+    x, params = x.contiguous(), _contiguous(params)
+    if weight is not None and hinge is not None:
+        weight = weight.contiguous()
+    status = plan.library.mk_forward(
+        plan.handle,
+        N,
+        torch.get_num_threads(),
+        x.data_ptr(),
+        None if weight is None else weight.data_ptr(),
+        weight is not None and weight.dim() == 3,
+        plan.pointers(params),
+        y.data_ptr(),
+        out.data_ptr(),
+        plan.places(saved) if save else None,
+    )
+    _check(status)
+    return y, out, saved
+
+
+def backward(
+    problem: Problem,
+    gy: Tensor | None,
+    gout: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    params: Params,
+    saved: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of x and of every parameter, None where ``needs`` is false."""
+    plan = _plan(problem, x.dtype)
+    grads: list[Tensor | None] = [
+        torch.empty(t.shape, dtype=t.dtype) if need and t is not None else None
+        for t, need in zip((x, *params), needs, strict=True)
+    ]
+    x, params = x.contiguous(), _contiguous(params)
+    gy = None if gy is None else gy.contiguous()
+    gout = None if gout is None else gout.contiguous()
+    status = plan.library.mk_backward(
+        plan.handle,
+        x.shape[0],
+        torch.get_num_threads(),
+        x.data_ptr(),
+        plan.pointers(params),
+        None if gy is None else gy.data_ptr(),
+        None if gout is None else gout.data_ptr(),
+        plan.places(saved),
+        None if grads[0] is None else grads[0].data_ptr(),
+        plan.pointers(grads[1:]),
+    )
+    _check(status)
+    return grads
+
+
+def activation(σ: Activation, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """σ(a), σ'(a), σ''(a) as the kernel computes them, for the test that holds the tables equal."""
+    library = _library()
+    if isinstance(library, str):
+        raise RuntimeError(library)
+    a = a.contiguous()
+    out = torch.empty_like(a), torch.empty_like(a), torch.empty_like(a)
+    library.mk_activation(
+        a.dtype == torch.float64,
+        σ.code,
+        (c_double * 3)(σ.p, σ.q, σ.r),
+        a.numel(),
+        a.data_ptr(),
+        *(t.data_ptr() for t in out),
+    )
+    return out
+
+
+def isa() -> str | None:
+    """The instruction set chosen on this machine ("avx512", "avx2", "neon", "baseline"), or None."""
+    library = _library()
+    return None if isinstance(library, str) else library.mk_isa().decode()
+
+
+# --- the library ------------------------------------------------------------------------------------
+
+
+@cache
+def _library() -> ctypes.CDLL | str:
+    """The library, opened once, or why there is none."""
+    path = _PACKAGE / LIBRARY
+    if not path.exists():
+        log = _PACKAGE / BUILD_LOG
+        why = log.read_text(encoding="utf-8").strip() if log.exists() else "it was not built"
+        return f"the native kernel is missing: {why}"
+    pool = _thread_pool()
+    if isinstance(pool, str):
+        return pool
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"the native kernel could not be opened ({error})"
+    library.mk_isa.restype = c_char_p
+    library.mk_use_parallel_for.argtypes = [c_void_p]
+    library.mk_use_parallel_for.restype = None
+    library.mk_plan_new.restype = c_void_p
+    library.mk_plan_new.argtypes = [
+        c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_double, c_void_p
+    ]  # fmt: skip
+    library.mk_plan_delete.argtypes = [c_void_p]
+    library.mk_plan_delete.restype = None
+    library.mk_saved_sizes.argtypes = [c_void_p, c_void_p]
+    library.mk_saved_sizes.restype = None
+    library.mk_forward.restype = library.mk_backward.restype = c_int
+    library.mk_forward.argtypes = [
+        c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p,
+        c_void_p,
+    ]  # fmt: skip
+    library.mk_backward.argtypes = [
+        c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p,
+        c_void_p,
+    ]  # fmt: skip
+    library.mk_activation.argtypes = [
+        c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p
+    ]  # fmt: skip
+    library.mk_activation.restype = None
+    library.mk_use_parallel_for(pool)
+    return library
+
+
+def _thread_pool() -> int | str:
+    """The address of PyTorch's ``torch_parallel_for``, or why it has none."""
+    suffix = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
+    name = f"{'' if sys.platform == 'win32' else 'lib'}torch_cpu.{suffix}"
+    try:
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
+        return ctypes.cast(torch_cpu.torch_parallel_for, c_void_p).value or 0
+    except (OSError, AttributeError):
+        return f"PyTorch {torch.__version__} does not offer torch_parallel_for (2.10 and later do)"
+
+
+def _check(status: int) -> None:
+    if status != 0:
+        raise MemoryError("monokernel: no memory for the native kernel's scratch buffers")
+
+
+def _contiguous(params: Params) -> Params:
+    if all(p is None or p.is_contiguous() for p in params):
+        return params
+    return [None if p is None else p.contiguous() for p in params]
+
+
+# --- plans ------------------------------------------------------------------------------------------
+
+
+class _Plan:
+    """A problem as the library knows it, and the shapes of its calls."""
+
+    def __init__(self, library: ctypes.CDLL, problem: Problem, dtype: torch.dtype) -> None:
+        self.library = library
+        L, D, k, hinge = problem.depth, problem.D, problem.k, problem.hinge
+        self.summed = hinge is not None and not hinge.elementwise
+        flags = (
+            dtype == torch.float64,
+            problem.mode == "adjoint",
+            hinge is not None,
+            hinge is not None and hinge.squared,
+            hinge is not None and hinge.elementwise,
+        )
+        numbers = [v for σ in problem.activations for v in (σ.p, σ.q, σ.r)]
+        signs = None if hinge is None else (c_double * (D * k))(*_signs(hinge, D, k))
+        self.handle = library.mk_plan_new(
+            (c_int64 * len(flags))(*flags),
+            L,
+            k,
+            (c_int64 * (L + 1))(*problem.widths),
+            (c_int64 * L)(*(σ.code for σ in problem.activations)),
+            (c_double * (3 * L))(*numbers),
+            0.0 if hinge is None else hinge.margin,
+            signs,
+        )
+        if not self.handle:
+            _check(1)
+        sizes = (c_int64 * 3)()
+        library.mk_saved_sizes(self.handle, sizes)
+        self.saved = tuple(sizes)
+        self._pointers = c_void_p * (2 * L)
+        self._places = c_void_p * 3
+
+    def __del__(self) -> None:
+        if getattr(self, "handle", None):
+            self.library.mk_plan_delete(self.handle)
+
+    def pointers(self, tensors: Params) -> ctypes.Array[c_void_p]:
+        return self._pointers(*[None if t is None else t.data_ptr() for t in tensors])
+
+    def places(self, saved: Sequence[Tensor]) -> ctypes.Array[c_void_p]:
+        """The saved buffers in the library's order; those without elements were left out."""
+        given = iter(saved)
+        return self._places(*[next(given).data_ptr() if n else None for n in self.saved])
+
+
+@lru_cache(maxsize=1024)
+def _plan(problem: Problem, dtype: torch.dtype) -> _Plan:
+    library = _library()
+    if isinstance(library, str):
+        raise RuntimeError(f"monokernel: {library}")
+    return _Plan(library, problem, dtype)
+
+
+def _signs(hinge: Hinge, D: int, k: int) -> list[int]:
+    """The direction of every output and column, row-major."""
+    given = hinge.direction
+    if len(given) == D * k:
+        return list(given)
+    return list(given) * (D if len(given) == k else D * k)
