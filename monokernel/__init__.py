@@ -1,5 +1,6 @@
 """monokernel: a penalty that makes ``y = NN(cat[x1, x2])`` monotone in x2, at the cost of a plain step."""
 
+from ._version import __version__
 from .api import MonotonePenalty, fused_mono_penalty, value_and_jacobian
 from .audit import Audit, audit
 from .planning import Plan, plan
@@ -8,9 +9,9 @@ __all__ = [
     "Audit",
     "MonotonePenalty",
     "Plan",
+    "__version__",
     "audit",
     "fused_mono_penalty",
     "plan",
     "value_and_jacobian",
 ]
-__version__ = "0.1.0"

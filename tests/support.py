@@ -1,0 +1,119 @@
+"""The oracle (a loop of double backward over the outputs) and what the tests build networks with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+import monokernel
+from monokernel.activations import _MODULES
+
+# One module per line of the activation table, with numbers that are not the defaults.
+ACTIVATION_MODULES: dict[str, nn.Module] = {
+    "ReLU": nn.ReLU(),
+    "LeakyReLU": nn.LeakyReLU(0.07),
+    "ELU": nn.ELU(1.3),
+    "SELU": nn.SELU(),
+    # PyTorch rounds 1/alpha to float32 in CELU's derivative: a power of two, to compare exactly.
+    "CELU": nn.CELU(0.5),
+    "GELU": nn.GELU(),
+    "GELU-tanh": nn.GELU(approximate="tanh"),
+    "SiLU": nn.SiLU(),
+    "Mish": nn.Mish(),
+    "Softplus": nn.Softplus(1.7, 2.5),
+    "Softsign": nn.Softsign(),
+    "Tanh": nn.Tanh(),
+    "Sigmoid": nn.Sigmoid(),
+    "LogSigmoid": nn.LogSigmoid(),
+    "Hardtanh": nn.Hardtanh(-0.8, 1.1),
+    "ReLU6": nn.ReLU6(),
+    "Identity": nn.Identity(),
+}
+assert {type(m) for m in ACTIVATION_MODULES.values()} == set(_MODULES)
+
+
+def mlp(
+    d1: int,
+    k: int,
+    D: int,
+    hidden: Sequence[int] = (9, 7),
+    activation: nn.Module | None = None,
+    bias: bool = True,
+    last: nn.Module | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> nn.Sequential:
+    """A network with d1 free and k monotone inputs, D outputs; weights large enough to curve it."""
+    layers: list[nn.Module] = []
+    width = d1 + k
+    for H in hidden:
+        layers += [nn.Linear(width, H, bias=bias), activation or nn.SiLU()]
+        width = H
+    layers.append(nn.Linear(width, D, bias=bias))
+    if last is not None:
+        layers.append(last)
+    net = nn.Sequential(*layers).to(dtype)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(1.5)
+    return net
+
+
+def points(N: int, d1: int, k: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    return torch.randn(N, d1, dtype=dtype), torch.randn(N, k, dtype=dtype)
+
+
+def oracle(net: nn.Module, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+    """y (..., D) and J (..., D, k) by one reverse pass per output, ready for a second backward."""
+    if not x2.requires_grad:
+        x2 = x2.detach().requires_grad_()
+    y = net(torch.cat([x1, x2], -1))
+    rows = [
+        torch.autograd.grad(y[..., d].sum(), x2, create_graph=True, materialize_grads=True)[0]
+        for d in range(y.shape[-1])
+    ]
+    return y, torch.stack(rows, -2)
+
+
+def oracle_penalties(
+    J: Tensor,
+    direction: Tensor | float = 1.0,
+    margin: float = 0.0,
+    hinge: str = "linear",
+    weight: Tensor | float | None = None,
+) -> Tensor:
+    """The penalty of every slope, written as the definition reads."""
+    direction = torch.as_tensor(direction, dtype=J.dtype)
+    r = torch.relu(margin - direction * J)
+    r = r**2 if hinge == "squared" else r
+    r = torch.where(direction.expand_as(J) == 0, torch.zeros_like(r), r)
+    return r if weight is None else r * weight
+
+
+def gradients(loss: Tensor, *inputs: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, inputs, materialize_grads=True))
+
+
+def assert_same(got: Sequence[Tensor], want: Sequence[Tensor], tolerance: float = 1e-10) -> None:
+    """Relative to each tensor's own largest entry, as the contract states it."""
+    for i, (g, w) in enumerate(zip(got, want, strict=True)):
+        assert g.shape == w.shape, f"tensor {i}: shape {tuple(g.shape)}, expected {tuple(w.shape)}"
+        scale = w.abs().max().clamp(min=1e-3) if w.numel() else torch.ones(())
+        error = ((g - w).abs().max() / scale).item() if w.numel() else 0.0
+        assert error <= tolerance, f"tensor {i}: relative error {error:.2e} > {tolerance:.0e}"
+
+
+def served(backend: str) -> bool:
+    """Whether the backend serves a small float64 network on the CPU here."""
+    net, (x1, x2) = mlp(2, 1, 1), points(3, 2, 1)
+    try:
+        monokernel.plan(net, x1, x2, backend=backend)
+    except ValueError:
+        return False
+    return True
+
+
+# Every backend that runs on CPU tensors by itself. Triton's interpreter has tests of its own.
+BACKENDS = [b for b in ("reference", "torch", "cpu") if served(b)]
+HANDWRITTEN = [b for b in BACKENDS if b != "reference"]
