@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 from torch.nn.modules.dropout import _DropoutNd
 
-from .activations import IDENTITY, Activation, of_module
+from .activations import Activation, of_module
 
 __all__ = ["Chain", "batch_coupling", "read", "sharded", "unwrap"]
 
@@ -70,7 +70,7 @@ def read(mlp: nn.Module) -> Chain | str:
                 f"{linears[-1].out_features} outputs"
             )
         linears.append(step)
-        activations.append(IDENTITY)
+        activations.append(Activation("identity"))  # a new one: a shared one is traced by compile
     if not linears:
         return "it has no Linear layer"
     return Chain(tuple(linears), tuple(activations))
@@ -118,7 +118,7 @@ def _collect(m: nn.Module, name: str, steps: list[nn.Linear | Activation]) -> st
     activation = of_module(m)
     if activation is None:
         return f"{where} is not a layer that is fused"
-    if activation != IDENTITY:
+    if activation.kind != "identity":
         steps.append(activation)
     return None
 
