@@ -79,7 +79,9 @@ def read(mlp: nn.Module) -> Chain | str:
 def batch_coupling(mlp: nn.Module) -> str | None:
     """A batch normalisation that uses the statistics of the batch: its rows have no own slope."""
     for name, m in mlp.named_modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None):
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and (
+            m.training or m.running_mean is None
+        ):
             return f"{name or 'mlp'} ({type(m).__name__})"
     return None
 
