@@ -3,15 +3,19 @@
 from ._version import __version__
 from .api import MonotonePenalty, fused_mono_penalty, value_and_jacobian
 from .audit import Audit, audit
+from .multipliers import Multipliers
 from .planning import Plan, plan
+from .sampling import sample_points
 
 __all__ = [
     "Audit",
     "MonotonePenalty",
+    "Multipliers",
     "Plan",
     "__version__",
     "audit",
     "fused_mono_penalty",
     "plan",
+    "sample_points",
     "value_and_jacobian",
 ]
