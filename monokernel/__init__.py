@@ -5,6 +5,7 @@ from .api import MonotonePenalty, fused_mono_penalty, value_and_jacobian
 from .audit import Audit, audit
 from .multipliers import Multipliers
 from .planning import Plan, plan
+from .plots import plot_audit
 from .sampling import sample_points
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "audit",
     "fused_mono_penalty",
     "plan",
+    "plot_audit",
     "sample_points",
     "value_and_jacobian",
 ]

@@ -1,0 +1,155 @@
+"""What an audit counts, as a picture (needs matplotlib, which nothing else here does)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .arguments import check_direction, check_inputs
+from .audit import audit, evaluating, slopes_in_direction
+from .sampling import sample_points
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["plot_audit"]
+
+BAD, GOOD = "#c0392b", "#2c6e9b"
+BINS = 50
+CURVE_POINTS = 121
+
+
+@torch.no_grad()
+def plot_audit(
+    mlp: nn.Module,
+    x1: Tensor,
+    x2: Tensor,
+    *,
+    direction: Any = 1,
+    margin: float = 0.0,
+    sample: int = 0,
+    strategy: str = "uniform",
+    generator: torch.Generator | None = None,
+    most: int = 4,
+    curves: int = 5,
+    outputs: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+) -> Figure:
+    """The constraints that violate most, each with the distribution of its slopes and the response
+    curves through its worst points.
+
+    Args:
+        mlp, x1, x2, direction, margin, sample, strategy, generator: as for
+            :func:`~monokernel.audit`.
+        most: how many constraints.
+        curves: how many of the worst points: y over x2 there, all other inputs held.
+        outputs, columns: names to show instead of numbers.
+
+    Returns:
+        A matplotlib figure, to show or save.
+    """
+    from matplotlib.figure import Figure
+
+    inputs = check_inputs(x1, x2)
+    signs = check_direction(direction, inputs.k)
+    x = inputs.joined().reshape(-1, inputs.d)
+    report = audit(mlp, x1, x2, direction=direction, margin=margin)
+    points = sample_points(x, sample, strategy, generator=generator) if sample else None
+    chosen = _most_violating(report.rate, report.worst_slope, most)
+    if not chosen or not report.rows:
+        raise ValueError(
+            "plot_audit: expected at least one row and one constrained slope, got none"
+        )
+
+    def slopes(rows: Tensor, d: int, c: int) -> Tensor:
+        blocks = slopes_in_direction(mlp, rows, inputs.k, signs)
+        return torch.cat([slope[:, d, c] for slope, _ in blocks]).float().cpu()
+
+    figure = Figure(figsize=(9, 2.7 * len(chosen)), layout="constrained")
+    axes = figure.subplots(len(chosen), 2, squeeze=False)
+    with evaluating(mlp):
+        for (left, right), (d, c) in zip(axes, chosen, strict=True):
+            sign = int(report.direction[d, c])
+            output = outputs[d] if outputs else f"output {d}"
+            column = columns[c] if columns else f"x2[{c}]"
+            s = slopes(x, d, c)
+            away = None if points is None else slopes(points, d, c)
+            _distribution(left, s, away, margin)
+            must = "rise" if sign > 0 else "fall"
+            share = f"{report.rate[d, c].item():.1%} of rows violate"
+            left.set_title(f"{output} must {must} with {column}\n{share}", loc="left", fontsize=10)
+            _responses(right, mlp, x, s, d, c - inputs.k, margin, curves)
+            right.set_title(f"{output} through the worst rows", loc="left", fontsize=10)
+            right.set_xlabel(column)
+    return figure
+
+
+def _most_violating(rate: Tensor, slope: Tensor, most: int) -> list[tuple[int, int]]:
+    """(d, c) by falling rate, then rising slope; free entries, which are NaN, never."""
+    entries = (~rate.isnan()).nonzero().tolist()
+    entries.sort(key=lambda e: (-rate[e[0], e[1]].item(), slope[e[0], e[1]].item()))
+    return [(d, c) for d, c in entries[:most]]
+
+
+def _distribution(axis: Axes, slopes: Tensor, away: Tensor | None, margin: float) -> None:
+    """Histogram of the slopes in their direction, what violates in red; sampled points outlined."""
+    both = [s[s.isfinite()] for s in (slopes, away) if s is not None]
+    ends = torch.cat([torch.tensor([margin]), *both])
+    low, high = ends.min().item(), ends.max().item()
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    edges = torch.linspace(low, high, BINS + 1)
+    for s, sampled in zip(both, (False, True), strict=False):
+        if not s.numel():
+            continue
+        share = torch.histc(s, BINS, low, high) / s.numel()
+        if sampled:
+            axis.stairs(share.numpy(), edges.numpy(), color="black", label="sampled points")
+            axis.legend(frameon=False)
+            continue
+        colors = [BAD if m < margin else GOOD for m in ((edges[1:] + edges[:-1]) / 2).tolist()]
+        axis.bar(edges[:-1].numpy(), share.numpy(), (high - low) / BINS, align="edge", color=colors)
+    axis.axvline(margin, color="black", linewidth=0.8, linestyle=":")
+    axis.set_xlabel("slope in its direction")
+    axis.set_yticks([])
+    _bare(axis)
+
+
+def _responses(
+    axis: Axes,
+    mlp: nn.Module,
+    x: Tensor,
+    slopes: Tensor,
+    d: int,
+    column: int,
+    margin: float,
+    curves: int,
+) -> None:
+    """y[d] over the data's range of one input (``column`` counts from the end of x), through the
+    rows with the lowest slopes, each marked with a dot: red where the row violates."""
+    order = slopes.nan_to_num(-torch.inf).argsort()[:curves]
+    worst = x[order.to(x.device)]
+    grid = torch.linspace(0, 1, CURVE_POINTS, dtype=x.dtype, device=x.device)
+    grid = torch.lerp(x[:, column].min(), x[:, column].max(), grid)
+    sweep = worst.unsqueeze(1).repeat(1, CURVE_POINTS, 1)
+    sweep[..., column] = grid
+
+    def response(rows: Tensor) -> Tensor:
+        y: Tensor = mlp(rows.reshape(-1, x.shape[1]))
+        return y.reshape(rows.shape[0], -1, y.shape[-1] if y.dim() > 1 else 1)[..., d].float().cpu()
+
+    lines, dots = response(sweep), response(worst.unsqueeze(1))
+    for i in range(len(order)):
+        color = GOOD if slopes[order[i]] >= margin else BAD
+        axis.plot(grid.float().cpu().numpy(), lines[i].numpy(), color=color, linewidth=1.2)
+        at = worst[i, column].float().item()
+        axis.plot([at], [dots[i, 0].item()], "o", color=color, markersize=4)
+    _bare(axis)
+
+
+def _bare(axis: Axes) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
