@@ -1,0 +1,34 @@
+"""The examples run as a reader would run them and show what they claim."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_diabetes_violations_go_at_no_loss_of_accuracy(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "curves.png"
+    run = subprocess.run(
+        [sys.executable, ROOT / "examples" / "diabetes.py", "--out", picture],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stderr
+    found = re.findall(r"^(with|without) penalty +([\d.]+) +([\d.]+)%", run.stdout, re.M)
+    results = {name: (float(loss), float(rate)) for name, loss, rate in found}
+    assert results["without"][1] > 5.0
+    assert results["with"][1] < 0.1
+    assert results["with"][0] < 1.02 * results["without"][0]
+    assert picture.read_bytes().startswith(b"\x89PNG")
