@@ -1,0 +1,111 @@
+"""Builds the native CPU kernel of ``csrc/`` into the package; everything else is in pyproject.toml.
+
+The library is optional: where it cannot be built, the installation goes on without it and leaves the
+reason in ``monokernel/_native_build.txt``, which ``monokernel.plan`` shows. It needs a C++17 compiler
+with GCC's vector extensions (GCC, Clang) and neither PyTorch nor Python headers. Each instruction
+set has a source file of its own with its own flags, and the library chooses among them at run time,
+so a wheel runs on every processor of its architecture and with every Python 3.
+
+Environment: MONOKERNEL_NATIVE=0 builds without the library, MONOKERNEL_CXXFLAGS adds flags
+(tests/native/sanitize.sh builds with the sanitizers that way).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+LIBRARY = "_native.so"  # opened with ctypes, so the same name on every system
+BUILD_LOG = "_native_build.txt"
+HEADERS = sorted(str(p) for p in Path("csrc").glob("*.h"))
+
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",  # fused multiply-add
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-psabi",  # vectors never cross a boundary between instruction sets
+]
+# The flags of each source file. Every processor runs the baseline (SSE2, or NEON on aarch64).
+SOURCES: dict[str, list[str]] = {"csrc/binding.cpp": [], "csrc/isa_baseline.cpp": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    SOURCES["csrc/isa_avx2.cpp"] = ["-mavx2", "-mfma"]
+    SOURCES["csrc/isa_avx512.cpp"] = [
+        *("-mavx2", "-mfma", "-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw")
+    ]
+
+
+class BuildNative(build_ext):
+    """Compiles the sources in parallel, each with its flags; a failure is noted, not raised."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")[:-1], LIBRARY)
+
+    def build_extension(self, ext: Extension) -> None:
+        library = Path(self.get_ext_fullpath(ext.name))
+        log = library.with_name(BUILD_LOG)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        for stale in (library, log, *map(Path("monokernel").joinpath, (LIBRARY, BUILD_LOG))):
+            stale.unlink(missing_ok=True)
+        try:
+            self._build(ext, library)
+        except Exception as error:
+            log.write_text(f"{_reason(error)}\n", encoding="utf-8")
+            print(f"monokernel: building without the native kernel: {_reason(error)}", file=sys.stderr)
+            if self.inplace:
+                Path("monokernel", BUILD_LOG).write_text(log.read_text(encoding="utf-8"))
+
+    def _build(self, ext: Extension, library: Path) -> None:
+        if os.environ.get("MONOKERNEL_NATIVE") == "0":
+            raise RuntimeError("MONOKERNEL_NATIVE=0 was set when the package was built")
+        if self.compiler.compiler_type == "msvc":
+            raise RuntimeError("the kernel needs GCC or Clang, found MSVC")
+        more = shlex.split(os.environ.get("MONOKERNEL_CXXFLAGS", ""))
+
+        def compile_one(source: str) -> list[str]:
+            return self.compiler.compile(
+                [source],
+                output_dir=self.build_temp,
+                extra_postargs=[*FLAGS, *SOURCES[source], *more],
+                depends=ext.depends,
+            )
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [o for found in pool.map(compile_one, SOURCES) for o in found]
+        static = ["-static-libstdc++", "-static-libgcc"] if sys.platform == "linux" else []
+        self.compiler.link_shared_object(
+            objects, str(library), extra_postargs=[*static, *more], target_lang="c++"
+        )
+
+
+class AnyPython(bdist_wheel):
+    """The library knows nothing of Python: one wheel for every Python 3 of a platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) < 300 else text[:300] + " ..."
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "monokernel._native", list(SOURCES), depends=HEADERS, language="c++", optional=True
+        )
+    ],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPython},
+)
