@@ -1,4 +1,4 @@
-"""monokernel: a penalty that makes ``y = NN(cat[x1, x2])`` monotone in x2, at the cost of a plain step."""
+"""monokernel: the penalty that makes ``y = NN(cat[x1, x2])`` monotone in x2, fused."""
 
 from ._version import __version__
 from .api import MonotonePenalty, fused_mono_penalty, value_and_jacobian

@@ -74,7 +74,7 @@ class Activation:
         return ACTIVATIONS[self.kind].second(a, self)
 
     def pull(self, g: Tensor, a: Tensor) -> Tensor:
-        """σ'(a) ∘ g in one pass over memory where PyTorch has an operator for it; not for autograd."""
+        """σ'(a) ∘ g, in one pass where PyTorch has an operator for it. Not for autograd."""
         return ACTIVATIONS[self.kind].pull(g, a, self)
 
 

@@ -83,7 +83,8 @@ def fused_mono_penalty(
         mlp: called as ``mlp(torch.cat([x1, x2], -1))``, output (..., D). Chains of Linear layers
             and element-wise activations are fused, every other module takes the general path.
         x1: the free inputs (..., d1), floating point; d1 may be 0.
-        x2: the monotone inputs (..., k), or (...,) read as k = 1; same leading shape, dtype, device.
+        x2: the monotone inputs (..., k), or (...,) read as k = 1; shape, dtype and device go with
+            x1.
         direction: +1 the output must not decrease, -1 must not increase, 0 free: a scalar, (k,) or
             (D, k), as numbers or a tensor (which is read to the host).
         margin: the slope, in its direction, from which on there is no penalty.
@@ -154,8 +155,8 @@ class MonotonePenalty(nn.Module):
 
     An ordinary module around ``mlp``, so that DistributedDataParallel, FSDP, Lightning and
     ``torch.compile`` wrap it as they wrap any other. The arguments are those of
-    :func:`fused_mono_penalty`; a tensor ``direction`` is read once, here, and a tensor ``weight`` is
-    a buffer that moves with the module.
+    :func:`fused_mono_penalty`; a tensor ``direction`` is read once, here, and a tensor ``weight``
+    is a buffer that moves with the module.
 
     Args:
         mlp: the network; ``.mlp`` afterwards.
@@ -209,7 +210,7 @@ class MonotonePenalty(nn.Module):
 def _slopes(mlp: nn.Module, inputs: Inputs, route: Route) -> tuple[Tensor, Tensor]:
     """y (..., D) and J (..., D, k) by autograd alone."""
     if route.chain is None:
-        return general.value_and_jacobian(mlp, inputs, route.mode, route.transformed)
+        return general.value_and_jacobian(mlp, inputs, route.transformed)
     problem, x, params = _problem(inputs, route, None)
     y, J = reference.value_and_jacobian(problem, x, params)
     return _leading(y, inputs), _leading(J, inputs)
@@ -220,17 +221,18 @@ def _fused(
 ) -> tuple[Tensor, Tensor]:
     """y (..., D) and the reduced penalty (or J) by a hand-written backend."""
     reduce = hinge is not None and not hinge.elementwise
-    outside = weight is not None and weight.requires_grad
-    if hinge is not None and outside:  # the weight's own gradient is PyTorch's business
+    # A weight that wants a gradient is multiplied outside: that gradient is PyTorch's business.
+    outside = weight if weight is not None and weight.requires_grad else None
+    if hinge is not None and outside is not None:
         hinge = Hinge(hinge.direction, hinge.margin, hinge.squared, True)
     problem, x, params = _problem(inputs, route, hinge)
-    kernel_weight = None if outside else _kernel_weight(weight, inputs, problem)
+    kernel_weight = None if outside is not None else _kernel_weight(weight, inputs, problem)
     y, out = evaluate(problem, route.backend, x, kernel_weight, params)
     y = _leading(y, inputs)
     if out.dim():
         out = _leading(out, inputs)
-    if outside:
-        out = out * weight
+    if outside is not None:
+        out = out * outside
     return y, out.sum() if reduce and out.dim() else out
 
 
@@ -239,7 +241,7 @@ def _problem(
 ) -> tuple[Problem, Tensor, list[Tensor | None]]:
     """The problem, its rows x (N, d) and its parameters, in autocast's dtype where it is on."""
     chain = route.chain
-    assert chain is not None and route.mode is not None
+    assert chain is not None
     problem = Problem(chain.widths, chain.activations, inputs.k, route.mode, hinge)
     x, params = inputs.joined().reshape(-1, inputs.d), chain.parameters()
     dtype = operand_dtype(x)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .problem import Hinge
 
@@ -25,6 +25,7 @@ __all__ = [
     "check_direction",
     "check_hinge",
     "check_inputs",
+    "check_module",
     "check_weight",
 ]
 
@@ -57,6 +58,11 @@ class Inputs:
     def joined(self) -> Tensor:
         """cat[x1, x2], the network's input (..., d)."""
         return torch.cat((self.x1, self.x2), -1) if self.x1.shape[-1] else self.x2
+
+
+def check_module(mlp: Any) -> None:
+    if not isinstance(mlp, nn.Module):
+        raise TypeError(f"mlp: expected an nn.Module, got {type(mlp).__name__}")
 
 
 def check_inputs(x1: Any, x2: Any) -> Inputs:

@@ -36,10 +36,14 @@ def evaluate(
         x.requires_grad or any(p is not None and p.requires_grad for p in params)
     )
     if tracked:
-        y, out = FusedMonoPenalty.apply(problem, backend, weight, x, *params)
+        y, out = _apply(FusedMonoPenalty, problem, backend, weight, x, *params)
         return y, out
     y, out, _ = _forward(problem, backend, x, weight, params, save=False)
     return y, out
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    return function.apply(*arguments)
 
 
 def transformed() -> bool:
@@ -56,10 +60,10 @@ def operand_dtype(x: Tensor) -> torch.dtype:
 
 
 class FusedMonoPenalty(torch.autograd.Function):
-    """(problem, backend, weight, x, *params) → (y, penalty or J), differentiable once in x, params."""
+    """(problem, backend, weight, x, *params) → (y, penalty or J), differentiable once."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         problem: Problem,
         backend: str,
@@ -74,16 +78,14 @@ class FusedMonoPenalty(torch.autograd.Function):
         return y, out
 
     @staticmethod
-    def backward(ctx: Any, gy: Tensor | None, gout: Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gy: Tensor | None, gout: Tensor | None) -> Any:
         x, weight, *rest = ctx.saved_tensors
         count = 2 * ctx.problem.depth
         params, saved = rest[:count], rest[count:]
         needs = ctx.needs_input_grad[3:]
         again = torch.is_grad_enabled()
         with torch.no_grad():
-            grads = _backward(
-                ctx.problem, ctx.backend, gy, gout, x, weight, params, saved, needs
-            )
+            grads = _backward(ctx.problem, ctx.backend, gy, gout, x, weight, params, saved, needs)
         if again:
             grads = _guard(grads, [gy, gout, x, *params])
         return (None, None, None, *grads)
@@ -93,23 +95,23 @@ class _NoSecond(torch.autograd.Function):
     """Identity on the first ``count`` tensors; its backward raises."""
 
     @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(t.view_as(t) for t in tensors[:count])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         raise RuntimeError(SECOND_DERIVATIVE)
 
 
 def _guard(grads: Sequence[Tensor | None], causes: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The same gradients, so tied to what they depend on that differentiating them raises."""
     present = [g for g in grads if g is not None]
-    tied = _NoSecond.apply(len(present), *present, *(c for c in causes if c is not None))
+    tied = _apply(_NoSecond, len(present), *present, *(c for c in causes if c is not None))
     rest = iter(tied)
     return [None if g is None else next(rest) for g in grads]
 
 
-# --- eager or compiled -----------------------------------------------------------------------------
+# --- eager or compiled ---------------------------------------------------------------------------
 
 
 def _forward(
@@ -153,7 +155,7 @@ def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-# --- the registered operators ----------------------------------------------------------------------
+# --- the registered operators --------------------------------------------------------------------
 
 # The problem as ``pack`` gives it, behind the backend's public name.
 _PROBLEM = (
@@ -204,9 +206,7 @@ def _backward_op(
     *packed: Any,
 ) -> list[Tensor]:
     with _no_autocast(x):
-        grads = load(backend).backward(
-            unpack(*packed), gy, gout, x, weight, params, saved, needs
-        )
+        grads = load(backend).backward(unpack(*packed), gy, gout, x, weight, params, saved, needs)
     return [g for g in grads if g is not None]
 
 

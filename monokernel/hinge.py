@@ -1,6 +1,6 @@
 """The hinge on the slopes, in differentiable PyTorch: for the reference and the general path.
 
-The kernels compute the same in their epilogue; ``slope_weights`` is what their backward needs of it.
+The kernels compute the same in their epilogue; ``slope_weights`` is what their backward needs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["constrained_entries", "penalties", "slope_weights"]
 
 def penalties(J: Tensor, hinge: Hinge, weight: Tensor | None) -> Tensor:
     """w·h(margin - direction·J) for every entry of J (N, D, k); 0 where the direction is 0."""
-    direction = direction_table(hinge.direction, *J.shape[-2:], J.dtype, J.device)
+    direction = direction_table(hinge.direction, J.shape[-2], J.shape[-1], J.dtype, J.device)
     r = torch.relu(hinge.margin - direction * J)
     if hinge.squared:
         r = r.square()
@@ -26,7 +26,7 @@ def penalties(J: Tensor, hinge: Hinge, weight: Tensor | None) -> Tensor:
 
 def slope_weights(J: Tensor, hinge: Hinge, weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """The penalties of J (N, D, k) and their derivatives in J, both (N, D, k). Not for autograd."""
-    direction = shared_direction_table(hinge.direction, *J.shape[-2:], J.dtype, J.device)
+    direction = shared_direction_table(hinge.direction, J.shape[-2], J.shape[-1], J.dtype, J.device)
     r = hinge.margin - direction * J
     free = r <= 0 if 0 not in hinge.direction else (r <= 0) | (direction == 0)
     r.masked_fill_(free, 0.0)

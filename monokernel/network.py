@@ -103,8 +103,6 @@ def _collect(m: nn.Module, name: str, steps: list[nn.Linear | Activation]) -> st
         return f"{where} has a forward of its own"
     if isinstance(m, nn.Sequential) and type(m).forward is nn.Sequential.forward:
         for key, child in m._modules.items():
-            if child is None:
-                return f"{where} has an empty entry"
             reason = _collect(child, f"{name}.{key}", steps)
             if reason is not None:
                 return reason
@@ -126,7 +124,7 @@ def _collect(m: nn.Module, name: str, steps: list[nn.Linear | Activation]) -> st
 
 
 def _plain(m: nn.Linear) -> bool:
-    """Whether its own parameters are ordinary dense tensors (a DTensor or a quantised one is not)."""
+    """Whether its own parameters are ordinary dense tensors (a DTensor is not)."""
     return all(
         type(t) in (nn.Parameter, Tensor) and t.layout is torch.strided
         for t in m._parameters.values()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import network
-from .arguments import BACKENDS, MODES, Inputs, check_choice, check_inputs
+from .arguments import BACKENDS, MODES, Inputs, check_choice, check_inputs, check_module
 from .backends import DEVICES, MODULES, refusal
 from .function import operand_dtype, transformed
 from .problem import Mode, cheaper_mode
@@ -21,7 +21,7 @@ class Route:
     """The decision for one call. ``chain`` is None on the general path, for ``reason``."""
 
     backend: str
-    mode: Mode | None  # None: the general path decides when it knows D
+    mode: Mode
     chain: network.Chain | None
     reason: str | None
     transformed: bool
@@ -59,16 +59,16 @@ def plan(
     """Which backend, mode and kernel would serve ``fused_mono_penalty(mlp, x1, x2)``, and why no
     other. Runs nothing of the network. ``x1`` (..., d1), ``x2`` (..., k) as there."""
     inputs = check_inputs(x1, x2)
-    route = choose(mlp, inputs, mode, backend)
+    route = choose(network.unwrap(mlp), inputs, mode, backend)
     kernel = KERNELS["general" if route.chain is None else route.backend]
-    mode_word = route.mode or "adjoint if D = 1 or D < k, else tangent"
-    return Plan(route.backend, mode_word, kernel, dict(route.refused))
+    return Plan(route.backend, route.mode, kernel, dict(route.refused))
 
 
 def choose(mlp: nn.Module, inputs: Inputs, mode: str, backend: str) -> Route:
     """The route of a call; raises where ``backend`` was asked for by name and cannot serve."""
     check_choice("mode", mode, MODES)
     check_choice("backend", backend, BACKENDS)
+    check_module(mlp)
     functional = transformed()
     chain = network.read(mlp)
     if isinstance(chain, str):
@@ -115,13 +115,18 @@ def _general(mlp: nn.Module, reason: str, mode: str, backend: str, functional: b
     part = network.sharded(mlp)
     if part is not None:
         raise ValueError(
-            f"mlp: {part} is sharded on its own, so its weights are gone when its slopes are needed; "
+            f"mlp: {part} is sharded on its own, so its weights are gone when its slopes are "
+            "needed; "
             "expected fully_shard around the MonotonePenalty as a whole"
         )
-    known: Mode | None = None if mode == "auto" else mode  # type: ignore[assignment]
+    if mode == "tangent":
+        raise ValueError(
+            f"mode: 'tangent' was asked for but serves fused networks only ({reason}); PyTorch's "
+            "forward mode can be silently wrong inside a general module"
+        )
     functional = functional or torch.compiler.is_compiling()
     refused = dict.fromkeys(MODULES, reason) if backend == "auto" else {}
-    return Route("reference", known, None, reason, functional, refused)
+    return Route("reference", "adjoint", None, reason, functional, refused)
 
 
 def _check_chain(chain: network.Chain, inputs: Inputs) -> None:

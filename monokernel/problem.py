@@ -1,6 +1,6 @@
 """What one call asks of a backend, as plain data.
 
-A :class:`Problem` holds every static fact of a call (shapes, activations, mode, hinge) and no tensor.
+A :class:`Problem` holds every static fact of a call (shapes, activations, mode, hinge), no tensor.
 Every backend with a hand-written backward serves the same four functions of it (see
 ``backends/handwritten.py``, their readable twin). The letters are those of ``docs/mathematics.md``.
 """
@@ -68,7 +68,7 @@ class Problem:
         return self.widths[0]
 
     @property
-    def D(self) -> int:  # noqa: N802 (the letter of the mathematics)
+    def D(self) -> int:
         return self.widths[-1]
 
     @property
@@ -137,7 +137,7 @@ def unpack(
 
 def cheaper_mode(D: int, k: int) -> Mode:
     """The cost rule: adjoint (D chains) or tangent (k passes), whichever needs fewer products."""
-    return "adjoint" if D == 1 or D < k else "tangent"
+    return "adjoint" if D == 1 or k > D else "tangent"
 
 
 def nan_rule(y: Tensor, J: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def nan_rule(y: Tensor, J: Tensor) -> Tensor:
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of J, the hinge and every sum: float32 for half precision, else the dtype itself."""
+    """The dtype of J, the hinge and every sum: float32 for half precision, else ``dtype``."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 

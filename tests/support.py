@@ -1,4 +1,4 @@
-"""The oracle (a loop of double backward over the outputs) and what the tests build networks with."""
+"""The oracle (a loop of double backward over the outputs) and the networks of the tests."""
 
 from __future__ import annotations
 

@@ -35,9 +35,7 @@ def functional(
     inputs = [*points(4, 2, 2), *(p.detach().clone() for p in params.values())]
 
     def f(x1: Tensor, x2: Tensor, *values: Tensor) -> Any:
-        return torch.func.functional_call(
-            module, dict(zip(params, values, strict=True)), (x1, x2)
-        )
+        return torch.func.functional_call(module, dict(zip(params, values, strict=True)), (x1, x2))
 
     return f, [t.requires_grad_() for t in inputs]
 

@@ -233,9 +233,7 @@ def test_frozen_and_shared_parameters(backend: str, mode: str) -> None:
         free = [p for p in net.parameters() if p.requires_grad]
         y, J = oracle(net, x1, x2)
         want = gradients(y.square().sum() + torch.relu(-J).sum(), *free)
-        y, penalty = fused_mono_penalty(
-            net, x1, x2, return_output=True, mode=mode, backend=backend
-        )
+        y, penalty = fused_mono_penalty(net, x1, x2, return_output=True, mode=mode, backend=backend)
         assert_same(gradients(y.square().sum() + penalty, *free), want)
         for p in frozen:
             p.requires_grad_(True)
@@ -262,9 +260,7 @@ def test_spectral_norm_iterates_once_a_call(backend: str) -> None:
     x1, x2 = points(8, 3, 2)
     y, _ = fused_mono_penalty(net, x1, x2, return_output=True, backend=backend)
     assert_same([y], [twin(torch.cat([x1, x2], -1))])
-    assert_same(
-        [b for _, b in net.named_buffers()], [b for _, b in twin.named_buffers()], 1e-14
-    )
+    assert_same([b for _, b in net.named_buffers()], [b for _, b in twin.named_buffers()], 1e-14)
 
 
 @EVERY_BACKEND
@@ -287,9 +283,7 @@ def test_nan_is_never_a_zero_penalty(backend: str, mode: str) -> None:
         for bad in (x1, x2):
             before = bad[2, 1].item()
             bad[2, 1] = math.nan
-            entries = fused_mono_penalty(
-                net, x1, x2, reduction="none", mode=mode, backend=backend
-            )
+            entries = fused_mono_penalty(net, x1, x2, reduction="none", mode=mode, backend=backend)
             assert entries[2].isnan().all()
             assert entries[[0, 1, 3, 4, 5]].isfinite().all()
             assert fused_mono_penalty(net, x1, x2, mode=mode, backend=backend).isnan()
@@ -337,9 +331,7 @@ def test_two_runs_give_the_same_bits(backend: str, mode: str) -> None:
     x1, x2 = points(3000, 5, 3, torch.float32)
 
     def run() -> list[Tensor]:
-        y, penalty = fused_mono_penalty(
-            net, x1, x2, return_output=True, mode=mode, backend=backend
-        )
+        y, penalty = fused_mono_penalty(net, x1, x2, return_output=True, mode=mode, backend=backend)
         return [y, penalty, *gradients(y.square().sum() + penalty, *net.parameters())]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))

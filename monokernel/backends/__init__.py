@@ -1,7 +1,7 @@
 """Who computes.
 
-``reference`` is autograd's own truth for a chain of layers, ``general`` serves any module. The other
-backends have a hand-written backward and share one protocol, the four functions of
+``reference`` is autograd's own truth for a chain of layers, ``general`` serves any module. The
+other backends have a hand-written backward and share one protocol, the four functions of
 ``handwritten.py``: PyTorch operations (``"torch"``), C++ (``"cpu"``) and Triton (``"triton"``).
 """
 
@@ -64,7 +64,6 @@ def load(name: str) -> Backend:
     return cast(Backend, import_module(MODULES[name], __name__))
 
 
-@torch.compiler.assume_constant_result
 def refusal(
     name: str,
     widths: tuple[int, ...],
@@ -80,6 +79,10 @@ def refusal(
     that the compiler can treat the answer as a constant.
     """
     return _refusal(name, widths, kinds, k, mode, dtype, device)
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler for it (1 s).
+refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=1024)

@@ -82,8 +82,8 @@ def forward(
     y = x.new_empty(N, D)
     J = x.new_empty(N, D, k, dtype=accumulate_dtype(x.dtype))
     for rows in _blocks(problem, x):
-        a = [t[rows] for t in saved[: _kept(problem)]] or [None] * L
-        a = _values(problem, x[rows], params, a, y[rows])
+        buffers = [t[rows] for t in saved[: _kept(problem)]]
+        a = _values(problem, x[rows], params, buffers, y[rows])
         if problem.mode == "tangent":
             J[rows] = _tangent_slopes(problem, a, params)
         else:
@@ -99,9 +99,9 @@ def forward(
 
 
 def _values(
-    problem: Problem, h: Tensor, params: Params, buffers: Sequence[Tensor | None], y: Tensor
+    problem: Problem, h: Tensor, params: Params, buffers: Sequence[Tensor], y: Tensor
 ) -> list[Tensor]:
-    """The pre-activations a_1 … a_L of a block, in the given buffers; the outputs go to ``y``."""
+    """The pre-activations a_1 … a_L of a block, in ``buffers`` if given; the outputs in ``y``."""
     a: list[Tensor] = []
     for l, σ in enumerate(problem.activations):
         last = l == problem.depth - 1

@@ -1,0 +1,285 @@
+"""Any module: the general path against the oracle, called exactly once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from monokernel import audit, fused_mono_penalty, plan, value_and_jacobian
+from tests.support import (
+    HANDWRITTEN,
+    assert_same,
+    gradients,
+    mlp,
+    oracle,
+    oracle_penalties,
+    points,
+)
+
+D1, K = 3, 2
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
+
+
+class Handwritten(nn.Module):
+    """Squeezes, multiplies inputs, uses a custom autograd function of the old style."""
+
+    def __init__(self, D: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(D1 + K, 6), nn.Linear(6, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.sin(self.a(x)) * x.prod(-1, keepdim=True)
+        return Cube.apply(self.b(h))
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * g
+
+
+class Subclass(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+class Attention(nn.Module):
+    """Fused attention, which has no second derivative unless it is told to do without fusion."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into = nn.Linear(D1 + K, 6)
+        self.layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = torch.arange(1.0, 4.0, dtype=x.dtype).unsqueeze(1)
+        return self.layer(self.into(x).unsqueeze(1) * steps).mean(1)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.out = nn.LSTM(D1 + K, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.cell(x.unsqueeze(1).expand(-1, 3, -1))[0][:, -1])
+
+
+def hooked() -> nn.Sequential:
+    net = mlp(D1, K, 2)
+    net[1].register_forward_hook(lambda m, args, out: 0.5 * out)
+    return net
+
+
+def batch_norm() -> nn.Sequential:
+    net = nn.Sequential(nn.Linear(D1 + K, 6), nn.BatchNorm1d(6), nn.SiLU(), nn.Linear(6, 2))
+    net(torch.randn(50, D1 + K))  # running statistics that are not the initial ones
+    return net.eval()
+
+
+MODULES = {
+    "layer-norm": lambda: nn.Sequential(
+        nn.Linear(5, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3)
+    ),
+    "batch-norm-eval": batch_norm,
+    "residual": lambda: nn.Sequential(nn.Linear(5, 6), Residual(6), Residual(6), nn.Linear(6, 2)),
+    "one-output": lambda: nn.Sequential(nn.Linear(5, 6), nn.PReLU(), nn.Linear(6, 1)),
+    "handwritten": lambda: Handwritten(3),
+    "hooks": hooked,
+    "sequential-subclass": lambda: Subclass(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 2)),
+    "activation-first": lambda: nn.Sequential(nn.Tanh(), nn.Linear(5, 2)),
+    "two-activations": lambda: nn.Sequential(nn.Linear(5, 2), nn.Tanh(), nn.Sigmoid()),
+    # PyTorch's forward mode loses terms of the parameter gradients in these two.
+    "layer-norm-last": lambda: nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.LayerNorm(6)),
+    "instance-norm": lambda: nn.Sequential(
+        nn.Linear(5, 6), nn.Unflatten(1, (2, 3)), nn.InstanceNorm1d(2, affine=True), nn.Flatten()
+    ),
+    "attention": lambda: Attention(),
+    "recurrent": lambda: Recurrent(),
+    "weight-norm-by-hook": lambda: nn.Sequential(
+        nn.utils.weight_norm(nn.Linear(5, 6)), nn.SiLU(), nn.Linear(6, 2)
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("mode", ["auto", "adjoint"])
+@pytest.mark.parametrize("name", MODULES)
+def test_against_the_oracle(name: str, mode: str) -> None:
+    net = MODULES[name]().double()
+    x1, x2 = (t.requires_grad_() for t in points(9, D1, K))
+    inputs = [x1, x2, *net.parameters()]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        y, J = oracle(net, x1, x2)
+    want = oracle_penalties(J, torch.tensor([1.0, -1.0]), 0.1).sum()
+    got_y, got = fused_mono_penalty(
+        net, x1, x2, direction=[1, -1], margin=0.1, return_output=True, mode=mode
+    )
+    task = torch.randn_like(y)
+    assert_same([got_y, got], [y, want])
+    assert_same(
+        gradients((got_y * task).sum() + got, *inputs), gradients((y * task).sum() + want, *inputs)
+    )
+    chosen = plan(net, x1, x2)
+    assert chosen.backend == "reference"
+    assert set(chosen.refused) == {"triton", "cpu", "torch"}
+    for backend in HANDWRITTEN:
+        with pytest.raises(ValueError, match=f"backend: '{backend}' was asked for but cannot"):
+            fused_mono_penalty(net, x1, x2, backend=backend)
+
+
+def test_tangent_mode_is_refused_and_says_why() -> None:
+    with pytest.raises(ValueError, match=r"mode: 'tangent' was asked for .* \(LayerNorm\)"):
+        fused_mono_penalty(MODULES["layer-norm"]().double(), *points(4, D1, K), mode="tangent")
+
+
+def test_plan_names_the_part_that_is_not_fused() -> None:
+    x1, x2 = points(4, D1, K)
+    reasons = {name: plan(MODULES[name]().double(), x1, x2).refused["torch"] for name in MODULES}
+    assert reasons["layer-norm"] == "mlp.1 (LayerNorm) is not a layer that is fused"
+    assert reasons["hooks"] == "mlp.1 (SiLU) has hooks"
+    assert reasons["residual"] == "mlp.1 (Residual) is not a layer that is fused"
+    assert "before the first Linear" in reasons["activation-first"]
+    assert "follow each other" in reasons["two-activations"]
+
+
+def test_the_module_is_called_exactly_once() -> None:
+    net, calls = hooked(), []
+    net.register_forward_hook(lambda *_: calls.append(1))
+    fused_mono_penalty(net, *points(4, D1, K), return_output=True)
+    assert len(calls) == 1
+
+
+def test_active_dropout_has_one_mask_for_value_and_slopes() -> None:
+    """With a linear network and dropout on its inputs, each slope is the weight or zero, and the
+    value says which."""
+    linear = nn.Linear(1 + 2, 1, bias=False).double()
+    net = nn.Sequential(nn.Dropout(0.5), linear)
+    x1, x2 = torch.zeros(200, 1).double(), torch.ones(200, 2).double()
+    y, J = value_and_jacobian(net, x1, x2)
+    assert_same([J.sum(-1)], [y])
+    assert 0 < (J == 0).double().mean() < 1
+    assert "Dropout) is active" in plan(net, x1, x2).refused["torch"]
+    assert plan(net.eval(), x1, x2).backend != "reference"
+    assert plan(nn.Sequential(nn.Dropout(0.0), linear).train(), x1, x2).backend != "reference"
+
+
+def test_batch_norm_in_training_mode_is_refused() -> None:
+    net = batch_norm().double().train()
+    before = net[1].running_mean.clone()
+    with pytest.raises(ValueError, match=r"mlp: 1 \(BatchNorm1d\) normalises with the statistics"):
+        fused_mono_penalty(net, *points(6, D1, K))
+    assert torch.equal(net[1].running_mean, before)
+    report = audit(net, *points(6, D1, K))  # audits in evaluation mode, and puts the mode back
+    assert report.rows == 6
+    assert net.training
+    assert net[1].training
+
+
+def test_outputs_of_other_shapes() -> None:
+    class Squeezed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp(D1, K, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x).squeeze(-1)
+
+    net, (x1, x2) = Squeezed(), points(7, D1, K)
+    y, J = value_and_jacobian(net, x1, x2)
+    want = value_and_jacobian(net.net, x1, x2)
+    assert y.shape == (7,)
+    assert_same([y.unsqueeze(-1), J], want)
+    y, J = value_and_jacobian(hooked(), x1.reshape(7, 1, D1), x2.reshape(7, 1, K))
+    assert (y.shape, J.shape) == ((7, 1, 2), (7, 1, 2, K))
+
+    class Pooled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sum(0)
+
+    with pytest.raises(ValueError, match="mlp: expected an output of shape"):
+        fused_mono_penalty(Pooled(), x1, x2)
+
+    class Tuple(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x
+
+    with pytest.raises(TypeError, match="mlp: expected to return a tensor, got tuple"):
+        fused_mono_penalty(Tuple(), x1, x2)
+
+
+def test_a_detached_output_is_no_zero_slope() -> None:
+    class Detached(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.detach()
+
+    with pytest.raises(ValueError, match="its output has no gradient"):
+        fused_mono_penalty(Detached(), *points(7, D1, K))
+
+
+def test_a_network_blind_to_x2_has_zero_slopes() -> None:
+    class Blind(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(D1, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x[..., :D1])
+
+    _, J = value_and_jacobian(Blind(), *points(7, D1, K))
+    assert J.shape == (7, 3, K)
+    assert not J.any()
+
+
+def test_slopes_do_not_run_through_x1() -> None:
+    """x1 computed from x2: the slope is the partial derivative, x1 held fixed."""
+    for net in (mlp(2, 2, 2), hooked_pair()):
+        x2 = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
+        x1 = x2 * 3
+        _, J = value_and_jacobian(net, x1, x2)
+        _, want = oracle(net, x1.detach(), x2)
+        assert_same([J], [want])
+
+
+def hooked_pair() -> nn.Sequential:
+    net = mlp(2, 2, 2)
+    net[1].register_forward_hook(lambda m, args, out: 0.5 * out)
+    return net
+
+
+def test_all_orders_of_derivative() -> None:
+    net = hooked()
+    x1, x2 = points(4, D1, K)
+
+    def f(x1: Tensor, x2: Tensor) -> Tensor:
+        return fused_mono_penalty(net, x1, x2, margin=3.0, hinge="squared")
+
+    assert torch.autograd.gradgradcheck(f, (x1.requires_grad_(), x2.requires_grad_()))
+
+
+def test_without_grad_and_in_inference_mode() -> None:
+    net, (x1, x2) = hooked(), points(4, D1, K)
+    want = fused_mono_penalty(net, x1, x2).detach()
+    with torch.no_grad():
+        got = fused_mono_penalty(net, x1, x2)
+    assert not got.requires_grad
+    assert_same([got], [want])
+    with torch.inference_mode():
+        assert_same([fused_mono_penalty(net, x1, x2)], [want])

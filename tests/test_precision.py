@@ -1,0 +1,83 @@
+"""Low precision: the error against the float64 truth is at most twice PyTorch's own there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from monokernel import fused_mono_penalty, plan, value_and_jacobian
+from tests.support import gradients, mlp, oracle, points
+
+N, D1, K = 400, 4, 2
+
+
+def backends(dtype: torch.dtype) -> list[str]:
+    net, (x1, x2) = mlp(D1, K, 1, dtype=dtype), points(1, D1, K, dtype)
+    found = []
+    for backend in ("reference", "torch", "cpu"):
+        try:
+            plan(net, x1, x2, backend=backend)
+        except ValueError:
+            continue
+        found.append(backend)
+    return found
+
+
+CASES = [
+    (dtype, backend)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    for backend in backends(dtype)
+]
+
+
+def rms(t: Tensor) -> float:
+    return t.double().square().mean().sqrt().item()
+
+
+def results(net: nn.Module, x1: Tensor, x2: Tensor, J_of: object, seed: int) -> list[Tensor]:
+    """y, J and the gradients of a smooth loss of both: no hinge, whose sign may flip near zero."""
+    y, J = J_of(net, x1, x2)  # type: ignore[operator]
+    torch.manual_seed(seed)
+    gy, gJ = torch.randn(y.shape, dtype=torch.float64), torch.randn(J.shape, dtype=torch.float64)
+    loss = (y * gy.to(y.dtype)).sum() / N + (J * gJ.to(J.dtype)).sum() / N
+    return [y, J, *gradients(loss, *net.parameters())]
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.SiLU(), nn.Tanh()], ids=str)
+@pytest.mark.parametrize("mode", ["tangent", "adjoint"])
+@pytest.mark.parametrize(("D", "width"), [(1, 32), (3, 48)])
+@pytest.mark.parametrize(("dtype", "backend"), CASES)
+def test_error_is_at_most_twice_pytorchs(
+    dtype: torch.dtype, backend: str, D: int, width: int, mode: str, activation: nn.Module
+) -> None:
+    net = mlp(D1, K, D, (width, width), activation, dtype=dtype)
+    x1, x2 = points(N, D1, K, dtype)
+    own = results(net, x1, x2, oracle, 1)
+    got = results(
+        net,
+        x1,
+        x2,
+        lambda *a: value_and_jacobian(*a, mode=mode, backend=backend),
+        1,
+    )
+    net, x1, x2 = net.double(), x1.double(), x2.double()
+    truth = results(net, x1, x2, oracle, 1)
+    floor = torch.finfo(dtype).eps / 4  # PyTorch's own error may happen to be nearly none
+    for i, (g, o, t) in enumerate(zip(got, own, truth, strict=True)):
+        theirs, ours = rms(o.double() - t) / rms(t), rms(g.double() - t) / rms(t)
+        assert ours <= 2 * max(theirs, floor), f"tensor {i}: {ours:.2e}, PyTorch {theirs:.2e}"
+
+
+@pytest.mark.parametrize(("dtype", "backend"), CASES)
+def test_the_hinge_outside_a_band_around_its_kink(dtype: torch.dtype, backend: str) -> None:
+    """Inside the band a slope's sign may flip; outside, the same rows are penalised."""
+    net = mlp(D1, K, 2, (32, 32), dtype=dtype)
+    x1, x2 = points(N, D1, K, dtype)
+    got = fused_mono_penalty(net, x1, x2, reduction="none", backend=backend)
+    _, J = value_and_jacobian(net.double(), x1.double(), x2.double(), backend="reference")
+    band = 8 * torch.finfo(dtype).eps * J.abs().max()
+    outside = J.abs() > band
+    assert outside.double().mean() > 0.5
+    assert torch.equal((got > 0)[outside], (J < 0)[outside])
+    assert (got[~outside] <= 2 * band).all()
