@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from monokernel import Multipliers, fused_mono_penalty
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "multipliers.py"
 
 
 def violations(*columns: list[float]) -> Tensor:
@@ -120,3 +125,18 @@ def test_training_reaches_a_violation_target() -> None:
         measured = multipliers.update(v)
     assert measured.max() <= 0.1
     assert multipliers.weight[2] < 0.1 * multipliers.weight[:2].min()
+
+
+def test_the_example_reaches_its_targets(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    threads = torch.get_num_threads()
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    torch.set_num_threads(threads)
+    _, *lines = capsys.readouterr().out.splitlines()
+    rates = {
+        line.split()[0]: max(float(r) for r in re.findall(r"([\d.]+)%[, ]", line)[-3:])
+        for line in lines
+    }
+    assert rates["none"] > 15
+    assert rates["10%"] <= 11
+    assert rates["1%"] <= 2

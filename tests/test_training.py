@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import runpy
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -213,6 +214,17 @@ def test_activation_checkpointing(reentrant: bool) -> None:
     train(forward, ours)
     train(lambda x1, x2: recipe(truth, x1, x2), truth)
     assert_same_weights(ours, truth)
+
+
+def test_lightning_example() -> None:
+    """Only where Lightning is installed, which the tests do not ask for."""
+    pytest.importorskip("lightning")
+    path = Path(__file__).parents[1] / "examples" / "lightning_module.py"
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    run = runpy.run_path(str(path))["main"]
+    logged = run(accelerator="cpu", max_epochs=60, **dict.fromkeys(quiet, False))
+    assert logged["val_error"] < 0.7
+    assert logged["val_violating"] < 0.05
 
 
 # --- torch.compile and torch.export ---------------------------------------------------------------
