@@ -25,11 +25,7 @@ class Chain:
 
     linears: tuple[nn.Linear, ...]
     activations: tuple[Activation, ...]
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """(d, H_1, …, D)."""
-        return (self.linears[0].in_features, *(m.out_features for m in self.linears))
+    widths: tuple[int, ...]  # (d, H_1, …, D)
 
     def parameters(self) -> list[Tensor | None]:
         """[W_1, b_1 or None, W_2, …]. Each is read once, as a plain forward would: reading a
@@ -73,7 +69,8 @@ def read(mlp: nn.Module) -> Chain | str:
         activations.append(Activation("identity"))  # a new one: a shared one is traced by compile
     if not linears:
         return "it has no Linear layer"
-    return Chain(tuple(linears), tuple(activations))
+    widths = (linears[0].in_features, *(m.out_features for m in linears))
+    return Chain(tuple(linears), tuple(activations), widths)
 
 
 def batch_coupling(mlp: nn.Module) -> str | None:
@@ -96,11 +93,10 @@ def sharded(mlp: nn.Module) -> str | None:
 
 def _collect(m: nn.Module, name: str, steps: list[nn.Linear | Activation]) -> str | None:
     """Appends the layers of ``m`` to ``steps``; a sentence if it has one that is not fused."""
-    where = f"mlp{name} ({type(m).__name__})"
     if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-        return f"{where} has hooks"
+        return f"{_where(m, name)} has hooks"
     if "forward" in m.__dict__:
-        return f"{where} has a forward of its own"
+        return f"{_where(m, name)} has a forward of its own"
     if isinstance(m, nn.Sequential) and type(m).forward is nn.Sequential.forward:
         for key, child in m._modules.items():
             reason = _collect(child, f"{name}.{key}", steps)
@@ -110,17 +106,21 @@ def _collect(m: nn.Module, name: str, steps: list[nn.Linear | Activation]) -> st
     # A parametrized Linear is a subclass whose forward is still nn.Linear's.
     if isinstance(m, nn.Linear) and type(m).forward is nn.Linear.forward:
         if not _plain(m):
-            return f"{where} has a weight that is no plain tensor"
+            return f"{_where(m, name)} has a weight that is no plain tensor"
         steps.append(m)
         return None
     if isinstance(m, _DropoutNd) and type(m).__module__ == _DropoutNd.__module__:
-        return f"{where} is active" if m.training and m.p > 0 else None
+        return f"{_where(m, name)} is active" if m.training and m.p > 0 else None
     activation = of_module(m)
     if activation is None:
-        return f"{where} is not a layer that is fused"
+        return f"{_where(m, name)} is not a layer that is fused"
     if activation.kind != "identity":
         steps.append(activation)
     return None
+
+
+def _where(m: nn.Module, name: str) -> str:
+    return f"mlp{name} ({type(m).__name__})"
 
 
 def _plain(m: nn.Linear) -> bool:
