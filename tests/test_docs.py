@@ -1,0 +1,82 @@
+"""Every Python block of README and docs runs, and the pages say what the code has."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import monokernel
+
+ROOT = Path(__file__).parents[1]
+PAGES = [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if p.exists()]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
+
+
+def given() -> dict[str, Any]:
+    """What a page may take for granted: a network, a batch, an optimizer."""
+    torch.manual_seed(0)
+    mlp = nn.Sequential(nn.Linear(6, 16), nn.SiLU(), nn.Linear(16, 2))
+    return {
+        "__name__": "page",
+        "torch": torch,
+        "nn": nn,
+        "mlp": mlp,
+        "x1": torch.randn(32, 4),
+        "x2": torch.randn(32, 2),
+        "target": torch.randn(32, 2),
+        "optimizer": torch.optim.Adam(mlp.parameters()),
+        **{name: getattr(monokernel, name) for name in monokernel.__all__},
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_python_blocks_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From top to bottom in one namespace, line numbers of the page in the traceback."""
+    text = page.read_text(encoding="utf-8")
+    blocks = list(BLOCK.finditer(text))
+    if any("plot_audit" in b[1] or "matplotlib" in b[1] for b in blocks):
+        pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    names = given()
+    for block in blocks:
+        line = text.count("\n", 0, block.start(1))
+        exec(compile("\n" * line + block[1], str(page), "exec"), names)
+
+
+def test_blocks_are_found() -> None:
+    """A page whose fences are spelled otherwise would pass unread."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        fences = re.findall(r"^[ ]*(?:```|~~~)[ ]*(?:py|python)\b.*$", text, re.M | re.I)
+        assert len(fences) == len(BLOCK.findall(text)), page
+
+
+def test_every_environment_variable_has_its_line() -> None:
+    source = [p for folder in ("monokernel", "csrc") for p in (ROOT / folder).rglob("*.*")]
+    read: set[str] = set()
+    for path in (ROOT / "setup.py", *source):
+        if path.suffix in (".py", ".h", ".cpp", ".cu"):
+            read |= set(re.findall(r"""["'](MONOKERNEL_[A-Z0-9_]+)["']""", path.read_text()))
+    page = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`(MONOKERNEL_\w+)`", page)) == read
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    listed = {n for names in re.findall(r"members: \[(.*?)\]", page) for n in names.split(", ")}
+    assert listed == set(monokernel.__all__) - {"__version__"}
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+            if not re.match(r"[a-z]+:", target):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
