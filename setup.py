@@ -1,10 +1,10 @@
-"""Builds the native CPU kernel of ``csrc/`` into the package; everything else is in pyproject.toml.
+"""Builds the native CPU kernel of ``csrc/`` into the package; all else is in pyproject.toml.
 
-The library is optional: where it cannot be built, the installation goes on without it and leaves the
-reason in ``monokernel/_native_build.txt``, which ``monokernel.plan`` shows. It needs a C++17 compiler
-with GCC's vector extensions (GCC, Clang) and neither PyTorch nor Python headers. Each instruction
-set has a source file of its own with its own flags, and the library chooses among them at run time,
-so a wheel runs on every processor of its architecture and with every Python 3.
+The library is optional: where it cannot be built, the installation goes on without it and leaves
+the reason in ``monokernel/_native_build.txt``, which ``monokernel.plan`` shows. It needs a C++17
+compiler with GCC's vector extensions (GCC, Clang) and neither PyTorch nor Python headers. Each
+instruction set has a source file of its own with its own flags, and the library chooses among them
+at run time, so a wheel runs on every processor of its architecture and with every Python 3.
 
 Environment: MONOKERNEL_NATIVE=0 builds without the library, MONOKERNEL_CXXFLAGS adds flags
 (tests/native/sanitize.sh builds with the sanitizers that way).
@@ -52,19 +52,28 @@ class BuildNative(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")[:-1], LIBRARY)
 
+    def run(self) -> None:
+        in_place = bool(self.inplace)  # an editable install: setuptools copies the library, if any
+        here = Path("monokernel")
+        if in_place:
+            for stale in (LIBRARY, BUILD_LOG):
+                (here / stale).unlink(missing_ok=True)
+        super().run()
+        log = Path(self.build_lib, "monokernel", BUILD_LOG)
+        if in_place and log.exists():
+            (here / BUILD_LOG).write_text(log.read_text(encoding="utf-8"), encoding="utf-8")
+
     def build_extension(self, ext: Extension) -> None:
         library = Path(self.get_ext_fullpath(ext.name))
         log = library.with_name(BUILD_LOG)
         log.parent.mkdir(parents=True, exist_ok=True)
-        for stale in (library, log, *map(Path("monokernel").joinpath, (LIBRARY, BUILD_LOG))):
-            stale.unlink(missing_ok=True)
+        library.unlink(missing_ok=True)
+        log.unlink(missing_ok=True)
         try:
             self._build(ext, library)
         except Exception as error:
+            print(f"monokernel: goes without the native kernel: {_reason(error)}", file=sys.stderr)
             log.write_text(f"{_reason(error)}\n", encoding="utf-8")
-            print(f"monokernel: building without the native kernel: {_reason(error)}", file=sys.stderr)
-            if self.inplace:
-                Path("monokernel", BUILD_LOG).write_text(log.read_text(encoding="utf-8"))
 
     def _build(self, ext: Extension, library: Path) -> None:
         if os.environ.get("MONOKERNEL_NATIVE") == "0":
@@ -98,6 +107,8 @@ class AnyPython(bdist_wheel):
 
 def _reason(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, FileNotFoundError):
+        text = f"no C++ compiler was found ({text})"
     return text if len(text) < 300 else text[:300] + " ..."
 
 

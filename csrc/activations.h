@@ -68,11 +68,12 @@ template <class T> struct GeluTanh {
   static MK_INLINE Sigma<T> at(Vec<T> a, Numbers<T>) {
     constexpr T c = T(0.79788456080286535588), cubic = T(0.044715);
     const Vec<T> square = a * a;
-    const Tanh<T> t = tanh_both<T>(c * (a + cubic * a * square));
+    // (1 + tanh(u)) / 2 is sigmoid(2u), which keeps its digits where tanh(u) is close to -1.
+    const Logistic<T> m = logistic<T>((2 * c) * (a + cubic * a * square));
     const Vec<T> u1 = c * (T(1) + (3 * cubic) * square), u2 = (c * 6 * cubic) * a;
-    const Vec<T> half = T(0.5) * (T(1) + t.value);
-    return {a * half, half + T(0.5) * a * t.first * u1,
-            t.first * (u1 + T(0.5) * a * (u2 - T(2) * t.value * u1 * u1))};
+    const Vec<T> slope = T(4) * m.value * m.complement, t = m.value - m.complement;
+    return {a * m.value, m.value + T(0.5) * a * slope * u1,
+            slope * (u1 + T(0.5) * a * (u2 - T(2) * t * u1 * u1))};
   }
 };
 

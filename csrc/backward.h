@@ -109,14 +109,14 @@ template <class T> struct BackwardPass {
     T* to = scratch.sums.bias(net, l);
     const int64_t columns = whole_vectors<T>(net.at(l).out);
     for (int64_t j = 0; j < columns; j += Simd<T>::lanes) {
-      Vec<T> even = load(to + j), odd = Vec<T>{};
+      Vec<T> even = Vec<T>{}, odd = Vec<T>{};
       int64_t i = 0;
       for (; i + 2 <= rows; i += 2) {
         even += load(g + i * ldg + j);
         odd += load(g + (i + 1) * ldg + j);
       }
       if (i < rows) even += load(g + i * ldg + j);
-      store(to + j, even + odd);
+      store(to + j, load(to + j) + (even + odd));  // block by block: fewer roundings in a chain
     }
   }
 

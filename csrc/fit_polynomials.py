@@ -1,7 +1,7 @@
-"""Fits the polynomials of ``vmath.h`` and prints ``polynomials.h``: python fit_polynomials.py > polynomials.h
+"""Prints ``polynomials.h``, the fits behind ``vmath.h``: python fit_polynomials.py > polynomials.h
 
 Chebyshev interpolation in 60 digits, turned to powers. The relative error of each fit stands beside
-its table; rounding adds the rest, which tests/test_cpu.py measures against float64 and mpmath's own.
+its table; rounding adds the rest, which tests/test_cpu.py measures.
 """
 
 from mpmath import atanh, chebyfit, erfc, exp, expm1, linspace, log, mp, mpf, polyval, sqrt
@@ -41,7 +41,8 @@ def table(name, f, low, high, n, dtype):
 
 
 def main():
-    print("// Made by fit_polynomials.py: coefficients of vmath.h, highest power first.\n#pragma once\n")
+    print("// Made by fit_polynomials.py: coefficients of vmath.h, highest power first.")
+    print("#pragma once\n")
     print("namespace {\n")
     half = log(2) / 2 * mpf("1.01")
     ninth = mpf(1) / 9 * mpf("1.0001")

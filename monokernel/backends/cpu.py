@@ -9,6 +9,7 @@ microseconds. ``docs/native.md`` has the measurements behind these choices.
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Sequence
 from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
@@ -133,18 +134,18 @@ def activation(σ: Activation, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def isa() -> str | None:
-    """The instruction set chosen on this machine ("avx512", "avx2", "neon", "baseline"), or None."""
+    """The instruction set in use (avx512, avx2, neon or baseline), None without the library."""
     library = _library()
     return None if isinstance(library, str) else library.mk_isa().decode()
 
 
-# --- the library ------------------------------------------------------------------------------------
+# --- the library ----------
 
 
 @cache
 def _library() -> ctypes.CDLL | str:
     """The library, opened once, or why there is none."""
-    path = _PACKAGE / LIBRARY
+    path = Path(os.environ.get("MONOKERNEL_LIBRARY", _PACKAGE / LIBRARY))
     if not path.exists():
         log = _PACKAGE / BUILD_LOG
         why = log.read_text(encoding="utf-8").strip() if log.exists() else "it was not built"
@@ -206,7 +207,7 @@ def _contiguous(params: Params) -> Params:
     return [None if p is None else p.contiguous() for p in params]
 
 
-# --- plans ------------------------------------------------------------------------------------------
+# --- plans ----------
 
 
 class _Plan:

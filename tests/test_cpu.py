@@ -1,0 +1,382 @@
+"""The native CPU kernel by itself: its functions against their twin in PyTorch, its activations
+against float64, its threads, its instruction sets. The public call is in test_penalty.py."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from monokernel.activations import KINDS, Activation
+from monokernel.backends import cpu, handwritten
+from monokernel.problem import Hinge, Mode, Problem
+from tests.support import assert_same
+
+pytestmark = pytest.mark.skipif(cpu.isa() is None, reason="the native kernel was not built")
+
+NUMBERS = {
+    "leaky_relu": (0.125, 0.0, 0.0),
+    "hardtanh": (-0.75, 1.125, 0.0),
+    "elu": (1.0625, 1.625, 0.875),
+    "softplus": (1.75, 2.5, 0.0),
+}
+TABLE = [Activation(kind, *NUMBERS.get(kind, ())) for kind in KINDS]
+IDENTITY = TABLE[0]
+EVERY_ACTIVATION = pytest.mark.parametrize("σ", TABLE, ids=KINDS)
+
+
+def problem(
+    widths: tuple[int, ...],
+    σ: Activation,
+    k: int,
+    mode: Mode,
+    hinge: Hinge | None = None,
+    last: bool = False,
+) -> Problem:
+    hidden = (σ,) * (len(widths) - 2)
+    return Problem(widths, (*hidden, σ if last else IDENTITY), k, mode, hinge)
+
+
+def parameters(p: Problem, dtype: torch.dtype, bias: bool = True) -> list[Tensor | None]:
+    params: list[Tensor | None] = []
+    for fan_in, out in zip(p.widths, p.widths[1:], strict=False):
+        params += [torch.randn(out, fan_in, dtype=dtype) * 1.3 / fan_in**0.5]
+        params += [torch.randn(out, dtype=dtype) if bias else None]
+    return params
+
+
+def run(
+    backend: object,
+    p: Problem,
+    x: Tensor,
+    params: list[Tensor | None],
+    weight: Tensor | None = None,
+    task: bool = True,
+) -> list[Tensor]:
+    """y, out, and every gradient for fixed random cotangents."""
+    y, out, saved = backend.forward(p, x, weight, params, True)  # type: ignore[attr-defined]
+    noise = torch.Generator().manual_seed(3)
+    gy = torch.randn(y.shape, dtype=torch.float64, generator=noise).to(y.dtype)
+    gout = torch.randn(out.shape, dtype=torch.float64, generator=noise).to(y.dtype)
+    needs = [True] + [q is not None for q in params]
+    grads = backend.backward(  # type: ignore[attr-defined]
+        p, gy if task else None, gout, x, weight, params, saved, needs
+    )
+    return [y, out, *(g for g in grads if g is not None)]
+
+
+# --- against the twin in PyTorch ----------
+
+HINGES = st.one_of(
+    st.none(),
+    st.builds(
+        Hinge,
+        direction=st.sampled_from([(1,), (-1,)]),
+        margin=st.sampled_from([-0.2, 0.0, 0.3, 50.0]),
+        squared=st.booleans(),
+        elementwise=st.booleans(),
+    ),
+)
+
+
+@given(
+    hidden=st.lists(st.integers(1, 70), max_size=4),
+    d1=st.sampled_from([0, 1, 3, 8, 60]),
+    k=st.integers(1, 40),
+    D=st.integers(1, 40),
+    N=st.sampled_from([0, 1, 7, 64, 97, 210]),
+    σ=st.sampled_from(TABLE),
+    mode=st.sampled_from(["tangent", "adjoint"]),
+    hinge=HINGES,
+    last=st.booleans(),
+    bias=st.booleans(),
+    task=st.booleans(),
+)
+def test_same_as_the_twin(
+    hidden: list[int],
+    d1: int,
+    k: int,
+    D: int,
+    N: int,
+    σ: Activation,
+    mode: Mode,
+    hinge: Hinge | None,
+    last: bool,
+    bias: bool,
+    task: bool,
+) -> None:
+    p = problem((d1 + k, *hidden, D), σ, k, mode, hinge, last)
+    x, params = torch.randn(N, p.d, dtype=torch.float64), parameters(p, torch.float64, bias)
+    got, want = (run(b, p, x, params, task=task) for b in (cpu, handwritten))
+    assert_same(got, want, 1e-11)
+
+
+@pytest.mark.parametrize("mode", ["tangent", "adjoint"])
+@pytest.mark.parametrize("D", [1, 3])
+@pytest.mark.parametrize("rows", [False, True], ids=["weight-Dk", "weight-NDk"])
+def test_weights_and_mixed_directions(mode: Mode, D: int, rows: bool) -> None:
+    direction = tuple([1, -1, 0, 1, 1, -1][: 2 * D]) if D > 1 else (1, -1)
+    p = problem((5, 33, 20, D), TABLE[7], 2, mode, Hinge(direction, 0.1, True))
+    x, params = torch.randn(130, 5, dtype=torch.float64), parameters(p, torch.float64)
+    weight = torch.rand((130, D, 2) if rows else (D, 2), dtype=torch.float64)
+    got, want = (run(b, p, x, params, weight) for b in (cpu, handwritten))
+    assert_same(got, want, 1e-11)
+
+
+def test_any_strides_and_partly_wanted_gradients() -> None:
+    p = problem((6, 40, 24, 1), TABLE[1], 2, "adjoint", Hinge(margin=0.2))
+    params = parameters(p, torch.float64)
+    x = torch.randn(6, 200, dtype=torch.float64).t()
+    strided = [None if q is None else torch.stack([q, q], -1)[..., 0] for q in params]
+    assert_same(run(cpu, p, x, strided), run(handwritten, p, x.contiguous(), params), 1e-11)
+    expanded = x[:1].expand(50, -1)
+    assert_same(run(cpu, p, expanded, params), run(handwritten, p, expanded, params), 1e-11)
+    y, out, saved = cpu.forward(p, x, None, params, True)
+    needs = [False, True, False, False, True, True, False]
+    full = cpu.backward(p, y, out, x, None, params, saved, [True] * 7)
+    some = cpu.backward(p, y, out, x, None, params, saved, needs)
+    for need, a, b in zip(needs, some, full, strict=True):
+        assert (a is not None and b is not None and torch.equal(a, b)) if need else a is None
+
+
+@EVERY_ACTIVATION
+@pytest.mark.parametrize("mode", ["tangent", "adjoint"])
+def test_float32_is_as_exact_as_pytorch(σ: Activation, mode: Mode) -> None:
+    """Root-mean-square error against float64 at most twice that of PyTorch's own float32."""
+    p = problem((8, 64, 64, 1), σ, 3, mode, None, last=True)
+    params = parameters(p, torch.float32)
+    x = torch.randn(500, 8)
+    truth = run(handwritten, p, x.double(), [q if q is None else q.double() for q in params])
+    got, plain = run(cpu, p, x, params), run(handwritten, p, x, params)
+    for g, f, w in zip(got, plain, truth, strict=True):
+        error, its = ((t.double() - w).square().mean().sqrt() for t in (g, f))
+        # Of a single number PyTorch's error may happen to be next to nothing.
+        assert error <= 2 * its + (2e-7 if w.numel() > 8 else 1e-6) * w.abs().max()
+
+
+# --- activations ----------
+
+
+mp = pytest.importorskip("mpmath")  # PyTorch depends on it, through SymPy
+
+
+def sigmoid(a: Any) -> Any:
+    return 1 / (1 + mp.exp(-a))
+
+
+def exact(σ: Activation, a: Any) -> Any:
+    """σ(a) in mpmath's arithmetic, from the definition."""
+    return {
+        "elu": lambda: σ.p * a if a > 0 else σ.p * σ.q * mp.expm1(σ.r * a),
+        "gelu": lambda: a * mp.ncdf(a),
+        "gelu_tanh": lambda: a * sigmoid(2 * mp.sqrt(2 / mp.pi) * (a + mp.mpf("0.044715") * a**3)),
+        "silu": lambda: a * sigmoid(a),
+        "mish": lambda: a * mp.tanh(mp.log1p(mp.exp(a))),
+        "softplus": lambda: a if σ.p * a > σ.q else mp.log1p(mp.exp(σ.p * a)) / σ.p,
+        "softsign": lambda: a / (1 + abs(a)),
+        "tanh": lambda: mp.tanh(a),
+        "sigmoid": lambda: sigmoid(a),
+        "logsigmoid": lambda: -mp.log1p(mp.exp(-a)),
+    }[σ.kind]()
+
+
+def truth(σ: Activation, a: Tensor) -> tuple[Tensor, ...]:
+    """σ, σ', σ'' of a by 40-digit arithmetic, rounded to float64."""
+    if σ.piecewise_linear:
+        return σ.value(a.double()), σ.first(a.double()), σ.second(a.double())
+    with mp.workdps(40):
+        rows = [
+            [float(mp.diff(lambda t: exact(σ, t), mp.mpf(v), order)) for order in range(3)]
+            for v in a.tolist()
+        ]
+    return tuple(torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True))
+
+
+@EVERY_ACTIVATION
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_activations_to_a_few_ulp(σ: Activation, dtype: torch.dtype) -> None:
+    """Units in the last place of the value, or of 1/4 where it is smaller (it may cross zero)."""
+    a = torch.cat([torch.linspace(-12, 12, 241) + 0.003, torch.randn(60) * 2]).to(dtype)
+    allowed = 8 if σ.kind == "gelu_tanh" else 4  # whose u(a) is rounded before exp
+    for got, want in zip(cpu.activation(σ, a), truth(σ, a), strict=True):
+        ulp = torch.finfo(dtype).eps * want.abs().clamp(min=0.25)
+        assert ((got.double() - want).abs() / ulp).max() <= allowed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", [σ.kind for σ in TABLE if not σ.piecewise_linear])
+def test_small_values_keep_their_digits(kind: str, dtype: torch.dtype) -> None:
+    σ = TABLE[KINDS.index(kind)]
+    a = -torch.logspace(-4, 0.9, 100).to(dtype)
+    want = truth(σ, a)[0]
+    # Rounding exp's argument (a, or a²/2 and u(a) of GELU) costs that many halves of a unit; it
+    # does so in PyTorch, too.
+    argument = a.double() ** 2 / 2 if kind == "gelu" else a.double().abs()
+    argument = 2 * (argument + 0.1 * argument**3) if kind == "gelu_tanh" else argument
+    ulp = torch.finfo(dtype).eps * want.abs() * (4 + 2 * argument)
+    assert ((cpu.activation(σ, a)[0].double() - want).abs() <= ulp).all()
+
+
+@EVERY_ACTIVATION
+def test_activations_at_kinks_and_far_out(σ: Activation) -> None:
+    a = torch.tensor([0.0, -0.0, σ.p, σ.q, 90, -90, 800, -800, 3e38, -3e38], dtype=torch.float64)
+    got = cpu.activation(σ, a)
+    assert_same(got[:2], [σ.value(a), σ.first(a)], 1e-14)
+    nan = cpu.activation(σ, torch.tensor([float("nan")]))
+    assert nan[0].isnan()
+
+
+# --- NaN, reruns, threads ----------
+
+
+@pytest.mark.parametrize("mode", ["tangent", "adjoint"])
+@pytest.mark.parametrize("D", [1, 2])
+def test_nan_is_never_a_zero_penalty(mode: Mode, D: int) -> None:
+    p = problem((4, 10, D), TABLE[1], 2, mode, Hinge((1,), 0.0, False, True))
+    x, params = torch.randn(20, 4), parameters(p, torch.float32)
+    x[7, 0] = float("nan")
+    y, penalty, _ = cpu.forward(p, x, None, params, False)
+    assert y[7].isnan().all()
+    assert penalty[7].isnan().all()
+    rest = torch.arange(20) != 7
+    assert penalty[rest].isfinite().all()
+    free = problem((4, 10, D), TABLE[1], 2, mode, Hinge((0,), 1.0, False, True))
+    assert (cpu.forward(free, x, None, params, False)[1] == 0).all()
+
+
+def test_infinite_slopes_of_clean_rows_leave_gradients_alone() -> None:
+    """An infinite gout meets inactive entries only: their gradient is zero, not NaN."""
+    p = problem((4, 10, 1), TABLE[1], 2, "adjoint", Hinge((1,), -1e9))
+    x, params = torch.randn(20, 4), parameters(p, torch.float32)
+    _, out, saved = cpu.forward(p, x, None, params, True)
+    inf = torch.full_like(out, float("inf"))
+    grads = cpu.backward(p, None, inf, x, None, params, saved, [True] * 5)
+    assert all((g == 0).all() for g in grads if g is not None)
+
+
+@pytest.mark.parametrize("mode", ["tangent", "adjoint"])
+def test_two_runs_give_the_same_bits(mode: Mode) -> None:
+    p = problem((6, 50, 34, 2), TABLE[7], 2, mode, Hinge(margin=0.1))
+    x, params = torch.randn(1000, 6), parameters(p, torch.float32)
+    first, second = run(cpu, p, x, params), run(cpu, p, x, params)
+    assert all(map(torch.equal, first, second))
+
+
+def test_thread_counts_agree_and_may_change_before_backward() -> None:
+    p = problem((6, 50, 34, 1), TABLE[7], 2, "adjoint", Hinge(margin=0.1))
+    x, params = torch.randn(3000, 6, dtype=torch.float64), parameters(p, torch.float64)
+    before = torch.get_num_threads()
+    want = run(handwritten, p, x, params)
+    try:
+        for forward, backward in ((1, 1), (2, 2), (3, 1), (1, 5)):
+            torch.set_num_threads(forward)
+            y, out, saved = cpu.forward(p, x, None, params, True)
+            torch.set_num_threads(backward)
+            grads = cpu.backward(p, y, out, x, None, params, saved, [True] * 7)
+            assert_same([y, out], want[:2], 1e-12)
+            one = handwritten.forward(p, x, None, params, True)
+            twin = handwritten.backward(p, one[0], one[1], x, None, params, one[2], [True] * 7)
+            assert_same(grads, twin, 1e-11)  # type: ignore[arg-type]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_python_threads_do_not_disturb_each_other() -> None:
+    p = problem((6, 40, 40, 1), TABLE[7], 2, "adjoint", Hinge(margin=0.1))
+    inputs = [(torch.randn(400, 6), parameters(p, torch.float32)) for _ in range(4)]
+    want = [run(cpu, p, x, params) for x, params in inputs]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        for _ in range(20):
+            if not all(map(torch.equal, run(cpu, p, *inputs[i]), want[i])):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_with_one_thread_computes() -> None:
+    """As a DataLoader's worker does: PyTorch gives it one thread."""
+    script = """
+import os, torch
+from tests.test_cpu import *
+p = problem((6, 40, 40, 1), TABLE[7], 2, "adjoint", Hinge(margin=0.1))
+x, params = torch.randn(4000, 6), parameters(p, torch.float32)
+want = run(cpu, p, x, params)
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)
+    got = run(cpu, p, x, params)
+    os._exit(0 if all(map(torch.allclose, got[:2], want[:2])) else 1)
+assert os.waitpid(child, 0)[1] == 0
+assert all(map(torch.equal, run(cpu, p, x, params), want))
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, cwd=ROOT)
+
+
+# --- the library ----------
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("name", ["baseline", "avx2"])
+def test_every_instruction_set_of_this_processor(name: str) -> None:
+    script = f"""
+from tests.test_cpu import *
+if cpu.isa() == {name!r}:
+    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 2e-3)):
+        for mode in ("tangent", "adjoint"):
+            for widths, k in (((7, 37, 50, 1), 3), ((5, 24, 19, 3), 2)):
+                p = problem(widths, TABLE[5], k, mode, Hinge(margin=0.1))
+                x, params = torch.randn(150, widths[0], dtype=dtype), parameters(p, dtype)
+                assert_same(run(cpu, p, x, params), run(handwritten, p, x, params), tolerance)
+    for σ in TABLE:
+        for dtype in (torch.float32, torch.float64):
+            test_activations_to_a_few_ulp(σ, dtype)
+"""
+    environment = {**os.environ, "MONOKERNEL_ISA": name}
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, env=environment)
+
+
+def test_refuses_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem((4, 10, 1), TABLE[1], 2, "adjoint")
+    assert cpu.refuses(p, torch.empty(0, 4)) is None
+    assert "float16" in (cpu.refuses(p, torch.empty(0, 4, dtype=torch.float16)) or "")
+    deep = problem((4,) * 200, TABLE[1], 2, "tangent")
+    assert "128 layers" in (cpu.refuses(deep, torch.empty(0, 4)) or "")
+    monkeypatch.setenv("MONOKERNEL_LIBRARY", str(tmp_path / "none.so"))
+    monkeypatch.setattr(cpu, "_PACKAGE", tmp_path)
+    (tmp_path / cpu.BUILD_LOG).write_text("no C++ compiler was found\n")
+    found = cpu._library.__wrapped__()
+    assert found == "the native kernel is missing: no C++ compiler was found"
+    (tmp_path / "none.so").write_text("not a library")
+    assert "could not be opened" in str(cpu._library.__wrapped__())
+
+
+def test_no_memory_is_lost_over_many_calls() -> None:
+    resource = pytest.importorskip("resource")
+    p = problem((6, 64, 64, 1), TABLE[7], 2, "adjoint", Hinge(margin=0.1))
+    x, params = torch.randn(2000, 6), parameters(p, torch.float32)
+    for _ in range(5):
+        run(cpu, p, x, params)
+    gc.collect()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(50):
+        run(cpu, p, x, params)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # KiB
