@@ -136,7 +136,7 @@ def value_and_jacobian(
     """y = mlp(cat[x1, x2]) and its slopes, for losses of one's own.
 
     Args:
-        mlp, x1, x2, mode, backend: as for :func:`fused_mono_penalty`.
+        mlp, x1, x2, mode, backend: as for ``fused_mono_penalty``.
 
     Returns:
         y (..., D) and ∂y/∂x2 (..., D, k), float32 for half-precision networks. Both are
@@ -155,7 +155,7 @@ class MonotonePenalty(nn.Module):
 
     An ordinary module around ``mlp``, so that DistributedDataParallel, FSDP, Lightning and
     ``torch.compile`` wrap it as they wrap any other. The arguments are those of
-    :func:`fused_mono_penalty`; a tensor ``direction`` is read once, here, and a tensor ``weight``
+    ``fused_mono_penalty``; a tensor ``direction`` is read once, here, and a tensor ``weight``
     is a buffer that moves with the module.
 
     Args:

@@ -118,13 +118,13 @@ def audit(
     """Measures violations on the given rows, with the network in evaluation mode.
 
     Args:
-        mlp, x1, x2, direction, margin: as for :func:`~monokernel.fused_mono_penalty`.
+        mlp, x1, x2, direction, margin: as for ``fused_mono_penalty``.
         sample: also measure on this many points away from the data, drawn as
-            :func:`~monokernel.sample_points` does by ``strategy`` and ``generator``; they are in
+            ``sample_points`` does by ``strategy`` and ``generator``; they are in
             the report's ``.sampled``.
 
     Returns:
-        An :class:`Audit`; print it for a table.
+        An ``Audit``; print it for a table.
     """
     inputs = check_inputs(x1, x2)
     signs = check_direction(direction, inputs.k)

@@ -44,7 +44,7 @@ def plot_audit(
 
     Args:
         mlp, x1, x2, direction, margin, sample, strategy, generator: as for
-            :func:`~monokernel.audit`.
+            ``audit``.
         most: how many constraints.
         curves: how many of the worst points: y over x2 there, all other inputs held.
         outputs, columns: names to show instead of numbers.
