@@ -112,7 +112,7 @@ def with_loop(net: nn.Module, data: Data) -> Tensor:
     """The usual recipe, right for several outputs: one differentiable backward pass for each."""
     x2 = data.x2.detach().requires_grad_()
     y = net(torch.cat([data.x1, x2], -1))
-    penalty = y.new_zeros(())
+    penalty = torch.zeros(())
     for d in range(y.shape[1]):
         (slope,) = torch.autograd.grad(y[:, d].sum(), x2, create_graph=True)
         penalty = penalty + torch.relu(MARGIN - slope).mean()

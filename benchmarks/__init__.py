@@ -1,0 +1,1 @@
+"""Monokernel beside what a user would write or pick instead. ``python -m benchmarks --help``."""

@@ -1,0 +1,18 @@
+"""``python -m benchmarks [step | scaling | accuracy] …``; without a name, the step."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+NAMES = ("step", "scaling", "accuracy")
+
+
+def main() -> None:
+    named = len(sys.argv) > 1 and sys.argv[1] in NAMES
+    name = sys.argv[1] if named else "step"
+    import_module(f"benchmarks.{name}").main(sys.argv[2 if named else 1 :])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Taking turns with the clock, the peak of the memory, and what machine it was.
+
+Variants are timed round-robin in one process, so that whatever else the machine does falls on all
+of them alike; medians are reported. Peak memory is the resident set's high-water mark over one
+step, in a fresh child process for each rival: it sees what every library allocates, PyTorch's or
+not.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import platform
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from datetime import datetime, timezone
+
+import torch
+
+from .cases import Case, Job
+from .rivals import rivals
+
+__all__ = ["Timings", "interleave", "machine", "matmul_flops", "peak_bytes"]
+
+TINY_ROWS, TINY_WIDTH = 2, 8
+MOST_ROUNDS, FEWEST_ROUNDS, WARM_UP = 200, 5, 2
+
+Timings = dict[str, list[float]]
+
+
+def interleave(
+    steps: Mapping[str, Callable[[], object]], seconds: float, sync: Callable[[], None]
+) -> Timings:
+    """Seconds of each call, the steps taking turns, for about so long (at least five rounds)."""
+    times: Timings = {name: [] for name in steps}
+    order = list(steps)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        for i in range(WARM_UP + MOST_ROUNDS):
+            if i == WARM_UP:
+                start = time.perf_counter()
+            if i >= WARM_UP + FEWEST_ROUNDS and time.perf_counter() - start > seconds:
+                break
+            order = order[1:] + order[:1]  # nobody always follows the same neighbour
+            for name in order:
+                sync()
+                begin = time.perf_counter()
+                steps[name]()
+                sync()
+                if i >= WARM_UP:
+                    times[name].append(time.perf_counter() - begin)
+    finally:
+        if collecting:
+            gc.enable()
+    return times
+
+
+_best_flops: dict[str, float] = {}
+
+
+def matmul_flops(device: str, sync: Callable[[], None]) -> float:
+    """The best rate of large float32 matrix products seen so far, operations per second."""
+    best = _best_flops.get(device, 0.0)
+    for n in (1024, 2048):
+        a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
+        for _ in range(8):
+            sync()
+            begin = time.perf_counter()
+            torch.mm(a, b)
+            sync()
+            best = max(best, 2 * n**3 / (time.perf_counter() - begin))
+    _best_flops[device] = best
+    return best
+
+
+def machine() -> dict[str, str]:
+    """What a row of the CSV says of its conditions."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    try:
+        import jax
+
+        versions["jax"] = jax.__version__
+    except ImportError:
+        versions["jax"] = ""
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "threads": str(torch.get_num_threads()),
+        **versions,
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
+    except OSError:
+        names = []
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def peak_bytes(case: Case, name: str, with_peers: bool = True) -> int | None:
+    """Bytes by which one step of this rival raises the peak; None where Linux does not tell."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.measure"])
+    threads = torch.get_num_threads()
+    try:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            return pool.submit(_peak, case, name, with_peers, threads).result()
+    except (OSError, BrokenProcessPool):
+        return None
+
+
+def _peak(case: Case, name: str, with_peers: bool, threads: int) -> int:
+    torch.set_num_threads(threads)
+    job = Job(case)
+    rival = next(r for r in rivals(job, True, with_peers) if r.name == name)
+    step = rival.make(job)
+    if rival.compiled:
+        step.run()  # compiling is not part of a step
+    else:  # load the code, and leave every buffer that grows with the rows to be counted
+        tiny = Job(replace(case, rows=TINY_ROWS, width=TINY_WIDTH))
+        rival.make(tiny).run()
+    for p in job.parameters():
+        p.grad = None
+    gc.collect()
+    _trim()
+    before = _status("VmRSS")
+    with open("/proc/self/clear_refs", "w") as reset:
+        reset.write("5")  # the high-water mark starts anew
+    step.run()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(key: str) -> int:
+    with open("/proc/self/status") as lines:
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+def _trim() -> None:
+    """Hands freed memory back to the system, so that reusing it counts as using it."""
+    import ctypes
+
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except AttributeError:  # not glibc
+        return

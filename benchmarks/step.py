@@ -1,0 +1,246 @@
+"""The training step (task loss, penalty, backward) beside every way a user might write it.
+
+    python -m benchmarks                         the quick set, about two minutes
+    python -m benchmarks --all                   the whole grid, hours
+    python -m benchmarks --rows 8192 --outputs 1 8 --width 128 --activation silu --share 0
+
+Rows are appended to a CSV with machine, versions and date. Before anything is timed every rival's
+loss and gradient are compared with the reference in float64; one that disagrees gets no ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import quantiles
+
+import torch
+
+from .cases import Case, Job
+from .measure import interleave, machine, matmul_flops, peak_bytes
+from .rivals import PLAIN, Rival, Step, rivals
+
+__all__ = ["main"]
+
+RESULTS = Path(__file__).parent / "results"
+TOLERANCE = 1e-3
+SECONDS_PER_CASE = 2.0
+SLOWEST_STEP = 3.0  # seconds; a rival slower than this at a size is skipped
+MEMORY_LIMIT = 8e9
+BUSY = 1.5  # p80 over p20 of the plain step beyond which the machine was not quiet
+MEMORY_ROWS = 1024  # below this the peak is noise
+
+GRID: dict[str, list[object]] = {
+    "rows": [256, 1024, 8192, 65536],
+    "width": [64, 128, 512],
+    "outputs": [1, 8],
+    "columns": [1, 4],
+    "activation": ["relu", "silu"],
+    "share": [0.0, 0.05, 1.0],
+}
+QUICK = [
+    Case(256, 64, 1, 1, "relu", 0.05),
+    Case(1024, 64, 1, 4, "relu", 0.0),
+    Case(8192, 128, 1, 4, "silu", 0.0),
+    Case(8192, 128, 1, 4, "silu", 0.05),
+    Case(8192, 128, 1, 4, "silu", 1.0),
+    Case(1024, 128, 8, 1, "relu", 0.05),
+    Case(8192, 128, 8, 1, "silu", 0.05),
+    Case(1024, 64, 8, 4, "silu", 1.0),
+]
+# Compiling costs a quarter of a minute a case, so the quick set does it for two.
+QUICK_COMPILED = {QUICK[3], QUICK[6]}
+
+FIELDS = [
+    *["date", "machine", "processor", "threads", "python", "torch", "jax", "device"],
+    *["rows", "width", "depth", "outputs", "columns", "activation", "share", "mode"],
+    *["rival", "rounds", "p20_ms", "p50_ms", "p80_ms", "ratio"],
+    *["peak_mib", "peak_ratio", "matmul_gflops", "of_matmul_rate", "error", "note"],
+]
+Row = dict[str, object]
+
+
+def run_case(
+    case: Case, device: str, with_compiled: bool, with_peers: bool, with_memory: bool
+) -> list[Row]:
+    """One row for each rival: timed, or with a note why not."""
+    job = Job(case, device)
+    sync = _sync(device)
+    matmul_flops(device, sync)
+    rows: dict[str, Row] = {}
+    steps: dict[str, Step] = {}
+    for rival in rivals(job, with_compiled, with_peers):
+        row = rows[rival.name] = _row(case, job, device, rival.name)
+        step, note, error = _admit(rival, job)
+        row["note"], row["error"] = note, "" if error is None else f"{error:.1e}"
+        if step is not None:
+            steps[rival.name] = step
+    times = interleave({name: step.run for name, step in steps.items()}, SECONDS_PER_CASE, sync)
+    for name, seconds in times.items():
+        p20, _, _, p80 = quantiles(seconds, n=5, method="inclusive")
+        middle = quantiles(seconds, n=2, method="inclusive")[0]
+        rows[name] |= {
+            "rounds": len(seconds),
+            **{
+                f"{p}_ms": f"{1e3 * s:.4f}"
+                for p, s in (("p20", p20), ("p50", middle), ("p80", p80))
+            },
+        }
+    rate = matmul_flops(device, sync)
+    for row in rows.values():
+        row["matmul_gflops"] = f"{rate / 1e9:.0f}"
+    if with_memory and device == "cpu" and case.rows >= MEMORY_ROWS:
+        for name in times:
+            peak = peak_bytes(case, name, with_peers)
+            if peak is not None:
+                rows[name]["peak_mib"] = f"{peak / 2**20:.1f}"
+    _ratios(case, rows)
+    return list(rows.values())
+
+
+def _row(case: Case, job: Job, device: str, name: str) -> Row:
+    return {
+        **machine(),
+        "device": device if device == "cpu" else torch.cuda.get_device_name(),
+        "rows": case.rows,
+        "width": case.width,
+        "depth": case.depth,
+        "outputs": case.outputs,
+        "columns": case.columns,
+        "activation": case.activation,
+        "share": f"{job.truth.share:.4g}",
+        "mode": case.mode,
+        "rival": name,
+    }
+
+
+def _admit(rival: Rival, job: Job) -> tuple[Step | None, str, float | None]:
+    """The rival's step if it is affordable here, a note, and its error against the truth."""
+    if rival.bytes_needed(job.case) > MEMORY_LIMIT:
+        return None, "skipped: too much memory", None
+    step = rival.make(job)
+    if rival.compiled:
+        step.run()
+    for _ in range(2):  # the first call also warms up
+        begin = time.perf_counter()
+        loss, gradient = step.outcome()
+        seconds = time.perf_counter() - begin
+        if seconds < SLOWEST_STEP or seconds > 10 * SLOWEST_STEP:
+            break
+    if seconds > SLOWEST_STEP:
+        return None, f"skipped: {seconds:.0f} s a step", None
+    if not rival.same_function:
+        return step, "another function", None
+    if not rival.penalised:
+        return step, "", None
+    error = job.error(loss, gradient)
+    return step, "" if error <= TOLERANCE else "disagrees with the reference", error
+
+
+def _ratios(case: Case, rows: dict[str, Row]) -> None:
+    """To the plain step, for those that agree; and the share of the matrix-product rate."""
+    base = rows[PLAIN]
+    for name, row in rows.items():
+        if "p50_ms" not in row or row["note"] == "disagrees with the reference":
+            continue
+        row["ratio"] = f"{_number(row['p50_ms']) / _number(base['p50_ms']):.2f}"
+        products = 3.0 if name == PLAIN else case.products
+        if row["note"] == "":
+            rate = case.flops(products) / (1e-3 * _number(row["p50_ms"]))
+            row["of_matmul_rate"] = f"{rate / (1e9 * _number(row['matmul_gflops'])):.2f}"
+        if row.get("peak_mib") and _number(base["peak_mib"]) > 0:
+            row["peak_ratio"] = f"{_number(row['peak_mib']) / _number(base['peak_mib']):.2f}"
+
+
+def _number(value: object) -> float:
+    return float(str(value))
+
+
+def _sync(device: str) -> Callable[[], None]:
+    return torch.cuda.synchronize if device != "cpu" else lambda: None
+
+
+# --- the table and the file -----------------------------------------------------------------------
+
+
+def show(case: Case, rows: Sequence[Row]) -> None:
+    share, rate = rows[0]["share"], rows[0]["matmul_gflops"]
+    print(f"\n{case}   violating share measured {share}, matrix products {rate} GFLOP/s")
+    print(f"  {'':<28}{'p50 ms':>9}{'p20':>9}{'p80':>9}{'ratio':>8}{'peak MiB':>10}{'of rate':>9}")
+    plain = next(row for row in rows if row["rival"] == PLAIN)
+    if _number(plain["p80_ms"]) > BUSY * _number(plain["p20_ms"]):
+        print("  the machine was busy with something else: these times are not to be trusted")
+    for row in rows:
+        cells = [str(row.get(key) or "") for key in ("p50_ms", "p20_ms", "p80_ms")]
+        cells = [f"{float(cell):.3f}" if cell else "" for cell in cells]
+        rest = [str(row.get(key) or "") for key in ("ratio", "peak_mib", "of_matmul_rate", "note")]
+        print(
+            f"  {row['rival']:<28}{cells[0]:>9}{cells[1]:>9}{cells[2]:>9}"
+            f"{rest[0]:>8}{rest[1]:>10}{rest[2]:>9}  {rest[3]}",
+            flush=True,
+        )
+
+
+def append(path: Path, rows: Sequence[Row]) -> None:
+    """To the CSV, which is only ever added to."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _parse(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    chosen = {axis: getattr(options, axis) for axis in GRID}
+    if options.all or any(chosen.values()):
+        axes = [chosen[axis] or values for axis, values in GRID.items()]
+        cases = [Case(*point) for point in itertools.product(*axes)]
+    else:
+        cases = QUICK
+    quick = cases is QUICK
+    for key, value in machine().items():
+        print(f"{key}: {value}", end="   ")
+    print(
+        "\nratio: to PyTorch's plain step. of rate: needed matrix products over the machine's own."
+    )
+    print("With one output the loop of double backward is the sum of outputs.")
+    for case in cases:
+        compiled = case in QUICK_COMPILED if quick else not options.no_compiled
+        rows = run_case(
+            case,
+            options.device,
+            compiled and not options.no_compiled,
+            not options.no_peers,
+            not options.no_memory and (not quick or compiled),
+        )
+        show(case, rows)
+        append(options.csv, rows)
+    print(f"\nappended to {options.csv}")
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("--all", action="store_true", help="the whole grid")
+    for axis, values in GRID.items():
+        kind = type(values[-1])
+        parser.add_argument(f"--{axis}", nargs="+", type=kind, help=f"of the grid's {values}")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, help="default: PyTorch's")
+    parser.add_argument("--no-compiled", action="store_true", help="without torch.compile's rivals")
+    parser.add_argument("--no-peers", action="store_true", help="without JAX and architectures")
+    parser.add_argument("--no-memory", action="store_true", help="without the memory column")
+    parser.add_argument("--csv", type=Path, default=RESULTS / "step.csv")
+    return parser.parse_args(arguments)

@@ -1,0 +1,74 @@
+"""The benchmarks run, agree with the reference before they time, and refuse what disagrees."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("benchmarks", reason="the benchmarks are not part of the package")
+
+from benchmarks import rivals, step
+from benchmarks.cases import Case, Job
+from benchmarks.measure import interleave
+
+TINY = Case(64, 16, 1, 2, "silu", 0.25)
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_every_rival_computes_the_same_step(outputs: int, activation: str) -> None:
+    job = Job(replace(TINY, outputs=outputs, activation=activation))
+    for rival in rivals.rivals(job, with_compiled=False, with_peers=False):
+        if rival.penalised:
+            loss, gradient = rival.make(job).outcome()
+            assert job.error(loss, gradient) < 1e-5, rival.name
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize(("outputs", "columns"), [(1, 3), (2, 5), (4, 1)])
+def test_share_of_violations_is_as_asked(share: float, outputs: int, columns: int) -> None:
+    job = Job(Case(200, 8, outputs, columns, "relu", share))
+    assert job.truth.share == pytest.approx(share, abs=0.02)
+
+
+def test_a_rival_that_disagrees_gets_no_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The sum of outputs lets violations of several outputs cancel.
+    wrong = rivals.Rival("wrong", rivals.sum_of_outputs)
+    right = rivals.Rival("right", rivals.double_backward)
+    base = rivals.Rival(rivals.PLAIN, rivals.plain, penalised=False)
+    monkeypatch.setattr(step, "rivals", lambda *_: [base, wrong, right])
+    monkeypatch.setattr(step, "SECONDS_PER_CASE", 0.0)
+    case = replace(TINY, outputs=3)
+    rows = {row["rival"]: row for row in step.run_case(case, "cpu", False, False, False)}
+    assert rows["wrong"]["note"] == "disagrees with the reference"
+    assert "ratio" not in rows["wrong"]
+    assert float(str(rows["right"]["ratio"])) > 0
+    assert "of_matmul_rate" not in rows["wrong"]
+
+
+def test_command_appends_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "SECONDS_PER_CASE", 0.0)
+    path = tmp_path / "step.csv"
+    words = "--rows 64 --width 16 --outputs 1 --columns 1 --activation relu --share 0"
+    for _ in range(2):
+        step.main([*words.split(), "--no-compiled", "--no-peers", "--csv", str(path)])
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    names = [row["rival"] for row in rows]
+    assert names.count(rivals.PLAIN) == 2
+    assert names.count("monokernel torch") == 2
+    assert {row["torch"] for row in rows} == {torch.__version__}
+
+
+def test_timings_take_turns() -> None:
+    order: list[str] = []
+    steps = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    times = interleave(steps, 0.0, lambda: None)
+    assert {len(t) for t in times.values()} == {5}
+    rounds = [order[i : i + 3] for i in range(0, len(order), 3)]
+    assert all(sorted(r) == ["a", "b", "c"] for r in rounds)
+    assert rounds[0] != rounds[1]
