@@ -109,22 +109,22 @@ def _processor() -> str:
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def peak_bytes(case: Case, name: str, with_peers: bool = True) -> int | None:
+def peak_bytes(case: Case, name: str) -> int | None:
     """Bytes by which one step of this rival raises the peak; None where Linux does not tell."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.measure"])
     threads = torch.get_num_threads()
     try:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
-            return pool.submit(_peak, case, name, with_peers, threads).result()
+            return pool.submit(_peak, case, name, threads).result()
     except (OSError, BrokenProcessPool):
         return None
 
 
-def _peak(case: Case, name: str, with_peers: bool, threads: int) -> int:
+def _peak(case: Case, name: str, threads: int) -> int:
     torch.set_num_threads(threads)
     job = Job(case)
-    rival = next(r for r in rivals(job, True, with_peers) if r.name == name)
+    rival = next(r for r in rivals(job, with_compiled=True, with_peers=True) if r.name == name)
     step = rival.make(job)
     if rival.compiled:
         step.run()  # compiling is not part of a step

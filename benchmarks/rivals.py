@@ -19,7 +19,7 @@ from monokernel import fused_mono_penalty, plan
 
 from .cases import FREE_INPUTS, Case, Job
 
-__all__ = ["PLAIN", "Rival", "Step", "rivals"]
+__all__ = ["BASE", "PLAIN", "Rival", "Step", "ours", "rivals", "usual"]
 
 PLAIN = "PyTorch plain step"
 
@@ -308,9 +308,11 @@ def _jacobian_bytes(case: Case) -> float:
     return 24.0 * case.rows * case.width * case.depth * max(case.outputs, 1)
 
 
-def rivals(job: Job, with_compiled: bool, with_peers: bool) -> Iterator[Rival]:
-    """Those that compute the job's loss, and the peers, as far as this machine has them."""
-    yield Rival(PLAIN, plain, penalised=False)
+BASE = Rival(PLAIN, plain, penalised=False)
+
+
+def ours(job: Job, mode: str = "auto") -> Iterator[Rival]:
+    """monokernel by every backend that serves the job on this machine."""
     for backend in ("triton", "cpu", "torch"):
         if backend == "triton" and job.device == "cpu":
             continue  # its interpreter is for tests
@@ -318,11 +320,22 @@ def rivals(job: Job, with_compiled: bool, with_peers: bool) -> Iterator[Rival]:
             plan(job.net, job.x1, job.x2, backend=backend)
         except ValueError:
             continue
-        yield Rival(f"monokernel {backend}", monokernel(backend))
+        suffix = "" if mode == "auto" else f", {mode} mode"
+        yield Rival(f"monokernel {backend}{suffix}", monokernel(backend, mode))
+
+
+def usual(job: Job) -> Rival:
+    """What people write today."""
     if job.case.outputs == 1:
-        yield Rival("sum of outputs", sum_of_outputs)
-    else:
-        yield Rival("loop of double backward", double_backward, bytes_needed=_jacobian_bytes)
+        return Rival("sum of outputs", sum_of_outputs)
+    return Rival("loop of double backward", double_backward, bytes_needed=_jacobian_bytes)
+
+
+def rivals(job: Job, with_compiled: bool, with_peers: bool) -> Iterator[Rival]:
+    """Those that compute the job's loss, and the peers, as far as this machine has them."""
+    yield BASE
+    yield from ours(job)
+    yield usual(job)
     yield Rival("torch.func.jvp", func_jvp)
     yield Rival("vmap(jacrev)", vmap_jacrev, bytes_needed=_jacobian_bytes)
     if with_compiled:

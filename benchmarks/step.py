@@ -14,9 +14,9 @@ import argparse
 import csv
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import quantiles
+from statistics import median, quantiles
 
 import torch
 
@@ -24,11 +24,11 @@ from .cases import Case, Job
 from .measure import interleave, machine, matmul_flops, peak_bytes
 from .rivals import PLAIN, Rival, Step, rivals
 
-__all__ = ["main"]
+__all__ = ["append", "busy", "main", "run_case"]
 
 RESULTS = Path(__file__).parent / "results"
 TOLERANCE = 1e-3
-SECONDS_PER_CASE = 2.0
+SECONDS_PER_CASE = 1.5
 SLOWEST_STEP = 3.0  # seconds; a rival slower than this at a size is skipped
 MEMORY_LIMIT = 8e9
 BUSY = 1.5  # p80 over p20 of the plain step beyond which the machine was not quiet
@@ -64,8 +64,11 @@ FIELDS = [
 Row = dict[str, object]
 
 
+Contenders = Callable[[Job], Iterable[Rival]]
+
+
 def run_case(
-    case: Case, device: str, with_compiled: bool, with_peers: bool, with_memory: bool
+    case: Case, device: str, contenders: Contenders, seconds: float, with_memory: bool
 ) -> list[Row]:
     """One row for each rival: timed, or with a note why not."""
     job = Job(case, device)
@@ -73,18 +76,18 @@ def run_case(
     matmul_flops(device, sync)
     rows: dict[str, Row] = {}
     steps: dict[str, Step] = {}
-    for rival in rivals(job, with_compiled, with_peers):
+    for rival in contenders(job):
         row = rows[rival.name] = _row(case, job, device, rival.name)
         step, note, error = _admit(rival, job)
         row["note"], row["error"] = note, "" if error is None else f"{error:.1e}"
         if step is not None:
             steps[rival.name] = step
-    times = interleave({name: step.run for name, step in steps.items()}, SECONDS_PER_CASE, sync)
-    for name, seconds in times.items():
-        p20, _, _, p80 = quantiles(seconds, n=5, method="inclusive")
-        middle = quantiles(seconds, n=2, method="inclusive")[0]
+    times = interleave({name: step.run for name, step in steps.items()}, seconds, sync)
+    for name, each in times.items():
+        p20, _, _, p80 = quantiles(each, n=5, method="inclusive")
+        middle = median(each)
         rows[name] |= {
-            "rounds": len(seconds),
+            "rounds": len(each),
             **{
                 f"{p}_ms": f"{1e3 * s:.4f}"
                 for p, s in (("p20", p20), ("p50", middle), ("p80", p80))
@@ -95,7 +98,7 @@ def run_case(
         row["matmul_gflops"] = f"{rate / 1e9:.0f}"
     if with_memory and device == "cpu" and case.rows >= MEMORY_ROWS:
         for name in times:
-            peak = peak_bytes(case, name, with_peers)
+            peak = peak_bytes(case, name)
             if peak is not None:
                 rows[name]["peak_mib"] = f"{peak / 2**20:.1f}"
     _ratios(case, rows)
@@ -171,8 +174,7 @@ def show(case: Case, rows: Sequence[Row]) -> None:
     share, rate = rows[0]["share"], rows[0]["matmul_gflops"]
     print(f"\n{case}   violating share measured {share}, matrix products {rate} GFLOP/s")
     print(f"  {'':<28}{'p50 ms':>9}{'p20':>9}{'p80':>9}{'ratio':>8}{'peak MiB':>10}{'of rate':>9}")
-    plain = next(row for row in rows if row["rival"] == PLAIN)
-    if _number(plain["p80_ms"]) > BUSY * _number(plain["p20_ms"]):
+    if busy(rows):
         print("  the machine was busy with something else: these times are not to be trusted")
     for row in rows:
         cells = [str(row.get(key) or "") for key in ("p50_ms", "p20_ms", "p80_ms")]
@@ -183,6 +185,12 @@ def show(case: Case, rows: Sequence[Row]) -> None:
             f"{rest[0]:>8}{rest[1]:>10}{rest[2]:>9}  {rest[3]}",
             flush=True,
         )
+
+
+def busy(rows: Sequence[Row]) -> bool:
+    """Whether the plain step's own times are too far apart for a quiet machine."""
+    plain = next(row for row in rows if row["rival"] == PLAIN)
+    return _number(plain["p80_ms"]) > BUSY * _number(plain["p20_ms"])
 
 
 def append(path: Path, rows: Sequence[Row]) -> None:
@@ -214,15 +222,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     print("With one output the loop of double backward is the sum of outputs.")
     for case in cases:
-        compiled = case in QUICK_COMPILED if quick else not options.no_compiled
-        rows = run_case(
-            case,
-            options.device,
-            compiled and not options.no_compiled,
-            not options.no_peers,
-            not options.no_memory and (not quick or compiled),
-        )
-        show(case, rows)
+        thorough = case in QUICK_COMPILED if quick else True
+        compiled = thorough and not options.no_compiled
+        memory = thorough and not options.no_memory
+
+        def contenders(job: Job, compiled: bool = compiled) -> Iterable[Rival]:
+            return rivals(job, compiled, not options.no_peers)
+
+        for attempt in range(1 + options.retries):
+            rows = run_case(case, options.device, contenders, SECONDS_PER_CASE, memory)
+            show(case, rows)
+            if not busy(rows) or attempt == options.retries:
+                break
         append(options.csv, rows)
     print(f"\nappended to {options.csv}")
 
@@ -242,5 +253,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-compiled", action="store_true", help="without torch.compile's rivals")
     parser.add_argument("--no-peers", action="store_true", help="without JAX and architectures")
     parser.add_argument("--no-memory", action="store_true", help="without the memory column")
+    parser.add_argument("--retries", type=int, default=0, help="times to repeat a disturbed case")
     parser.add_argument("--csv", type=Path, default=RESULTS / "step.csv")
     return parser.parse_args(arguments)

@@ -35,15 +35,14 @@ def test_share_of_violations_is_as_asked(share: float, outputs: int, columns: in
     assert job.truth.share == pytest.approx(share, abs=0.02)
 
 
-def test_a_rival_that_disagrees_gets_no_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rival_that_disagrees_gets_no_ratio() -> None:
     # The sum of outputs lets violations of several outputs cancel.
     wrong = rivals.Rival("wrong", rivals.sum_of_outputs)
     right = rivals.Rival("right", rivals.double_backward)
     base = rivals.Rival(rivals.PLAIN, rivals.plain, penalised=False)
-    monkeypatch.setattr(step, "rivals", lambda *_: [base, wrong, right])
-    monkeypatch.setattr(step, "SECONDS_PER_CASE", 0.0)
     case = replace(TINY, outputs=3)
-    rows = {row["rival"]: row for row in step.run_case(case, "cpu", False, False, False)}
+    table = step.run_case(case, "cpu", lambda job: [base, wrong, right], 0.0, with_memory=False)
+    rows = {row["rival"]: row for row in table}
     assert rows["wrong"]["note"] == "disagrees with the reference"
     assert "ratio" not in rows["wrong"]
     assert float(str(rows["right"]["ratio"])) > 0
