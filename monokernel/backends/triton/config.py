@@ -18,17 +18,17 @@ DEEPEST = 8
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """One whole-network kernel: tile of ``rows``, ``warps``, and where things stay between layers.
+    """One whole-network kernel: tiles of ``rows``, ``warps``, programs per processor.
 
-    ``kept_in_registers``: activations needed on the way back (else a scratch slot in L2);
-    ``sums_in_registers``: weight gradients (else the program's slice of the partial sums).
+    ``kept_in_registers``: whether the forward's adjoint chain finds a_l in registers (else in
+    scratch slots). ``chunk``: columns of a weight gradient that are computed at a time.
     """
 
     rows: int
     warps: int
     per_processor: int
-    kept_in_registers: bool
-    sums_in_registers: bool = False
+    kept_in_registers: bool = False
+    chunk: int = 64
     stages: int = 1
 
 
@@ -38,17 +38,10 @@ def power_of_two(n: int, least: int = 16) -> int:
 
 
 def forward_config(H: int, depth: int, itemsize: int, adjoint: bool) -> NetworkConfig:
-    kept = (depth - 1) * H * itemsize if adjoint else 0
-    return NetworkConfig(64, 4, 2, kept_in_registers=kept <= 64 * 2 * 3)
+    return NetworkConfig(
+        64, 4 if H <= 64 else 8, 2, kept_in_registers=adjoint and (depth - 1) * H * itemsize <= 384
+    )
 
 
 def backward_config(H: int, depth: int, itemsize: int) -> NetworkConfig:
-    if H <= 64:
-        return NetworkConfig(
-            64,
-            4,
-            2,
-            kept_in_registers=False,
-            sums_in_registers=depth * H * H <= 3 * 64 * 64,
-        )
-    return NetworkConfig(64, 8, 1, kept_in_registers=False, sums_in_registers=False)
+    return NetworkConfig(64, 4 if H <= 64 else 8, 1, chunk=32)

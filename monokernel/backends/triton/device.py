@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["activation", "bias_row", "hinge_epilogue", "slope_cotangent", "weight_tile"]
+__all__ = ["activation", "bias_row", "from_row", "hinge_epilogue", "slope_cotangent", "weight_tile"]
 
 # Kinds, as indices of ``activations.KINDS``.
 RELU = tl.constexpr(1)
@@ -130,9 +130,7 @@ def activation(a, ACT: tl.constexpr):
     elif CODE == SOFTPLUS:
         x = a * p
         s = sigmoid(x)
-        value = tl.where(
-            x > q, a, (tl.where(x > 0, x, zero) + log1p_exp(-tl.abs(x))) / p
-        )
+        value = tl.where(x > q, a, (tl.where(x > 0, x, zero) + log1p_exp(-tl.abs(x))) / p)
         first = tl.where(x > q, zero + 1, s)
         second = tl.where(x > q, zero, s * (1 - s) * p)
     elif CODE == SOFTSIGN:
@@ -164,9 +162,7 @@ def hinge(J, direction, weight, MARGIN: tl.constexpr, SQUARED: tl.constexpr):
     r = tl.where(free, tl.zeros_like(r), r)
     if SQUARED:
         return weight * r * r, weight * (-2 * direction * r)
-    return weight * r, weight * tl.where(
-        free, tl.zeros_like(r), -direction + tl.zeros_like(r)
-    )
+    return weight * r, weight * tl.where(free, tl.zeros_like(r), -direction + tl.zeros_like(r))
 
 
 @triton.jit
@@ -203,15 +199,24 @@ def hinge_epilogue(
     if weight is None:
         w = tl.zeros_like(J) + 1
     else:
-        w = tl.load(
-            weight + n[:, None] * weight_row + at[None, :], mask=mask, other=0.0
-        )
+        w = tl.load(weight + n[:, None] * weight_row + at[None, :], mask=mask, other=0.0)
     penalty, S = hinge(J, sign, w, MARGIN, SQUARED)
     if OUT == PENALTIES:
         tl.store(out + entry, penalty, mask=mask)
     if SAVE:
         tl.store(slopes + entry, S, mask=mask)
     return tl.where(mask, penalty, tl.zeros_like(penalty))
+
+
+@triton.jit
+def from_row(pointer, row, stride):
+    """The pointer to a row of a matrix, or None. ``row`` is a 64-bit scalar: what is added to the
+    result may then be a tile of 32-bit offsets, at half the registers.
+    """
+    if pointer is None:
+        return None
+    else:
+        return pointer + row * stride
 
 
 @triton.jit
@@ -226,14 +231,10 @@ def slope_cotangent(gout, slopes, entry, mask, OUT: tl.constexpr):
 
 
 @triton.jit
-def weight_tile(
-    W, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, C: tl.constexpr
-):
+def weight_tile(W, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, C: tl.constexpr):
     """The tile W[row, column] of a weight (ROWS, COLUMNS), zero outside of it."""
     mask = (row[:, None] < ROWS) & (column[None, :] < COLUMNS)
-    return tl.load(
-        W + row[:, None] * COLUMNS + column[None, :], mask=mask, other=0.0
-    ).to(C)
+    return tl.load(W + row[:, None] * COLUMNS + column[None, :], mask=mask, other=0.0).to(C)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import activation, bias_row, weight_tile
+from .device import bias_row, weight_tile
 
 __all__ = [
     "first_layer",
@@ -33,6 +33,21 @@ def matmul(a, b, C: tl.constexpr, PRECISION: tl.constexpr):
 def padded_width(l, L, H, PD):
     """The padded number of units after layer l (counted from 0) of L."""
     return PD if l == L - 1 else H
+
+
+@triton.jit
+def inner_weight(
+    ws,
+    l: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    H: tl.constexpr,
+    PD: tl.constexpr,
+    C: tl.constexpr,
+):
+    """The padded tile of W_l, any layer but the first."""
+    L: tl.constexpr = len(WIDTHS) - 1
+    row = tl.arange(0, padded_width(l, L, H, PD))
+    return weight_tile(ws[l], row, tl.arange(0, H), WIDTHS[l + 1], WIDTHS[l], C)
 
 
 @triton.jit
@@ -87,46 +102,47 @@ def layer_up(
     return a
 
 
+# A slot's place is a scalar and the offsets in it are the same for all, so that they cost registers
+# once.
+#
 # What is needed again on the way back stays in registers (a tuple of tiles), or, where those would
 # spill, in this program's own slots of a scratch buffer, which stays in the L2 cache.
 
 
 @triton.jit
-def store_scratch(
-    scratch, slot: tl.constexpr, tile, H: tl.constexpr, SLOTS: tl.constexpr
-):
-    BM: tl.constexpr = tile.shape[0]
-    base = scratch + (tl.program_id(0).to(tl.int64) * SLOTS + slot) * (BM * H)
-    i = tl.arange(0, BM)
+def put(scratch, slot: tl.constexpr, tile, WIDE: tl.constexpr):
+    """Leaves a tile (BM, ≤ WIDE) in a slot of the program's scratch."""
+    i = tl.arange(0, tile.shape[0])
     j = tl.arange(0, tile.shape[1])
-    tl.store(base + i[:, None] * H + j[None, :], tile)
+    base = scratch + slot * tile.shape[0] * WIDE
+    tl.store(base + (i[:, None] * WIDE + j[None, :]), tile)
 
 
 @triton.jit
-def keep(kept, tile, scratch, slot: tl.constexpr, H: tl.constexpr, SLOTS: tl.constexpr):
-    """``kept`` with one more tile: in registers, or in ``slot`` of the scratch buffer if there is one."""
+def get(
+    scratch, slot: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, first
+):
+    """WIDTH columns, from ``first`` on, of the tile in a slot."""
+    i = tl.arange(0, BM)
+    j = tl.arange(0, WIDTH)
+    base = scratch + slot * BM * WIDE + first
+    return tl.load(base + (i[:, None] * WIDE + j[None, :]))
+
+
+@triton.jit
+def keep(kept, tile, scratch, slot: tl.constexpr, WIDE: tl.constexpr):
+    """``kept`` with one more tile: in registers, or in a slot of the scratch if there is one."""
     if scratch is None:
         return kept + (tile,)
-    store_scratch(scratch, slot, tile, H, SLOTS)
-    return kept + (slot,)
+    else:
+        put(scratch, slot, tile, WIDE)
+        return kept
 
 
 @triton.jit
-def recall(
-    kept,
-    i: tl.constexpr,
-    scratch,
-    slot: tl.constexpr,
-    BM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    H: tl.constexpr,
-    SLOTS: tl.constexpr,
-    A: tl.constexpr,
-):
-    """The tile kept as number i (in ``slot``), in the accumulation dtype."""
+def recall(kept, scratch, slot: tl.constexpr, BM: tl.constexpr, H: tl.constexpr):
+    """The tile that ``keep`` kept as number ``slot``."""
     if scratch is None:
-        return kept[i].to(A)
-    base = scratch + (tl.program_id(0).to(tl.int64) * SLOTS + slot) * (BM * H)
-    r = tl.arange(0, BM)
-    c = tl.arange(0, WIDTH)
-    return tl.load(base + r[:, None] * H + c[None, :]).to(A)
+        return kept[slot]
+    else:
+        return get(scratch, slot, BM, H, H, 0)

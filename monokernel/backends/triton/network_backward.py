@@ -6,13 +6,15 @@ tangent ẋ that runs forward and a seed s that runs backward,
 * tangent mode, column c: ẋ = e_c, s = gJ[row, :, c];
 * adjoint mode, output e: ẋ = gJ[row, e, :], s = e_e.
 
-A persistent program owns every P-th tile of rows. It first lists its own rows, those with a gJ that
+A persistent program owns a run of tiles of rows. It first lists its own rows, those with a gJ that
 is not zero in front: the first tiles of its list run tangents and cotangents, the others the
 cotangent alone (or nothing, without gy). So the compaction costs no launch and no host
 synchronisation, and the tile where active rows end is filled up with others.
 
-Activations are computed again rather than read back. Weight gradients gather in registers where
-they fit, else in the program's own slice of ``partials``; ``reduce.py`` adds the slices in order.
+Activations are computed again rather than saved by the forward. Within a tile they, their slopes, the
+tangents and the seeds lie in scratch slots of the program; weight gradients gather in the program's own slice of
+``partials``, and ``reduce.py`` adds the slices in order. Both stay in the L2 cache. (In registers
+they do not fit: with sums in registers alone, width 64 spills 464 bytes at 255 registers.)
 """
 
 from __future__ import annotations
@@ -20,10 +22,32 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import activation, slope_cotangent, weight_tile
-from .network import first_layer, keep, layer_up, matmul, padded_width, recall
+from .device import PENALTY_SUM, activation, from_row, slope_cotangent, weight_tile
+from .network import first_layer, get, inner_weight, layer_up, matmul, padded_width, put
 
 __all__ = ["network_backward"]
+
+IDENTITY = tl.constexpr(0)
+
+# Scratch slots, each L tiles of BM rows: σ'(a_l); h_l; ḣ_l; p_l; σ''∘ȧ_l and then σ''∘ȧ_l∘P_l.
+# Whatever takes special functions is evaluated once, on the way up.
+SLOPE_SLOT = tl.constexpr(0)
+H_SLOT = tl.constexpr(1)
+H_DOT_SLOT = tl.constexpr(2)
+P_SLOT = tl.constexpr(3)
+CURVATURE_SLOT = tl.constexpr(4)
+SLOTS = 5
+
+
+@triton.constexpr_function
+def slots(acts):
+    return 5 * len(acts)
+
+
+@triton.constexpr_function
+def curved(act):
+    """Whether σ'' is not zero everywhere (the kinds up to hardtanh are piecewise linear)."""
+    return act[0] > 3
 
 
 @triton.jit
@@ -52,7 +76,7 @@ def network_backward(
     BK: tl.constexpr,
     BM: tl.constexpr,
     SCAN: tl.constexpr,
-    IN_REGISTERS: tl.constexpr,
+    CHUNK: tl.constexpr,
     C: tl.constexpr,
     A: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -62,51 +86,43 @@ def network_backward(
     pid = tl.program_id(0)
     tiles = tl.cdiv(N, BM)
     mine = tiles // tl.num_programs(0) + (pid < tiles % tl.num_programs(0)).to(tl.int32)
-    before = pid * (tiles // tl.num_programs(0)) + tl.minimum(
-        pid, tiles % tl.num_programs(0)
-    )
-    own = mine * BM  # of them real rows: the last tile of all may be cut
-    own -= tl.where(
-        (mine > 0) & ((mine - 1) * tl.num_programs(0) + pid == tiles - 1),
-        tiles * BM - N,
-        0,
-    )
-    mine_partials = partials + pid.to(tl.int64) * OFFSETS[2 * L]
-    acc = fresh_accumulators(
-        mine_partials, WIDTHS, NEEDS, OFFSETS, H, PD, BK, IN_REGISTERS, A
-    )
+    before = pid * (tiles // tl.num_programs(0)) + tl.minimum(pid, tiles % tl.num_programs(0))
+    first = before.to(tl.int64) * BM
+    own = tl.minimum(mine * BM, N - before * BM)  # the last tile of all may be cut
+    x = x + first * WIDTHS[0]
+    dx = from_row(dx, first, WIDTHS[0])
+    gy = from_row(gy, first, WIDTHS[L])
+    slopes = from_row(slopes, first, WIDTHS[L] * K)
+    if OUT != PENALTY_SUM:
+        gout = from_row(gout, first, WIDTHS[L] * K)
+    partials = partials + pid.to(tl.int64) * OFFSETS[2 * L]
+    scratch = scratch + pid.to(tl.int64) * (slots(ACTS) * BM * max(H, PD))
+    zero_fill(partials, OFFSETS[2 * L])
     active = 0
     if gout is not None:
-        active = list_rows(
-            gout, slopes, rows + before.to(tl.int64) * BM, N, pid, mine, own,
-            WIDTHS[L] * K, OUT, BM, SCAN,
-        )  # fmt: skip
+        rows = rows + first
+        active = list_rows(gout, slopes, rows, own, WIDTHS[L] * K, OUT, SCAN)
         tl.debug_barrier()
-        for tile in range(0, tl.cdiv(active, BM)):
+        for tile in tl.range(0, tl.cdiv(active, BM), disable_licm=True):
             at = tile * BM + tl.arange(0, BM)
             ok = at < own
-            n = tl.load(rows + before.to(tl.int64) * BM + at, mask=ok, other=0).to(
-                tl.int64
-            )
-            for pair in range(PAIRS):
-                acc = gradients_of_tile(
-                    acc, n, ok, pair, True, x, gy, gout, slopes, ws, bs, dx, mine_partials, scratch,
-                    WIDTHS, ACTS, BIAS, NEEDS, OFFSETS, K, ADJOINT, OUT, H, PD, BK, IN_REGISTERS,
+            n = tl.load(rows + at, mask=ok, other=0)
+            for pair in tl.range(0, PAIRS, disable_licm=True):
+                gradients_of_tile(
+                    n, ok, pair, True, x, gy, gout, slopes, ws, bs, dx, partials, scratch,
+                    WIDTHS, ACTS, BIAS, NEEDS, OFFSETS, K, ADJOINT, OUT, H, PD, BK, CHUNK,
                     C, A, PRECISION,
                 )  # fmt: skip
-    for tile in range(tl.cdiv(active, BM), mine):
+    for tile in tl.range(tl.cdiv(active, BM), mine, disable_licm=True):
         at = tile * BM + tl.arange(0, BM)
         ok = at < own
-        if gout is None:
-            n = ((tile * tl.num_programs(0) + pid) * BM + tl.arange(0, BM)).to(tl.int64)
-        else:
-            n = tl.load(rows + before.to(tl.int64) * BM + at, mask=ok, other=0).to(
-                tl.int64
-            )
+        n = at
+        if gout is not None:
+            n = tl.load(rows + at, mask=ok, other=0)
         if gy is not None:
-            acc = gradients_of_tile(
-                acc, n, ok, 0, False, x, gy, gout, slopes, ws, bs, dx, mine_partials, scratch,
-                WIDTHS, ACTS, BIAS, NEEDS, OFFSETS, K, ADJOINT, OUT, H, PD, BK, IN_REGISTERS,
+            gradients_of_tile(
+                n, ok, 0, False, x, gy, gout, slopes, ws, bs, dx, partials, scratch,
+                WIDTHS, ACTS, BIAS, NEEDS, OFFSETS, K, ADJOINT, OUT, H, PD, BK, CHUNK,
                 C, A, PRECISION,
             )  # fmt: skip
         elif dx is not None:
@@ -117,35 +133,29 @@ def network_backward(
                     tl.zeros((BM, BK), C),
                     mask=ok[:, None] & (column[None, :] < WIDTHS[0]),
                 )
-    if IN_REGISTERS:
-        store_accumulators(acc, mine_partials, WIDTHS, NEEDS, OFFSETS, H, PD, BK)
 
 
 @triton.jit
 def list_rows(
-    gout, slopes, rows, N, pid, mine, own,
-    ENTRIES: tl.constexpr, OUT: tl.constexpr, BM: tl.constexpr, SCAN: tl.constexpr,
-):  # fmt: skip
+    gout, slopes, rows, own, ENTRIES: tl.constexpr, OUT: tl.constexpr, SCAN: tl.constexpr
+):
     """Writes this program's rows to ``rows``, active ones from the front, the others from the back.
 
     Returns how many are active. NaN counts as active.
     """
     front = 0
     back = own
-    for start in range(0, mine * BM, SCAN):
-        local = start + tl.arange(0, SCAN)
-        n = ((local // BM) * tl.num_programs(0) + pid) * BM + local % BM
-        ok = (local < mine * BM) & (n < N)
+    for start in range(0, own, SCAN):
+        n = start + tl.arange(0, SCAN)
+        ok = n < own
         active = tl.zeros((SCAN,), tl.int32)
         for e in range(ENTRIES):
-            g = slope_cotangent(gout, slopes, n.to(tl.int64) * ENTRIES + e, ok, OUT)
+            g = slope_cotangent(gout, slopes, n * ENTRIES + e, ok, OUT)
             active = tl.where(ok & (g != 0), 1, active)
         clean = tl.where(ok, 1 - active, 0)
         # Inclusive counts: the r-th active row goes to front + r - 1.
-        place = tl.where(
-            active == 1, front - 1 + tl.cumsum(active, 0), back - tl.cumsum(clean, 0)
-        )
-        tl.store(rows + place, n.to(tl.int32), mask=ok)
+        place = tl.where(active == 1, front - 1 + tl.cumsum(active, 0), back - tl.cumsum(clean, 0))
+        tl.store(rows + place, n, mask=ok)
         front += tl.sum(active)
         back -= tl.sum(clean)
     return front
@@ -153,23 +163,45 @@ def list_rows(
 
 @triton.jit
 def gradients_of_tile(
-    acc, n, ok, pair, ACTIVE: tl.constexpr, x, gy, gout, slopes, ws, bs, dx, partials, scratch,
+    n, ok, pair, ACTIVE: tl.constexpr, x, gy, gout, slopes, ws, bs, dx, partials, scratch,
     WIDTHS: tl.constexpr, ACTS: tl.constexpr, BIAS: tl.constexpr, NEEDS: tl.constexpr,
     OFFSETS: tl.constexpr, K: tl.constexpr, ADJOINT: tl.constexpr, OUT: tl.constexpr,
-    H: tl.constexpr, PD: tl.constexpr, BK: tl.constexpr, IN_REGISTERS: tl.constexpr,
+    H: tl.constexpr, PD: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr,
     C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``acc`` with what the rows n give for pair number ``pair`` (gy counts with pair 0)."""
-    L: tl.constexpr = len(ACTS)
-    D: tl.constexpr = WIDTHS[L]
-    d: tl.constexpr = WIDTHS[0]
-    BM: tl.constexpr = n.shape[0]
-    FIRST: tl.constexpr = padded_width(0, L, H, PD)
-    SLOTS: tl.constexpr = 2 * L
-    LOWEST: tl.constexpr = lowest_layer(NEEDS, dx is not None, L)
-    tl.debug_barrier()  # the slots may still be read by the tile before
+    """Adds what the rows n give for pair number ``pair`` (gy counts with pair 0).
 
-    # Up: a_l, and ȧ_l of the pair's direction.
+    Three passes, each with one chain in registers; what they hand on lies in the scratch slots.
+    """
+    tl.debug_barrier()  # the slots may still be read by the tile before
+    up_pass(
+        n, ok, pair, ACTIVE, x, gout, slopes, ws, bs, scratch,
+        WIDTHS, ACTS, BIAS, K, ADJOINT, OUT, H, PD, BK, C, A, PRECISION,
+    )  # fmt: skip
+    tl.debug_barrier()
+    if ACTIVE:
+        seed_pass(
+            n, ok, pair, gout, slopes, ws, scratch,
+            WIDTHS, ACTS, NEEDS, dx is not None, K, ADJOINT, OUT, H, PD, C, A, PRECISION,
+        )  # fmt: skip
+    down_pass(
+        n, ok, pair, ACTIVE, x, gy, gout, slopes, ws, dx, partials, scratch,
+        WIDTHS, ACTS, NEEDS, OFFSETS, K, ADJOINT, OUT, H, PD, BK, CHUNK, C, A, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def up_pass(
+    n, ok, pair, ACTIVE: tl.constexpr, x, gout, slopes, ws, bs, scratch,
+    WIDTHS: tl.constexpr, ACTS: tl.constexpr, BIAS: tl.constexpr, K: tl.constexpr,
+    ADJOINT: tl.constexpr, OUT: tl.constexpr, H: tl.constexpr, PD: tl.constexpr,
+    BK: tl.constexpr, C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Keeps a_l, and for an active tile ȧ_l and ḣ_l of the pair's direction ẋ."""
+    L: tl.constexpr = len(ACTS)
+    d: tl.constexpr = WIDTHS[0]
+    FIRST: tl.constexpr = padded_width(0, L, H, PD)
+    WIDE: tl.constexpr = max(H, PD)
     a = first_layer(x, n, ok, ws[0], bs[0], WIDTHS, BIAS[0], FIRST, BK, C, A, PRECISION)
     a_dot = tl.zeros_like(a)
     if ACTIVE:
@@ -177,139 +209,165 @@ def gradients_of_tile(
         for start in range((d - K) // BK * BK, d, BK):
             column = start + tl.arange(0, BK)
             x_dot = tangent_of_input(
-                n, ok, pair, column, gout, slopes, d, D, K, ADJOINT, OUT, A
+                n, ok, pair, column, gout, slopes, d, WIDTHS[L], K, ADJOINT, OUT, A
             )
             w = weight_tile(ws[0], unit, column, WIDTHS[1], d, C)
             a_dot += matmul(x_dot, tl.trans(w), C, PRECISION)
-    kept = ()
-    kept_dot = ()
     for l in tl.static_range(L):
-        kept = keep(kept, a.to(C), scratch, l, H, SLOTS)
-        if ACTIVE:
-            kept_dot = keep(kept_dot, a_dot.to(C), scratch, L + l, H, SLOTS)
+        h, slope, curvature = activation(a, ACTS[l])
+        if ACTS[l][0] != IDENTITY:
+            put(scratch, SLOPE_SLOT * L + l, slope.to(C), WIDE)
+        if ACTIVE and curved(ACTS[l]):
+            put(scratch, CURVATURE_SLOT * L + l, (curvature * a_dot).to(C), WIDE)
         if l < L - 1:
-            OUTPUTS: tl.constexpr = padded_width(l + 1, L, H, PD)
-            w = weight_tile(
-                ws[l + 1],
-                tl.arange(0, OUTPUTS),
-                tl.arange(0, H),
-                WIDTHS[l + 2],
-                WIDTHS[l + 1],
-                C,
-            )
-            h, slope, curvature = activation(a, ACTS[l])
+            h = h.to(C)
+            put(scratch, H_SLOT * L + l, h, WIDE)
+            w = inner_weight(ws, l + 1, WIDTHS, H, PD, C)
             a = layer_up(h, w, bs[l + 1], BIAS[l + 1], WIDTHS[l + 2], C, A, PRECISION)
             if ACTIVE:
-                a_dot = matmul(slope * a_dot, tl.trans(w), C, PRECISION)
+                h_dot = (slope * a_dot).to(C)
+                put(scratch, H_DOT_SLOT * L + l, h_dot, WIDE)
+                a_dot = matmul(h_dot, tl.trans(w), C, PRECISION)
+
+
+@triton.jit
+def seed_pass(
+    n, ok, pair, gout, slopes, ws, scratch,
+    WIDTHS: tl.constexpr, ACTS: tl.constexpr, NEEDS: tl.constexpr, DX: tl.constexpr,
+    K: tl.constexpr, ADJOINT: tl.constexpr, OUT: tl.constexpr, H: tl.constexpr,
+    PD: tl.constexpr, C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The seed s runs down: keeps p_l = σ'∘P_l, and σ''∘ȧ_l∘P_l in the place of ȧ_l."""
+    L: tl.constexpr = len(ACTS)
+    D: tl.constexpr = WIDTHS[L]
+    BM: tl.constexpr = n.shape[0]
+    WIDE: tl.constexpr = max(H, PD)
+    LOWEST: tl.constexpr = lowest_layer(NEEDS, DX, L)
+    output = tl.arange(0, PD)
+    if ADJOINT:
+        chosen = ok[:, None] & (output == pair)[None, :]
+        P = tl.where(chosen, tl.full((BM, PD), 1, A), tl.zeros((BM, PD), A))
+    else:
+        at = n[:, None] * (D * K) + output[None, :] * K + pair
+        inside = ok[:, None] & (output[None, :] < D)
+        P = slope_cotangent(gout, slopes, at, inside, OUT).to(A)
+    for l in tl.static_range(L - 1, -1, -1):
+        if l >= LOWEST:
+            if curved(ACTS[l]):
+                at = CURVATURE_SLOT * L + l
+                bend = get(scratch, at, BM, padded_width(l, L, H, PD), WIDE, 0).to(A)
+                tl.debug_barrier()  # read by all before it is overwritten
+                put(scratch, at, (bend * P).to(C), WIDE)
+            if ACTS[l][0] != IDENTITY:
+                at = SLOPE_SLOT * L + l
+                P *= get(scratch, at, BM, padded_width(l, L, H, PD), WIDE, 0).to(A)
+            p = P.to(C)
+            put(scratch, P_SLOT * L + l, p, WIDE)
+            if l > LOWEST:
+                P = matmul(p, inner_weight(ws, l, WIDTHS, H, PD, C), C, PRECISION)
     tl.debug_barrier()
 
-    # Down: the cotangents of h_l (gh) and of ḣ_l (P).
-    output = tl.arange(0, PD)
-    real = ok[:, None] & (output[None, :] < D)
+
+@triton.jit
+def down_pass(
+    n, ok, pair, ACTIVE: tl.constexpr, x, gy, gout, slopes, ws, dx, partials, scratch,
+    WIDTHS: tl.constexpr, ACTS: tl.constexpr, NEEDS: tl.constexpr, OFFSETS: tl.constexpr,
+    K: tl.constexpr, ADJOINT: tl.constexpr, OUT: tl.constexpr, H: tl.constexpr,
+    PD: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, A: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The cotangent g_l of a_l runs down and meets what the other passes kept: every gradient."""
+    L: tl.constexpr = len(ACTS)
+    D: tl.constexpr = WIDTHS[L]
+    BM: tl.constexpr = n.shape[0]
+    WIDE: tl.constexpr = max(H, PD)
+    LOWEST: tl.constexpr = lowest_layer(NEEDS, dx is not None, L)
     gh = tl.zeros((BM, PD), A)
     if gy is not None:
-        gh = tl.load(
-            gy + n[:, None] * D + output[None, :], mask=real & (pair == 0), other=0.0
-        )
-        gh = gh.to(A)
-    P = tl.zeros((BM, PD), A)
-    if ACTIVE:
-        if ADJOINT:
-            P = tl.where(ok[:, None] & (output == pair)[None, :], 1.0, P)
-        else:
-            at = n[:, None] * (D * K) + output[None, :] * K + pair
-            P = slope_cotangent(gout, slopes, at, real, OUT).to(A)
-    dW_of = ()
-    db_of = ()
-    for i in tl.static_range(L):
-        l: tl.constexpr = L - 1 - i
+        output = tl.arange(0, PD)
+        inside = ok[:, None] & (output[None, :] < D) & (pair == 0)
+        gh = tl.load(gy + n[:, None] * D + output[None, :], mask=inside, other=0.0).to(A)
+    for l in tl.static_range(L - 1, -1, -1):
         if l >= LOWEST:
-            OUTPUTS: tl.constexpr = padded_width(l, L, H, PD)
-            a = recall(kept, l, scratch, l, BM, OUTPUTS, H, SLOTS, A)
-            h, slope, curvature = activation(a, ACTS[l])
-            g = slope * gh
-            p = slope * P
-            if ACTIVE:
-                a_dot = recall(kept_dot, l, scratch, L + l, BM, OUTPUTS, H, SLOTS, A)
-                g += curvature * a_dot * P
-            bias = acc[2 * l + 1]
+            g = gh
+            if ACTS[l][0] != IDENTITY:
+                at = SLOPE_SLOT * L + l
+                g *= get(scratch, at, BM, padded_width(l, L, H, PD), WIDE, 0).to(A)
+            if ACTIVE and curved(ACTS[l]):
+                at = CURVATURE_SLOT * L + l
+                g += get(scratch, at, BM, padded_width(l, L, H, PD), WIDE, 0).to(A)
             if NEEDS[2 * l + 1]:
-                bias = add_bias(
-                    bias, g, partials + OFFSETS[2 * l + 1], WIDTHS[l + 1], IN_REGISTERS
-                )
-            db_of = (bias,) + db_of
-            gradient = acc[2 * l]
-            if l > 0:
-                INPUTS: tl.constexpr = padded_width(l - 1, L, H, PD)
-                if NEEDS[2 * l]:
-                    below = recall(kept, l - 1, scratch, l - 1, BM, INPUTS, H, SLOTS, A)
-                    h, slope, curvature = activation(below, ACTS[l - 1])
-                    product = matmul(tl.trans(g.to(C)), h, C, PRECISION)
-                    if ACTIVE:
-                        a_dot = recall(
-                            kept_dot, l - 1, scratch, L + l - 1, BM, INPUTS, H, SLOTS, A
-                        )
-                        product += matmul(
-                            tl.trans(p.to(C)), slope * a_dot, C, PRECISION
-                        )
-                    gradient = add_weight(
-                        gradient, product, tl.arange(0, INPUTS), partials + OFFSETS[2 * l],
-                        WIDTHS[l + 1], WIDTHS[l], IN_REGISTERS,
-                    )  # fmt: skip
-                if l > LOWEST:
-                    w = weight_tile(
-                        ws[l], tl.arange(0, OUTPUTS), tl.arange(0, INPUTS),
-                        WIDTHS[l + 1], WIDTHS[l], C,
-                    )  # fmt: skip
-                    gh = matmul(g, w, C, PRECISION)
-                    if ACTIVE:
-                        P = matmul(p, w, C, PRECISION)
+                add_bias(g, partials + OFFSETS[2 * l + 1], WIDTHS[l + 1])
+            g = g.to(C)
+            p = g
+            if ACTIVE:
+                p = get(scratch, P_SLOT * L + l, BM, padded_width(l, L, H, PD), WIDE, 0)
+            if l == 0:
+                first_gradients(
+                    g, p, n, ok, pair, ACTIVE, x, gout, slopes, ws[0], dx, partials,
+                    WIDTHS, NEEDS[0], K, ADJOINT, OUT, BK, C, A, PRECISION,
+                )  # fmt: skip
             else:
-                unit = tl.arange(0, OUTPUTS)
-                for start in range(0, d, BK):
-                    column = start + tl.arange(0, BK)
-                    inside = ok[:, None] & (column[None, :] < d)
-                    at = n[:, None] * d + column[None, :]
-                    if NEEDS[0]:
-                        h = tl.load(x + at, mask=inside, other=0.0)
-                        product = matmul(tl.trans(g.to(C)), h, C, PRECISION)
-                        if ACTIVE:
-                            x_dot = tangent_of_input(
-                                n,
-                                ok,
-                                pair,
-                                column,
-                                gout,
-                                slopes,
-                                d,
-                                D,
-                                K,
-                                ADJOINT,
-                                OUT,
-                                A,
-                            )
-                            product += matmul(tl.trans(p.to(C)), x_dot, C, PRECISION)
-                        gradient = add_weight(
-                            gradient, product, column, partials, WIDTHS[1], d,
-                            IN_REGISTERS and d <= BK,
+                if NEEDS[2 * l]:
+                    for first in tl.range(0, H, CHUNK, disable_licm=True):
+                        inner_gradient(
+                            g, p, first, ACTIVE, l, scratch, partials + OFFSETS[2 * l],
+                            WIDTHS, WIDE, CHUNK, C, PRECISION,
                         )  # fmt: skip
-                    if dx is not None:
-                        w = weight_tile(ws[0], unit, column, WIDTHS[1], d, C)
-                        share = matmul(g, w, C, PRECISION)
-                        if ACTIVE:
-                            # The tile's earlier pairs have left theirs (this thread's own store).
-                            share += tl.load(
-                                dx + at, mask=inside & (pair > 0), other=0.0
-                            ).to(A)
-                        tl.store(dx + at, share, mask=inside)
-            dW_of = (gradient,) + dW_of
-        else:
-            dW_of = (acc[2 * l],) + dW_of
-            db_of = (acc[2 * l + 1],) + db_of
-    new = ()
-    for l in tl.static_range(L):
-        new = new + (dW_of[l], db_of[l])
-    return new
+                if l > LOWEST:
+                    gh = matmul(g, inner_weight(ws, l, WIDTHS, H, PD, C), C, PRECISION)
+            # Also keeps the compiler from pulling the next layer's loads up here.
+            tl.debug_barrier()
+
+
+@triton.jit
+def inner_gradient(
+    g, p, first, ACTIVE: tl.constexpr, l: tl.constexpr, scratch, partials,
+    WIDTHS: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dW_l += gᵀ h + pᵀ ḣ in CHUNK columns, with the h and ḣ of the layer below."""
+    L: tl.constexpr = len(WIDTHS) - 1
+    BM: tl.constexpr = g.shape[0]
+    h = get(scratch, H_SLOT * L + l - 1, BM, CHUNK, WIDE, first)
+    product = matmul(tl.trans(g), h, C, PRECISION)
+    if ACTIVE:
+        h_dot = get(scratch, H_DOT_SLOT * L + l - 1, BM, CHUNK, WIDE, first)
+        product += matmul(tl.trans(p), h_dot, C, PRECISION)
+    add_weight(product, first + tl.arange(0, CHUNK), partials, WIDTHS[l + 1], WIDTHS[l])
+
+
+@triton.jit
+def first_gradients(
+    g, p, n, ok, pair, ACTIVE: tl.constexpr, x, gout, slopes, W, dx, partials,
+    WIDTHS: tl.constexpr, NEEDS_WEIGHT: tl.constexpr, K: tl.constexpr, ADJOINT: tl.constexpr,
+    OUT: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, A: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dW_1 and dx, in chunks of BK input columns: g pairs with x, p with ẋ."""
+    d: tl.constexpr = WIDTHS[0]
+    D: tl.constexpr = WIDTHS[len(WIDTHS) - 1]
+    unit = tl.arange(0, g.shape[1])
+    for start in range(0, d, BK):
+        column = start + tl.arange(0, BK)
+        inside = ok[:, None] & (column[None, :] < d)
+        at = n[:, None] * d + column[None, :]
+        if NEEDS_WEIGHT:
+            h = tl.load(x + at, mask=inside, other=0.0)
+            product = matmul(tl.trans(g), h, C, PRECISION)
+            if ACTIVE:
+                x_dot = tangent_of_input(
+                    n, ok, pair, column, gout, slopes, d, D, K, ADJOINT, OUT, A
+                )
+                product += matmul(tl.trans(p), x_dot, C, PRECISION)
+            add_weight(product, column, partials, WIDTHS[1], d)
+        if dx is not None:
+            w = weight_tile(W, unit, column, WIDTHS[1], d, C)
+            share = matmul(g, w, C, PRECISION)
+            if ACTIVE:
+                # What the tile's earlier pairs left: this thread's own stores.
+                share += tl.load(dx + at, mask=inside & (pair > 0), other=0.0).to(A)
+            tl.store(dx + at, share, mask=inside)
 
 
 @triton.constexpr_function
@@ -338,84 +396,27 @@ def tangent_of_input(
     return tl.where(chosen, tl.full(chosen.shape, 1, A), tl.zeros(chosen.shape, A))
 
 
-# --- accumulators: one tile for each W_l and b_l, in registers or (a placeholder here) in memory ----
-
-
-@triton.jit
-def fresh_accumulators(
-    partials, WIDTHS: tl.constexpr, NEEDS: tl.constexpr, OFFSETS: tl.constexpr, H: tl.constexpr,
-    PD: tl.constexpr, BK: tl.constexpr, IN_REGISTERS: tl.constexpr, A: tl.constexpr,
-):  # fmt: skip
-    L: tl.constexpr = len(WIDTHS) - 1
-    acc = ()
-    if not (IN_REGISTERS and WIDTHS[0] <= BK):
-        zero_fill(partials, OFFSETS[2 * L])
-    for l in tl.static_range(L):
-        OUTPUTS: tl.constexpr = padded_width(l, L, H, PD)
-        INPUTS: tl.constexpr = BK if l == 0 else H
-        if NEEDS[2 * l] and IN_REGISTERS and (l > 0 or WIDTHS[0] <= BK):
-            acc = acc + (tl.zeros((OUTPUTS, INPUTS), A),)
-        else:
-            acc = acc + (tl.zeros((1, 1), A),)
-        if NEEDS[2 * l + 1] and IN_REGISTERS:
-            acc = acc + (tl.zeros((OUTPUTS,), A),)
-        else:
-            acc = acc + (tl.zeros((1,), A),)
-    return acc
+# --- the program's slice of the partial sums, which stays in the L2 cache -----------------------
 
 
 @triton.jit
 def zero_fill(partials, SIZE: tl.constexpr):
     for start in range(0, SIZE, 1024):
         i = start + tl.arange(0, 1024)
-        tl.store(
-            partials + i, tl.zeros((1024,), partials.dtype.element_ty), mask=i < SIZE
-        )
+        tl.store(partials + i, tl.zeros((1024,), partials.dtype.element_ty), mask=i < SIZE)
     tl.debug_barrier()
 
 
 @triton.jit
-def add_weight(
-    acc, product, column, partials, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    IN_REGISTERS: tl.constexpr,
-):  # fmt: skip
-    if IN_REGISTERS:
-        return acc + product
+def add_weight(product, column, partials, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.arange(0, product.shape[0])
     at = partials + row[:, None] * COLUMNS + column[None, :]
     mask = (row[:, None] < ROWS) & (column[None, :] < COLUMNS)
     tl.store(at, tl.load(at, mask=mask, other=0.0) + product, mask=mask)
-    return acc
 
 
 @triton.jit
-def add_bias(acc, g, partials, ROWS: tl.constexpr, IN_REGISTERS: tl.constexpr):
-    if IN_REGISTERS:
-        return acc + tl.sum(g, 0)
+def add_bias(g, partials, ROWS: tl.constexpr):
     row = tl.arange(0, g.shape[1])
     at = partials + row
-    tl.store(
-        at, tl.load(at, mask=row < ROWS, other=0.0) + tl.sum(g, 0), mask=row < ROWS
-    )
-    return acc
-
-
-@triton.jit
-def store_accumulators(
-    acc, partials, WIDTHS: tl.constexpr, NEEDS: tl.constexpr, OFFSETS: tl.constexpr,
-    H: tl.constexpr, PD: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    L: tl.constexpr = len(WIDTHS) - 1
-    for l in tl.static_range(L):
-        row = tl.arange(0, padded_width(l, L, H, PD))
-        column = tl.arange(0, BK if l == 0 else H)
-        if NEEDS[2 * l] and (l > 0 or WIDTHS[0] <= BK):
-            mask = (row[:, None] < WIDTHS[l + 1]) & (column[None, :] < WIDTHS[l])
-            at = partials + OFFSETS[2 * l] + row[:, None] * WIDTHS[l] + column[None, :]
-            tl.store(at, acc[2 * l], mask=mask)
-        if NEEDS[2 * l + 1]:
-            tl.store(
-                partials + OFFSETS[2 * l + 1] + row,
-                acc[2 * l + 1],
-                mask=row < WIDTHS[l + 1],
-            )
+    tl.store(at, tl.load(at, mask=row < ROWS, other=0.0) + tl.sum(g, 0), mask=row < ROWS)

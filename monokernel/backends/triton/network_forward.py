@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import PENALTY_SUM, activation, hinge_epilogue, weight_tile
-from .network import first_layer, keep, layer_up, matmul, padded_width, recall
+from .device import PENALTY_SUM, activation, from_row, hinge_epilogue
+from .network import first_layer, inner_weight, keep, layer_up, matmul, padded_width, recall
 
 __all__ = ["network_forward"]
 
@@ -47,20 +47,29 @@ def network_forward(
     A: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    d: tl.constexpr = WIDTHS[0]
+    D: tl.constexpr = WIDTHS[len(ACTS)]
+    if scratch is not None:
+        scratch = scratch + tl.program_id(0).to(tl.int64) * ((len(ACTS) - 1) * BM * H)
     total = tl.zeros((BM,), A)
-    for tile in range(tl.program_id(0), tl.cdiv(N, BM), tl.num_programs(0)):
-        i = tile * BM + tl.arange(0, BM)
-        ok = i < N
-        n = i.to(tl.int64)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(N, BM), tl.num_programs(0), disable_licm=True):
+        start = tile * tl.full((), BM, tl.int64)  # 64 bits, also where tile is a Python int
+        n = tl.arange(0, BM)
+        ok = n < N - tile * BM
+        x_ = x + start * d
+        weight_ = from_row(weight, start, weight_row)
+        y_ = y + start * D
+        out_ = from_row(out, start, D * K)
+        slopes_ = from_row(slopes, start, D * K)
         if ADJOINT:
             total += adjoint_tile(
-                n, ok, x, weight, direction, ws, bs, y, out, slopes, scratch, weight_row,
+                n, ok, x_, weight_, direction, ws, bs, y_, out_, slopes_, scratch, weight_row,
                 WIDTHS, ACTS, BIAS, K, OUT, MARGIN, SQUARED, SAVE, H, PD, PK, BK, C, A, PRECISION,
             )  # fmt: skip
         else:
-            for c in range(K):
+            for c in tl.range(0, K, disable_licm=True):
                 total += tangent_tile(
-                    n, ok, c, x, weight, direction, ws, bs, y, out, slopes, weight_row,
+                    n, ok, c, x_, weight_, direction, ws, bs, y_, out_, slopes_, weight_row,
                     WIDTHS, ACTS, BIAS, K, OUT, MARGIN, SQUARED, SAVE, H, PD, BK, C, A, PRECISION,
                 )  # fmt: skip
     if OUT == PENALTY_SUM:
@@ -92,10 +101,7 @@ def tangent_tile(
     h, slope, curvature = activation(a, ACTS[0])
     h_dot = slope * a_dot
     for l in tl.static_range(1, L):
-        OUTPUTS: tl.constexpr = padded_width(l, L, H, PD)
-        w = weight_tile(
-            ws[l], tl.arange(0, OUTPUTS), tl.arange(0, H), WIDTHS[l + 1], WIDTHS[l], C
-        )
+        w = inner_weight(ws, l, WIDTHS, H, PD, C)
         a = layer_up(h, w, bs[l], BIAS[l], WIDTHS[l + 1], C, A, PRECISION)
         a_dot = matmul(h_dot, tl.trans(w), C, PRECISION)
         h, slope, curvature = activation(a, ACTS[l])
@@ -128,11 +134,8 @@ def adjoint_tile(
     kept = ()
     tl.debug_barrier()  # the slots may still be read by the tile before
     for l in tl.static_range(1, L):
-        kept = keep(kept, a.to(C), scratch, l - 1, H, L - 1)
-        OUTPUTS: tl.constexpr = padded_width(l, L, H, PD)
-        w = weight_tile(
-            ws[l], tl.arange(0, OUTPUTS), tl.arange(0, H), WIDTHS[l + 1], WIDTHS[l], C
-        )
+        kept = keep(kept, a.to(C), scratch, l - 1, H)
+        w = inner_weight(ws, l, WIDTHS, H, PD, C)
         h, slope, curvature = activation(a, ACTS[l - 1])
         a = layer_up(h, w, bs[l], BIAS[l], WIDTHS[l + 1], C, A, PRECISION)
     tl.debug_barrier()
@@ -143,24 +146,12 @@ def adjoint_tile(
     h = tl.where(mask, h, tl.zeros_like(h))
     total = tl.zeros((BM,), A)
     column = tl.arange(0, PK)
-    for e in range(D):
+    for e in tl.range(0, D, disable_licm=True):
         chosen = (output == e)[None, :]
         p = tl.where(chosen, last_slope, tl.zeros_like(last_slope))
-        for i in tl.static_range(1, L):
-            l: tl.constexpr = L - i  # the layer that p has reached, counted from 0
-            INPUTS: tl.constexpr = padded_width(l - 1, L, H, PD)
-            OUTPUTS: tl.constexpr = padded_width(l, L, H, PD)
-            w = weight_tile(
-                ws[l],
-                tl.arange(0, OUTPUTS),
-                tl.arange(0, INPUTS),
-                WIDTHS[l + 1],
-                WIDTHS[l],
-                C,
-            )
-            a = recall(kept, l - 1, scratch, l - 1, BM, INPUTS, H, L - 1, A)
-            h_, slope, curvature = activation(a, ACTS[l - 1])
-            p = slope * matmul(p, w, C, PRECISION)
+        p = down_to_first(
+            p, kept, scratch, ws, WIDTHS, ACTS, H, PD, C, A, PRECISION
+        )  # fmt: skip
         unit = tl.arange(0, FIRST)
         inside = (unit[:, None] < WIDTHS[1]) & (column[None, :] < K)
         w1 = tl.load(
@@ -176,3 +167,18 @@ def adjoint_tile(
         )  # fmt: skip
         total += tl.sum(penalty, 1)
     return total
+
+
+@triton.jit
+def down_to_first(
+    p, kept, scratch, ws, WIDTHS: tl.constexpr, ACTS: tl.constexpr, H: tl.constexpr,
+    PD: tl.constexpr, C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """p_L to p_1: p_{l-1} = σ'(a_{l-1}) ∘ (p_l W_l)."""
+    L: tl.constexpr = len(ACTS)
+    for l in tl.static_range(L - 1, 0, -1):
+        w = inner_weight(ws, l, WIDTHS, H, PD, C)
+        a = recall(kept, scratch, l - 1, p.shape[0], H).to(A)
+        _h, slope, _curvature = activation(a, ACTS[l - 1])
+        p = slope * matmul(p, w, C, PRECISION)
+    return p

@@ -34,9 +34,7 @@ def reduce_gradients(
     for start in range(0, P, SLICES):
         s = start + slices
         at = partials + s[:, None].to(tl.int64) * SIZE + i[None, :]
-        total += tl.sum(
-            tl.load(at, mask=(s[:, None] < P) & (i[None, :] < SIZE), other=0.0), 0
-        )
+        total += tl.sum(tl.load(at, mask=(s[:, None] < P) & (i[None, :] < SIZE), other=0.0), 0)
     for t in tl.static_range(len(OFFSETS) - 1):
         if grads[t] is not None:
             inside = (i >= OFFSETS[t]) & (i < OFFSETS[t + 1])

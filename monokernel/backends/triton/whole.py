@@ -26,7 +26,7 @@ from .launch import (
     launch,
     processors,
 )
-from .network_backward import network_backward
+from .network_backward import SLOTS, network_backward
 from .network_forward import network_forward
 from .reduce import reduce_gradients, reduce_sum
 
@@ -39,20 +39,14 @@ def refuses(problem: Problem, x: Tensor) -> str | None:
     """Why the network does not fit into one kernel, or None."""
     widest = WIDEST[x.element_size()]
     if max(problem.widths[1:]) > widest:
-        return (
-            f"a layer is wider than {widest}, which is what registers hold in {x.dtype}"
-        )
+        return f"a layer is wider than {widest}, which is what registers hold in {x.dtype}"
     if problem.k > 128:
         return f"k = {problem.k} monotone inputs; one kernel serves up to 128"
     if problem.depth > DEEPEST:
         return f"{problem.depth} layers; one kernel serves up to {DEEPEST}"
     if x.shape[0] >= 2**31 - 2**16:
         return f"N = {x.shape[0]} rows; one kernel serves below 2^31"
-    if (
-        x.dtype == torch.float32
-        and not interpreting()
-        and _precision(x.dtype) == "ieee"
-    ):
+    if x.dtype == torch.float32 and not interpreting() and _precision(x.dtype) == "ieee":
         return (
             "strict float32 products (torch.get_float32_matmul_precision() is 'highest') leave "
             "no tensor core to a fused network"
@@ -122,9 +116,7 @@ def forward(
     if N == 0:
         return y, out.zero_(), saved
     shape = _shape(problem)
-    config = forward_config(
-        shape["H"], problem.depth, x.element_size(), shape["ADJOINT"]
-    )
+    config = forward_config(shape["H"], problem.depth, x.element_size(), shape["ADJOINT"])
     tiles = -(-N // config.rows)
     P = min(tiles, processors(x.device) * config.per_processor)
     sums = x.new_empty(P, dtype=wide) if summed else None
@@ -179,9 +171,7 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     N, wide = x.shape[0], accumulate_dtype(x.dtype)
-    dx = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
-    )
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
     wanted = tuple(n and p is not None for n, p in zip(needs[1:], params, strict=True))
     grads = tuple(
         torch.empty_like(p, memory_format=torch.contiguous_format) if want else None
@@ -196,10 +186,8 @@ def backward(
     tiles = -(-N // BM)
     P = min(tiles, processors(x.device) * config.per_processor)
     offsets = _offsets(problem)
-    scratch = None
-    if not config.kept_in_registers:
-        size = P * 2 * problem.depth * BM * max(shape["H"], shape["PD"])
-        scratch = x.new_empty(size, dtype=compute_dtype(x.dtype))
+    size = P * SLOTS * problem.depth * BM * max(shape["H"], shape["PD"])
+    scratch = x.new_empty(size, dtype=compute_dtype(x.dtype))
     partials = x.new_empty(P * offsets[-1], dtype=wide)
     rows = None if gout is None else x.new_empty(tiles * BM, dtype=torch.int32)
     ws, bs = _split(params)
@@ -225,7 +213,7 @@ def backward(
         OFFSETS=offsets,
         BM=BM,
         SCAN=max(BM, 256),
-        IN_REGISTERS=config.sums_in_registers,
+        CHUNK=min(config.chunk, shape["H"]),
         num_warps=config.warps,
         num_stages=config.stages,
     )

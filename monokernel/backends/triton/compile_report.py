@@ -1,0 +1,318 @@
+"""``python -m monokernel.backends.triton.compile_report``: compiles every shipped configuration.
+
+Without a GPU, for each target, and prints what the compiler made of it: registers, stack (spilled)
+bytes, shared memory, tensor-core and special-function instructions. Exits with 1 if a kernel spills,
+traps, lacks its tensor cores, or takes more shared or tensor memory than the target has.
+
+What is compiled is what the host code launches: it runs on empty CPU tensors with the launcher
+replaced, so no signature is written twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ...activations import Activation
+from ...problem import Hinge, Mode, Problem
+from . import launch, whole
+
+__all__ = ["main"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device to compile for and what it has: shared memory of a program, tensor-memory columns."""
+
+    gpu: GPUTarget
+    shared: int
+    tensor_core: str  # the instruction that must be there, in SASS or AMD assembly
+    tensor_memory: int = 0
+
+
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 166_912, r"\bHMMA"),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 232_448, r"\b[HQ]GMMA"),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 232_448, r"\bUTC\w*MMA|\bHMMA", 512),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 65_536, r"v_mfma"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network and a precision for which the path's kernels are compiled."""
+
+    widths: tuple[int, ...]
+    kind: str
+    k: int
+    mode: Mode
+    dtype: torch.dtype
+    precision: str = "highest"
+    path: str = "whole"
+    summed: bool = True
+
+    @property
+    def name(self) -> str:
+        kind = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "tf32"}[self.dtype]
+        if self.dtype == torch.float32 and self.precision != "high":
+            kind = "fp32" if self.precision == "highest" else self.precision
+        shape = "-".join(map(str, self.widths))
+        return f"{shape} k{self.k} {self.mode} {self.kind} {kind}"
+
+
+def whole_cases() -> Iterator[Case]:
+    """Widths 32 to 128 with 3 hidden layers, the depth that the configurations are tuned for."""
+    precisions = [(torch.float16, "highest"), (torch.bfloat16, "highest"), (torch.float32, "high")]
+    for H in (32, 64, 128):
+        for dtype, precision in precisions:
+            if H == 128 and dtype == torch.float32:
+                continue
+            hidden = (H,) * 3
+            yield Case((8, *hidden, 1), "silu", 1, "adjoint", dtype, precision)
+            if dtype != torch.bfloat16:  # else as float16
+                yield Case((8, *hidden, 1), "relu", 4, "adjoint", dtype, precision)
+                yield Case((8, *hidden, 8), "silu", 1, "tangent", dtype, precision)
+    yield Case((8, 64, 64, 64, 1), "silu", 4, "adjoint", torch.float32, "tf32x3")
+    yield Case((100, 128, 128, 1), "gelu", 4, "adjoint", torch.float16)
+    yield Case((8, *(64,) * 7, 1), "mish", 3, "adjoint", torch.float16)
+    yield Case((8, *(128,) * 7, 1), "silu", 3, "adjoint", torch.float16)
+
+
+QUICK = [
+    Case((8, 64, 64, 64, 1), "silu", 1, "adjoint", torch.float16),
+    Case((8, 64, 64, 64, 1), "silu", 1, "adjoint", torch.float32, "high"),
+]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel as the host code launches it."""
+
+    kernel: Any
+    args: tuple[object, ...]
+    options: dict[str, Any]
+
+
+def launches(case: Case) -> list[Launch]:
+    """What a training step of the case launches."""
+    seen: list[Launch] = []
+    launch.instead_of_launching.append(lambda *call: seen.append(Launch(*call)))
+    precision = torch.get_float32_matmul_precision()
+    chosen = case.precision
+    if chosen == "tf32x3":
+        os.environ["MONOKERNEL_FP32"], chosen = chosen, "highest"
+    torch.set_float32_matmul_precision(chosen)
+    try:
+        _step(case)
+    finally:
+        os.environ.pop("MONOKERNEL_FP32", None)
+        torch.set_float32_matmul_precision(precision)
+        launch.instead_of_launching.pop()
+    return seen
+
+
+def _step(case: Case) -> None:
+    L, N = len(case.widths) - 1, 4096
+    hidden = {"softplus": (1.0, 20.0), "elu": (1.0, 1.0, 1.0)}.get(case.kind, ())
+    acts = (*(Activation(case.kind, *hidden),) * (L - 1), Activation("identity"))
+    hinge = Hinge(elementwise=not case.summed)
+    problem = Problem(case.widths, acts, case.k, case.mode, hinge)
+    params: list[Tensor | None] = []
+    for rows, columns in zip(case.widths[1:], case.widths, strict=False):
+        params += [
+            torch.empty(rows, columns, dtype=case.dtype),
+            torch.empty(rows, dtype=case.dtype),
+        ]
+    x = torch.empty(N, case.widths[0], dtype=case.dtype)
+    reason = whole.refuses(problem, x)
+    if reason is not None:
+        raise RuntimeError(f"{case.name}: {reason}")
+    y, out, saved = whole.forward(problem, x, None, params, True)
+    needs = [False] + [True] * len(params)
+    whole.backward(problem, y, out, x, None, params, saved, needs)
+
+
+# --- one kernel, one target ---------------------------------------------------------------------
+
+POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+COMPILER_OPTIONS = ("num_warps", "num_stages")
+
+
+def source_of(call: Launch) -> tuple[ASTSource, dict[str, Any]]:
+    """The kernel with the types and constants of the call, as the launcher would specialise it."""
+    names = call.kernel.arg_names
+    values = dict(zip(names, call.args, strict=False))
+    options = {k: v for k, v in call.options.items() if k in COMPILER_OPTIONS}
+    values |= {k: v for k, v in call.options.items() if k not in COMPILER_OPTIONS}
+    constexprs = {p.name for p in call.kernel.params if p.is_constexpr}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], object] = {}
+    attributes: dict[tuple[int, ...], list[list[object]]] = {}
+
+    def describe(value: object, at: tuple[int, ...]) -> Any:
+        if isinstance(value, tuple):
+            return tuple(describe(v, (*at, i)) for i, v in enumerate(value))
+        if isinstance(value, Tensor):
+            attributes[at] = [["tt.divisibility", 16]]
+            return POINTERS[value.dtype]
+        if value is None:
+            constants[at] = None
+            return "constexpr"
+        return "i32"
+
+    for i, name in enumerate(names):
+        if name in constexprs:
+            signature[name] = "constexpr"
+            constants[(i,)] = values[name]
+        else:
+            signature[name] = describe(values[name], (i,))
+    return ASTSource(call.kernel, signature, constants, attributes), options
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    case: str
+    kernel: str
+    target: str
+    registers: int
+    stack: int
+    shared: int
+    tensor_memory: int
+    tensor_core: int
+    special: int
+    seconds: float
+    complaints: tuple[str, ...]
+
+
+def compile_one(case: Case, index: int, target_name: str) -> Row:
+    """Compiles launch number ``index`` of the case's step and reads what came out."""
+    call, target = launches(case)[index], TARGETS[target_name]
+    source, options = source_of(call)
+    began = time.perf_counter()
+    name = f"{call.kernel.__name__}"
+    try:
+        compiled = triton.compile(source, target=target.gpu, options=options)
+    except Exception as error:  # the table shows which one failed, whatever the compiler raised
+        complaint = f"does not compile: {str(error).strip().splitlines()[-1][:200]}"
+        return Row(case.name, name, target_name, 0, 0, 0, 0, 0, 0, 0.0, (complaint,))
+    seconds = time.perf_counter() - began
+    if target.gpu.backend == "hip":
+        registers, stack, code = read_amd(compiled.asm["amdgcn"])
+    else:
+        registers, stack, code = read_nvidia(compiled.asm["cubin"])
+    dots = len(re.findall(target.tensor_core, code))
+    special = len(re.findall(r"\bMUFU|\bv_(?:exp|log|rcp|rsq|sqrt|sin|cos)_", code))
+    shared = compiled.metadata.shared
+    tensor_memory = getattr(compiled.metadata, "tmem_size", 0) or 0
+    ieee = "PRECISION" in call.options and call.options["PRECISION"] == "ieee"
+    full = str(call.options.get("C")) == "fp32" and ieee
+    complaints = []
+    if stack:
+        complaints.append(f"spills {stack} bytes")
+    if "C" in call.options and not full and not dots:
+        complaints.append("no tensor-core instruction")
+    if shared > target.shared:
+        complaints.append(f"shared memory above {target.shared}")
+    if tensor_memory > target.tensor_memory:
+        complaints.append(f"tensor memory above {target.tensor_memory}")
+    if "ptx" in compiled.asm and re.search(r"^\s*trap;", compiled.asm["ptx"], re.M):
+        complaints.append("a trap in the PTX")
+    return Row(
+        case.name, name, target_name, registers, stack, shared, tensor_memory, dots, special,
+        seconds, tuple(complaints),
+    )  # fmt: skip
+
+
+def read_nvidia(cubin: bytes) -> tuple[int, int, str]:
+    """Registers, stack bytes and SASS of a cubin, by the tools that come with Triton."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _output(tools / "cuobjdump", "-res-usage", file.name)
+        code = _output(tools / "nvdisasm", "-c", file.name)
+    registers = max(int(n) for n in re.findall(r"REG:(\d+)", usage))
+    stack = max(int(n) for n in re.findall(r"STACK:(\d+)", usage))
+    return registers, stack, code
+
+
+def read_amd(assembly: str) -> tuple[int, int, str]:
+    """Vector registers, scratch bytes and instructions of AMD assembly."""
+
+    def number(key: str) -> int:
+        found = re.search(rf"\.{key}:\s*(\d+)", assembly)
+        return int(found.group(1)) if found else 0
+
+    return number("vgpr_count"), number("private_segment_fixed_size"), assembly
+
+
+def _output(*command: object) -> str:
+    return subprocess.run(
+        [str(c) for c in command], check=True, capture_output=True, text=True
+    ).stdout
+
+
+# --- the table ----------------------------------------------------------------------------------
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, prog="compile_report")
+    parser.add_argument("--quick", action="store_true", help="two networks, sm_90 alone")
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--match", default="", help="only cases whose name has this in it")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args(arguments)
+    if launch.interpreting():
+        print("TRITON_INTERPRET is set: nothing can be compiled", file=sys.stderr)
+        return 1
+    cases = QUICK if options.quick else list(whole_cases())
+    targets = ["sm_90"] if options.quick else options.targets
+    jobs = []
+    for case in cases:
+        if options.match in case.name:
+            for index, _ in enumerate(launches(case)):
+                jobs += [(case, index, target) for target in targets]
+    print(f"Triton {triton.__version__}: {len(jobs)} kernels")
+    head = f"{'network':44} {'kernel':18} {'target':7} reg stack  shared tmem  dots  mufu     s"
+    print(head + "\n" + "-" * len(head))
+    failed = 0
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for row in pool.map(compile_one, *zip(*jobs, strict=True)):
+            print(
+                f"{row.case:44} {row.kernel:18} {row.target:7} {row.registers:3} {row.stack:5} "
+                f"{row.shared:7} {row.tensor_memory:4} {row.tensor_core:5} {row.special:5} "
+                f"{row.seconds:5.1f}  {'; '.join(row.complaints)}".rstrip(),
+                flush=True,
+            )
+            failed += bool(row.complaints)
+    print(f"{failed} of {len(jobs)} kernels fail" if failed else "every kernel passes")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
