@@ -202,6 +202,30 @@ def test_lbfgs() -> None:
     assert_same_weights(ours, truth, rtol=1e-7)  # the line search amplifies rounding
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_the_saved_state_survives_hooks_and_a_second_backward(backend: str) -> None:
+    mlp = network()
+    model = penalised(mlp, backend=backend)
+    x1, x2, t = data()
+    with torch.autograd.graph.save_on_cpu():
+        loss = loss_of(model(x1, x2), t)
+    loss.backward(retain_graph=True)
+    first = grads(mlp)
+    mlp.zero_grad()
+    loss.backward()
+    torch.testing.assert_close(grads(mlp), first, rtol=0, atol=0)
+
+
+def test_a_weight_changed_before_the_backward_is_an_error() -> None:
+    mlp = network()
+    x1, x2, t = data()
+    loss = loss_of(penalised(mlp)(x1, x2), t)
+    with torch.no_grad():
+        mlp[0].weight.add_(1.0)  # type: ignore[operator]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(reentrant: bool) -> None:
     ours, truth = network(), network()
@@ -475,7 +499,7 @@ def on_rank(rank: int, port: int, folder: str) -> None:
     """One process of two: DDP and FSDP2 on its half of the rows; writes the gradients it got."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
     torch.set_num_threads(1)
@@ -489,6 +513,11 @@ def on_rank(rank: int, port: int, folder: str) -> None:
         ddp = DistributedDataParallel(penalised(mlp, reduction=reduction))
         loss_of(ddp(x1, x2), t).backward()
         found[f"ddp {reduction}"] = grads(mlp)
+    mlp = network()
+    compiled = torch.compile(penalised(mlp, reduction="mean"), fullgraph=True, backend="aot_eager")
+    ddp = DistributedDataParallel(compiled)
+    loss_of(ddp(x1, x2), t).backward()
+    found["ddp compiled"] = grads(mlp)
     mesh = init_device_mesh("cpu", (RANKS,))
     model = penalised(network(), reduction="mean")
     fully_shard(model, mesh=mesh)
@@ -498,6 +527,12 @@ def on_rank(rank: int, port: int, folder: str) -> None:
         loss_of(model(x1, x2), t).backward()
         optimizer.step()
     found["fsdp"] = {n: p.full_tensor().detach() for n, p in model.mlp.named_parameters()}
+    half = penalised(network(torch.float32), reduction="mean")
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    fully_shard(half, mesh=mesh, mp_policy=policy)
+    y, penalty = half(x1.float(), x2.float())
+    ((y.float() - t.float()).square().mean() + penalty).backward()
+    found["fsdp bfloat16"] = [p.grad.full_tensor() for p in half.parameters()]  # type: ignore[union-attr]
     apart = network()
     fully_shard(apart[0], mesh=mesh)
     try:
@@ -537,13 +572,16 @@ def test_ddp_gives_the_single_process_gradients(
         torch.testing.assert_close(found[f"ddp {reduction}"], grads(mlp), rtol=1e-10, atol=1e-12)
 
 
-def test_ddp_inside_of_the_penalty(distributed: list[dict[str, object]]) -> None:
-    """``MonotonePenalty(DDP(mlp))``, the wrong way round, takes the general path, right too."""
+@pytest.mark.parametrize("way", ["ddp compiled", "ddp inside"])
+def test_ddp_of_the_compiled_module_and_the_wrong_way_round(
+    distributed: list[dict[str, object]], way: str
+) -> None:
+    """``MonotonePenalty(DDP(mlp))`` takes the general path and is right too."""
     mlp = network()
     x1, x2, t = data()
     loss_of(recipe(mlp, x1, x2, "mean"), t).backward()
     for found in distributed:
-        torch.testing.assert_close(found["ddp inside"], grads(mlp), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(found[way], grads(mlp), rtol=1e-10, atol=1e-12)
 
 
 def test_fsdp_trains_as_a_single_process(distributed: list[dict[str, object]]) -> None:
@@ -557,6 +595,16 @@ def test_fsdp_trains_as_a_single_process(distributed: list[dict[str, object]]) -
     want = {n: p.detach() for n, p in mlp.named_parameters()}
     for found in distributed:
         torch.testing.assert_close(found["fsdp"], want, rtol=1e-10, atol=1e-12)
+
+
+def test_fsdp_in_mixed_precision(distributed: list[dict[str, object]]) -> None:
+    mlp = network(torch.float32)
+    x1, x2, t = (v.float() for v in data())
+    loss_of(recipe(mlp, x1, x2, "mean"), t).backward()
+    for found in distributed:
+        for got, want in zip(found["fsdp bfloat16"], grads(mlp), strict=True):  # type: ignore[call-overload]
+            assert got.dtype == torch.float32
+            assert (got - want).norm() <= 0.02 * want.norm()
 
 
 def test_fsdp_around_a_single_layer_says_what_to_do(distributed: list[dict[str, object]]) -> None:
