@@ -30,6 +30,9 @@ MAX_LAYERS = 128
 LIBRARY = "_native.so"
 BUILD_LOG = "_native_build.txt"  # setup.py leaves the reason here where the library was not built
 
+# What forward saves comes from the library's pool from so many bytes on; below, malloc keeps its own.
+POOL_FROM = 1 << 18
+
 _PACKAGE = Path(__file__).resolve().parent.parent
 _DTYPES = (torch.float32, torch.float64)
 
@@ -60,7 +63,7 @@ def forward(
     N, hinge = x.shape[0], problem.hinge
     y = x.new_empty(N, problem.D)
     out = x.new_empty(() if plan.summed else (N, problem.D, problem.k))
-    saved = saved_like(problem, x) if save else []
+    saved = plan.buffers(N, x.dtype) if save else []
     x, params = x.contiguous(), _contiguous(params)
     if weight is not None and hinge is not None:
         weight = weight.contiguous()
@@ -166,6 +169,10 @@ def _library() -> ctypes.CDLL | str:
     ]  # fmt: skip
     library.mk_plan_delete.argtypes = [c_void_p]
     library.mk_plan_delete.restype = None
+    library.mk_take.argtypes = [c_int64]
+    library.mk_take.restype = c_void_p
+    library.mk_give_back.argtypes = [c_void_p]
+    library.mk_give_back.restype = None
     library.mk_saved_sizes.argtypes = [c_void_p, c_void_p]
     library.mk_saved_sizes.restype = None
     library.mk_forward.restype = library.mk_backward.restype = c_int
@@ -248,6 +255,24 @@ class _Plan:
         if getattr(self, "handle", None):
             self.library.mk_plan_delete(self.handle)
 
+    def buffers(self, N: int, dtype: torch.dtype) -> list[Tensor]:
+        """``saved_like`` in real memory; large buffers come from the library's pool."""
+        size = dtype.itemsize
+        return [
+            torch.empty(N * n, dtype=dtype) if N * n * size < POOL_FROM else self._pooled(N * n, dtype)
+            for n in self.saved
+            if n
+        ]
+
+    def _pooled(self, n: int, dtype: torch.dtype) -> Tensor:
+        memory = self.library.mk_take(n * dtype.itemsize)
+        if not memory:
+            _check(1)
+        # The tensor holds the array, the array its owner; the last one gone gives the memory back.
+        array = (ctypes.c_char * (n * dtype.itemsize)).from_address(memory)
+        array.owner = _Owner(self.library, memory)  # type: ignore[attr-defined]
+        return torch.frombuffer(array, dtype=dtype)
+
     def pointers(self, tensors: Params) -> ctypes.Array[c_void_p]:
         return self._pointers(*[None if t is None else t.data_ptr() for t in tensors])
 
@@ -255,6 +280,16 @@ class _Plan:
         """The saved buffers in the library's order; those without elements were left out."""
         given = iter(saved)
         return self._places(*[next(given).data_ptr() if n else None for n in self.saved])
+
+
+class _Owner:
+    """A piece of the library's pool, given back when it is no longer referred to."""
+
+    def __init__(self, library: ctypes.CDLL, memory: int) -> None:
+        self._give_back, self._memory = library.mk_give_back, memory
+
+    def __del__(self) -> None:
+        self._give_back(self._memory)
 
 
 @lru_cache(maxsize=1024)
