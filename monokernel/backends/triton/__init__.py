@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...problem import Problem
-from . import whole
+from . import layered, whole
 from .launch import interpreting
 
 __all__ = ["backward", "forward", "refuses", "saved_like"]
@@ -29,11 +29,17 @@ def refuses(problem: Problem, x: Tensor) -> str | None:
         return "x is float64, for which there are no tensor-core kernels"
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return f"x is {x.dtype}; the Triton kernels serve float32, float16 and bfloat16"
-    return None
+    return None if whole.refuses(problem, x) is None else layered.refuses(problem, x)
 
 
-def _path(problem: Problem, x: Tensor) -> ModuleType:
-    return whole
+def _path(problem: Problem, x: Tensor, saved: Sequence[Tensor] | None = None) -> ModuleType:
+    """The whole network in one kernel where it fits, else layer by layer.
+
+    In the backward what was saved decides, should the float32 precision have been changed since.
+    """
+    if saved is not None and len(saved) != len(whole.saved_like(problem, x[:0])):
+        return layered
+    return whole if whole.refuses(problem, x) is None else layered
 
 
 def saved_like(problem: Problem, x: Tensor) -> list[Tensor]:
@@ -63,7 +69,7 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients of x and of every parameter, None where ``needs`` is false."""
-    grads: list[Tensor | None] = _path(problem, x).backward(
+    grads: list[Tensor | None] = _path(problem, x, saved).backward(
         problem, gy, gout, x, weight, params, saved, needs
     )
     return grads

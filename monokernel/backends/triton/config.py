@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["NetworkConfig", "backward_config", "forward_config", "power_of_two"]
+__all__ = ["ROWS", "LayerConfig", "NetworkConfig", "backward_config", "forward_config", "layer_config", "power_of_two"]
 
 # Hidden and output widths that a whole-network kernel holds in registers, by operand size in bytes.
 WIDEST = {2: 128, 4: 64, 8: 64}
@@ -45,3 +45,24 @@ def forward_config(H: int, depth: int, itemsize: int, adjoint: bool) -> NetworkC
 
 def backward_config(H: int, depth: int, itemsize: int) -> NetworkConfig:
     return NetworkConfig(64, 4 if H <= 64 else 8, 1, chunk=32)
+
+
+# --- layer by layer -----------------------------------------------------------------------------
+
+ROWS = 64  # rows of an element-wise tile of 32 columns: 2048 elements for 4 warps
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """One product over the active pairs: an output tile of ``rows`` x ``columns``, inner step."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+
+def layer_config(itemsize: int) -> LayerConfig:
+    """The dual-accumulator kernels: two sums of a 64 x 64 tile in 4 warps."""
+    return LayerConfig(64, 64, 64 if itemsize == 2 else 32, 4, 3)

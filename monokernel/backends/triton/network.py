@@ -19,7 +19,6 @@ __all__ = [
     "matmul",
     "padded_width",
     "recall",
-    "store_scratch",
 ]
 
 

@@ -29,7 +29,7 @@ __all__ = ["network_backward"]
 
 IDENTITY = tl.constexpr(0)
 
-# Scratch slots, each L tiles of BM rows: σ'(a_l); h_l; ḣ_l; p_l; σ''∘ȧ_l and then σ''∘ȧ_l∘P_l.
+# Scratch slots, each L tiles of BM rows: σ'(a_l); h_l; ḣ_l; p_l; σ'', times ȧ_l, times P_l.
 # Whatever takes special functions is evaluated once, on the way up.
 SLOPE_SLOT = tl.constexpr(0)
 H_SLOT = tl.constexpr(1)
@@ -171,15 +171,19 @@ def gradients_of_tile(
 ):  # fmt: skip
     """Adds what the rows n give for pair number ``pair`` (gy counts with pair 0).
 
-    Three passes, each with one chain in registers; what they hand on lies in the scratch slots.
+    Passes over the layers, each with one chain in registers; what they hand on lies in the scratch
+    slots. (Tangents beside activations in one pass, as in the forward, spill at width 128.)
     """
     tl.debug_barrier()  # the slots may still be read by the tile before
     up_pass(
-        n, ok, pair, ACTIVE, x, gout, slopes, ws, bs, scratch,
-        WIDTHS, ACTS, BIAS, K, ADJOINT, OUT, H, PD, BK, C, A, PRECISION,
-    )  # fmt: skip
+        n, ok, ACTIVE, x, ws, bs, scratch, WIDTHS, ACTS, BIAS, H, PD, BK, C, A, PRECISION
+    )
     tl.debug_barrier()
     if ACTIVE:
+        tangent_pass(
+            n, ok, pair, gout, slopes, ws, scratch,
+            WIDTHS, ACTS, K, ADJOINT, OUT, H, PD, BK, C, A, PRECISION,
+        )  # fmt: skip
         seed_pass(
             n, ok, pair, gout, slopes, ws, scratch,
             WIDTHS, ACTS, NEEDS, dx is not None, K, ADJOINT, OUT, H, PD, C, A, PRECISION,
@@ -192,42 +196,70 @@ def gradients_of_tile(
 
 @triton.jit
 def up_pass(
-    n, ok, pair, ACTIVE: tl.constexpr, x, gout, slopes, ws, bs, scratch,
-    WIDTHS: tl.constexpr, ACTS: tl.constexpr, BIAS: tl.constexpr, K: tl.constexpr,
-    ADJOINT: tl.constexpr, OUT: tl.constexpr, H: tl.constexpr, PD: tl.constexpr,
-    BK: tl.constexpr, C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
+    n, ok, ACTIVE: tl.constexpr, x, ws, bs, scratch,
+    WIDTHS: tl.constexpr, ACTS: tl.constexpr, BIAS: tl.constexpr, H: tl.constexpr,
+    PD: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, A: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Keeps a_l, and for an active tile ȧ_l and ḣ_l of the pair's direction ẋ."""
+    """a_l runs up: keeps h_l, σ'(a_l) and, for an active tile, σ''(a_l)."""
     L: tl.constexpr = len(ACTS)
-    d: tl.constexpr = WIDTHS[0]
     FIRST: tl.constexpr = padded_width(0, L, H, PD)
     WIDE: tl.constexpr = max(H, PD)
     a = first_layer(x, n, ok, ws[0], bs[0], WIDTHS, BIAS[0], FIRST, BK, C, A, PRECISION)
-    a_dot = tl.zeros_like(a)
-    if ACTIVE:
-        unit = tl.arange(0, FIRST)
-        for start in range((d - K) // BK * BK, d, BK):
-            column = start + tl.arange(0, BK)
-            x_dot = tangent_of_input(
-                n, ok, pair, column, gout, slopes, d, WIDTHS[L], K, ADJOINT, OUT, A
-            )
-            w = weight_tile(ws[0], unit, column, WIDTHS[1], d, C)
-            a_dot += matmul(x_dot, tl.trans(w), C, PRECISION)
     for l in tl.static_range(L):
         h, slope, curvature = activation(a, ACTS[l])
         if ACTS[l][0] != IDENTITY:
             put(scratch, SLOPE_SLOT * L + l, slope.to(C), WIDE)
         if ACTIVE and curved(ACTS[l]):
-            put(scratch, CURVATURE_SLOT * L + l, (curvature * a_dot).to(C), WIDE)
+            put(scratch, CURVATURE_SLOT * L + l, curvature.to(C), WIDE)
         if l < L - 1:
             h = h.to(C)
             put(scratch, H_SLOT * L + l, h, WIDE)
             w = inner_weight(ws, l + 1, WIDTHS, H, PD, C)
             a = layer_up(h, w, bs[l + 1], BIAS[l + 1], WIDTHS[l + 2], C, A, PRECISION)
-            if ACTIVE:
-                h_dot = (slope * a_dot).to(C)
-                put(scratch, H_DOT_SLOT * L + l, h_dot, WIDE)
-                a_dot = matmul(h_dot, tl.trans(w), C, PRECISION)
+
+
+@triton.jit
+def tangent_pass(
+    n, ok, pair, gout, slopes, ws, scratch,
+    WIDTHS: tl.constexpr, ACTS: tl.constexpr, K: tl.constexpr, ADJOINT: tl.constexpr,
+    OUT: tl.constexpr, H: tl.constexpr, PD: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    A: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The pair's direction ẋ runs up: keeps ḣ_l, and σ''∘ȧ_l in the place of σ''."""
+    L: tl.constexpr = len(ACTS)
+    d: tl.constexpr = WIDTHS[0]
+    BM: tl.constexpr = n.shape[0]
+    FIRST: tl.constexpr = padded_width(0, L, H, PD)
+    WIDE: tl.constexpr = max(H, PD)
+    unit = tl.arange(0, FIRST)
+    a_dot = tl.zeros((BM, FIRST), A)
+    for start in range((d - K) // BK * BK, d, BK):
+        column = start + tl.arange(0, BK)
+        x_dot = tangent_of_input(n, ok, pair, column, gout, slopes, d, WIDTHS[L], K, ADJOINT, OUT, A)
+        w = weight_tile(ws[0], unit, column, WIDTHS[1], d, C)
+        a_dot += matmul(x_dot, tl.trans(w), C, PRECISION)
+    for l in tl.static_range(L):
+        if curved(ACTS[l]):
+            scale_slot(scratch, CURVATURE_SLOT * L + l, a_dot, WIDE, C, A)
+        if l < L - 1:
+            if ACTS[l][0] != IDENTITY:
+                a_dot *= get(scratch, SLOPE_SLOT * L + l, BM, a_dot.shape[1], WIDE, 0).to(A)
+            h_dot = a_dot.to(C)
+            put(scratch, H_DOT_SLOT * L + l, h_dot, WIDE)
+            w = inner_weight(ws, l + 1, WIDTHS, H, PD, C)
+            a_dot = matmul(h_dot, tl.trans(w), C, PRECISION)
+    tl.debug_barrier()
+
+
+@triton.jit
+def scale_slot(
+    scratch, slot: tl.constexpr, tile, WIDE: tl.constexpr, C: tl.constexpr, A: tl.constexpr
+):
+    """The tile in a slot, times ``tile``."""
+    old = get(scratch, slot, tile.shape[0], tile.shape[1], WIDE, 0).to(A)
+    tl.debug_barrier()  # read by all before it is overwritten
+    put(scratch, slot, (old * tile).to(C), WIDE)
 
 
 @triton.jit
@@ -254,10 +286,7 @@ def seed_pass(
     for l in tl.static_range(L - 1, -1, -1):
         if l >= LOWEST:
             if curved(ACTS[l]):
-                at = CURVATURE_SLOT * L + l
-                bend = get(scratch, at, BM, padded_width(l, L, H, PD), WIDE, 0).to(A)
-                tl.debug_barrier()  # read by all before it is overwritten
-                put(scratch, at, (bend * P).to(C), WIDE)
+                scale_slot(scratch, CURVATURE_SLOT * L + l, P, WIDE, C, A)
             if ACTS[l][0] != IDENTITY:
                 at = SLOPE_SLOT * L + l
                 P *= get(scratch, at, BM, padded_width(l, L, H, PD), WIDE, 0).to(A)

@@ -1,0 +1,126 @@
+"""The active pairs of the layer-by-layer path, listed on the device: no host synchronisation.
+
+A pair is number t·N + n: row n and, in tangent mode, column t (ẋ = e_t, s = gJ[n, :, t]), in adjoint
+mode output t (ẋ = gJ[n, t, :], s = e_t). Two launches, a count by block and a list: the order of the
+pairs is kept, so that two runs give the same bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .device import activation, slope_cotangent
+
+__all__ = ["count_pairs", "gather_inputs", "list_pairs", "seed_cotangents"]
+
+
+@triton.jit
+def entries_of(n, t, e, D: tl.constexpr, K: tl.constexpr, ADJOINT: tl.constexpr):
+    """Where entry number e of a pair's part of gJ lies in (N, D, K)."""
+    if ADJOINT:
+        return n * (D * K) + t * K + e
+    else:
+        return n * (D * K) + e * K + t
+
+
+@triton.jit
+def is_active(
+    gout, slopes, n, t, ok,
+    D: tl.constexpr, K: tl.constexpr, ADJOINT: tl.constexpr, OUT: tl.constexpr,
+):  # fmt: skip
+    active = n < 0
+    for e in range(K if ADJOINT else D):
+        at = entries_of(n, t, e, D, K, ADJOINT)
+        active |= slope_cotangent(gout, slopes, at, ok, OUT) != 0
+    return (ok & active).to(tl.int32)
+
+
+@triton.jit
+def count_pairs(
+    gout, slopes, counts, N, D: tl.constexpr, K: tl.constexpr, ADJOINT: tl.constexpr,
+    OUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """counts[block] = how many of the block's pairs are active."""
+    pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    ok = pair < tl.full((), 1, tl.int64) * N * (D if ADJOINT else K)
+    active = is_active(gout, slopes, pair % N, pair // N, ok, D, K, ADJOINT, OUT)
+    tl.store(counts + tl.program_id(0), tl.sum(active))
+
+
+@triton.jit
+def list_pairs(
+    gout, slopes, counts, rows, place, x_dot, seed, total, N,
+    D: tl.constexpr, K: tl.constexpr, ADJOINT: tl.constexpr, OUT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The i-th active pair's row, ẋ (K) and s (D) at place i; its number's place; how many there are.
+
+    A pair that is not active has place -1.
+    """
+    block = tl.program_id(0)
+    before = 0
+    for start in range(0, block, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        before += tl.sum(tl.load(counts + i, mask=i < block, other=0))
+    pair = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    ok = pair < tl.full((), 1, tl.int64) * N * (D if ADJOINT else K)
+    n = pair % N
+    t = pair // N
+    active = is_active(gout, slopes, n, t, ok, D, K, ADJOINT, OUT)
+    i = before + tl.cumsum(active, 0) - 1
+    tl.store(place + pair, tl.where(active == 1, i, -1), mask=ok)
+    chosen = ok & (active == 1)
+    tl.store(rows + i, n.to(tl.int32), mask=chosen)
+    i = i.to(tl.int64)
+    for e in range(K if ADJOINT else D):
+        g = slope_cotangent(gout, slopes, entries_of(n, t, e, D, K, ADJOINT), chosen, OUT)
+        if ADJOINT:
+            tl.store(x_dot + i * K + e, g, mask=chosen)
+        else:
+            tl.store(seed + i * D + e, g, mask=chosen)
+    for e in range(D if ADJOINT else K):
+        one = tl.where(t == e, 1.0, 0.0)
+        if ADJOINT:
+            tl.store(seed + i * D + e, one, mask=chosen)
+        else:
+            tl.store(x_dot + i * K + e, one, mask=chosen)
+    tl.store(total, before + tl.sum(active), mask=block == tl.num_programs(0) - 1)
+
+
+@triton.jit
+def seed_cotangents(
+    a, a_dot, s, rows, total, p_out, q_out, D: tl.constexpr, ACT: tl.constexpr,
+    BLOCK: tl.constexpr, A: tl.constexpr,
+):  # fmt: skip
+    """With an activation after the last layer: p_L = σ'∘s and q_L = σ''∘ȧ_L∘s of the active pairs."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    ok = i < tl.load(total).to(tl.int64) * D
+    n = tl.load(rows + i // D, mask=ok, other=0).to(tl.int64)
+    _h, slope, curvature = activation(
+        tl.load(a + n * D + i % D, mask=ok, other=0.0).to(A), ACT
+    )
+    seed = tl.load(s + i, mask=ok, other=0.0).to(A)
+    tl.store(p_out + i, slope * seed, mask=ok)
+    if q_out is not None:
+        tl.store(q_out + i, curvature * tl.load(a_dot + i, mask=ok, other=0.0).to(A) * seed, mask=ok)
+
+
+@triton.jit
+def gather_inputs(
+    dx, part, place, N, d: tl.constexpr, T: tl.constexpr, FRESH: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, A: tl.constexpr,
+):  # fmt: skip
+    """dx[n] += Σ_t part[place of pair (n, t)], in the order of t; dx begins at 0 if FRESH."""
+    n = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    j = tl.program_id(1) * BN + tl.arange(0, BN)
+    mask = (n[:, None] < N) & (j[None, :] < d)
+    at = n[:, None] * d + j[None, :]
+    total = tl.zeros((BM, BN), A)
+    if not FRESH:
+        total += tl.load(dx + at, mask=mask, other=0.0).to(A)
+    for t in range(T):
+        i = tl.load(place + n + tl.full((), 1, tl.int64) * t * N, mask=n < N, other=-1).to(tl.int64)
+        there = mask & (i[:, None] >= 0)
+        total += tl.load(part + i[:, None] * d + j[None, :], mask=there, other=0.0).to(A)
+    tl.store(dx + at, total, mask=mask)
