@@ -39,11 +39,13 @@ template <class T> struct Pairs {
 };
 
 template <class T> struct BackwardScratch {
-  T *h, *s, *c, *r;        // by layer, `stride` apart: h_l, σ', σ'', and Σ over pairs of σ''∘ȧ∘ū
+  T *h, *s, *c;            // by layer, `stride` apart: h_l, σ', σ''
+  T* r;                    // by layer: Σ over pairs of σ''∘ȧ∘ū; with one output the cotangents
   T *at, *ht;              // by layer: ȧ_l and ḣ_l of the pairs
   T *pc, *qc;              // by layer, one output in adjoint mode: p_l and total adjoint of the pairs
   T *g[2], *t;             // cotangents of a layer, all rows or pairs
   T* slopes;               // gJ (rows, D, k)
+  T *task, *task_top;      // with one output, by row: gy, and gy·σ_L'
   Pairs<T> pairs;
   Gradients<T> sums;
   int64_t ld, stride;
@@ -57,6 +59,8 @@ template <class T> struct BackwardScratch {
     for (T*& buffer : g) buffer = memory.take<T>(stride);
     t = memory.take<T>(stride);
     slopes = memory.take<T>(capacity * net.D * net.k);
+    task = memory.take<T>(capacity);
+    task_top = memory.take<T>(capacity);
     pairs.row = memory.take<int32_t>(capacity);
     pairs.lde = scratch_ld<T>(net.k), pairs.ldu = scratch_ld<T>(net.D);
     pairs.e = memory.take<T>(capacity * pairs.lde);
@@ -334,6 +338,7 @@ template <class T> struct BackwardPass {
       if (active && net.at(l - 1).curved) add_rows(scratch, l - 1, rows, next);
       g = next;
     }
+    add_bias(scratch, 1, rows, g, ld);
     first_layer(scratch, rows, row0, g);
   }
 
@@ -347,11 +352,10 @@ template <class T> struct BackwardPass {
     }
   }
 
-  // dW_1, db_1 and dx of the finished g_1.
+  // dW_1 and dx of the finished g_1.
   void first_layer(const BackwardScratch<T>& scratch, int64_t rows, int64_t row0, const T* g) const {
     const int64_t ld = scratch.ld, d = net.d;
     add_weight(scratch, 1, rows, g, ld, x(row0), d);
-    add_bias(scratch, 1, rows, g, ld);
     if (!call.gx) return;
     T* dx = scratch.t;
     gemm<false>(rows, net.at(1).out, g, ld, net.at(1).back, 0, from_zero<T>(), dx, ld, Nothing{});
@@ -369,41 +373,66 @@ template <class T> struct BackwardPass {
     const int64_t L = net.L, ld = scratch.ld;
     int64_t next = 0;
     const int64_t m = active ? gather_pairs(scratch, rows, &next) : 0;
-    const T* given = gy(row0);
-    T *top = scratch.of(scratch.h, L), *s = scratch.of(scratch.s, L);  // top: gy, here column 0
-    for (int64_t i = 0; i < rows; ++i) top[i * ld] = given ? given[i] : T(0);
-    if (net.last().identity) {
-      ones(scratch, rows);
-    } else {
-      int64_t lda;
-      const T* a = pre_activation(scratch, block, rows, row0, L, &lda);
-      net.last().apply(4, {rows, Simd<T>::lanes, a, lda, nullptr, s, scratch.of(scratch.c, L), ld});
-    }
-    for (int64_t l = 1; l < L; ++l) {
-      activate(scratch, block, rows, row0, l, m && net.at(l).curved ? 2 : 1);
-    }
+    const bool total = m && net.curved;  // rows of pairs get more than the task's cotangent
+    single_top(scratch, block, rows, row0);
+    for (int64_t l = 1; l < L; ++l) single_layer(scratch, block, rows, row0, l, m, total);
     if (m) run_single_pairs(scratch, block, m);
-    // g_L = gy·p_L; rows of pairs hold their total adjoint in qc.
-    T* g = scratch.g[0];
-    for (int64_t i = 0; i < rows; ++i) {
-      clear(g + i * ld, Simd<T>::lanes);
-      g[i * ld] = top[i * ld] * s[i * ld];
-    }
     for (int64_t l = L; l >= 1; --l) {
-      if (l < L) {
-        g = g == scratch.g[0] ? scratch.g[1] : scratch.g[0];
-        single_cotangent(scratch, block, l, rows, g);
-      }
-      if (m && net.curved) {
+      T* g = scratch.of(scratch.r, l);
+      if (total) {
         const int64_t columns = whole_vectors<T>(net.at(l).out);
         for (int64_t i = 0; i < m; ++i) {
           copy(g + scratch.pairs.row[i] * ld, scratch.of(scratch.qc, l) + i * ld, columns);
         }
       }
-      if (l == 1) return first_layer(scratch, rows, row0, g);
+      if (total || l == L) add_bias(scratch, l, rows, g, ld);
+      if (l == 1) break;
       add_weight(scratch, l, rows, g, ld, scratch.of(scratch.h, l - 1), ld);
-      add_bias(scratch, l, rows, g, ld);
     }
+    first_layer(scratch, rows, row0, scratch.of(scratch.r, 1));
+  }
+
+  // σ_L', σ_L'' and g_L = gy·σ_L', each in column 0 of its layer.
+  void single_top(const BackwardScratch<T>& scratch, int64_t block, int64_t rows,
+                  int64_t row0) const {
+    const int64_t L = net.L, ld = scratch.ld;
+    const T* given = gy(row0);
+    T *s = scratch.of(scratch.s, L), *g = scratch.of(scratch.r, L);
+    if (net.last().identity) {
+      for (int64_t i = 0; i < rows; ++i) s[i * ld] = T(1);
+    } else {
+      int64_t lda;
+      const T* a = pre_activation(scratch, block, rows, row0, L, &lda);
+      net.last().apply(4, {rows, Simd<T>::lanes, a, lda, nullptr, s, scratch.of(scratch.c, L), ld});
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      clear(g + i * ld, Simd<T>::lanes);
+      scratch.task[i] = given ? given[i] : T(0);
+      scratch.task_top[i] = g[i * ld] = scratch.task[i] * s[i * ld];
+    }
+  }
+
+  // h_l and g_l of all rows; what the pairs need of σ', σ''.
+  void single_layer(const BackwardScratch<T>& scratch, int64_t block, int64_t rows, int64_t row0,
+                    int64_t l, int64_t m, bool total) const {
+    const Layer<T>& layer = net.at(l);
+    const bool below_top = l == net.L - 1;
+    int64_t lda;
+    const T* a = pre_activation(scratch, block, rows, row0, l, &lda);
+    const Single<T> work{rows,
+                         whole_vectors<T>(layer.out),
+                         a,
+                         lda,
+                         below_top ? net.last().rows : layout.p(call.saved[1], block, l),
+                         below_top ? 0 : layout.ld(l),
+                         below_top ? scratch.task_top : scratch.task,
+                         scratch.of(scratch.h, l),
+                         scratch.of(scratch.s, l),
+                         scratch.of(scratch.c, l),
+                         scratch.of(scratch.r, l),
+                         scratch.ld,
+                         wants.biases[l - 1] && !total ? scratch.sums.bias(net, l) : nullptr};
+    layer.single[m ? (layer.curved ? 2 : 1) : 0](work, layer.numbers);
   }
 
   // P_l of one row: saved, or the last layer's weights times σ_L'.
@@ -417,21 +446,6 @@ template <class T> struct BackwardPass {
     return layout.p(call.saved[1], block, l) + row * layout.ld(l);
   }
 
-  // g_l = gy·σ'∘P_l.
-  void single_cotangent(const BackwardScratch<T>& scratch, int64_t block, int64_t l, int64_t rows,
-                        T* g) const {
-    const int64_t ld = scratch.ld, columns = whole_vectors<T>(net.at(l).out);
-    const T* s = scratch.of(scratch.s, l);
-    for (int64_t i = 0; i < rows; ++i) {
-      T scale;
-      const T* P = pulled(scratch, block, l, i, &scale);
-      scale *= scratch.of(scratch.h, net.L)[i * ld];
-      for (int64_t j = 0; j < columns; j += Simd<T>::lanes) {
-        store(g + i * ld + j, scale * load(P + j) * load(s + i * ld + j));
-      }
-    }
-  }
-
   // p_l, ḣ_l and the total adjoint q_l = gy·p_l + σ''-terms of m pairs (one for each active row).
   void run_single_pairs(const BackwardScratch<T>& scratch, int64_t block, int64_t m) const {
     const int64_t L = net.L, ld = scratch.ld;
@@ -442,7 +456,7 @@ template <class T> struct BackwardPass {
       const int64_t from = row[i] * ld;
       clear(qc + i * ld, Simd<T>::lanes);
       pc[i * ld] = scratch.of(scratch.s, L)[from];
-      qc[i * ld] = scratch.of(scratch.h, L)[from] * pc[i * ld];
+      qc[i * ld] = scratch.task_top[row[i]];
       if (net.last().curved) {
         qc[i * ld] += scratch.of(scratch.c, L)[from] * scratch.of(scratch.at, L)[i * ld];
       }

@@ -61,6 +61,7 @@ template <class T> struct ForwardPass {
   const ForwardCall& call;
   SavedLayout<T> layout;
   double* partial;  // one sum of the penalty for each block
+  const T *signs, *weights;  // of the hinge, see pack_hinge
 
   // a_l of a block: its place among the saved, or scratch.
   T* pre_activation(const ForwardScratch<T>& scratch, int64_t block, int64_t l, int64_t* ld) const {
@@ -221,33 +222,75 @@ template <class T> struct ForwardPass {
     }
   }
 
-  // e = w·h(margin - direction·J); what is saved is ∂e/∂J, zero wherever the row is inactive.
+  // e = w·h(margin - direction·J); what is saved is ∂e/∂J, zero wherever the slope is inactive.
   void hinge(int64_t block, int64_t rows, int64_t row0, const T* slopes) const {
-    const Plan& plan = *net.plan;
-    const int64_t Dk = net.D * net.k;
-    const T margin = T(plan.margin);
-    const T* weight = static_cast<const T*>(call.weight);
-    if (weight && call.weight_per_row) weight += row0 * Dk;
-    T* derivative = call.saved ? static_cast<T*>(call.saved[2]) + row0 * Dk : nullptr;
-    T* each = plan.elementwise ? static_cast<T*>(call.out) + row0 * Dk : nullptr;
-    double total = 0;
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t q = 0; q < Dk; ++q) {
-        const T sign = T(plan.direction[q]);
-        const T r = margin - sign * slopes[i * Dk + q];
-        const bool off = sign == T(0) || r <= T(0);
-        const T w = weight ? weight[(call.weight_per_row ? i * Dk : 0) + q] : T(1);
-        const T e = off ? T(0) : w * (plan.squared ? r * r : r);
-        if (derivative) {
-          derivative[i * Dk + q] = off ? T(0) : -sign * w * (plan.squared ? T(2) * r : T(1));
+    constexpr int64_t lanes = Simd<T>::lanes;
+    const int64_t Dk = net.D * net.k, n = rows * Dk, at = row0 * Dk;
+    const bool per_row = call.weight && call.weight_per_row;
+    const T* weight = per_row ? static_cast<const T*>(call.weight) + at : nullptr;
+    T* derivative = call.saved ? static_cast<T*>(call.saved[2]) + at : nullptr;
+    T* each = net.plan->elementwise ? static_cast<T*>(call.out) + at : nullptr;
+    Vec<T> total = Vec<T>{};
+    for (int64_t i = 0, phase = 0; i < n; i += lanes) {
+      const Vec<T> sign = load(signs + phase);
+      T rest[3][lanes];  // the ragged end goes through here
+      const int64_t some = min_of(lanes, n - i);
+      Vec<T> J, w = load(weights + phase);
+      if (some == lanes) {
+        J = load(slopes + i);
+        if (per_row) w = load(weight + i);
+      } else {
+        for (int64_t j = 0; j < lanes; ++j) {
+          rest[0][j] = j < some ? slopes[i + j] : T(0);
+          rest[1][j] = j < some && per_row ? weight[i + j] : T(1);
         }
-        if (each) each[i * Dk + q] = e;
-        total += double(e);
+        J = load(rest[0]);
+        if (per_row) w = load(rest[1]);
+        w = within(some, w);
       }
+      const Vec<T> r = T(net.plan->margin) - sign * J, zero = Vec<T>{};
+      const auto on = (sign != T(0)) & ~(r <= T(0));  // NaN counts
+      const bool squared = net.plan->squared;
+      const Vec<T> e = on ? w * (squared ? r * r : r) : zero;
+      const Vec<T> de = on ? -sign * w * (squared ? r + r : zero + T(1)) : zero;
+      total += some == lanes ? e : within(some, e);
+      put(each, i, some, e, rest[0]);
+      put(derivative, i, some, de, rest[0]);
+      phase += lanes;
+      if (phase == Dk * lanes) phase = 0;
     }
-    if (partial) partial[block] = total;
+    if (partial) partial[block] = double(sum<T>(total));
+  }
+
+  // The first `some` lanes of v, zero after them.
+  static Vec<T> within(int64_t some, Vec<T> v) {
+    for (int64_t j = some; j < Simd<T>::lanes; ++j) v[j] = 0;
+    return v;
+  }
+  static void put(T* to, int64_t at, int64_t some, Vec<T> v, T* rest) {
+    if (!to) return;
+    if (some == Simd<T>::lanes) return store(to + at, v);
+    store(rest, v);
+    for (int64_t j = 0; j < some; ++j) to[at + j] = rest[j];
   }
 };
+
+// Directions and weights of (D, k) repeated until they fill whole vectors: D·k·lanes of each.
+template <class T>
+void pack_hinge(const Net<T>& net, const ForwardCall& call, Bump& memory, const T** signs,
+                const T** weights) {
+  if (!net.plan->hinge) return;
+  const int64_t Dk = net.D * net.k, n = Dk * Simd<T>::lanes;
+  T *s = memory.take<T>(n), *w = memory.take<T>(n);
+  if (!s) return;
+  const T* given = call.weight_per_row ? nullptr : static_cast<const T*>(call.weight);
+  for (int64_t i = 0; i < n; ++i) {
+    s[i] = T(net.plan->direction[i % Dk]);
+    w[i] = given ? given[i % Dk] : T(1);
+  }
+  *signs = s;
+  *weights = w;
+}
 
 template <class T> void pack_for_forward(Net<T>& net, Bump& memory) {
   for (int64_t l = 1; l < net.L; ++l) net.pack_forward(memory, l);
@@ -275,10 +318,12 @@ Status forward(const Plan& plan, const ForwardCall& call, const Runtime& runtime
     return ok;
   }
   const int64_t threads = min_of<int64_t>(max_of(call.threads, 1), blocks.count);
+  const T *signs = nullptr, *weights = nullptr;
   Bump count;
   const auto lay_out = [&](Bump& memory, double** partial, auto&& each_thread) {
     *partial = memory.take<double>(summed ? blocks.count : 0);
     pack_for_forward(net, memory);
+    pack_hinge(net, call, memory, &signs, &weights);
     for (int64_t t = 0; t < threads; ++t) {
       each_thread(t, ForwardScratch<T>(memory, net, blocks.capacity, summed));
     }
@@ -293,7 +338,7 @@ Status forward(const Plan& plan, const ForwardCall& call, const Runtime& runtime
   ForwardScratch<T>* scratch = reinterpret_cast<ForwardScratch<T>*>(base + scratch_at);
   lay_out(memory, &partial, [&](int64_t t, const ForwardScratch<T>& s) { scratch[t] = s; });
 
-  const ForwardPass<T> pass{net, call, layout, summed ? partial : nullptr};
+  const ForwardPass<T> pass{net, call, layout, summed ? partial : nullptr, signs, weights};
   auto work = [&](int64_t t) {
     const int64_t end = first_block(blocks, threads, t + 1);
     for (int64_t b = first_block(blocks, threads, t); b < end; ++b) pass.run(scratch[t], b);

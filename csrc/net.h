@@ -51,6 +51,7 @@ struct Blocks {
 template <class T> struct Layer {
   int64_t in, out;
   const ApplyFn<T>* sigma;
+  const SingleFn<T>* single;
   Numbers<T> numbers;
   bool identity, curved;  // curved: σ'' is not zero everywhere
   const T *w, *b;         // the user's tensors
@@ -84,6 +85,7 @@ template <class T> struct Net {
       f.in = p.widths[l], f.out = p.widths[l + 1];
       widest = max_of(widest, f.out);
       f.sigma = orders_of<T>(int(p.kind[l]));
+      f.single = singles_of<T>(int(p.kind[l]));
       f.numbers = {T(p.numbers[3 * l]), T(p.numbers[3 * l + 1]), T(p.numbers[3 * l + 2])};
       f.identity = p.kind[l] == 0;
       f.curved = !is_piecewise_linear(int(p.kind[l]));

@@ -42,16 +42,25 @@ template <class T> MK_INLINE void store(T* p, Vec<T> v) {
 template <class T> MK_INLINE Vec<T> splat(T s) { return Vec<T>{} + s; }
 
 // Sum over the lanes, always in the same order: halves folded onto each other.
-template <class T> MK_INLINE T sum(Vec<T> v) {
-  T lane[Simd<T>::lanes];
-  __builtin_memcpy(lane, &v, sizeof(v));
-  MK_UNROLL
-  for (int width = Simd<T>::lanes / 2; width > 0; width /= 2) {
-    MK_UNROLL
-    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+template <class T, int bytes> struct Fold {
+  typedef T V __attribute__((vector_size(bytes)));
+  typedef T Half __attribute__((vector_size(bytes / 2)));
+  static MK_INLINE T sum(V v) {
+    Half low, high;
+    __builtin_memcpy(&low, &v, bytes / 2);
+    __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + bytes / 2, bytes / 2);
+    return Fold<T, bytes / 2>::sum(low + high);
   }
-  return lane[0];
-}
+};
+template <> struct Fold<float, 16> {
+  typedef float V __attribute__((vector_size(16)));
+  static MK_INLINE float sum(V v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+};
+template <> struct Fold<double, 16> {
+  typedef double V __attribute__((vector_size(16)));
+  static MK_INLINE double sum(V v) { return v[0] + v[1]; }
+};
+template <class T> MK_INLINE T sum(Vec<T> v) { return Fold<T, MK_VECTOR_BYTES>::sum(v); }
 
 MK_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 template <class A> MK_INLINE A min_of(A a, A b) { return a < b ? a : b; }

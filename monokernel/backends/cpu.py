@@ -95,11 +95,11 @@ def backward(
 ) -> list[Tensor | None]:
     """The gradients of x and of every parameter, None where ``needs`` is false."""
     plan = _plan(problem, x.dtype)
+    x, params = x.contiguous(), _contiguous(params)
     grads: list[Tensor | None] = [
-        torch.empty(t.shape, dtype=t.dtype) if need and t is not None else None
+        torch.empty_like(t) if need and t is not None else None
         for t, need in zip((x, *params), needs, strict=True)
     ]
-    x, params = x.contiguous(), _contiguous(params)
     gy = None if gy is None else gy.contiguous()
     gout = None if gout is None else gout.contiguous()
     status = plan.library.mk_backward(
