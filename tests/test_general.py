@@ -145,6 +145,21 @@ def test_against_the_oracle(name: str, mode: str) -> None:
             fused_mono_penalty(net, x1, x2, backend=backend)
 
 
+@pytest.mark.parametrize("name", ["layer-norm", "layer-norm-last", "instance-norm"])
+def test_gradcheck_of_normalisations(name: str) -> None:
+    """By finite differences, since the oracle shares PyTorch's rules with what it judges."""
+    net = MODULES[name]().double()
+    x1, x2 = points(4, D1, K)
+    params = dict(net.named_parameters())
+
+    def f(*values: Tensor) -> Tensor:
+        bound = dict(zip(params, values, strict=True))
+        with torch.nn.utils.stateless._reparametrize_module(net, bound):
+            return value_and_jacobian(net, x1, x2)[1]
+
+    assert torch.autograd.gradcheck(f, list(params.values()))
+
+
 def test_tangent_mode_is_refused_and_says_why() -> None:
     with pytest.raises(ValueError, match=r"mode: 'tangent' was asked for .* \(LayerNorm\)"):
         fused_mono_penalty(MODULES["layer-norm"]().double(), *points(4, D1, K), mode="tangent")

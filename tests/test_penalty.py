@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -335,6 +337,25 @@ def test_two_runs_give_the_same_bits(backend: str, mode: str) -> None:
         return [y, penalty, *gradients(y.square().sum() + penalty, *net.parameters())]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+@EVERY_BACKEND
+@BOTH_MODES
+def test_nothing_outlives_the_step(backend: str, mode: str) -> None:
+    """No reference cycle holds the graph, so memory does not grow over the iterations."""
+    net = mlp(3, 2, 2)
+    gc.collect()
+    gc.disable()
+    try:
+        y, penalty = fused_mono_penalty(
+            net, *points(7, 3, 2), return_output=True, mode=mode, backend=backend
+        )
+        alive = [weakref.ref(t) for t in (y, penalty)]
+        (y.sum() + penalty).backward()
+        del y, penalty
+        assert all(ref() is None for ref in alive)
+    finally:
+        gc.enable()
 
 
 @EVERY_BACKEND
