@@ -17,8 +17,8 @@ from .sampling import sample_points
 
 __all__ = ["Audit", "audit"]
 
-# Slopes held at a time, which bounds the memory of an audit whatever N, D and k.
-SLOPES_AT_A_TIME = 1 << 22
+# Rows and slopes held at a time, which bounds the memory of an audit whatever N, D and k.
+ROWS_AT_A_TIME, SLOPES_AT_A_TIME = 1 << 14, 1 << 22
 LINES = 40
 
 
@@ -164,7 +164,7 @@ def slopes_in_direction(
         table = direction_table(signs.for_network(D), D, k, J.dtype, J.device)
         yield table * J, table
         start += size
-        size = max(1, SLOPES_AT_A_TIME // (D * k))
+        size = min(ROWS_AT_A_TIME, max(1, SLOPES_AT_A_TIME // (D * k)))
 
 
 def _measure(
