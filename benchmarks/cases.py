@@ -43,13 +43,13 @@ class Case:
 
     @property
     def products(self) -> float:
-        """Matrix products per hidden layer that the task and the penalty need (the cost table)."""
+        """Matrix products per hidden layer that the task and the penalty need: the cost table."""
         v, D, k = self.share, self.outputs, self.columns
         if self.mode == "tangent":
-            return 3 + k + 2 * k * v
+            return 3 + k + 3 * k * v
         if D == 1:
             return 3 + (2 if self.activation == "relu" else 3) * v
-        return 3 + D + 2 * D * v
+        return 3 + D + 3 * D * v
 
     def flops(self, products: float) -> float:
         """Operations of that many products in every hidden-to-hidden layer."""

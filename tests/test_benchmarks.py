@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,15 @@ pytest.importorskip("benchmarks", reason="the benchmarks are not part of the pac
 from benchmarks import rivals, step
 from benchmarks.cases import Case, Job
 from benchmarks.measure import interleave
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 TINY = Case(64, 16, 1, 2, "silu", 0.25)
 
@@ -51,6 +61,7 @@ def test_a_rival_that_disagrees_gets_no_ratio() -> None:
 
 def test_command_appends_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "SECONDS_PER_CASE", 0.0)
+    monkeypatch.setattr(step, "matmul_flops", lambda *_: 1e12)
     path = tmp_path / "step.csv"
     words = "--rows 64 --width 16 --outputs 1 --columns 1 --activation relu --share 0"
     for _ in range(2):
@@ -71,3 +82,38 @@ def test_timings_take_turns() -> None:
     rounds = [order[i : i + 3] for i in range(0, len(order), 3)]
     assert all(sorted(r) == ["a", "b", "c"] for r in rounds)
     assert rounds[0] != rounds[1]
+
+
+def test_accuracy_page_shows_what_was_measured() -> None:
+    pytest.importorskip("sklearn")
+    from benchmarks import accuracy
+
+    with accuracy.RESULTS.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    page = accuracy.PAGE.read_text(encoding="utf-8")
+    assert page.split(accuracy.BEGIN)[1].split(accuracy.END)[0].strip() == accuracy.table(rows)
+
+
+@pytest.mark.parametrize("method", ["network, penalty by monokernel", "HistGradientBoosting"])
+def test_accuracy_of_one_seed(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
+    from benchmarks import accuracy
+
+    monkeypatch.setattr(accuracy, "STEPS", 100)
+    row = accuracy.measure("diabetes", method, seed=0)
+    assert 30 < float(row["loss"]) < 90
+    assert float(row["violation_rate"]) < 0.2
+    assert bool(row["held_out_rate"]) == ("monokernel" in method)
+
+
+def test_scaling_draws_every_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks import scaling
+
+    small = [replace(axis, base=replace(axis.base, rows=64, width=16)) for axis in scaling.AXES]
+    small = [replace(axis, values=axis.values[:1]) for axis in small]
+    monkeypatch.setattr(scaling, "AXES", small)
+    monkeypatch.setattr(scaling, "SECONDS", 0.0)
+    monkeypatch.setattr(step, "matmul_flops", lambda *_: 1e12)
+    scaling.main(["--csv", str(tmp_path / "s.csv"), "--figures", str(tmp_path)])
+    assert (tmp_path / "scaling.svg").read_text().startswith("<?xml")
