@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -23,10 +24,11 @@ import torch
 from .cases import Case, Job
 from .rivals import rivals
 
-__all__ = ["Timings", "interleave", "machine", "matmul_flops", "peak_bytes"]
+__all__ = ["QUIET", "Bystanders", "Timings", "interleave", "machine", "matmul_flops", "peak_bytes"]
 
 TINY_ROWS, TINY_WIDTH = 2, 8
 MOST_ROUNDS, FEWEST_ROUNDS, WARM_UP = 200, 5, 2
+QUIET = 0.05  # the share of the machine that others may take in a measurement to be trusted
 
 Timings = dict[str, list[float]]
 
@@ -58,6 +60,43 @@ def interleave(
         if collecting:
             gc.enable()
     return times
+
+
+class Bystanders:
+    """The share of the machine that other processes take, between two looks (Linux; else nan)."""
+
+    def __init__(self) -> None:
+        self.before = self._look()
+
+    def share(self) -> float:
+        """Since the last call, or since the beginning."""
+        before, self.before = self.before, self._look()
+        if before is None or self.before is None:
+            return float("nan")
+        (all0, idle0, own0), (all1, idle1, own1) = before, self.before
+        whole = max(all1 - all0, 1e-9)
+        return min(1.0, max(0.0, (whole - (idle1 - idle0) - (own1 - own0)) / whole))
+
+    @staticmethod
+    def _look() -> tuple[float, float, float] | None:
+        """Seconds of all processors: in all, idle, and ours."""
+        try:
+            with open("/proc/stat") as lines:
+                ticks = [int(word) for word in lines.readline().split()[1:9]]
+        except OSError:
+            return None
+        second = os.sysconf("SC_CLK_TCK")
+        own = os.times()
+        return sum(ticks) / second, (ticks[3] + ticks[4]) / second, own.user + own.system
+
+    def wait(self, seconds: float) -> None:
+        """Until the machine has been quiet for two seconds, or for so long."""
+        end = time.perf_counter() + seconds
+        quiet = 0
+        while quiet < 2 and time.perf_counter() < end:
+            self.share()
+            time.sleep(1.0)
+            quiet = quiet + 1 if self.share() < QUIET else 0
 
 
 _best_flops: dict[str, float] = {}

@@ -15,12 +15,13 @@ import csv
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .cases import Case, Job
 from .rivals import BASE, Rival, ours, usual
-from .step import append, busy, run_case, show
+from .step import append, quiet_case, show
 
 __all__ = ["main"]
 
@@ -45,7 +46,8 @@ class Axis:
 
     def cases(self) -> Iterator[Case]:
         for value in self.values:
-            yield replace(self.base, **{self.field: value})
+            changed: dict[str, Any] = {self.field: value}
+            yield replace(self.base, **changed)
 
 
 AXES = [
@@ -58,7 +60,7 @@ AXES = [
 ]
 
 
-def measure(path: Path, axes: Sequence[Axis], retries: int) -> None:
+def measure(path: Path, axes: Sequence[Axis], patience: float) -> None:
     for axis in axes:
         for case in axis.cases():
 
@@ -69,10 +71,7 @@ def measure(path: Path, axes: Sequence[Axis], retries: int) -> None:
                     yield from ours(job, "tangent")
                 yield usual(job)
 
-            for attempt in range(1 + retries):
-                rows = run_case(case, "cpu", contenders, SECONDS, with_memory=False)
-                if not busy(rows) or attempt == retries:
-                    break
+            rows = quiet_case(case, "cpu", contenders, SECONDS, False, patience)
             show(case, rows)
             for row in rows:
                 row["note"] = f"{axis.key} {row['note']}".strip()
@@ -104,7 +103,7 @@ def draw(path: Path, folder: Path) -> None:
         own = [row for row in rows if row["note"].split()[:1] == [axis.key]]
         points = {(r["rival"], round(float(r[axis.field]), 2)): r for r in own}  # the newest wins
         _panel(panel, axis, points)
-    handles: dict[str, object] = {}
+    handles: dict[str, Any] = {}
     for panel in panels.flat:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
@@ -169,14 +168,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--draw", action="store_true", help="only draw")
     parser.add_argument("--axes", nargs="+", choices=keys, default=keys)
     parser.add_argument("--threads", type=int, help="default: PyTorch's")
-    parser.add_argument("--retries", type=int, default=0, help="times to repeat a disturbed point")
+    parser.add_argument(
+        "--wait", type=float, default=0, help="seconds to wait, at each point, for a quiet machine"
+    )
     parser.add_argument("--csv", type=Path, default=RESULTS)
     parser.add_argument("--figures", type=Path, default=FIGURES)
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     if not options.draw:
-        measure(options.csv, [a for a in AXES if a.key in options.axes], options.retries)
+        measure(options.csv, [a for a in AXES if a.key in options.axes], options.wait)
     draw(options.csv, options.figures)
 
 
