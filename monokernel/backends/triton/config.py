@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ROWS", "LayerConfig", "NetworkConfig", "backward_config", "forward_config", "layer_config", "power_of_two"]
+__all__ = [
+    "ROWS",
+    "LayerConfig",
+    "NetworkConfig",
+    "backward_config",
+    "forward_config",
+    "layer_config",
+    "power_of_two",
+]
 
 # Hidden and output widths that a whole-network kernel holds in registers, by operand size in bytes.
 WIDEST = {2: 128, 4: 64, 8: 64}
@@ -44,7 +52,7 @@ def forward_config(H: int, depth: int, itemsize: int, adjoint: bool) -> NetworkC
 
 
 def backward_config(H: int, depth: int, itemsize: int) -> NetworkConfig:
-    return NetworkConfig(64, 4 if H <= 64 else 8, 1, chunk=32)
+    return NetworkConfig(64, 4 if H <= 64 else 8, 2 if H <= 64 else 1, chunk=32)
 
 
 # --- layer by layer -----------------------------------------------------------------------------

@@ -110,9 +110,9 @@ def activation(a, ACT: tl.constexpr):
         first = normal + a * density
         second = density * (2 - a * a)
     elif CODE == GELU_TANH:
-        t = tanh(SQRT_2_OVER_PI * (a + GELU_CUBIC * a * a * a))
-        u1 = SQRT_2_OVER_PI * (1 + 3 * GELU_CUBIC * a * a)
-        u2 = (6 * SQRT_2_OVER_PI * GELU_CUBIC) * a
+        t = tanh((a + a * a * a * GELU_CUBIC) * SQRT_2_OVER_PI)
+        u1 = (1 + a * a * (3 * GELU_CUBIC)) * SQRT_2_OVER_PI
+        u2 = a * (6 * SQRT_2_OVER_PI * GELU_CUBIC)
         value = 0.5 * a * (1 + t)
         first = 0.5 * (1 + t) + 0.5 * a * (1 - t * t) * u1
         second = (1 - t * t) * (u1 + 0.5 * a * (u2 - 2 * t * u1 * u1))

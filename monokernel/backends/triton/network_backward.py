@@ -29,19 +29,18 @@ __all__ = ["network_backward"]
 
 IDENTITY = tl.constexpr(0)
 
-# Scratch slots, each L tiles of BM rows: σ'(a_l); h_l; ḣ_l; p_l; σ'', times ȧ_l, times P_l.
+# Scratch slots, each L tiles of BM rows: σ'(a_l); h_l; ḣ_l; σ''(a_l), then times ȧ_l, then times P_l.
 # Whatever takes special functions is evaluated once, on the way up.
 SLOPE_SLOT = tl.constexpr(0)
 H_SLOT = tl.constexpr(1)
 H_DOT_SLOT = tl.constexpr(2)
-P_SLOT = tl.constexpr(3)
-CURVATURE_SLOT = tl.constexpr(4)
-SLOTS = 5
+CURVATURE_SLOT = tl.constexpr(3)
+SLOTS = 4
 
 
 @triton.constexpr_function
 def slots(acts):
-    return 5 * len(acts)
+    return 4 * len(acts)
 
 
 @triton.constexpr_function
@@ -175,9 +174,7 @@ def gradients_of_tile(
     slots. (Tangents beside activations in one pass, as in the forward, spill at width 128.)
     """
     tl.debug_barrier()  # the slots may still be read by the tile before
-    up_pass(
-        n, ok, ACTIVE, x, ws, bs, scratch, WIDTHS, ACTS, BIAS, H, PD, BK, C, A, PRECISION
-    )
+    up_pass(n, ok, ACTIVE, x, ws, bs, scratch, WIDTHS, ACTS, BIAS, H, PD, BK, C, A, PRECISION)
     tl.debug_barrier()
     if ACTIVE:
         tangent_pass(
@@ -185,12 +182,13 @@ def gradients_of_tile(
             WIDTHS, ACTS, K, ADJOINT, OUT, H, PD, BK, C, A, PRECISION,
         )  # fmt: skip
         seed_pass(
-            n, ok, pair, gout, slopes, ws, scratch,
-            WIDTHS, ACTS, NEEDS, dx is not None, K, ADJOINT, OUT, H, PD, C, A, PRECISION,
+            n, ok, pair, gout, slopes, ws, partials, scratch,
+            WIDTHS, ACTS, NEEDS, OFFSETS, dx is not None, K, ADJOINT, OUT, H, PD, BK, CHUNK,
+            C, A, PRECISION,
         )  # fmt: skip
     down_pass(
-        n, ok, pair, ACTIVE, x, gy, gout, slopes, ws, dx, partials, scratch,
-        WIDTHS, ACTS, NEEDS, OFFSETS, K, ADJOINT, OUT, H, PD, BK, CHUNK, C, A, PRECISION,
+        n, ok, pair, ACTIVE, x, gy, ws, dx, partials, scratch,
+        WIDTHS, ACTS, NEEDS, OFFSETS, H, PD, BK, CHUNK, C, A, PRECISION,
     )  # fmt: skip
 
 
@@ -236,7 +234,9 @@ def tangent_pass(
     a_dot = tl.zeros((BM, FIRST), A)
     for start in range((d - K) // BK * BK, d, BK):
         column = start + tl.arange(0, BK)
-        x_dot = tangent_of_input(n, ok, pair, column, gout, slopes, d, WIDTHS[L], K, ADJOINT, OUT, A)
+        x_dot = tangent_of_input(
+            n, ok, pair, column, gout, slopes, d, WIDTHS[L], K, ADJOINT, OUT, A
+        )
         w = weight_tile(ws[0], unit, column, WIDTHS[1], d, C)
         a_dot += matmul(x_dot, tl.trans(w), C, PRECISION)
     for l in tl.static_range(L):
@@ -264,13 +264,15 @@ def scale_slot(
 
 @triton.jit
 def seed_pass(
-    n, ok, pair, gout, slopes, ws, scratch,
-    WIDTHS: tl.constexpr, ACTS: tl.constexpr, NEEDS: tl.constexpr, DX: tl.constexpr,
-    K: tl.constexpr, ADJOINT: tl.constexpr, OUT: tl.constexpr, H: tl.constexpr,
-    PD: tl.constexpr, C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
+    n, ok, pair, gout, slopes, ws, partials, scratch,
+    WIDTHS: tl.constexpr, ACTS: tl.constexpr, NEEDS: tl.constexpr, OFFSETS: tl.constexpr,
+    DX: tl.constexpr, K: tl.constexpr, ADJOINT: tl.constexpr, OUT: tl.constexpr,
+    H: tl.constexpr, PD: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr,
+    A: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The seed s runs down: keeps p_l = σ'∘P_l, and σ''∘ȧ_l∘P_l in the place of ȧ_l."""
+    """The seed s runs down: p_l meets ḣ_{l-1}, and σ''∘ȧ_l∘P_l is left in the place of σ''∘ȧ_l."""
     L: tl.constexpr = len(ACTS)
+    d: tl.constexpr = WIDTHS[0]
     D: tl.constexpr = WIDTHS[L]
     BM: tl.constexpr = n.shape[0]
     WIDE: tl.constexpr = max(H, PD)
@@ -291,21 +293,33 @@ def seed_pass(
                 at = SLOPE_SLOT * L + l
                 P *= get(scratch, at, BM, padded_width(l, L, H, PD), WIDE, 0).to(A)
             p = P.to(C)
-            put(scratch, P_SLOT * L + l, p, WIDE)
-            if l > LOWEST:
-                P = matmul(p, inner_weight(ws, l, WIDTHS, H, PD, C), C, PRECISION)
-    tl.debug_barrier()
+            if l > 0:
+                if NEEDS[2 * l]:
+                    inner_gradient(
+                        p, H_DOT_SLOT * L + l - 1, scratch, partials + OFFSETS[2 * l],
+                        WIDTHS[l + 1], WIDTHS[l], H, WIDE, CHUNK, C, PRECISION,
+                    )  # fmt: skip
+                if l > LOWEST:
+                    P = matmul(p, inner_weight(ws, l, WIDTHS, H, PD, C), C, PRECISION)
+            elif NEEDS[0]:
+                for start in range((d - K) // BK * BK, d, BK):
+                    column = start + tl.arange(0, BK)
+                    x_dot = tangent_of_input(
+                        n, ok, pair, column, gout, slopes, d, D, K, ADJOINT, OUT, A
+                    )
+                    product = matmul(tl.trans(p), x_dot, C, PRECISION)
+                    add_weight(product, column, partials, WIDTHS[1], d)
+            tl.debug_barrier()
 
 
 @triton.jit
 def down_pass(
-    n, ok, pair, ACTIVE: tl.constexpr, x, gy, gout, slopes, ws, dx, partials, scratch,
+    n, ok, pair, ACTIVE: tl.constexpr, x, gy, ws, dx, partials, scratch,
     WIDTHS: tl.constexpr, ACTS: tl.constexpr, NEEDS: tl.constexpr, OFFSETS: tl.constexpr,
-    K: tl.constexpr, ADJOINT: tl.constexpr, OUT: tl.constexpr, H: tl.constexpr,
-    PD: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, A: tl.constexpr,
-    PRECISION: tl.constexpr,
+    H: tl.constexpr, PD: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr,
+    A: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The cotangent g_l of a_l runs down and meets what the other passes kept: every gradient."""
+    """The cotangent g_l of a_l runs down, joined by σ''∘ȧ_l∘P_l, and meets h_{l-1}."""
     L: tl.constexpr = len(ACTS)
     D: tl.constexpr = WIDTHS[L]
     BM: tl.constexpr = n.shape[0]
@@ -328,21 +342,17 @@ def down_pass(
             if NEEDS[2 * l + 1]:
                 add_bias(g, partials + OFFSETS[2 * l + 1], WIDTHS[l + 1])
             g = g.to(C)
-            p = g
-            if ACTIVE:
-                p = get(scratch, P_SLOT * L + l, BM, padded_width(l, L, H, PD), WIDE, 0)
             if l == 0:
                 first_gradients(
-                    g, p, n, ok, pair, ACTIVE, x, gout, slopes, ws[0], dx, partials,
-                    WIDTHS, NEEDS[0], K, ADJOINT, OUT, BK, C, A, PRECISION,
+                    g, n, ok, pair, ACTIVE, x, ws[0], dx, partials, WIDTHS, NEEDS[0], BK, C, A,
+                    PRECISION,
                 )  # fmt: skip
             else:
                 if NEEDS[2 * l]:
-                    for first in tl.range(0, H, CHUNK, disable_licm=True):
-                        inner_gradient(
-                            g, p, first, ACTIVE, l, scratch, partials + OFFSETS[2 * l],
-                            WIDTHS, WIDE, CHUNK, C, PRECISION,
-                        )  # fmt: skip
+                    inner_gradient(
+                        g, H_SLOT * L + l - 1, scratch, partials + OFFSETS[2 * l],
+                        WIDTHS[l + 1], WIDTHS[l], H, WIDE, CHUNK, C, PRECISION,
+                    )  # fmt: skip
                 if l > LOWEST:
                     gh = matmul(g, inner_weight(ws, l, WIDTHS, H, PD, C), C, PRECISION)
             # Also keeps the compiler from pulling the next layer's loads up here.
@@ -351,48 +361,35 @@ def down_pass(
 
 @triton.jit
 def inner_gradient(
-    g, p, first, ACTIVE: tl.constexpr, l: tl.constexpr, scratch, partials,
-    WIDTHS: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr,
+    g, slot: tl.constexpr, scratch, partials, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    H: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dW_l += gᵀ h + pᵀ ḣ in CHUNK columns, with the h and ḣ of the layer below."""
-    L: tl.constexpr = len(WIDTHS) - 1
-    BM: tl.constexpr = g.shape[0]
-    h = get(scratch, H_SLOT * L + l - 1, BM, CHUNK, WIDE, first)
-    product = matmul(tl.trans(g), h, C, PRECISION)
-    if ACTIVE:
-        h_dot = get(scratch, H_DOT_SLOT * L + l - 1, BM, CHUNK, WIDE, first)
-        product += matmul(tl.trans(p), h_dot, C, PRECISION)
-    add_weight(product, first + tl.arange(0, CHUNK), partials, WIDTHS[l + 1], WIDTHS[l])
+    """dW += gᵀ h, with the h in a slot, CHUNK columns at a time."""
+    for first in tl.range(0, H, CHUNK, disable_licm=True):
+        h = get(scratch, slot, g.shape[0], CHUNK, WIDE, first)
+        product = matmul(tl.trans(g), h, C, PRECISION)
+        add_weight(product, first + tl.arange(0, CHUNK), partials, ROWS, COLUMNS)
 
 
 @triton.jit
 def first_gradients(
-    g, p, n, ok, pair, ACTIVE: tl.constexpr, x, gout, slopes, W, dx, partials,
-    WIDTHS: tl.constexpr, NEEDS_WEIGHT: tl.constexpr, K: tl.constexpr, ADJOINT: tl.constexpr,
-    OUT: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, A: tl.constexpr,
+    g, n, ok, pair, ACTIVE: tl.constexpr, x, W, dx, partials, WIDTHS: tl.constexpr,
+    NEEDS_WEIGHT: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, A: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dW_1 and dx, in chunks of BK input columns: g pairs with x, p with ẋ."""
+    """dW_1 += gᵀ x and dx = g W_1, in chunks of BK input columns."""
     d: tl.constexpr = WIDTHS[0]
-    D: tl.constexpr = WIDTHS[len(WIDTHS) - 1]
     unit = tl.arange(0, g.shape[1])
     for start in range(0, d, BK):
         column = start + tl.arange(0, BK)
         inside = ok[:, None] & (column[None, :] < d)
         at = n[:, None] * d + column[None, :]
         if NEEDS_WEIGHT:
-            h = tl.load(x + at, mask=inside, other=0.0)
-            product = matmul(tl.trans(g), h, C, PRECISION)
-            if ACTIVE:
-                x_dot = tangent_of_input(
-                    n, ok, pair, column, gout, slopes, d, D, K, ADJOINT, OUT, A
-                )
-                product += matmul(tl.trans(p), x_dot, C, PRECISION)
+            product = matmul(tl.trans(g), tl.load(x + at, mask=inside, other=0.0), C, PRECISION)
             add_weight(product, column, partials, WIDTHS[1], d)
         if dx is not None:
-            w = weight_tile(W, unit, column, WIDTHS[1], d, C)
-            share = matmul(g, w, C, PRECISION)
+            share = matmul(g, weight_tile(W, unit, column, WIDTHS[1], d, C), C, PRECISION)
             if ACTIVE:
                 # What the tile's earlier pairs left: this thread's own stores.
                 share += tl.load(dx + at, mask=inside & (pair > 0), other=0.0).to(A)

@@ -97,13 +97,13 @@ def seed_cotangents(
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ok = i < tl.load(total).to(tl.int64) * D
     n = tl.load(rows + i // D, mask=ok, other=0).to(tl.int64)
-    _h, slope, curvature = activation(
-        tl.load(a + n * D + i % D, mask=ok, other=0.0).to(A), ACT
-    )
+    _h, slope, curvature = activation(tl.load(a + n * D + i % D, mask=ok, other=0.0).to(A), ACT)
     seed = tl.load(s + i, mask=ok, other=0.0).to(A)
     tl.store(p_out + i, slope * seed, mask=ok)
     if q_out is not None:
-        tl.store(q_out + i, curvature * tl.load(a_dot + i, mask=ok, other=0.0).to(A) * seed, mask=ok)
+        tl.store(
+            q_out + i, curvature * tl.load(a_dot + i, mask=ok, other=0.0).to(A) * seed, mask=ok
+        )
 
 
 @triton.jit

@@ -1,0 +1,306 @@
+"""Every Triton kernel under Triton's interpreter, against the twin in PyTorch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+
+import monokernel
+from monokernel.activations import KINDS, Activation
+from monokernel.backends import handwritten
+from monokernel.backends import triton as backend
+from monokernel.backends.triton import layered, whole
+from monokernel.backends.triton.device import activation as device_activation
+from monokernel.backends.triton.launch import LaunchCount, interpreting
+from monokernel.problem import Hinge, Problem
+from tests.gpu.cases import (
+    TABLE,
+    assert_as_precise_as_pytorch,
+    inputs,
+    problem,
+    run,
+)
+from tests.support import assert_same, gradients, mlp, oracle, points
+
+pytestmark = pytest.mark.skipif(not interpreting(), reason="runs under TRITON_INTERPRET=1")
+
+BOTH = pytest.mark.parametrize("path", [whole, layered], ids=["whole", "layered"])
+
+
+@triton.jit
+def _evaluate(a, value, first, second, N, ACT: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    v, f, s = device_activation(tl.load(a + i, mask=i < N, other=0.0), ACT)
+    tl.store(value + i, v, mask=i < N)
+    tl.store(first + i, f, mask=i < N)
+    tl.store(second + i, s, mask=i < N)
+
+
+@pytest.mark.parametrize("σ", TABLE, ids=KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_activations_are_those_of_the_table(σ: Activation, dtype: torch.dtype) -> None:
+    fixed = [0.0, -0.75, 1.125, 1e-4, -1e-4, 30.0, -30.0, 95.0, -95.0, float("nan")]
+    a = torch.cat([torch.linspace(-8, 8, 101, dtype=dtype), torch.tensor(fixed, dtype=dtype)])
+    got = [torch.empty_like(a) for _ in range(3)]
+    _evaluate[(1,)](a, *got, len(a), (σ.code, σ.p, σ.q, σ.r), 128)
+    exact = a.double()
+    for ours, truth in zip(got, [σ.value(exact), σ.first(exact), σ.second(exact)], strict=True):
+        if ours is not got[0]:
+            ours, truth = ours[:-1], truth[:-1]  # σ'(NaN): the epilogue's rule speaks for it
+        # Derivatives, and the tails of GELU, cancel in PyTorch too: to the order of one there.
+        least = 1e-3 if ours is got[0] and "gelu" not in σ.kind else 1.0
+        error = (ours.double() - truth).abs() / truth.abs().clamp(min=least)
+        assert torch.equal(ours.isnan(), truth.isnan())
+        assert error.nan_to_num().max() < (5e-6 if dtype == torch.float32 else 1e-10)
+
+
+SHAPES = st.tuples(
+    st.lists(st.integers(1, 20), min_size=0, max_size=3),
+    st.integers(1, 7),  # D
+    st.integers(1, 4),  # k
+    st.integers(0, 3),  # d1
+    st.integers(0, 150),  # N
+)
+HINGES = st.one_of(
+    st.none(),
+    st.builds(
+        Hinge,
+        direction=st.sampled_from([(1,), (-1,)]),
+        margin=st.sampled_from([0.0, 0.3]),
+        squared=st.booleans(),
+        elementwise=st.booleans(),
+    ),
+)
+
+
+@BOTH
+@settings(max_examples=20)
+@given(
+    shape=SHAPES,
+    hinge=HINGES,
+    mode=st.sampled_from(["tangent", "adjoint"]),
+    σ=st.sampled_from(["silu", "relu", "tanh"]),
+    last=st.sampled_from(["identity", "identity", "softplus", "leaky_relu"]),
+    bias=st.booleans(),
+    cotangents=st.sampled_from([(True, True), (True, True), (True, False), (False, True)]),
+)
+def test_agrees_with_its_twin(
+    path: ModuleType, shape, hinge, mode, σ, last, bias, cotangents
+) -> None:
+    hidden, D, k, d1, N = shape
+    p = problem((d1 + k, *hidden, D), σ, k, mode, hinge, last)
+    x, params = inputs(p, N, bias=bias)
+    task, slopes = cotangents
+    assert_same(
+        run(path, p, x, params, task=task, slopes=slopes),
+        run(handwritten, p, x, params, task=task, slopes=slopes),
+    )
+
+
+@BOTH
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_activation(path: ModuleType, kind: str) -> None:
+    for mode, last in (("adjoint", "identity"), ("tangent", kind)):
+        p = problem((4, 12, 9, 2), kind, 2, mode, Hinge(), last)
+        x, params = inputs(p, 70)
+        assert_same(run(path, p, x, params), run(handwritten, p, x, params))
+
+
+@BOTH
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 1.0])
+@pytest.mark.parametrize("task", [True, False])
+def test_active_rows(path: ModuleType, share: float, task: bool) -> None:
+    """Any share of active rows: none, a part of a tile, more than a tile, all."""
+    p = problem((6, 16, 16, 1), "silu", 2, "adjoint", None)
+    x, params = inputs(p, 517)
+    violating = torch.rand(517) < share
+    assert_same(
+        run(path, p, x, params, task=task, violating=violating),
+        run(handwritten, p, x, params, task=task, violating=violating),
+    )
+
+
+@BOTH
+def test_direction_and_weight(path: ModuleType) -> None:
+    direction = (1, 0, -1, -1, 1, 0)
+    for elementwise in (True, False):
+        p = problem((5, 11, 3), "gelu", 2, "tangent", Hinge(direction, 0.1, True, elementwise))
+        x, params = inputs(p, 33)
+        for weight in (torch.rand(3, 2).double(), torch.rand(33, 3, 2).double()):
+            want = run(handwritten, p, x, params, weight)
+            assert_same(run(path, p, x, params, weight), want)
+
+
+@BOTH
+def test_only_what_is_needed(path: ModuleType) -> None:
+    p = problem((4, 10, 10, 2), "silu", 2, "adjoint", Hinge())
+    x, params = inputs(p, 40)
+    for on in range(7):
+        needs = [i == on for i in range(7)]
+        got = run(path, p, x, params, needs=needs)
+        assert_same(got, run(handwritten, p, x, params, needs=needs))
+    y, out, saved = path.forward(p, x, None, params, False)
+    assert saved == []
+    assert_same([y, out], run(handwritten, p, x, params)[:2])
+
+
+@BOTH
+def test_wide_input_and_many_columns(path: ModuleType) -> None:
+    p = problem((70, 8, 1), "softplus", 68, "adjoint", Hinge())
+    x, params = inputs(p, 20)
+    assert_same(run(path, p, x, params), run(handwritten, p, x, params))
+
+
+@BOTH
+def test_strides(path: ModuleType) -> None:
+    p = problem((4, 10, 2), "silu", 2, "tangent", Hinge())
+    x, params = inputs(p, 40)
+    want = run(handwritten, p, x, params)
+    x = x.t().contiguous().t()
+    params = [q if q is None or q.dim() == 1 else q.t().contiguous().t() for q in params]
+    assert_same(run(path, p, x, params), want)
+    one = x[:1].expand(40, -1)
+    assert_same(run(path, p, one, params), run(handwritten, p, one.contiguous(), params))
+
+
+@BOTH
+def test_nan_stays_nan(path: ModuleType) -> None:
+    p = problem((3, 8, 2), "relu", 1, "tangent", Hinge(elementwise=True))
+    x, params = inputs(p, 9)
+    x[4, 0] = float("nan")
+    y, penalty, saved = path.forward(p, x, None, params, True)
+    assert y[4].isnan().all() and penalty[4].isnan().all()
+    assert not y[:4].isnan().any() and not penalty[:4].isnan().any()
+    p = problem((3, 8, 2), "relu", 1, "tangent", Hinge((0,), margin=1.0))
+    assert path.forward(p, x, None, params, False)[1] == 0
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("mode", ["tangent", "adjoint"])
+def test_precision(path: ModuleType, dtype: torch.dtype, mode) -> None:
+    D, k = (1, 3) if mode == "adjoint" else (3, 1)
+    p = problem((6, 30, 30, D), "silu", k, mode, Hinge(margin=9.0))
+    # The interpreter truncates where it stores bfloat16, which devices round.
+    factor = 8 if path is layered and dtype == torch.bfloat16 else 2
+    assert_as_precise_as_pytorch(path, p, 130, dtype, factor=factor)
+
+
+@BOTH
+def test_two_runs_give_the_same_bits(path: ModuleType) -> None:
+    p = problem((6, 20, 20, 2), "silu", 2, "adjoint", Hinge())
+    x, params = inputs(p, 300, torch.float32)
+    for a, b in zip(run(path, p, x, params), run(path, p, x, params), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_saved_and_gradients_share_no_memory() -> None:
+    for path, mode in ((whole, "adjoint"), (layered, "adjoint"), (layered, "tangent")):
+        p = problem((5, 9, 8, 1), "silu", 2, mode, Hinge(), "softplus")
+        x, params = inputs(p, 20)
+        y, out, saved = path.forward(p, x, None, params, True)
+        grads = path.backward(
+            p, torch.ones_like(y), torch.ones_like(out), x, None, params, saved, [True] * 7
+        )
+        tensors = [t for t in [x, y, out, *params, *saved, *grads] if t is not None]
+        places = {t.untyped_storage().data_ptr() for t in tensors}
+        assert len(places) == len(tensors)
+        assert [s.shape for s in saved] == [s.shape for s in path.saved_like(p, x)]
+
+
+def _launches(p: Problem, N: int) -> tuple[int, int]:
+    x, params = inputs(p, N, torch.float32)
+    before = LaunchCount.total
+    y, out, saved = whole.forward(p, x, None, params, True)
+    middle = LaunchCount.total
+    needs = [True] * (1 + len(params))
+    whole.backward(p, torch.ones_like(y), torch.ones_like(out), x, None, params, saved, needs)
+    return middle - before, LaunchCount.total - middle
+
+
+@pytest.mark.parametrize("mode", ["tangent", "adjoint"])
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_launches_do_not_depend_on_depth(mode, depth: int) -> None:
+    """A summed penalty: two forward (network, sum), two backward (network, sum of gradients)."""
+    p = problem((5, *(16,) * (depth - 1), 2), "silu", 2, mode, Hinge())
+    assert _launches(p, 100) == (2, 2)
+    p = problem((5, *(16,) * (depth - 1), 2), "silu", 2, mode, None)
+    assert _launches(p, 100) == (1, 2)
+
+
+def test_narrow_networks_are_one_kernel_and_wide_ones_are_not() -> None:
+    x = torch.empty(8, 6)
+    assert whole.refuses(problem((6, 64, 64, 1)), x) is None
+    assert "wider than 64" in str(whole.refuses(problem((6, 65, 1)), x))
+    assert whole.refuses(problem((6, 128, 1)), x.half()) is None
+    assert "wider than 128" in str(whole.refuses(problem((6, 129, 1)), x.half()))
+    assert "9 layers" in str(whole.refuses(problem((6, *(8,) * 8, 1)), x))
+    assert "k = 129" in str(whole.refuses(problem((129, 8, 1), k=129), x[:, :1].expand(8, 129)))
+    for p in (problem((6, 65, 1)), problem((6, *(8,) * 8, 1))):
+        assert backend.refuses(p, x) is None
+        x_, params = inputs(p, 8)
+        assert_same(run(backend, p, x_, params), run(handwritten, p, x_, params))
+
+
+def test_refuses_what_it_cannot_serve() -> None:
+    p = problem((3, 8, 1))
+    assert "complex64" in str(backend.refuses(p, torch.empty(2, 3, dtype=torch.complex64)))
+
+
+def test_the_public_call() -> None:
+    net, (x1, x2) = mlp(3, 2, 2), points(70, 3, 2)
+    x1.requires_grad_()
+    x2.requires_grad_()
+    y, penalty = monokernel.fused_mono_penalty(net, x1, x2, return_output=True, backend="triton")
+    got = gradients(y.square().sum() + penalty, x1, x2, *net.parameters())
+    y_, J = oracle(net, x1, x2)
+    want = gradients(y_.square().sum() + torch.relu(-J).sum(), x1, x2, *net.parameters())
+    assert_same([y, *got], [y_, *want])
+
+
+def test_autocast() -> None:
+    net = mlp(3, 1, 1, activation=nn.SiLU(), dtype=torch.float32)
+    x1, x2 = points(40, 3, 1, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        penalty = monokernel.fused_mono_penalty(net, x1, x2, margin=5.0, backend="triton")
+    assert penalty.dtype == torch.float32
+    penalty.backward()
+    truth = monokernel.fused_mono_penalty(net, x1, x2, margin=5.0, backend="reference")
+    assert (penalty - truth).abs() < 0.02 * truth
+    for q in net.parameters():
+        assert q.grad is None or q.grad.dtype == torch.float32
+
+
+def _loaded_by(statement: str) -> list[str]:
+    code = f"{statement}; import sys; print([m for m in sys.modules if m == 'triton'])"
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    found: list[str] = eval(out.stdout)
+    return found
+
+
+def test_importing_the_package_does_not_import_triton() -> None:
+    assert _loaded_by("import torch") == _loaded_by("import monokernel")
+
+
+def test_off_the_gpu_it_says_so() -> None:
+    code = (
+        "import os; os.environ.pop('TRITON_INTERPRET', None)\n"
+        "import torch\n"
+        "from monokernel.backends import triton\n"
+        "from tests.gpu.cases import problem\n"
+        "print(triton.refuses(problem((3, 8, 1)), torch.empty(2, 3)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "x is on the cpu" in out.stdout
