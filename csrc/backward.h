@@ -513,30 +513,51 @@ template <class T> void pack_for_backward(Net<T>& net, const SavedLayout<T>& lay
 }
 
 // Adds up the threads' sums in their order and lays them out as the parameters are.
-template <class T>
-void write_gradients(const Net<T>& net, const BackwardCall& call, const BackwardScratch<T>* scratch,
-                     int64_t threads) {
-  for (int64_t l = 1; l <= net.L; ++l) {
-    const Layer<T>& layer = net.at(l);
-    T *dw = static_cast<T*>(call.grads[2 * l - 2]), *db = static_cast<T*>(call.grads[2 * l - 1]);
-    const auto add = [&](T* to, int64_t step, int64_t at, int64_t n) {
-      for (int64_t j = 0; j < n; ++j) {
-        T total = scratch[0].sums.base[at + j];
-        for (int64_t t = 1; t < threads; ++t) total += scratch[t].sums.base[at + j];
-        to[j * step] = total;
-      }
+template <class T> struct Reduction {
+  const Net<T>& net;
+  const BackwardCall& call;
+  const BackwardScratch<T>* scratch;
+  int64_t threads;
+
+  void run(const Runtime& runtime) const {
+    const bool few = Gradients<T>::offset(net, net.L + 1) < shared_from;
+    const int64_t helpers = few ? 1 : threads;
+    auto work = [&](int64_t t) {
+      for (int64_t l = 1; l <= net.L; ++l) layer(l, helpers, t);
     };
-    const int64_t at = Gradients<T>::offset(net, l);
-    if (dw && l == 1) {
-      const int64_t ld = whole_vectors<T>(layer.out);
-      for (int64_t i = 0; i < layer.in; ++i) add(dw + i, layer.in, at + i * ld, layer.out);
-    } else if (dw) {
-      const int64_t ld = whole_vectors<T>(layer.in);
-      for (int64_t i = 0; i < layer.out; ++i) add(dw + i * layer.in, 1, at + i * ld, layer.in);
-    }
-    if (db) add(db, 1, at + Gradients<T>::weight_size(net, l), layer.out);
+    on_threads(runtime, helpers, work);
   }
-}
+
+  // One helper's share of a layer.
+  void layer(int64_t l, int64_t helpers, int64_t helper) const {
+    const Layer<T>& f = net.at(l);
+    T *dw = static_cast<T*>(call.grads[2 * l - 2]), *db = static_cast<T*>(call.grads[2 * l - 1]);
+    const int64_t at = Gradients<T>::offset(net, l), ld = whole_vectors<T>(l == 1 ? f.out : f.in);
+    if (db && helper == 0) row(db, at + Gradients<T>::weight_size(net, l), f.out);
+    if (!dw) return;
+    if (l > 1) {
+      const int64_t end = f.out * (helper + 1) / helpers;
+      for (int64_t i = f.out * helper / helpers; i < end; ++i) row(dw + i * f.in, at + i * ld, f.in);
+      return;
+    }
+    const int64_t end = f.out * (helper + 1) / helpers;  // W_1's sums are transposed
+    for (int64_t j = f.out * helper / helpers; j < end; ++j) {
+      for (int64_t i = 0; i < f.in; ++i) {
+        T total = scratch[0].sums.base[at + i * ld + j];
+        for (int64_t t = 1; t < threads; ++t) total += scratch[t].sums.base[at + i * ld + j];
+        dw[j * f.in + i] = total;
+      }
+    }
+  }
+
+  void row(T* to, int64_t at, int64_t n) const {
+    copy(to, scratch[0].sums.base + at, n);
+    for (int64_t t = 1; t < threads; ++t) {
+      const T* more = scratch[t].sums.base + at;
+      for (int64_t j = 0; j < n; ++j) to[j] += more[j];
+    }
+  }
+};
 
 template <class T> bool any_slope_gradient(const Net<T>& net, const BackwardCall& call) {
   if (!call.gout) return false;
@@ -577,6 +598,7 @@ Status backward(const Plan& plan, const BackwardCall& call, const Runtime& runti
   BackwardScratch<T>* scratch = reinterpret_cast<BackwardScratch<T>*>(base + scratch_at);
   lay_out(memory, [&](int64_t t, const BackwardScratch<T>& s) { scratch[t] = s; });
 
+  pack_weights(net, runtime, threads);
   const BackwardPass<T> pass{net, call, layout, wants};
   auto work = [&](int64_t t) {
     clear(scratch[t].sums.base, Gradients<T>::offset(net, net.L + 1));
@@ -584,7 +606,7 @@ Status backward(const Plan& plan, const BackwardCall& call, const Runtime& runti
     for (int64_t b = first_block(blocks, threads, t); b < end; ++b) pass.run(scratch[t], b);
   };
   on_threads(runtime, threads, work);
-  write_gradients(net, call, scratch, threads);
+  Reduction<T>{net, call, scratch, threads}.run(runtime);
   runtime.release(base, bytes);
   return ok;
 }

@@ -338,6 +338,7 @@ Status forward(const Plan& plan, const ForwardCall& call, const Runtime& runtime
   ForwardScratch<T>* scratch = reinterpret_cast<ForwardScratch<T>*>(base + scratch_at);
   lay_out(memory, &partial, [&](int64_t t, const ForwardScratch<T>& s) { scratch[t] = s; });
 
+  pack_weights(net, runtime, threads);
   const ForwardPass<T> pass{net, call, layout, summed ? partial : nullptr, signs, weights};
   auto work = [&](int64_t t) {
     const int64_t end = first_block(blocks, threads, t + 1);

@@ -109,25 +109,29 @@ template <class T> MK_INLINE int64_t packed_size(int64_t K, int64_t N) {
   return K * round_up(N, Simd<T>::lanes);
 }
 
-// Packs B (K, N), B[k][n] = w[k·row + n·column], columns padded with zeros to whole vectors.
-template <class T>
-Matrix<T> pack(T* to, const T* w, int64_t row, int64_t column, int64_t K, int64_t N) {
-  Matrix<T> out{to, K, N, 0};
-  for (int64_t j0 = 0; j0 < N; j0 += panel_width<T>) {
-    const int64_t width = out.width(j0), real = min_of(width, N - j0);
+// A weight to be packed: B (K, N), B[k][n] = w[k·row + n·column]; columns are padded with zeros to
+// whole vectors.
+template <class T> struct Packing {
+  T* to;
+  const T* w;
+  int64_t row, column, K, N;
+
+  Matrix<T> matrix() const { return {to, K, N, 0}; }
+  int64_t panels() const { return (N + panel_width<T> - 1) / panel_width<T>; }
+
+  void panel(int64_t p) const {
+    const int64_t j0 = p * panel_width<T>, width = matrix().width(j0), real = min_of(width, N - j0);
     T* panel = to + j0 * K;
-    for (int64_t k = 0; k < K; ++k) {
-      const T* source = w + k * row + j0 * column;
-      if (column == 1) {
-        for (int64_t j = 0; j < real; ++j) panel[k * width + j] = source[j];
-      } else {
-        for (int64_t j = 0; j < real; ++j) panel[k * width + j] = source[j * column];
+    constexpr int64_t strip = 8;  // so many rows of w are read side by side when it is transposed
+    for (int64_t j = 0; j < width; j += strip) {
+      const int64_t end = min_of(j + strip, width);
+      for (int64_t k = 0; k < K; ++k) {
+        const T* from = w + k * row + j0 * column;
+        for (int64_t i = j; i < end; ++i) panel[k * width + i] = i < real ? from[i * column] : T(0);
       }
-      for (int64_t j = real; j < width; ++j) panel[k * width + j] = 0;
     }
   }
-  return out;
-}
+};
 
 // What a product starts from: nothing, a bias row (padded to whole vectors), or C itself.
 template <class T> struct Init {

@@ -104,16 +104,39 @@ template <class T> struct Net {
   // Whether a_1 is left for backward: recomputing it from x costs a product of depth d.
   bool saves_first() const { return d > 48; }
 
+  // The weights to be packed are first noted, then packed by all threads together (`pack`).
+  Packing<T> packings[2 * max_layers + 1];
+  int64_t noted = 0;
+
+  Matrix<T> note(Bump& memory, const T* w, int64_t row, int64_t column, int64_t K, int64_t N) {
+    T* to = memory.take<T>(packed_size<T>(K, N));
+    if (!to) return {};
+    packings[noted] = {to, w, row, column, K, N};
+    return packings[noted++].matrix();
+  }
   void pack_forward(Bump& memory, int64_t l) {
     Layer<T>& f = layer[l - 1];
-    T* to = memory.take<T>(packed_size<T>(f.in, f.out));
-    if (to) f.forward = pack(to, f.w, 1, f.in, f.in, f.out);
+    f.forward = note(memory, f.w, 1, f.in, f.in, f.out);
   }
   void pack_back(Bump& memory, int64_t l) {
     Layer<T>& f = layer[l - 1];
-    T* to = memory.take<T>(packed_size<T>(f.out, f.in));
-    if (to) f.back = pack(to, f.w, f.in, 1, f.out, f.in);
+    f.back = note(memory, f.w, f.in, 1, f.out, f.in);
   }
+  // One thread's share: every so-many-th panel.
+  void pack(int64_t threads, int64_t thread) const {
+    int64_t panel = 0;
+    for (int64_t i = 0; i < noted; ++i) {
+      for (int64_t p = 0; p < packings[i].panels(); ++p, ++panel) {
+        if (panel % threads == thread) packings[i].panel(p);
+      }
+    }
+  }
+  int64_t packed_elements() const {
+    int64_t n = 0;
+    for (int64_t i = 0; i < noted; ++i) n += packings[i].K * packings[i].N;
+    return n;
+  }
+
   void pack_bias(Bump& memory, int64_t l) {
     Layer<T>& f = layer[l - 1];
     if (!f.b) return;
@@ -145,8 +168,7 @@ template <class T> struct Net {
     columns = to;
   }
   void pack_slopes(Bump& memory) {
-    T* to = memory.take<T>(packed_size<T>(at(1).out, k));
-    if (to) slopes = pack(to, at(1).w + (d - k), d, 1, at(1).out, k);
+    slopes = note(memory, at(1).w + (d - k), d, 1, at(1).out, k);
   }
 };
 
@@ -202,6 +224,15 @@ template <class Work> void on_threads(const Runtime& runtime, int64_t threads, W
         for (int64_t t = begin; t < end; ++t) (*static_cast<Work*>(context))(t);
       },
       &work);
+}
+
+// Below so many elements, work that is only moving them is quicker done than shared out.
+constexpr int64_t shared_from = 1 << 16;
+
+template <class T> void pack_weights(const Net<T>& net, const Runtime& runtime, int64_t threads) {
+  if (net.packed_elements() < shared_from) threads = 1;
+  auto work = [&](int64_t t) { net.pack(threads, t); };
+  on_threads(runtime, threads, work);
 }
 
 // The blocks of one thread: a fixed share, so that the same thread count gives the same bits.
