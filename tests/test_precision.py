@@ -63,7 +63,8 @@ def test_error_is_at_most_twice_pytorchs(
     )
     net, x1, x2 = net.double(), x1.double(), x2.double()
     truth = results(net, x1, x2, oracle, 1)
-    floor = torch.finfo(dtype).eps / 4  # PyTorch's own error may happen to be nearly none
+    # Of a bias gradient, one number, PyTorch's own error may happen to be none: one unit is granted.
+    floor = torch.finfo(dtype).eps
     for i, (g, o, t) in enumerate(zip(got, own, truth, strict=True)):
         theirs, ours = rms(o.double() - t) / rms(t), rms(g.double() - t) / rms(t)
         assert ours <= 2 * max(theirs, floor), f"tensor {i}: {ours:.2e}, PyTorch {theirs:.2e}"
