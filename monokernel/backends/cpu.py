@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
 from functools import cache, lru_cache
@@ -147,7 +148,15 @@ def isa() -> str | None:
 
 @cache
 def _library() -> ctypes.CDLL | str:
-    """The library, opened once, or why there is none."""
+    """The library, opened once, or why there is none, which is then said once."""
+    found = _open()
+    if isinstance(found, str):
+        instead = "on the CPU PyTorch operations serve instead"
+        warnings.warn(f"monokernel: {found}; {instead}", RuntimeWarning, stacklevel=2)
+    return found
+
+
+def _open() -> ctypes.CDLL | str:
     path = Path(os.environ.get("MONOKERNEL_LIBRARY", _PACKAGE / LIBRARY))
     if not path.exists():
         log = _PACKAGE / BUILD_LOG
