@@ -11,6 +11,7 @@ replaced, so no signature is written twice.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import re
 import subprocess
@@ -31,7 +32,7 @@ from triton.compiler import ASTSource
 
 from ...activations import Activation
 from ...problem import Hinge, Mode, Problem
-from . import launch, whole
+from . import launch, layered, whole
 
 __all__ = ["main"]
 
@@ -73,7 +74,7 @@ class Case:
         if self.dtype == torch.float32 and self.precision != "high":
             kind = "fp32" if self.precision == "highest" else self.precision
         shape = "-".join(map(str, self.widths))
-        return f"{shape} k{self.k} {self.mode} {self.kind} {kind}"
+        return f"{shape} k{self.k} {self.mode} {self.kind} {kind} {self.path}"
 
 
 def whole_cases() -> Iterator[Case]:
@@ -90,13 +91,25 @@ def whole_cases() -> Iterator[Case]:
                 yield Case((8, *hidden, 8), "silu", 1, "tangent", dtype, precision)
     yield Case((8, 64, 64, 64, 1), "silu", 4, "adjoint", torch.float32, "tf32x3")
     yield Case((100, 128, 128, 1), "gelu", 4, "adjoint", torch.float16)
-    yield Case((8, *(64,) * 7, 1), "mish", 3, "adjoint", torch.float16)
-    yield Case((8, *(128,) * 7, 1), "silu", 3, "adjoint", torch.float16)
+    yield Case((8, *(64,) * 6, 1), "mish", 3, "adjoint", torch.float16)
+
+
+def layered_cases() -> Iterator[Case]:
+    """Wide networks in each precision, and the strict float32 that narrow ones take too."""
+    for dtype, precision in (
+        (torch.float16, "highest"),
+        (torch.bfloat16, "highest"),
+        (torch.float32, "high"),
+        (torch.float32, "highest"),
+    ):
+        yield Case((8, 512, 512, 1), "silu", 2, "adjoint", dtype, precision, "layered")
+    yield Case((8, 512, 512, 8), "silu", 2, "tangent", torch.float16, "highest", "layered")
+    yield Case((8, 64, 64, 1), "gelu", 2, "adjoint", torch.float32, "highest", "layered")
 
 
 QUICK = [
-    Case((8, 64, 64, 64, 1), "silu", 1, "adjoint", torch.float16),
-    Case((8, 64, 64, 64, 1), "silu", 1, "adjoint", torch.float32, "high"),
+    Case((8, 64, 64, 1), "silu", 1, "adjoint", torch.float16),
+    Case((8, 512, 512, 1), "silu", 2, "adjoint", torch.float16, "highest", "layered"),
 ]
 
 
@@ -128,7 +141,7 @@ def launches(case: Case) -> list[Launch]:
 
 
 def _step(case: Case) -> None:
-    L, N = len(case.widths) - 1, 4096
+    L, N = len(case.widths) - 1, 1024
     hidden = {"softplus": (1.0, 20.0), "elu": (1.0, 1.0, 1.0)}.get(case.kind, ())
     acts = (*(Activation(case.kind, *hidden),) * (L - 1), Activation("identity"))
     hinge = Hinge(elementwise=not case.summed)
@@ -140,12 +153,14 @@ def _step(case: Case) -> None:
             torch.empty(rows, dtype=case.dtype),
         ]
     x = torch.empty(N, case.widths[0], dtype=case.dtype)
-    reason = whole.refuses(problem, x)
+    path = layered if case.path == "layered" else whole
+    reason = path.refuses(problem, x)
     if reason is not None:
         raise RuntimeError(f"{case.name}: {reason}")
-    y, out, saved = whole.forward(problem, x, None, params, True)
-    needs = [False] + [True] * len(params)
-    whole.backward(problem, y, out, x, None, params, saved, needs)
+    y, out, saved = path.forward(problem, x, None, params, True)
+    # dx is one more product; wide networks show it, where it is a kernel of its own.
+    needs = [path is layered] + [True] * len(params)
+    path.backward(problem, y, out, x, None, params, saved, needs)
 
 
 # --- one kernel, one target ---------------------------------------------------------------------
@@ -180,6 +195,9 @@ def source_of(call: Launch) -> tuple[ASTSource, dict[str, Any]]:
             return POINTERS[value.dtype]
         if value is None:
             constants[at] = None
+            return "constexpr"
+        if value == 1:  # as the launcher specialises it
+            constants[at] = 1
             return "constexpr"
         return "i32"
 
@@ -230,7 +248,7 @@ def compile_one(case: Case, index: int, target_name: str) -> Row:
     shared = compiled.metadata.shared
     tensor_memory = getattr(compiled.metadata, "tmem_size", 0) or 0
     ieee = "PRECISION" in call.options and call.options["PRECISION"] == "ieee"
-    full = str(call.options.get("C")) == "fp32" and ieee
+    full = str(call.options.get("C")) == "fp32" and ieee  # no tensor core computes strict float32
     complaints = []
     if stack:
         complaints.append(f"spills {stack} bytes")
@@ -290,21 +308,28 @@ def main(arguments: list[str] | None = None) -> int:
     if launch.interpreting():
         print("TRITON_INTERPRET is set: nothing can be compiled", file=sys.stderr)
         return 1
-    cases = QUICK if options.quick else list(whole_cases())
+    cases = QUICK if options.quick else [*whole_cases(), *layered_cases()]
     targets = ["sm_90"] if options.quick else options.targets
     jobs = []
+    seen: set[str] = set()
     for case in cases:
         if options.match in case.name:
-            for index, _ in enumerate(launches(case)):
-                jobs += [(case, index, target) for target in targets]
+            for index, call in enumerate(launches(case)):
+                source, _ = source_of(call)
+                kind = f"{call.kernel.__name__} {source.signature} {call.options}"
+                if kind not in seen:
+                    seen.add(kind)
+                    jobs += [(case, index, target) for target in targets]
     print(f"Triton {triton.__version__}: {len(jobs)} kernels")
-    head = f"{'network':44} {'kernel':18} {'target':7} reg stack  shared tmem  dots  mufu     s"
+    head = f"{'network':52} {'kernel':18} {'target':7} reg stack  shared tmem  dots  mufu     s"
     print(head + "\n" + "-" * len(head))
     failed = 0
-    with ProcessPoolExecutor(options.jobs) as pool:
+    # Not forked: PyTorch's threads do not survive that.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, mp_context=spawn) as pool:
         for row in pool.map(compile_one, *zip(*jobs, strict=True)):
             print(
-                f"{row.case:44} {row.kernel:18} {row.target:7} {row.registers:3} {row.stack:5} "
+                f"{row.case:52} {row.kernel:18} {row.target:7} {row.registers:3} {row.stack:5} "
                 f"{row.shared:7} {row.tensor_memory:4} {row.tensor_core:5} {row.special:5} "
                 f"{row.seconds:5.1f}  {'; '.join(row.complaints)}".rstrip(),
                 flush=True,

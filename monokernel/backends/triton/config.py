@@ -71,6 +71,12 @@ class LayerConfig:
     stages: int
 
 
-def layer_config(itemsize: int) -> LayerConfig:
-    """The dual-accumulator kernels: two sums of a 64 x 64 tile in 4 warps."""
+def layer_config(itemsize: int, ieee: bool) -> LayerConfig:
+    """The dual-accumulator kernels: two sums of a 64 x 64 tile.
+
+    Strict float32 has no tensor core; there 8 warps and short inner steps keep the operands of its
+    multiply-adds in registers (4 warps and steps of 32 spill 456 bytes).
+    """
+    if ieee:
+        return LayerConfig(64, 64, 16, 8, 2)
     return LayerConfig(64, 64, 64 if itemsize == 2 else 32, 4, 3)

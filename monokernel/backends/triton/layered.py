@@ -317,7 +317,9 @@ class _Pairs:
             total=x.new_empty((), dtype=torch.int32),
             x_dot=x.new_empty(M, k),
             seed=x.new_empty(M, D),
-            config=layer_config(x.element_size()),
+            config=layer_config(
+                x.element_size(), x.dtype == torch.float32 and dot_precision(x.dtype) == "ieee"
+            ),
         )
         shape = {"D": D, "K": k, "ADJOINT": adjoint, "OUT": output_code(problem), "BLOCK": BLOCK}
         counts = x.new_empty(blocks, dtype=torch.int32)

@@ -23,7 +23,16 @@ import triton
 import triton.language as tl
 
 from .device import PENALTY_SUM, activation, from_row, slope_cotangent, weight_tile
-from .network import first_layer, get, inner_weight, layer_up, matmul, padded_width, put
+from .network import (
+    first_layer,
+    get,
+    inner_weight,
+    layer_up,
+    matmul,
+    padded_width,
+    put,
+    through,
+)
 
 __all__ = ["network_backward"]
 
@@ -35,12 +44,13 @@ SLOPE_SLOT = tl.constexpr(0)
 H_SLOT = tl.constexpr(1)
 H_DOT_SLOT = tl.constexpr(2)
 CURVATURE_SLOT = tl.constexpr(3)
-SLOTS = 4
+PASSING_SLOT = tl.constexpr(4)  # one tile
 
 
 @triton.constexpr_function
 def slots(acts):
-    return 4 * len(acts)
+    """How many tiles of scratch a program has."""
+    return 4 * len(acts) + 1
 
 
 @triton.constexpr_function
@@ -212,7 +222,9 @@ def up_pass(
             put(scratch, CURVATURE_SLOT * L + l, curvature.to(C), WIDE)
         if l < L - 1:
             h = h.to(C)
-            put(scratch, H_SLOT * L + l, h, WIDE)
+            if WIDE < 128:
+                put(scratch, H_SLOT * L + l, h, WIDE)
+            h = through(scratch, H_SLOT * L + l, h, WIDE)
             w = inner_weight(ws, l + 1, WIDTHS, H, PD, C)
             a = layer_up(h, w, bs[l + 1], BIAS[l + 1], WIDTHS[l + 2], C, A, PRECISION)
 
@@ -246,7 +258,9 @@ def tangent_pass(
             if ACTS[l][0] != IDENTITY:
                 a_dot *= get(scratch, SLOPE_SLOT * L + l, BM, a_dot.shape[1], WIDE, 0).to(A)
             h_dot = a_dot.to(C)
-            put(scratch, H_DOT_SLOT * L + l, h_dot, WIDE)
+            if WIDE < 128:
+                put(scratch, H_DOT_SLOT * L + l, h_dot, WIDE)
+            h_dot = through(scratch, H_DOT_SLOT * L + l, h_dot, WIDE)
             w = inner_weight(ws, l + 1, WIDTHS, H, PD, C)
             a_dot = matmul(h_dot, tl.trans(w), C, PRECISION)
     tl.debug_barrier()
@@ -292,7 +306,7 @@ def seed_pass(
             if ACTS[l][0] != IDENTITY:
                 at = SLOPE_SLOT * L + l
                 P *= get(scratch, at, BM, padded_width(l, L, H, PD), WIDE, 0).to(A)
-            p = P.to(C)
+            p = through(scratch, PASSING_SLOT * L, P.to(C), WIDE)
             if l > 0:
                 if NEEDS[2 * l]:
                     inner_gradient(
@@ -341,7 +355,7 @@ def down_pass(
                 g += get(scratch, at, BM, padded_width(l, L, H, PD), WIDE, 0).to(A)
             if NEEDS[2 * l + 1]:
                 add_bias(g, partials + OFFSETS[2 * l + 1], WIDTHS[l + 1])
-            g = g.to(C)
+            g = through(scratch, PASSING_SLOT * L, g.to(C), WIDE)
             if l == 0:
                 first_gradients(
                     g, n, ok, pair, ACTIVE, x, ws[0], dx, partials, WIDTHS, NEEDS[0], BK, C, A,

@@ -26,7 +26,7 @@ from .launch import (
     launch,
     processors,
 )
-from .network_backward import SLOTS, network_backward
+from .network_backward import network_backward
 from .network_forward import network_forward
 from .reduce import reduce_gradients, reduce_sum
 
@@ -186,7 +186,7 @@ def backward(
     tiles = -(-N // BM)
     P = min(tiles, processors(x.device) * config.per_processor)
     offsets = _offsets(problem)
-    size = P * SLOTS * problem.depth * BM * max(shape["H"], shape["PD"])
+    size = P * (4 * problem.depth + 1) * BM * max(shape["H"], shape["PD"])
     scratch = x.new_empty(size, dtype=compute_dtype(x.dtype))
     partials = x.new_empty(P * offsets[-1], dtype=wide)
     rows = None if gout is None else x.new_empty(tiles * BM, dtype=torch.int32)
