@@ -92,6 +92,7 @@ def whole_cases() -> Iterator[Case]:
     yield Case((8, 64, 64, 64, 1), "silu", 4, "adjoint", torch.float32, "tf32x3")
     yield Case((100, 128, 128, 1), "gelu", 4, "adjoint", torch.float16)
     yield Case((8, *(64,) * 6, 1), "mish", 3, "adjoint", torch.float16)
+    yield Case((8, 64, 64, 100), "silu", 1, "tangent", torch.bfloat16)
 
 
 def layered_cases() -> Iterator[Case]:

@@ -28,14 +28,14 @@ DEEPEST = 8
 class NetworkConfig:
     """One whole-network kernel: tiles of ``rows``, ``warps``, programs per processor.
 
-    ``kept_in_registers``: whether the forward's adjoint chain finds a_l in registers (else in
-    scratch slots). ``chunk``: columns of a weight gradient that are computed at a time.
+    ``in_registers``: the forward keeps what it needs again in registers, else in scratch slots.
+    ``chunk``: columns of a weight gradient that the backward computes at a time.
     """
 
     rows: int
     warps: int
     per_processor: int
-    kept_in_registers: bool = False
+    in_registers: bool = False
     chunk: int = 64
     stages: int = 1
 
@@ -45,14 +45,18 @@ def power_of_two(n: int, least: int = 16) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
-def forward_config(H: int, depth: int, itemsize: int, adjoint: bool) -> NetworkConfig:
-    return NetworkConfig(
-        64, 4 if H <= 64 else 8, 2, kept_in_registers=adjoint and (depth - 1) * H * itemsize <= 384
-    )
+def forward_config(width: int, depth: int, itemsize: int, adjoint: bool) -> NetworkConfig:
+    """``width`` is the padded width of the widest layer."""
+    if width > 64:
+        return NetworkConfig(64, 8, 2, in_registers=False)
+    kept = (depth - 1) * width * itemsize if adjoint else 0  # bytes of a row
+    return NetworkConfig(64, 4, 2, in_registers=kept <= 384)
 
 
-def backward_config(H: int, depth: int, itemsize: int) -> NetworkConfig:
-    return NetworkConfig(64, 4 if H <= 64 else 8, 2 if H <= 64 else 1, chunk=32)
+def backward_config(width: int) -> NetworkConfig:
+    if width <= 64:
+        return NetworkConfig(64, 4, 2, chunk=32)
+    return NetworkConfig(64, 8, 1, chunk=64)
 
 
 # --- layer by layer -----------------------------------------------------------------------------

@@ -155,9 +155,11 @@ def keep(kept, tile, scratch, slot: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def recall(kept, scratch, slot: tl.constexpr, BM: tl.constexpr, H: tl.constexpr):
-    """The tile that ``keep`` kept as number ``slot``."""
+def recall(
+    kept, scratch, number: tl.constexpr, BM: tl.constexpr, H: tl.constexpr, WIDE: tl.constexpr
+):
+    """The tile that was kept as ``number``; two slots come before."""
     if scratch is None:
-        return kept[slot]
+        return kept[number]
     else:
-        return get(scratch, slot, BM, H, H, 0)
+        return get(scratch, number + 2, BM, H, WIDE, 0)

@@ -10,9 +10,24 @@ import triton
 import triton.language as tl
 
 from .device import PENALTY_SUM, activation, from_row, hinge_epilogue
-from .network import first_layer, inner_weight, keep, layer_up, matmul, padded_width, recall
+from .network import (
+    first_layer,
+    inner_weight,
+    keep,
+    layer_up,
+    matmul,
+    padded_width,
+    recall,
+    through,
+)
 
 __all__ = ["network_forward"]
+
+
+@triton.constexpr_function
+def forward_slots(acts):
+    """Tiles of scratch: two in passing, and σ'(a_l) of the hidden layers."""
+    return len(acts) + 1
 
 
 @triton.jit
@@ -50,7 +65,7 @@ def network_forward(
     d: tl.constexpr = WIDTHS[0]
     D: tl.constexpr = WIDTHS[len(ACTS)]
     if scratch is not None:
-        scratch = scratch + tl.program_id(0).to(tl.int64) * ((len(ACTS) - 1) * BM * H)
+        scratch = scratch + tl.program_id(0).to(tl.int64) * (forward_slots(ACTS) * BM * max(H, PD))
     total = tl.zeros((BM,), A)
     for tile in tl.range(tl.program_id(0), tl.cdiv(N, BM), tl.num_programs(0), disable_licm=True):
         start = tile * tl.full((), BM, tl.int64)  # 64 bits, also where tile is a Python int
@@ -69,7 +84,7 @@ def network_forward(
         else:
             for c in tl.range(0, K, disable_licm=True):
                 total += tangent_tile(
-                    n, ok, c, x_, weight_, direction, ws, bs, y_, out_, slopes_, weight_row,
+                    n, ok, c, x_, weight_, direction, ws, bs, y_, out_, slopes_, scratch, weight_row,
                     WIDTHS, ACTS, BIAS, K, OUT, MARGIN, SQUARED, SAVE, H, PD, BK, C, A, PRECISION,
                 )  # fmt: skip
     if OUT == PENALTY_SUM:
@@ -78,7 +93,7 @@ def network_forward(
 
 @triton.jit
 def tangent_tile(
-    n, ok, c, x, weight, direction, ws, bs, y, out, slopes, weight_row,
+    n, ok, c, x, weight, direction, ws, bs, y, out, slopes, scratch, weight_row,
     WIDTHS: tl.constexpr, ACTS: tl.constexpr, BIAS: tl.constexpr, K: tl.constexpr,
     OUT: tl.constexpr, MARGIN: tl.constexpr, SQUARED: tl.constexpr, SAVE: tl.constexpr,
     H: tl.constexpr, PD: tl.constexpr, BK: tl.constexpr,
@@ -94,6 +109,7 @@ def tangent_tile(
     d: tl.constexpr = WIDTHS[0]
     BM: tl.constexpr = n.shape[0]
     FIRST: tl.constexpr = padded_width(0, L, H, PD)
+    WIDE: tl.constexpr = max(H, PD)
     a = first_layer(x, n, ok, ws[0], bs[0], WIDTHS, BIAS[0], FIRST, BK, C, A, PRECISION)
     unit = tl.arange(0, FIRST)
     w1 = tl.load(ws[0] + unit * d + (d - K) + c, mask=unit < WIDTHS[1], other=0.0)
@@ -101,9 +117,13 @@ def tangent_tile(
     h, slope, curvature = activation(a, ACTS[0])
     h_dot = slope * a_dot
     for l in tl.static_range(1, L):
+        h = through(scratch, 0, h.to(C), WIDE)
+        h_dot = through(scratch, 1, h_dot.to(C), WIDE)
         w = inner_weight(ws, l, WIDTHS, H, PD, C)
         a = layer_up(h, w, bs[l], BIAS[l], WIDTHS[l + 1], C, A, PRECISION)
         a_dot = matmul(h_dot, tl.trans(w), C, PRECISION)
+        if WIDE >= 128:
+            tl.debug_barrier()  # the slots are read by all before they are written again
         h, slope, curvature = activation(a, ACTS[l])
         h_dot = slope * a_dot
     output = tl.arange(0, PD)
@@ -124,21 +144,23 @@ def adjoint_tile(
     H: tl.constexpr, PD: tl.constexpr, PK: tl.constexpr, BK: tl.constexpr,
     C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Up once, keeping a_l; then one chain down per output, which gives all K columns at once."""
+    """Up once, keeping σ'(a_l); then one chain down per output, which gives all K columns at once."""
     L: tl.constexpr = len(ACTS)
     D: tl.constexpr = WIDTHS[L]
     d: tl.constexpr = WIDTHS[0]
     BM: tl.constexpr = n.shape[0]
     FIRST: tl.constexpr = padded_width(0, L, H, PD)
+    WIDE: tl.constexpr = max(H, PD)
     a = first_layer(x, n, ok, ws[0], bs[0], WIDTHS, BIAS[0], FIRST, BK, C, A, PRECISION)
     kept = ()
     tl.debug_barrier()  # the slots may still be read by the tile before
     for l in tl.static_range(1, L):
-        kept = keep(kept, a.to(C), scratch, l - 1, H)
+        h, slope, _curvature = activation(a, ACTS[l - 1])
+        kept = keep(kept, slope.to(C), scratch, l + 1, WIDE)
+        h = through(scratch, 0, h.to(C), WIDE)
         w = inner_weight(ws, l, WIDTHS, H, PD, C)
-        h, slope, curvature = activation(a, ACTS[l - 1])
         a = layer_up(h, w, bs[l], BIAS[l], WIDTHS[l + 1], C, A, PRECISION)
-    tl.debug_barrier()
+        tl.debug_barrier()
     h, last_slope, curvature = activation(a, ACTS[L - 1])
     output = tl.arange(0, PD)
     mask = ok[:, None] & (output[None, :] < D)
@@ -176,9 +198,11 @@ def down_to_first(
 ):  # fmt: skip
     """p_L to p_1: p_{l-1} = σ'(a_{l-1}) ∘ (p_l W_l)."""
     L: tl.constexpr = len(ACTS)
+    WIDE: tl.constexpr = max(H, PD)
     for l in tl.static_range(L - 1, 0, -1):
+        if l < L - 1:
+            p = through(scratch, 1, p.to(C), WIDE)
         w = inner_weight(ws, l, WIDTHS, H, PD, C)
-        a = recall(kept, scratch, l - 1, p.shape[0], H).to(A)
-        _h, slope, _curvature = activation(a, ACTS[l - 1])
-        p = slope * matmul(p, w, C, PRECISION)
+        p = matmul(p, w, C, PRECISION) * recall(kept, scratch, l - 1, p.shape[0], H, WIDE).to(A)
+        tl.debug_barrier()
     return p

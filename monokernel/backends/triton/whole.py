@@ -116,13 +116,15 @@ def forward(
     if N == 0:
         return y, out.zero_(), saved
     shape = _shape(problem)
-    config = forward_config(shape["H"], problem.depth, x.element_size(), shape["ADJOINT"])
+    config = forward_config(
+        max(shape["H"], shape["PD"]), problem.depth, x.element_size(), shape["ADJOINT"]
+    )
     tiles = -(-N // config.rows)
     P = min(tiles, processors(x.device) * config.per_processor)
     sums = x.new_empty(P, dtype=wide) if summed else None
     scratch = None
-    if shape["ADJOINT"] and not config.kept_in_registers:
-        size = P * (problem.depth - 1) * config.rows * shape["H"]
+    if not config.in_registers:
+        size = P * (problem.depth + 1) * config.rows * max(shape["H"], shape["PD"])
         scratch = x.new_empty(size, dtype=compute_dtype(x.dtype))
     ws, bs = _split(params)
     direction = None
@@ -181,7 +183,7 @@ def backward(
     if N == 0 or (gy is None and gout is None):
         return [None if g is None else g.zero_() for g in (dx, *grads)]
     shape = _shape(problem)
-    config = backward_config(shape["H"], problem.depth, x.element_size())
+    config = backward_config(max(shape["H"], shape["PD"]))
     BM = config.rows
     tiles = -(-N // BM)
     P = min(tiles, processors(x.device) * config.per_processor)

@@ -1,0 +1,128 @@
+"""The cases of the interpreter's tests on a real device, and what only a device has."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import monokernel
+from monokernel.activations import KINDS
+from monokernel.backends import handwritten, load
+from monokernel.backends.triton import layered, whole
+from monokernel.problem import Hinge, Mode
+from tests.gpu.cases import assert_as_precise_as_pytorch, errors, inputs, problem, run
+from tests.support import mlp, points
+
+pytestmark = [pytest.mark.gpu]
+
+BOTH = pytest.mark.parametrize("path", [whole, layered], ids=["whole", "layered"])
+LOW = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+MODES = pytest.mark.parametrize("mode", ["tangent", "adjoint"])
+
+
+@pytest.fixture
+def _tf32() -> object:
+    """TF32 for float32, here and in PyTorch, so that whole-network kernels serve it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@BOTH
+@LOW
+@MODES
+@pytest.mark.parametrize("width", [20, 32, 64, 128])
+@pytest.mark.usefixtures("_tf32")
+def test_precision(path: ModuleType, dtype: torch.dtype, mode: Mode, width: int) -> None:
+    if path is whole and dtype == torch.float32 and width > 64:
+        pytest.skip("one kernel serves float32 up to 64")
+    D, k = (1, 3) if mode == "adjoint" else (3, 1)
+    p = problem((6, width, width, D), "silu", k, mode, Hinge(margin=9.0))
+    assert_as_precise_as_pytorch(path, p, 1000, dtype, "cuda")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@BOTH
+@pytest.mark.usefixtures("_tf32")
+def test_every_activation(path: ModuleType, kind: str) -> None:
+    p = problem((5, 40, 24, 2), kind, 2, "tangent", Hinge(margin=9.0), kind)
+    assert_as_precise_as_pytorch(path, p, 333, torch.float32, "cuda")
+
+
+def test_strict_float32() -> None:
+    p = problem((6, 96, 96, 1), "silu", 2, "adjoint", Hinge(margin=9.0))
+    truth = run(handwritten, p, *inputs(p, 500))
+    x, params = inputs(p, 500, torch.float32, "cuda")
+    assert max(errors(run(load("triton"), p, x, params), truth)) < 1e-5  # type: ignore[arg-type]
+
+
+@BOTH
+@pytest.mark.parametrize("share", [0.0, 0.05, 1.0])
+@pytest.mark.parametrize("N", [1, 63, 64, 65, 20_000])
+def test_active_rows(path: ModuleType, share: float, N: int) -> None:
+    p = problem((8, 64, 64, 1), "silu", 4, "adjoint", None)
+    violating = torch.rand(N) < share
+    x, params = inputs(p, N, torch.float16, "cuda")
+    got = run(path, p, x, params, violating=violating.cuda())
+    truth = run(handwritten, p, *inputs(p, N), violating=violating)
+    torchs = run(handwritten, p, x, params, violating=violating.cuda())
+    for a, b in zip(errors(got, truth), errors(torchs, truth), strict=True):
+        assert a <= 2 * b + 5e-4
+
+
+@BOTH
+def test_two_runs_give_the_same_bits(path: ModuleType) -> None:
+    p = problem((8, 64, 64, 1), "silu", 4, "adjoint", Hinge())
+    x, params = inputs(p, 50_000, torch.float16, "cuda")
+    for a, b in zip(run(path, p, x, params), run(path, p, x, params), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("width", [64, 300])
+def test_a_step_is_captured_in_a_cuda_graph(width: int) -> None:
+    """No host synchronisation anywhere: the replay follows new inputs and new violations."""
+    net = mlp(6, 2, 1, hidden=(width, width), dtype=torch.float16).cuda()
+    x1, x2 = (t.cuda() for t in points(4096, 6, 2, torch.float16))
+
+    def step() -> torch.Tensor:
+        y, penalty = monokernel.fused_mono_penalty(
+            net, x1, x2, return_output=True, backend="triton"
+        )
+        loss = y.float().square().mean() + 1e-3 * penalty
+        for q in net.parameters():
+            q.grad = None
+        loss.backward()
+        return loss
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    grads = [q.grad for q in net.parameters()]
+    for scale in (1.0, -1.0, 3.0):
+        x1.mul_(scale)
+        x2.mul_(scale)
+        graph.replay()
+        captured = [loss.clone(), *(g.clone() for g in grads if g is not None)]
+        want = step().detach()
+        eager = [want, *(q.grad for q in net.parameters() if q.grad is not None)]
+        for q, g in zip(net.parameters(), grads, strict=True):
+            q.grad = g
+        for a, b in zip(captured, eager, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_auto_takes_the_kernels() -> None:
+    net = mlp(6, 2, 1, hidden=(64, 64), dtype=torch.float16).cuda()
+    x1, x2 = (t.cuda() for t in points(64, 6, 2, torch.float16))
+    assert "triton" in str(monokernel.plan(net, x1, x2))
