@@ -5,6 +5,11 @@
 #include "activations.h"
 #include "gemm.h"
 
+// Rows of a block, about. docs/native.md has what other sizes cost.
+#ifndef MK_BLOCK_ROWS
+#define MK_BLOCK_ROWS 96
+#endif
+
 namespace {
 
 constexpr int max_layers = 128;
@@ -37,7 +42,7 @@ struct Blocks {
   int64_t N, tiles, count, capacity;
 
   explicit Blocks(int64_t n) : N(n), tiles((n + MR - 1) / MR) {
-    constexpr int64_t target = 96 / MR;  // tiles in a block of many rows
+    constexpr int64_t target = MK_BLOCK_ROWS / MR;  // tiles in a block of many rows
     count = (tiles + target - 1) / target;
     if (count > 1) count = round_up(count, 2);  // two, four, ... threads get equal shares
     count = max_of<int64_t>(count, 1);
