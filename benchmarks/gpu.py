@@ -1,7 +1,8 @@
 """``python -m benchmarks.gpu``: the training step on a GPU, unattended, in under eight minutes.
 
-Plain steps (eager, compiled, as a CUDA graph), the usual ways to the penalty, and monokernel in each
-precision. Cases come in the order of their importance, and what the time limit leaves undone is said.
+Plain steps (eager, compiled, as a CUDA graph), the usual ways to the penalty, and monokernel in
+each precision. Cases come in the order of their importance; what the time limit leaves undone is
+said.
 One row for each contender is appended to ``results/gpu.csv``: times, peak memory, and the share of
 the roofline, of three ceilings (tensor cores, memory bandwidth, special functions) the one that
 binds. Before anything is timed a contender's loss and gradient are compared with float64.
@@ -531,7 +532,7 @@ def main(arguments: list[str] | None = None) -> int:
     for i, case in enumerate(todo):
         began = time.perf_counter()
         if began + slowest > end:
-            print(f"\ntime is up: not measured are\n  " + "\n  ".join(map(str, todo[i:])))
+            print("\ntime is up: not measured are\n  " + "\n  ".join(map(str, todo[i:])))
             break
         if case.precision not in limits:
             torch.set_float32_matmul_precision(PRECISIONS[case.precision][1])

@@ -1,5 +1,7 @@
-"""The kernels compile for a device that is not here, and without spilling: a quick part of the table
-that ``make kernels`` prints in full."""
+"""The kernels compile for a device that is not here, and without spilling.
+
+A quick part of the table that ``make kernels`` prints in full.
+"""
 
 from __future__ import annotations
 
@@ -26,5 +28,6 @@ def _report(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_shipped_configurations_compile() -> None:
     report = _report("--quick")
     assert report.returncode == 0, report.stdout + report.stderr
-    assert "network_backward" in report.stdout and "pairs_down" in report.stdout
+    assert "network_backward" in report.stdout
+    assert "pairs_down" in report.stdout
     assert "every kernel passes" in report.stdout

@@ -75,7 +75,7 @@ def run(
     needs: Sequence[bool] | None = None,
     violating: Tensor | None = None,
 ) -> list[Tensor]:
-    """y, out, and the gradients for fixed random cotangents; ``violating`` (N) masks gout's rows."""
+    """y, out, and the gradients for fixed cotangents; ``violating`` (N) masks gout's rows."""
     y, out, saved = backend.forward(p, x, weight, params, True)
     noise = torch.Generator().manual_seed(3)
     gy = torch.randn(y.shape, dtype=torch.float64, generator=noise).to(y)
@@ -92,7 +92,7 @@ def run(
 
 
 def errors(got: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
-    """Root-mean-square error of each tensor, relative to the truth's own size."""
+    """Root-mean-square error of each tensor, relative to the size of the truth."""
     found = []
     for g, t in zip(got, truth, strict=True):
         assert g.shape == t.shape
@@ -109,7 +109,7 @@ def assert_as_precise_as_pytorch(
     device: str = "cpu",
     factor: float = 2.0,
 ) -> None:
-    """Error against float64 at most ``factor`` times that of the twin in PyTorch at the same precision.
+    """Error against float64 at most ``factor`` times that of PyTorch at the same precision.
 
     Rows whose slope lies near the hinge's kink may fall on either side in low precision: the hinge
     here has none within reach, since its margin is above every slope.

@@ -1,8 +1,8 @@
 """``python -m monokernel.backends.triton.compile_report``: compiles every shipped configuration.
 
-Without a GPU, for each target, and prints what the compiler made of it: registers, stack (spilled)
-bytes, shared memory, tensor-core and special-function instructions. Exits with 1 if a kernel spills,
-traps, lacks its tensor cores, or takes more shared or tensor memory than the target has.
+Without a GPU, for each target, and prints what the compiler made of it: registers, stack bytes
+(spills), shared memory, tensor-core and special-function instructions. Exits with 1 if a kernel
+spills, traps, lacks its tensor cores, or takes more shared or tensor memory than the target has.
 
 What is compiled is what the host code launches: it runs on empty CPU tensors with the launcher
 replaced, so no signature is written twice.
@@ -39,7 +39,7 @@ __all__ = ["main"]
 
 @dataclass(frozen=True)
 class Target:
-    """A device to compile for and what it has: shared memory of a program, tensor-memory columns."""
+    """A device to compile for, and a program's most shared memory and tensor-memory columns."""
 
     gpu: GPUTarget
     shared: int

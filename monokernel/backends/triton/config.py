@@ -1,7 +1,7 @@
 """What launches which kernel how: configurations are data, and the rules that pick them.
 
-The numbers come from ahead-of-time compiles (``compile_report.py``: registers, no spill), not from a
-device: none could be had.
+The numbers come from ahead-of-time compiles (``compile_report.py``: registers, no spill), not from
+a device: none could be had.
 """
 
 from __future__ import annotations

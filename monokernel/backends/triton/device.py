@@ -4,6 +4,8 @@ The third spelling of ``monokernel/activations.py``. Only operations that Triton
 are used (no libdevice, no inline assembly), so that the same source runs with and without a GPU.
 """
 
+# ruff: noqa: RET505 (a branch that the compiler resolves must not be left by falling through)
+
 from __future__ import annotations
 
 import triton
@@ -156,7 +158,7 @@ def activation(a, ACT: tl.constexpr):
 
 @triton.jit
 def hinge(J, direction, weight, MARGIN: tl.constexpr, SQUARED: tl.constexpr):
-    """w·h(margin - direction·J) and its derivative in J. NaN is no r <= 0, so it stays a penalty."""
+    """w·h(margin - direction·J), its derivative in J. NaN is no r <= 0, so it stays a penalty."""
     r = MARGIN - direction * J
     free = (r <= 0) | (direction == 0)
     r = tl.where(free, tl.zeros_like(r), r)

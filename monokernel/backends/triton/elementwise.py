@@ -1,7 +1,7 @@
 """What stands between the matrix products of the layer-by-layer path, each pass over memory fused.
 
-The products themselves are PyTorch's (cuBLAS), over stacked rows: row t·N + n of a stack (T·N, H) is
-row n's tile number t.
+The products themselves are PyTorch's (cuBLAS), over stacked rows: row t·N + n of a stack (T·N, H)
+is row n's part number t.
 """
 
 from __future__ import annotations

@@ -251,10 +251,10 @@ def _task_backward(
     N, L, table = x.shape[0], problem.depth, activation_table(problem)
     kept = saved[_kept(problem) :][: L - 1] if problem.keeps_adjoint else []
     gy = gy.contiguous()
-    g, top, h = gy, gy, x  # of the layer that is being served: g_l, and h_{l-1}
+    g = gy
     for l in range(L - 1, lowest - 1, -1):
         if l == L - 1 and problem.activations[l].kind != "identity":
-            g = top = torch.empty_like(gy)
+            g = torch.empty_like(gy)
             grid, tile = _tiles(N, problem.D)
             launch(
                 layer_back, grid, x, saved[l], gy, None, g, None, N,
@@ -286,7 +286,7 @@ def _task_backward(
 
 @dataclass
 class _Pairs:
-    """The active pairs in the order of the device's list: row (M), place (M), ẋ (M, k), s (M, D)."""
+    """The active pairs as the device lists them: row (M), place (M), ẋ (M, k), s (M, D)."""
 
     problem: Problem
     x: Tensor

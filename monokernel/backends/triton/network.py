@@ -5,6 +5,8 @@ layer's outputs are padded to PD. Padding costs nothing that is stored: weights 
 whatever σ(0) is in a padded unit meets a zero on its way on, and no cotangent comes back to it.
 """
 
+# ruff: noqa: RET505 (a branch that the compiler resolves must not be left by falling through)
+
 from __future__ import annotations
 
 import triton
@@ -148,7 +150,7 @@ def through(scratch, slot: tl.constexpr, tile, WIDE: tl.constexpr):
 def keep(kept, tile, scratch, slot: tl.constexpr, WIDE: tl.constexpr):
     """``kept`` with one more tile: in registers, or in a slot of the scratch if there is one."""
     if scratch is None:
-        return kept + (tile,)
+        return (*kept, tile)
     else:
         put(scratch, slot, tile, WIDE)
         return kept

@@ -11,10 +11,10 @@ is not zero in front: the first tiles of its list run tangents and cotangents, t
 cotangent alone (or nothing, without gy). So the compaction costs no launch and no host
 synchronisation, and the tile where active rows end is filled up with others.
 
-Activations are computed again rather than saved by the forward. Within a tile they, their slopes, the
-tangents and the seeds lie in scratch slots of the program; weight gradients gather in the program's own slice of
-``partials``, and ``reduce.py`` adds the slices in order. Both stay in the L2 cache. (In registers
-they do not fit: with sums in registers alone, width 64 spills 464 bytes at 255 registers.)
+Activations are computed again rather than saved by the forward. Within a tile they, their slopes
+and the tangents lie in scratch slots of the program; weight gradients gather in the program's own
+slice of ``partials``, and ``reduce.py`` adds the slices in order. Both stay in the L2 cache. (In
+registers they do not fit: with the sums there, width 64 spilled 464 bytes at 255 registers.)
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = ["network_backward"]
 
 IDENTITY = tl.constexpr(0)
 
-# Scratch slots, each L tiles of BM rows: σ'(a_l); h_l; ḣ_l; σ''(a_l), then times ȧ_l, then times P_l.
+# Scratch slots, each L tiles of BM rows: σ'(a_l); h_l; ḣ_l; σ''(a_l), times ȧ_l, times P_l.
 # Whatever takes special functions is evaluated once, on the way up.
 SLOPE_SLOT = tl.constexpr(0)
 H_SLOT = tl.constexpr(1)

@@ -84,7 +84,8 @@ def network_forward(
         else:
             for c in tl.range(0, K, disable_licm=True):
                 total += tangent_tile(
-                    n, ok, c, x_, weight_, direction, ws, bs, y_, out_, slopes_, scratch, weight_row,
+                    n, ok, c, x_, weight_, direction, ws, bs, y_, out_, slopes_, scratch,
+                    weight_row,
                     WIDTHS, ACTS, BIAS, K, OUT, MARGIN, SQUARED, SAVE, H, PD, BK, C, A, PRECISION,
                 )  # fmt: skip
     if OUT == PENALTY_SUM:
@@ -114,7 +115,7 @@ def tangent_tile(
     unit = tl.arange(0, FIRST)
     w1 = tl.load(ws[0] + unit * d + (d - K) + c, mask=unit < WIDTHS[1], other=0.0)
     a_dot = tl.broadcast_to(w1.to(A)[None, :], (BM, FIRST))
-    h, slope, curvature = activation(a, ACTS[0])
+    h, slope, _curvature = activation(a, ACTS[0])
     h_dot = slope * a_dot
     for l in tl.static_range(1, L):
         h = through(scratch, 0, h.to(C), WIDE)
@@ -124,7 +125,7 @@ def tangent_tile(
         a_dot = matmul(h_dot, tl.trans(w), C, PRECISION)
         if WIDE >= 128:
             tl.debug_barrier()  # the slots are read by all before they are written again
-        h, slope, curvature = activation(a, ACTS[l])
+        h, slope, _curvature = activation(a, ACTS[l])
         h_dot = slope * a_dot
     output = tl.arange(0, PD)
     mask = ok[:, None] & (output[None, :] < D)
@@ -144,7 +145,7 @@ def adjoint_tile(
     H: tl.constexpr, PD: tl.constexpr, PK: tl.constexpr, BK: tl.constexpr,
     C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Up once, keeping σ'(a_l); then one chain down per output, which gives all K columns at once."""
+    """Up once, keeping σ'(a_l); then one chain down per output gives all K columns at once."""
     L: tl.constexpr = len(ACTS)
     D: tl.constexpr = WIDTHS[L]
     d: tl.constexpr = WIDTHS[0]
@@ -161,7 +162,7 @@ def adjoint_tile(
         w = inner_weight(ws, l, WIDTHS, H, PD, C)
         a = layer_up(h, w, bs[l], BIAS[l], WIDTHS[l + 1], C, A, PRECISION)
         tl.debug_barrier()
-    h, last_slope, curvature = activation(a, ACTS[L - 1])
+    h, last_slope, _curvature = activation(a, ACTS[L - 1])
     output = tl.arange(0, PD)
     mask = ok[:, None] & (output[None, :] < D)
     tl.store(y + n[:, None] * D + output[None, :], h, mask=mask)

@@ -1,9 +1,11 @@
 """The active pairs of the layer-by-layer path, listed on the device: no host synchronisation.
 
-A pair is number t·N + n: row n and, in tangent mode, column t (ẋ = e_t, s = gJ[n, :, t]), in adjoint
-mode output t (ẋ = gJ[n, t, :], s = e_t). Two launches, a count by block and a list: the order of the
-pairs is kept, so that two runs give the same bits.
+A pair is number t·N + n: row n and, in tangent mode, column t (ẋ = e_t, s = gJ[n, :, t]), in
+adjoint mode output t (ẋ = gJ[n, t, :], s = e_t). Two launches, a count by block and a list: the
+order of the pairs is kept, so that two runs give the same bits.
 """
+
+# ruff: noqa: RET505 (a branch that the compiler resolves must not be left by falling through)
 
 from __future__ import annotations
 
@@ -54,7 +56,7 @@ def list_pairs(
     D: tl.constexpr, K: tl.constexpr, ADJOINT: tl.constexpr, OUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The i-th active pair's row, ẋ (K) and s (D) at place i; its number's place; how many there are.
+    """Row, ẋ (K) and s (D) of the i-th active pair at place i; its number's place; their count.
 
     A pair that is not active has place -1.
     """
@@ -93,7 +95,7 @@ def seed_cotangents(
     a, a_dot, s, rows, total, p_out, q_out, D: tl.constexpr, ACT: tl.constexpr,
     BLOCK: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
-    """With an activation after the last layer: p_L = σ'∘s and q_L = σ''∘ȧ_L∘s of the active pairs."""
+    """With an activation after the last layer: p_L = σ'∘s, q_L = σ''∘ȧ_L∘s of the active pairs."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ok = i < tl.load(total).to(tl.int64) * D
     n = tl.load(rows + i // D, mask=ok, other=0).to(tl.int64)

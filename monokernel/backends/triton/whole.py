@@ -176,9 +176,10 @@ def backward(
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
     wanted = tuple(n and p is not None for n, p in zip(needs[1:], params, strict=True))
     grads = tuple(
-        torch.empty_like(p, memory_format=torch.contiguous_format) if want else None
+        torch.empty_like(p, memory_format=torch.contiguous_format)
+        if p is not None and want
+        else None
         for p, want in zip(params, wanted, strict=True)
-        if p is not None or not want
     )
     if N == 0 or (gy is None and gout is None):
         return [None if g is None else g.zero_() for g in (dx, *grads)]
