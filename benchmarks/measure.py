@@ -13,10 +13,10 @@ import multiprocessing
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
 import torch
@@ -28,42 +28,93 @@ __all__ = ["QUIET", "Bystanders", "Timings", "interleave", "machine", "matmul_fl
 
 TINY_ROWS, TINY_WIDTH = 2, 8
 MOST_ROUNDS, FEWEST_ROUNDS, WARM_UP = 200, 5, 2
+BOUT = 0.3  # seconds; the system counts in hundredths
 QUIET = 0.05  # the share of the machine that others may take in a measurement to be trusted
 
 Timings = dict[str, list[float]]
 
 
+@dataclass
+class Bout:
+    """A few rounds in a row, and the share of the machine that others took meanwhile."""
+
+    times: Timings
+    seconds: float
+    others: float
+
+    @property
+    def rounds(self) -> int:
+        return len(next(iter(self.times.values())))
+
+
 def interleave(
-    steps: Mapping[str, Callable[[], object]], seconds: float, sync: Callable[[], None]
-) -> Timings:
-    """Seconds of each call, the steps taking turns, for about so long (at least five rounds)."""
-    times: Timings = {name: [] for name in steps}
+    steps: Mapping[str, Callable[[], object]],
+    seconds: float,
+    sync: Callable[[], None],
+    patience: float = 0.0,
+) -> tuple[Timings, float]:
+    """Seconds of each call, the steps taking turns, and the share of the machine others took.
+
+    Goes on for about so many seconds and at least five rounds. Bouts that other processes disturb
+    do not count if there are enough others; with ``patience`` it waits so long for those.
+    """
     order = list(steps)
+    bouts: list[Bout] = []
     collecting = gc.isenabled()
     gc.disable()
     try:
-        start = time.perf_counter()
-        for i in range(WARM_UP + MOST_ROUNDS):
-            if i == WARM_UP:
-                start = time.perf_counter()
-            if i >= WARM_UP + FEWEST_ROUNDS and time.perf_counter() - start > seconds:
+        _rounds(steps, order, 0.0, sync, WARM_UP)
+        begin = time.perf_counter()
+        while True:
+            bouts.append(_rounds(steps, order, BOUT, sync))
+            quiet = [bout for bout in bouts if not bout.others > QUIET]
+            if _enough(quiet, seconds):
                 break
-            order = order[1:] + order[:1]  # nobody always follows the same neighbour
-            for name in order:
-                sync()
-                begin = time.perf_counter()
-                steps[name]()
-                sync()
-                if i >= WARM_UP:
-                    times[name].append(time.perf_counter() - begin)
+            left = max(patience, seconds) - (time.perf_counter() - begin)
+            if left < 0 and _enough(bouts, 0.0):
+                break
+            if patience and bouts[-1].others > QUIET:
+                Bystanders().wait(min(left, 10.0))
     finally:
         if collecting:
             gc.enable()
-    return times
+    if not _enough(quiet, 0.0):
+        quiet = bouts
+    times = {name: [t for bout in quiet for t in bout.times[name]] for name in steps}
+    length = sum(bout.seconds for bout in quiet)
+    return times, sum(bout.others * bout.seconds for bout in quiet) / length
+
+
+def _enough(bouts: Sequence[Bout], seconds: float) -> bool:
+    rounds = sum(bout.rounds for bout in bouts)
+    return rounds >= FEWEST_ROUNDS and (
+        rounds >= MOST_ROUNDS or sum(bout.seconds for bout in bouts) >= seconds
+    )
+
+
+def _rounds(
+    steps: Mapping[str, Callable[[], object]],
+    order: list[str],
+    seconds: float,
+    sync: Callable[[], None],
+    fewest: int = 1,
+) -> Bout:
+    times: Timings = {name: [] for name in steps}
+    bystanders, start, done = Bystanders(), time.perf_counter(), 0
+    while done < fewest or time.perf_counter() - start < seconds:
+        order.append(order.pop(0))  # nobody always follows the same neighbour
+        for name in order:
+            sync()
+            begin = time.perf_counter()
+            steps[name]()
+            sync()
+            times[name].append(time.perf_counter() - begin)
+        done += 1
+    return Bout(times, time.perf_counter() - start, bystanders.share())
 
 
 class Bystanders:
-    """The share of the machine that other processes take, between two looks (Linux; else nan)."""
+    """The share of the machine that other processes take, between two looks (on Linux)."""
 
     def __init__(self) -> None:
         self.before = self._look()
@@ -72,7 +123,7 @@ class Bystanders:
         """Since the last call, or since the beginning."""
         before, self.before = self.before, self._look()
         if before is None or self.before is None:
-            return float("nan")
+            return 0.0
         (all0, idle0, own0), (all1, idle1, own1) = before, self.before
         whole = max(all1 - all0, 1e-9)
         return min(1.0, max(0.0, (whole - (idle1 - idle0) - (own1 - own0)) / whole))
@@ -90,13 +141,13 @@ class Bystanders:
         return sum(ticks) / second, (ticks[3] + ticks[4]) / second, own.user + own.system
 
     def wait(self, seconds: float) -> None:
-        """Until the machine has been quiet for two seconds, or for so long."""
+        """Until the machine has been quiet for half a second, or for so long."""
         end = time.perf_counter() + seconds
-        quiet = 0
-        while quiet < 2 and time.perf_counter() < end:
+        while time.perf_counter() < end:
             self.share()
-            time.sleep(1.0)
-            quiet = quiet + 1 if self.share() < QUIET else 0
+            time.sleep(0.5)
+            if self.share() < QUIET:
+                break
 
 
 _best_flops: dict[str, float] = {}

@@ -21,7 +21,7 @@ import torch
 
 from .cases import Case, Job
 from .rivals import BASE, Rival, ours, usual
-from .step import append, quiet_case, show
+from .step import append, run_case, show
 
 __all__ = ["main"]
 
@@ -71,7 +71,7 @@ def measure(path: Path, axes: Sequence[Axis], patience: float) -> None:
                     yield from ours(job, "tangent")
                 yield usual(job)
 
-            rows = quiet_case(case, "cpu", contenders, SECONDS, False, patience)
+            rows = run_case(case, "cpu", contenders, SECONDS, False, patience)
             show(case, rows)
             for row in rows:
                 row["note"] = f"{axis.key} {row['note']}".strip()

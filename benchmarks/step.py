@@ -21,10 +21,10 @@ from statistics import median, quantiles
 import torch
 
 from .cases import Case, Job
-from .measure import QUIET, Bystanders, interleave, machine, matmul_flops, peak_bytes
+from .measure import QUIET, interleave, machine, matmul_flops, peak_bytes
 from .rivals import PLAIN, Rival, Step, rivals
 
-__all__ = ["append", "main", "quiet_case", "run_case", "show"]
+__all__ = ["append", "busy", "main", "run_case", "show"]
 
 RESULTS = Path(__file__).parent / "results"
 TOLERANCE = 1e-3
@@ -51,12 +51,32 @@ QUICK = [
     Case(8192, 128, 8, 1, "silu", 0.05),
     Case(1024, 64, 8, 4, "silu", 1.0),
 ]
+# What docs/benchmarks.md shows besides.
+PAGE = [
+    *QUICK,
+    Case(8192, 128, 1, 1, "relu", 0.0),
+    Case(8192, 128, 1, 1, "relu", 1.0),
+    Case(8192, 128, 8, 4, "silu", 0.05),
+    Case(8192, 512, 1, 4, "silu", 0.05),
+    Case(65536, 128, 1, 4, "silu", 0.05),
+    Case(65536, 128, 8, 1, "silu", 0.05),
+]
 # Compiling costs a quarter of a minute a case, so the quick set does it for two.
 QUICK_COMPILED = {QUICK[3], QUICK[6]}
 
 FIELDS = [
     *["date", "machine", "processor", "threads", "python", "torch", "jax", "device"],
-    *["rows", "width", "depth", "outputs", "columns", "activation", "share", "mode"],
+    *[
+        "rows",
+        "width",
+        "depth",
+        "outputs",
+        "columns",
+        "activation",
+        "wanted_share",
+        "share",
+        "mode",
+    ],
     *["rival", "rounds", "p20_ms", "p50_ms", "p80_ms", "ratio"],
     *["peak_mib", "peak_ratio", "matmul_gflops", "of_matmul_rate", "others", "error", "note"],
 ]
@@ -67,9 +87,14 @@ Contenders = Callable[[Job], Iterable[Rival]]
 
 
 def run_case(
-    case: Case, device: str, contenders: Contenders, seconds: float, with_memory: bool
+    case: Case,
+    device: str,
+    contenders: Contenders,
+    seconds: float,
+    with_memory: bool,
+    patience: float = 0.0,
 ) -> list[Row]:
-    """One row for each rival: timed, or with a note why not."""
+    """One row for each rival: timed, or with a note why not. Waits so long for a quiet machine."""
     job = Job(case, device)
     sync = _sync(device)
     matmul_flops(device, sync)
@@ -81,9 +106,8 @@ def run_case(
         row["note"], row["error"] = note, "" if error is None else f"{error:.1e}"
         if step is not None:
             steps[rival.name] = step
-    bystanders = Bystanders()
-    times = interleave({name: step.run for name, step in steps.items()}, seconds, sync)
-    others = f"{bystanders.share():.3f}"
+    runs = {name: step.run for name, step in steps.items()}
+    times, others = interleave(runs, seconds, sync, patience)
     for name, each in times.items():
         p20, _, _, p80 = quantiles(each, n=5, method="inclusive")
         middle = median(each)
@@ -96,7 +120,7 @@ def run_case(
         }
     rate = matmul_flops(device, sync)
     for row in rows.values():
-        row |= {"matmul_gflops": f"{rate / 1e9:.0f}", "others": others}
+        row |= {"matmul_gflops": f"{rate / 1e9:.0f}", "others": f"{others:.3f}"}
     if with_memory and device == "cpu" and case.rows >= MEMORY_ROWS:
         for name in times:
             peak = peak_bytes(case, name)
@@ -104,27 +128,6 @@ def run_case(
                 rows[name]["peak_mib"] = f"{peak / 2**20:.1f}"
     _ratios(case, rows)
     return list(rows.values())
-
-
-def quiet_case(
-    case: Case,
-    device: str,
-    contenders: Contenders,
-    seconds: float,
-    with_memory: bool,
-    patience: float,
-) -> list[Row]:
-    """The same, again while others disturb it, for so many seconds more; the quietest counts."""
-    best: list[Row] | None = None
-    end = time.perf_counter() + patience
-    while True:
-        if patience:
-            Bystanders().wait(end - time.perf_counter())
-        rows = run_case(case, device, contenders, seconds, with_memory)
-        if best is None or _number(rows[0]["others"]) < _number(best[0]["others"]):
-            best = rows
-        if not busy(best) or time.perf_counter() > end:
-            return best
 
 
 def _row(case: Case, job: Job, device: str, name: str) -> Row:
@@ -137,6 +140,7 @@ def _row(case: Case, job: Job, device: str, name: str) -> Row:
         "outputs": case.outputs,
         "columns": case.columns,
         "activation": case.activation,
+        "wanted_share": f"{case.share:g}",
         "share": f"{job.truth.share:.4g}",
         "mode": case.mode,
         "rival": name,
@@ -235,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         axes = [chosen[axis] or values for axis, values in GRID.items()]
         cases = [Case(*point) for point in itertools.product(*axes)]
     else:
-        cases = QUICK
+        cases = PAGE if options.page else QUICK
     quick = cases is QUICK
     for key, value in machine().items():
         print(f"{key}: {value}", end="   ")
@@ -243,7 +247,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "\nratio: to PyTorch's plain step. of rate: needed matrix products over the machine's own."
     )
     print("With one output the loop of double backward is the sum of outputs.")
+    done = _undisturbed(options.csv) if options.resume else set()
     for case in cases:
+        if case in done:
+            continue
         thorough = case in QUICK_COMPILED if quick else True
         compiled = thorough and not options.no_compiled
         memory = thorough and not options.no_memory
@@ -251,10 +258,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         def contenders(job: Job, compiled: bool = compiled) -> Iterable[Rival]:
             return rivals(job, compiled, not options.no_peers)
 
-        rows = quiet_case(case, options.device, contenders, SECONDS_PER_CASE, memory, options.wait)
+        rows = run_case(case, options.device, contenders, SECONDS_PER_CASE, memory, options.wait)
         show(case, rows)
         append(options.csv, rows)
     print(f"\nappended to {options.csv}")
+
+
+def _undisturbed(path: Path) -> set[Case]:
+    """The cases that the CSV has already, measured on a quiet machine."""
+    if not path.exists():
+        return set()
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if float(row["others"] or 1) <= QUIET]
+    keys = ("rows", "width", "outputs", "columns", "activation", "wanted_share")
+    kinds = (int, int, int, int, str, float)
+    return {Case(*(kind(row[key]) for kind, key in zip(kinds, keys, strict=True))) for row in rows}
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -264,6 +282,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("--all", action="store_true", help="the whole grid")
+    parser.add_argument("--page", action="store_true", help="the sizes of docs/benchmarks.md")
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out what the CSV has from a quiet machine"
+    )
     for axis, values in GRID.items():
         kind = type(values[-1])
         parser.add_argument(f"--{axis}", nargs="+", type=kind, help=f"of the grid's {values}")

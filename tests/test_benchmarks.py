@@ -6,13 +6,14 @@ import csv
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from time import sleep
 
 import pytest
 import torch
 
 pytest.importorskip("benchmarks", reason="the benchmarks are not part of the package")
 
-from benchmarks import rivals, step
+from benchmarks import pages, rivals, step
 from benchmarks.cases import Case, Job
 from benchmarks.measure import interleave
 
@@ -76,9 +77,10 @@ def test_command_appends_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_timings_take_turns() -> None:
     order: list[str] = []
-    steps = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    times = interleave(steps, 0.0, lambda: None)
-    assert {len(t) for t in times.values()} == {5}
+    steps = {name: (lambda name=name: (order.append(name), sleep(0.01))) for name in "abc"}
+    times, _ = interleave(steps, 0.0, lambda: None)
+    assert len({len(t) for t in times.values()}) == 1
+    assert len(times["a"]) >= 5
     rounds = [order[i : i + 3] for i in range(0, len(order), 3)]
     assert all(sorted(r) == ["a", "b", "c"] for r in rounds)
     assert rounds[0] != rounds[1]
@@ -117,3 +119,18 @@ def test_scaling_draws_every_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(step, "matmul_flops", lambda *_: 1e12)
     scaling.main(["--csv", str(tmp_path / "s.csv"), "--figures", str(tmp_path)])
     assert (tmp_path / "scaling.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.skipif(not pages.RESULTS.exists(), reason="nothing measured yet")
+def test_benchmarks_page_shows_what_was_measured() -> None:
+    page = pages.PAGE.read_text(encoding="utf-8")
+    shown = page.split(pages.BEGIN)[1].split(pages.END)[0].strip()
+    assert shown == pages.tables(pages.read(pages.RESULTS))
+
+
+def test_the_page_prefers_undisturbed_runs() -> None:
+    case = dict.fromkeys(pages.CASE, "1")
+    others = {"1": "0.30", "2": "0.01", "3": "0.02", "4": "0.40"}
+    rows = [{**case, "rival": "a", "date": date, "others": o} for date, o in others.items()]
+    (found,) = pages.chosen(rows).values()
+    assert found["a"]["date"] == "3"

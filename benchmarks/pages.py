@@ -1,0 +1,119 @@
+"""The tables of docs/benchmarks.md, from the measured rows. ``python -m benchmarks pages``."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from .measure import QUIET
+from .rivals import PLAIN
+
+__all__ = ["main", "tables"]
+
+RESULTS = Path(__file__).parent / "results" / "step.csv"
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- tables: written by python -m benchmarks pages -->", "<!-- end of tables -->"
+
+# Column headings; two rivals share one where they are the same recipe.
+COLUMNS = {
+    "monokernel cpu": "monokernel `cpu`",
+    "monokernel torch": "monokernel `torch`",
+    "loop of double backward": "double backward",
+    "sum of outputs": "double backward",
+    "torch.func.jvp": "`func.jvp`",
+    "vmap(jacrev)": "`vmap(jacrev)`",
+    "compiled hand-written jvp": "compiled jvp",
+    "compiled hand-written vjp": "compiled vjp",
+    "JAX jit": "JAX `jit`",
+    "positive weights": "positive weights *",
+    "monotonicnetworks": "`monotonicnetworks` *",
+}
+CASE = ("outputs", "columns", "activation", "rows", "width", "share")
+Row = dict[str, str]
+Table = dict[tuple[str, ...], dict[str, Row]]  # case -> rival -> row
+
+
+def read(path: Path) -> list[Row]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def chosen(rows: Iterable[Row]) -> Table:
+    """For each case and rival the newest undisturbed row, or the least disturbed one.
+
+    A ratio's base is the plain step of the same run, so rows of several runs may stand together.
+    """
+    best: Table = {}
+    for row in rows:
+        found = best.setdefault(tuple(row[key] for key in CASE), {})
+        known = found.get(row["rival"])
+        if known is None or _others(row) <= max(QUIET, _others(known)):
+            found[row["rival"]] = row
+    return dict(sorted(best.items(), key=lambda item: [_key(word) for word in item[0]]))
+
+
+def tables(measured: Sequence[Row]) -> str:
+    """Ratios of time, then peaks of memory, which are not a matter of other processes."""
+    times = chosen(measured)
+    peaks = chosen({**row, "others": "0"} for row in measured if row["peak_mib"])
+    names = list(dict.fromkeys(COLUMNS.values()))
+    rows = measured[-1]
+    parts = [
+        f"{rows['processor']}, {rows['threads']} threads, Python {rows['python']}, torch "
+        f"{rows['torch']}, JAX {rows['jax']}, {rows['date'][:10]}; float32, three hidden layers.",
+        "",
+        "**Time of a step, as a multiple of PyTorch's plain step:**",
+        "",
+        *_table(times, names, "ratio", "p50_ms", "plain, ms"),
+        "",
+        "**Peak memory of a step, MiB:**",
+        "",
+        *_table(peaks, names, "peak_mib", "peak_mib", "plain"),
+    ]
+    return "\n".join(parts)
+
+
+def _table(cases: Table, names: Sequence[str], key: str, base: str, base_name: str) -> list[str]:
+    every = [row for found in cases.values() for row in found.values() if row[key]]
+    used = [name for name in names if any(COLUMNS.get(row["rival"]) == name for row in every)]
+    lines = [
+        f"| D | k | σ | N | width | v | {base_name} | {' | '.join(used)} |",
+        "|" + "---|" * (7 + len(used)),
+    ]
+    for case, found in cases.items():
+        plain = found[PLAIN]
+        cells = [*case[:5], f"{float(case[5]):.2g}", f"{float(plain[base]):.3g}"]
+        own = {COLUMNS[n]: _cell(row, key) for n, row in found.items() if n in COLUMNS}
+        cells += [own.get(name, "") for name in used]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(row: Row, key: str) -> str:
+    if row[key]:
+        return f"{float(row[key]):.3g}"
+    return "–" if row["note"].startswith("skipped") else ""
+
+
+def _others(row: Row) -> float:
+    return float(row["others"] or "nan")
+
+
+def _key(word: str) -> tuple[float, str]:
+    try:
+        return float(word), ""
+    except ValueError:
+        return 0.0, word
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    filled = f"{before}{BEGIN}\n{tables(read(RESULTS))}\n{END}{rest.split(END)[1]}"
+    PAGE.write_text(filled, encoding="utf-8")
+    print(f"written into {PAGE.name}")
+
+
+if __name__ == "__main__":
+    main()
