@@ -188,14 +188,15 @@ template <class T> const ApplyFn<T>* orders_of(int kind) {
 
 // One output in adjoint mode, on the way back: from a and P, h = σ(a) and the task's cotangent
 // g = scale·σ'(a)∘P, scale one number a row; its column sums go to the bias gradient. `More`: 1
-// stores σ' too, 2 also σ''.
+// stores σ' too, 2 also σ''. 3, for rows with pairs under piecewise-linear σ, stores σ' and has
+// another factor, task, in h and in the sums: h = task·σ(a).
 template <class T> struct Single {
   int64_t rows, columns;  // columns: whole vectors
   const T* a;
   int64_t lda;
   const T* P;
   int64_t ldp;
-  const T* scale;
+  const T *scale, *task;
   T *h, *s, *c, *g;
   int64_t ld;
   T* bias;  // may be null
@@ -206,17 +207,17 @@ MK_INLINE void single_columns(const Single<T>& w, Numbers<T> numbers, int64_t j0
   constexpr int64_t lanes = Simd<T>::lanes;
   Vec<T> total[Wide] = {};
   for (int64_t i = 0; i < w.rows; ++i) {
-    const T scale = w.scale[i];
+    const T scale = w.scale[i], task = More == 3 ? w.task[i] : T(1);
     MK_UNROLL
     for (int j = 0; j < Wide; ++j) {
       const int64_t at = i * w.ld + j0 + j * lanes;
       const Sigma<T> v = Kind<T>::at(load(w.a + i * w.lda + j0 + j * lanes), numbers);
       const Vec<T> g = scale * load(w.P + i * w.ldp + j0 + j * lanes) * v.first;
-      store(w.h + at, v.value);
+      store(w.h + at, More == 3 ? task * v.value : v.value);
       store(w.g + at, g);
       if (More >= 1) store(w.s + at, v.first);
       if (More == 2) store(w.c + at, v.second);
-      total[j] += g;
+      total[j] += More == 3 ? task * g : g;
     }
   }
   if (!w.bias) return;
@@ -238,10 +239,12 @@ void single_kind(const Single<T>& w, Numbers<T> numbers) {
 
 template <class T> using SingleFn = void (*)(const Single<T>&, Numbers<T>);
 
-#define MK_MORE(Kind) {single_kind<T, Kind, 0>, single_kind<T, Kind, 1>, single_kind<T, Kind, 2>}
+#define MK_MORE(Kind)                                                                       \
+  {single_kind<T, Kind, 0>, single_kind<T, Kind, 1>, single_kind<T, Kind, 2>,               \
+   single_kind<T, Kind, 3>}
 
 template <class T> const SingleFn<T>* singles_of(int kind) {
-  static const SingleFn<T> table[][3] = {
+  static const SingleFn<T> table[][4] = {
       MK_MORE(Identity), MK_MORE(Relu),     MK_MORE(LeakyRelu), MK_MORE(Hardtanh),
       MK_MORE(Elu),      MK_MORE(Gelu),     MK_MORE(GeluTanh),  MK_MORE(Silu),
       MK_MORE(Mish),     MK_MORE(Softplus), MK_MORE(Softsign),  MK_MORE(TanhKind),

@@ -46,6 +46,7 @@ template <class T> struct BackwardScratch {
   T *g[2], *t;             // cotangents of a layer, all rows or pairs
   T* slopes;               // gJ (rows, D, k)
   T *task, *task_top;      // with one output, by row: gy, and gy·σ_L'
+  T *one, *one_top;        // 1, and σ_L'
   Pairs<T> pairs;
   Gradients<T> sums;
   int64_t ld, stride;
@@ -59,8 +60,8 @@ template <class T> struct BackwardScratch {
     for (T*& buffer : g) buffer = memory.take<T>(stride);
     t = memory.take<T>(stride);
     slopes = memory.take<T>(capacity * net.D * net.k);
-    task = memory.take<T>(capacity);
-    task_top = memory.take<T>(capacity);
+    T** const by_row[] = {&task, &task_top, &one, &one_top};
+    for (T** buffer : by_row) *buffer = memory.take<T>(capacity);
     pairs.row = memory.take<int32_t>(capacity);
     pairs.lde = scratch_ld<T>(net.k), pairs.ldu = scratch_ld<T>(net.D);
     pairs.e = memory.take<T>(capacity * pairs.lde);
@@ -356,11 +357,18 @@ template <class T> struct BackwardPass {
   void first_layer(const BackwardScratch<T>& scratch, int64_t rows, int64_t row0, const T* g) const {
     const int64_t ld = scratch.ld, d = net.d;
     add_weight(scratch, 1, rows, g, ld, x(row0), d);
-    if (!call.gx) return;
+    if (call.gx) input_gradient(scratch, rows, row0, g, nullptr);
+  }
+
+  // dx = scale·g_1·W_1, scale one number a row where it is given.
+  void input_gradient(const BackwardScratch<T>& scratch, int64_t rows, int64_t row0, const T* g,
+                      const T* scale) const {
+    const int64_t ld = scratch.ld, d = net.d;
     T* dx = scratch.t;
     gemm<false>(rows, net.at(1).out, g, ld, net.at(1).back, 0, from_zero<T>(), dx, ld, Nothing{});
     for (int64_t i = 0; i < rows; ++i) {
-      copy(static_cast<T*>(call.gx) + (row0 + i) * d, dx + i * ld, d);
+      T* to = static_cast<T*>(call.gx) + (row0 + i) * d;
+      for (int64_t j = 0; j < d; ++j) to[j] = scale ? scale[i] * dx[i * ld + j] : dx[i * ld + j];
     }
   }
 
@@ -373,9 +381,12 @@ template <class T> struct BackwardPass {
     const int64_t L = net.L, ld = scratch.ld;
     int64_t next = 0;
     const int64_t m = active ? gather_pairs(scratch, rows, &next) : 0;
-    const bool total = m && net.curved;  // rows of pairs get more than the task's cotangent
     single_top(scratch, block, rows, row0);
-    for (int64_t l = 1; l < L; ++l) single_layer(scratch, block, rows, row0, l, m, total);
+    if (m && !net.curved) return run_single_linear(scratch, block, rows, row0, m);
+    const bool total = m > 0;  // rows of pairs get more than the task's cotangent
+    for (int64_t l = 1; l < L; ++l) {
+      single_layer(scratch, block, rows, row0, l, m ? (net.at(l).curved ? 2 : 1) : 0);
+    }
     if (m) run_single_pairs(scratch, block, m);
     for (int64_t l = L; l >= 1; --l) {
       T* g = scratch.of(scratch.r, l);
@@ -408,15 +419,62 @@ template <class T> struct BackwardPass {
     for (int64_t i = 0; i < rows; ++i) {
       clear(g + i * ld, Simd<T>::lanes);
       scratch.task[i] = given ? given[i] : T(0);
+      scratch.one[i] = T(1);
+      scratch.one_top[i] = s[i * ld];
       scratch.task_top[i] = g[i * ld] = scratch.task[i] * s[i * ld];
     }
   }
 
-  // h_l and g_l of all rows; what the pairs need of σ', σ''.
+  // Under piecewise-linear σ the pairs leave the cotangents alone, so task and pairs share the left
+  // factor p_l of every weight gradient and add up in the right one: dW_l += p_lᵀ(gy·h + ḣ).
+  void run_single_linear(const BackwardScratch<T>& scratch, int64_t block, int64_t rows,
+                         int64_t row0, int64_t m) const {
+    const int64_t L = net.L, ld = scratch.ld, d = net.d, k = net.k;
+    const int32_t* row = scratch.pairs.row;
+    for (int64_t l = 1; l < L; ++l) single_layer(scratch, block, rows, row0, l, 3);
+    tangent_chain(scratch, m, L - 1, scratch.s, row);
+    T* top = scratch.of(scratch.r, L);
+    T bias = 0;
+    for (int64_t i = 0; i < rows; ++i) {
+      bias += scratch.task_top[i];
+      top[i * ld] = scratch.one_top[i];
+    }
+    if (wants.biases[L - 1]) scratch.sums.bias(net, L)[0] += bias;
+    for (int64_t l = L; l > 1; --l) {
+      T* h = scratch.of(scratch.h, l - 1);
+      add_pairs(m, row, whole_vectors<T>(net.at(l - 1).out), scratch.of(scratch.ht, l - 1), h, ld);
+      add_weight(scratch, l, rows, scratch.of(scratch.r, l), ld, h, ld);
+    }
+    const T *p = scratch.of(scratch.r, 1), *from = x(row0);
+    T* seeds = scratch.t;  // gy·x, and the pairs' e in its last columns
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < d; ++j) seeds[i * ld + j] = scratch.task[i] * from[i * d + j];
+    }
+    for (int64_t i = 0; i < m; ++i) {
+      T* to = seeds + row[i] * ld + (d - k);
+      for (int64_t c = 0; c < k; ++c) to[c] += scratch.pairs.e[i * scratch.pairs.lde + c];
+    }
+    add_weight(scratch, 1, rows, p, ld, seeds, ld);
+    if (call.gx) input_gradient(scratch, rows, row0, p, scratch.task);
+  }
+
+  void add_pairs(int64_t m, const int32_t* row, int64_t columns, const T* x, T* to,
+                 int64_t ld) const {
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t j = 0; j < columns; j += Simd<T>::lanes) {
+        store(to + row[i] * ld + j, load(to + row[i] * ld + j) + load(x + i * ld + j));
+      }
+    }
+  }
+
+  // h_l and g_l of all rows; what the pairs need of σ', σ'' (see Single for `more`).
   void single_layer(const BackwardScratch<T>& scratch, int64_t block, int64_t rows, int64_t row0,
-                    int64_t l, int64_t m, bool total) const {
+                    int64_t l, int more) const {
     const Layer<T>& layer = net.at(l);
     const bool below_top = l == net.L - 1;
+    const T* scale = more == 3 ? (below_top ? scratch.one_top : scratch.one)
+                               : (below_top ? scratch.task_top : scratch.task);
+    const bool sums_bias = wants.biases[l - 1] && (more == 0 || more == 3);
     int64_t lda;
     const T* a = pre_activation(scratch, block, rows, row0, l, &lda);
     const Single<T> work{rows,
@@ -425,14 +483,15 @@ template <class T> struct BackwardPass {
                          lda,
                          below_top ? net.last().rows : layout.p(call.saved[1], block, l),
                          below_top ? 0 : layout.ld(l),
-                         below_top ? scratch.task_top : scratch.task,
+                         scale,
+                         scratch.task,
                          scratch.of(scratch.h, l),
                          scratch.of(scratch.s, l),
                          scratch.of(scratch.c, l),
                          scratch.of(scratch.r, l),
                          scratch.ld,
-                         wants.biases[l - 1] && !total ? scratch.sums.bias(net, l) : nullptr};
-    layer.single[m ? (layer.curved ? 2 : 1) : 0](work, layer.numbers);
+                         sums_bias ? scratch.sums.bias(net, l) : nullptr};
+    layer.single[more](work, layer.numbers);
   }
 
   // P_l of one row: saved, or the last layer's weights times σ_L'.
@@ -464,11 +523,8 @@ template <class T> struct BackwardPass {
     for (int64_t l = L; l > 1; --l) {
       add_weight(scratch, l, m, scratch.of(scratch.pc, l), ld, scratch.of(scratch.ht, l - 1), ld);
       T *p = scratch.of(scratch.pc, l - 1), *q = scratch.of(scratch.qc, l - 1);
-      if (net.curved) {
-        gemm<false>(m, net.at(l).out, scratch.of(scratch.qc, l), ld, net.at(l).back, 0,
-                    from_zero<T>(), q, ld,
-                    ScaleRows{row, scratch.of(scratch.s, l - 1), q, q, ld});
-      }
+      gemm<false>(m, net.at(l).out, scratch.of(scratch.qc, l), ld, net.at(l).back, 0,
+                  from_zero<T>(), q, ld, ScaleRows{row, scratch.of(scratch.s, l - 1), q, q, ld});
       single_pairs_layer(scratch, block, l - 1, m, p, q);
     }
     add_first_columns(scratch, m, scratch.of(scratch.pc, 1));
