@@ -31,7 +31,7 @@ MAX_LAYERS = 128
 LIBRARY = "_native.so"
 BUILD_LOG = "_native_build.txt"  # setup.py leaves the reason here where the library was not built
 
-# What forward saves comes from the library's pool from so many bytes on; below, malloc keeps its own.
+# From so many bytes on, what forward saves comes from the library's pool; malloc keeps the rest.
 POOL_FROM = 1 << 18
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -51,9 +51,9 @@ def refuses(problem: Problem, x: Tensor) -> str | None:
 
 
 def saved_like(problem: Problem, x: Tensor) -> list[Tensor]:
-    """Uninitialised buffers, flat: the a_l, the P_l and ∂penalty/∂J (see ``csrc/net.h``)."""
-    N = x.shape[0]
-    return [x.new_empty(N * n) for n in _plan(problem, x.dtype).saved if n]
+    """One uninitialised buffer, flat: the a_l, the P_l and ∂penalty/∂J (see ``csrc/net.h``)."""
+    size = _plan(problem, x.dtype).row_size
+    return [x.new_empty(x.shape[0] * size)] if size else []
 
 
 def forward(
@@ -64,7 +64,7 @@ def forward(
     N, hinge = x.shape[0], problem.hinge
     y = x.new_empty(N, problem.D)
     out = x.new_empty(() if plan.summed else (N, problem.D, problem.k))
-    saved = plan.buffers(N, x.dtype) if save else []
+    saved = plan.buffers(N) if save else []
     x, params = x.contiguous(), _contiguous(params)
     if weight is not None and hinge is not None:
         weight = weight.contiguous()
@@ -78,7 +78,7 @@ def forward(
         plan.pointers(params),
         y.data_ptr(),
         out.data_ptr(),
-        plan.places(saved) if save else None,
+        plan.places(saved, N) if save else None,
     )
     _check(status)
     return y, out, saved
@@ -111,7 +111,7 @@ def backward(
         plan.pointers(params),
         None if gy is None else gy.data_ptr(),
         None if gout is None else gout.data_ptr(),
-        plan.places(saved),
+        plan.places(saved, x.shape[0]),
         None if grads[0] is None else grads[0].data_ptr(),
         plan.pointers(grads[1:]),
     )
@@ -256,7 +256,10 @@ class _Plan:
             _check(1)
         sizes = (c_int64 * 3)()
         library.mk_saved_sizes(self.handle, sizes)
-        self.saved = tuple(sizes)
+        a, P, derivative = sizes  # elements for each row of x
+        self.row_size = a + P + derivative
+        self.dtype = dtype
+        self._P, self._derivative = a * dtype.itemsize, (a + P) * dtype.itemsize
         self._pointers = c_void_p * (2 * L)
         self._places = c_void_p * 3
 
@@ -264,31 +267,29 @@ class _Plan:
         if getattr(self, "handle", None):
             self.library.mk_plan_delete(self.handle)
 
-    def buffers(self, N: int, dtype: torch.dtype) -> list[Tensor]:
-        """``saved_like`` in real memory; large buffers come from the library's pool."""
-        size = dtype.itemsize
-        return [
-            torch.empty(N * n, dtype=dtype) if N * n * size < POOL_FROM else self._pooled(N * n, dtype)
-            for n in self.saved
-            if n
-        ]
-
-    def _pooled(self, n: int, dtype: torch.dtype) -> Tensor:
-        memory = self.library.mk_take(n * dtype.itemsize)
+    def buffers(self, N: int) -> list[Tensor]:
+        """``saved_like`` in real memory; a large buffer comes from the library's pool."""
+        n = N * self.row_size
+        size = n * self.dtype.itemsize
+        if n == 0:
+            return [torch.empty(0, dtype=self.dtype)] if self.row_size else []
+        if size < POOL_FROM:
+            return [torch.empty(n, dtype=self.dtype)]
+        memory = self.library.mk_take(size)
         if not memory:
             _check(1)
         # The tensor holds the array, the array its owner; the last one gone gives the memory back.
-        array = (ctypes.c_char * (n * dtype.itemsize)).from_address(memory)
+        array = (ctypes.c_char * size).from_address(memory)
         array.owner = _Owner(self.library, memory)  # type: ignore[attr-defined]
-        return torch.frombuffer(array, dtype=dtype)
+        return [torch.frombuffer(array, dtype=self.dtype)]
 
     def pointers(self, tensors: Params) -> ctypes.Array[c_void_p]:
         return self._pointers(*[None if t is None else t.data_ptr() for t in tensors])
 
-    def places(self, saved: Sequence[Tensor]) -> ctypes.Array[c_void_p]:
-        """The saved buffers in the library's order; those without elements were left out."""
-        given = iter(saved)
-        return self._places(*[next(given).data_ptr() if n else None for n in self.saved])
+    def places(self, saved: Sequence[Tensor], N: int) -> ctypes.Array[c_void_p]:
+        """Where the a_l, the P_l and ∂penalty/∂J begin in the one buffer."""
+        base = saved[0].data_ptr() if saved else 0
+        return self._places(base, base + N * self._P, base + N * self._derivative)
 
 
 class _Owner:
