@@ -150,7 +150,7 @@ def through(scratch, slot: tl.constexpr, tile, WIDE: tl.constexpr):
 def keep(kept, tile, scratch, slot: tl.constexpr, WIDE: tl.constexpr):
     """``kept`` with one more tile: in registers, or in a slot of the scratch if there is one."""
     if scratch is None:
-        return (*kept, tile)
+        return kept + (tile,)  # noqa: RUF005 (Triton unpacks no tuples)
     else:
         put(scratch, slot, tile, WIDE)
         return kept
