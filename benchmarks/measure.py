@@ -12,6 +12,7 @@ import gc
 import multiprocessing
 import os
 import platform
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -29,6 +30,9 @@ __all__ = ["QUIET", "Bystanders", "Timings", "interleave", "machine", "matmul_fl
 TINY_ROWS, TINY_WIDTH = 2, 8
 MOST_ROUNDS, FEWEST_ROUNDS, WARM_UP = 200, 5, 2
 BOUT = 0.3  # seconds; the system counts in hundredths
+# A step shorter than this runs twice in a row and the second counts: the threads of the neighbour's
+# library spin on for some milliseconds before they sleep (OpenMP's against JAX's own).
+LONG = 0.1
 QUIET = 0.05  # the share of the machine that others may take in a measurement to be trusted
 
 Timings = dict[str, list[float]]
@@ -58,15 +62,15 @@ def interleave(
     Goes on for about so many seconds and at least five rounds. Bouts that other processes disturb
     do not count if there are enough others; with ``patience`` it waits so long for those.
     """
-    order = list(steps)
+    order, shuffle = list(steps), random.Random(0)
     bouts: list[Bout] = []
     collecting = gc.isenabled()
     gc.disable()
     try:
-        _rounds(steps, order, 0.0, sync, WARM_UP)
+        _rounds(steps, order, shuffle, 0.0, sync, WARM_UP)
         begin = time.perf_counter()
         while True:
-            bouts.append(_rounds(steps, order, BOUT, sync))
+            bouts.append(_rounds(steps, order, shuffle, BOUT, sync))
             quiet = [bout for bout in bouts if not bout.others > QUIET]
             if _enough(quiet, seconds):
                 break
@@ -95,6 +99,7 @@ def _enough(bouts: Sequence[Bout], seconds: float) -> bool:
 def _rounds(
     steps: Mapping[str, Callable[[], object]],
     order: list[str],
+    shuffle: random.Random,
     seconds: float,
     sync: Callable[[], None],
     fewest: int = 1,
@@ -102,13 +107,17 @@ def _rounds(
     times: Timings = {name: [] for name in steps}
     bystanders, start, done = Bystanders(), time.perf_counter(), 0
     while done < fewest or time.perf_counter() - start < seconds:
-        order.append(order.pop(0))  # nobody always follows the same neighbour
+        shuffle.shuffle(order)  # nobody always follows the same neighbour
         for name in order:
-            sync()
-            begin = time.perf_counter()
-            steps[name]()
-            sync()
-            times[name].append(time.perf_counter() - begin)
+            for _ in range(2):
+                sync()
+                begin = time.perf_counter()
+                steps[name]()
+                sync()
+                took = time.perf_counter() - begin
+                if took > LONG:
+                    break
+            times[name].append(took)
         done += 1
     return Bout(times, time.perf_counter() - start, bystanders.share())
 

@@ -92,7 +92,8 @@ def _table(cases: Table, names: Sequence[str], key: str, base: str, base_name: s
 
 def _cell(row: Row, key: str) -> str:
     if row[key]:
-        return f"{float(row[key]):.3g}"
+        disturbed = key == "ratio" and _others(row) > QUIET
+        return f"{'~' if disturbed else ''}{float(row[key]):.3g}"
     return "–" if row["note"].startswith("skipped") else ""
 
 
