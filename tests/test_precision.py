@@ -63,7 +63,7 @@ def test_error_is_at_most_twice_pytorchs(
     )
     net, x1, x2 = net.double(), x1.double(), x2.double()
     truth = results(net, x1, x2, oracle, 1)
-    # Of a bias gradient, one number, PyTorch's own error may happen to be none: one unit is granted.
+    # Of a bias gradient, one number, PyTorch's own error may be none: one unit is granted.
     floor = torch.finfo(dtype).eps
     for i, (g, o, t) in enumerate(zip(got, own, truth, strict=True)):
         theirs, ours = rms(o.double() - t) / rms(t), rms(g.double() - t) / rms(t)
