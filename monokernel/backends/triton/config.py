@@ -18,8 +18,9 @@ __all__ = [
     "power_of_two",
 ]
 
-# Hidden and output widths that a whole-network kernel holds in registers, by operand size in bytes.
-WIDEST = {2: 128, 4: 64, 8: 64}
+# Hidden and output widths that a whole-network kernel holds in registers, by operand size in bytes:
+# where products read weights from shared memory, and where each warp holds them.
+WIDEST = {True: {2: 128, 4: 64, 8: 64}, False: {2: 64, 4: 32}}
 # Layers are unrolled at compile time: beyond this, compile time grows for nothing.
 DEEPEST = 8
 
@@ -55,7 +56,7 @@ def forward_config(width: int, depth: int, itemsize: int, adjoint: bool) -> Netw
 
 def backward_config(width: int) -> NetworkConfig:
     if width <= 64:
-        return NetworkConfig(64, 4, 2, chunk=32)
+        return NetworkConfig(64, 4, 2, chunk=width // 2)
     return NetworkConfig(64, 8, 1, chunk=64)
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "activation_table",
     "compute_dtype",
     "dot_precision",
+    "has_group_products",
     "interpreting",
     "launch",
     "processors",
@@ -64,6 +65,28 @@ def launch(
     elsewhere = on.is_cuda and on.device.index != torch.cuda.current_device()
     with torch.cuda.device(on.device) if elsewhere else nullcontext():
         kernel[programs](*args, **options)
+
+
+# What ``compile_report.py`` compiles for, in place of the device that is here.
+instead_of_device: list[bool] = []
+
+
+def has_group_products(device: torch.device) -> bool:
+    """Whether products read their weights from shared memory (wgmma, tcgen05).
+
+    Elsewhere (before Hopper, consumer Blackwell, AMD) each warp takes them into registers. The
+    interpreter has no registers to run out of.
+    """
+    if instead_of_device:
+        return instead_of_device[-1]
+    return device.type != "cuda" or _has_group_products(device)
+
+
+@lru_cache
+def _has_group_products(device: torch.device) -> bool:
+    if torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 @lru_cache

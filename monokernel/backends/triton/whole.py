@@ -22,6 +22,7 @@ from .launch import (
     activation_table,
     compute_dtype,
     dot_precision,
+    has_group_products,
     interpreting,
     launch,
     processors,
@@ -37,9 +38,9 @@ Params = Sequence[Tensor | None]
 
 def refuses(problem: Problem, x: Tensor) -> str | None:
     """Why the network does not fit into one kernel, or None."""
-    widest = WIDEST[x.element_size()]
+    widest = WIDEST[has_group_products(x.device)][x.element_size()]
     if max(problem.widths[1:]) > widest:
-        return f"a layer is wider than {widest}, which is what registers hold in {x.dtype}"
+        return f"a layer is wider than {widest}, what registers hold in {x.dtype} on this device"
     if problem.k > 128:
         return f"k = {problem.k} monotone inputs; one kernel serves up to 128"
     if problem.depth > DEEPEST:
