@@ -92,9 +92,11 @@ class BuildNative(build_ext):
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = [o for found in pool.map(compile_one, SOURCES) for o in found]
-        static = ["-static-libstdc++", "-static-libgcc"] if sys.platform == "linux" else []
+        linking = ["-static-libstdc++", "-static-libgcc"] if sys.platform == "linux" else []
+        if linking and not more:
+            linking.append("-s")  # symbols are for sanitizers and profilers
         self.compiler.link_shared_object(
-            objects, str(library), extra_postargs=[*static, *more], target_lang="c++"
+            objects, str(library), extra_postargs=[*linking, *more], target_lang="c++"
         )
 
 
