@@ -174,7 +174,7 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-COMPILER_OPTIONS = ("num_warps", "num_stages")
+COMPILER_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 def source_of(call: Launch) -> tuple[ASTSource, dict[str, Any]]:
@@ -232,6 +232,8 @@ def compile_one(case: Case, index: int, target_name: str) -> Row:
     """Compiles launch number ``index`` of the case's step and reads what came out."""
     call, target = launches(case, target_name)[index], TARGETS[target_name]
     source, options = source_of(call)
+    if target.gpu.backend == "hip":
+        options.pop("maxnreg", None)
     began = time.perf_counter()
     name = f"{call.kernel.__name__}"
     try:

@@ -6,14 +6,16 @@ a device: none could be had.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = [
     "ROWS",
     "LayerConfig",
     "NetworkConfig",
     "backward_config",
+    "candidates",
     "forward_config",
+    "layer_candidates",
     "layer_config",
     "power_of_two",
 ]
@@ -31,6 +33,7 @@ class NetworkConfig:
 
     ``in_registers``: the forward keeps what it needs again in registers, else in scratch slots.
     ``chunk``: columns of a weight gradient that the backward computes at a time.
+    ``registers``: an upper limit for the compiler, which else may spill a little to save many.
     """
 
     rows: int
@@ -38,6 +41,7 @@ class NetworkConfig:
     per_processor: int
     in_registers: bool = False
     chunk: int = 64
+    registers: int | None = None
     stages: int = 1
 
 
@@ -55,9 +59,18 @@ def forward_config(width: int, depth: int, itemsize: int, adjoint: bool) -> Netw
 
 
 def backward_config(width: int) -> NetworkConfig:
+    if (
+        width <= 32
+    ):  # sm_80: 168 registers and 8 bytes of stack without the limit, 211 and none with
+        return NetworkConfig(64, 4, 2, chunk=width, registers=232)
     if width <= 64:
-        return NetworkConfig(64, 4, 2, chunk=width // 2)
+        return NetworkConfig(64, 4, 2, chunk=32)
     return NetworkConfig(64, 8, 1, chunk=64)
+
+
+def candidates(config: NetworkConfig) -> list[NetworkConfig]:
+    """What autotuning tries: the rule's choice with fewer and more programs."""
+    return [replace(config, per_processor=n) for n in (config.per_processor, 1, 2, 3, 4)]
 
 
 # --- layer by layer -----------------------------------------------------------------------------
@@ -85,3 +98,8 @@ def layer_config(itemsize: int, ieee: bool) -> LayerConfig:
     if ieee:
         return LayerConfig(64, 64, 16, 8, 2)
     return LayerConfig(64, 64, 64 if itemsize == 2 else 32, 4, 3)
+
+
+def layer_candidates(config: LayerConfig) -> list[LayerConfig]:
+    """What autotuning tries: the rule's choice with shallower and deeper prefetching."""
+    return [replace(config, stages=n) for n in (config.stages, 2, 3, 4)]

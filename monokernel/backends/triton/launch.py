@@ -24,6 +24,7 @@ __all__ = [
     "interpreting",
     "launch",
     "processors",
+    "register_limit",
 ]
 
 TL_DTYPES = {
@@ -87,6 +88,14 @@ def _has_group_products(device: torch.device) -> bool:
     if torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def register_limit(device: torch.device, registers: int | None) -> dict[str, int]:
+    """The launch option that limits registers; only CUDA knows it."""
+    cuda = device.type == "cuda" and torch.version.hip is None
+    if registers is None or not (cuda or instead_of_device):
+        return {}
+    return {"maxnreg": registers}
 
 
 @lru_cache

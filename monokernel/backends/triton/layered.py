@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...problem import Problem, accumulate_dtype, direction_table
-from .config import ROWS, LayerConfig, layer_config
+from .config import ROWS, LayerConfig, layer_candidates, layer_config
 from .elementwise import hinge_slopes, layer_back, layer_down, layer_up
 from .launch import (
     TL_DTYPES,
@@ -30,6 +30,7 @@ from .launch import (
 from .layer import pairs_down, pairs_up, pairs_weight
 from .pairs import count_pairs, gather_inputs, list_pairs, seed_cotangents
 from .reduce import reduce_sum
+from .tuning import choose, enabled
 from .whole import output_code
 
 __all__ = ["backward", "forward", "refuses", "saved_like"]
@@ -212,6 +213,31 @@ def backward(
     saved: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
+    config = _rule(x)
+    if enabled(x.device) and x.shape[0] and gout is not None:
+        config = choose(
+            ("pairs", problem, x.dtype, x.device, x.shape[0].bit_length(), tuple(needs)),
+            layer_candidates(config),
+            lambda c: _backward(problem, gy, gout, x, params, saved, needs, c),
+        )
+    return _backward(problem, gy, gout, x, params, saved, needs, config)
+
+
+def _rule(x: Tensor) -> LayerConfig:
+    ieee = x.dtype == torch.float32 and dot_precision(x.dtype) == "ieee"
+    return layer_config(x.element_size(), ieee)
+
+
+def _backward(
+    problem: Problem,
+    gy: Tensor | None,
+    gout: Tensor | None,
+    x: Tensor,
+    params: Params,
+    saved: Sequence[Tensor],
+    needs: Sequence[bool],
+    config: LayerConfig,
+) -> list[Tensor | None]:
     x = x.contiguous()
     wanted = [n and p is not None for n, p in zip(needs[1:], params, strict=True)]
     grads: list[Tensor | None] = [None] * len(params)
@@ -220,7 +246,7 @@ def backward(
     if N and gy is not None and lowest < problem.depth:
         dx = _task_backward(problem, gy, x, params, saved, wanted, needs[0], lowest, grads)
     if N and gout is not None and lowest < problem.depth:
-        pairs = _Pairs.listed(problem, gout.contiguous(), x, params, saved)
+        pairs = _Pairs.listed(problem, gout.contiguous(), x, params, saved, config)
         dx = pairs.backward(wanted, needs[0], lowest, grads, dx)
     for i, (want, p) in enumerate(zip(wanted, params, strict=True)):
         if want and grads[i] is None and p is not None:
@@ -301,7 +327,13 @@ class _Pairs:
 
     @classmethod
     def listed(
-        cls, problem: Problem, gout: Tensor, x: Tensor, params: Params, saved: Sequence[Tensor]
+        cls,
+        problem: Problem,
+        gout: Tensor,
+        x: Tensor,
+        params: Params,
+        saved: Sequence[Tensor],
+        config: LayerConfig,
     ) -> _Pairs:
         N, D, k, adjoint = x.shape[0], problem.D, problem.k, problem.mode == "adjoint"
         M = N * (D if adjoint else k)
@@ -317,9 +349,7 @@ class _Pairs:
             total=x.new_empty((), dtype=torch.int32),
             x_dot=x.new_empty(M, k),
             seed=x.new_empty(M, D),
-            config=layer_config(
-                x.element_size(), x.dtype == torch.float32 and dot_precision(x.dtype) == "ieee"
-            ),
+            config=config,
         )
         shape = {"D": D, "K": k, "ADJOINT": adjoint, "OUT": output_code(problem), "BLOCK": BLOCK}
         counts = x.new_empty(blocks, dtype=torch.int32)

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from ...problem import Problem, accumulate_dtype, direction_table
-from .config import DEEPEST, WIDEST, backward_config, forward_config, power_of_two
+from .config import (
+    DEEPEST,
+    WIDEST,
+    NetworkConfig,
+    backward_config,
+    candidates,
+    forward_config,
+    power_of_two,
+)
 from .launch import (
     TL_DTYPES,
     accumulator,
@@ -26,10 +34,12 @@ from .launch import (
     interpreting,
     launch,
     processors,
+    register_limit,
 )
 from .network_backward import network_backward
 from .network_forward import network_forward
 from .reduce import reduce_gradients, reduce_sum
+from .tuning import choose, enabled
 
 __all__ = ["backward", "forward", "refuses", "saved_like"]
 
@@ -108,6 +118,27 @@ def _split(params: Params) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...
 def forward(
     problem: Problem, x: Tensor, weight: Tensor | None, params: Params, save: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
+    shape = _shape(problem)
+    config = forward_config(
+        max(shape["H"], shape["PD"]), problem.depth, x.element_size(), shape["ADJOINT"]
+    )
+    if enabled(x.device) and x.shape[0]:
+        config = choose(
+            ("forward", problem, x.dtype, x.device, x.shape[0].bit_length(), save),
+            candidates(config),
+            lambda c: _forward(problem, x, weight, params, save, c),
+        )
+    return _forward(problem, x, weight, params, save, config)
+
+
+def _forward(
+    problem: Problem,
+    x: Tensor,
+    weight: Tensor | None,
+    params: Params,
+    save: bool,
+    config: NetworkConfig,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     N, D, k, hinge = x.shape[0], problem.D, problem.k, problem.hinge
     wide = accumulate_dtype(x.dtype)
     saved = saved_like(problem, x) if save else []
@@ -117,9 +148,6 @@ def forward(
     if N == 0:
         return y, out.zero_(), saved
     shape = _shape(problem)
-    config = forward_config(
-        max(shape["H"], shape["PD"]), problem.depth, x.element_size(), shape["ADJOINT"]
-    )
     tiles = -(-N // config.rows)
     P = min(tiles, processors(x.device) * config.per_processor)
     sums = x.new_empty(P, dtype=wide) if summed else None
@@ -173,6 +201,27 @@ def backward(
     saved: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
+    shape = _shape(problem)
+    config = backward_config(max(shape["H"], shape["PD"]))
+    if enabled(x.device) and x.shape[0]:
+        config = choose(
+            ("backward", problem, x.dtype, x.device, x.shape[0].bit_length(), tuple(needs)),
+            candidates(config),
+            lambda c: _backward(problem, gy, gout, x, params, saved, needs, c),
+        )
+    return _backward(problem, gy, gout, x, params, saved, needs, config)
+
+
+def _backward(
+    problem: Problem,
+    gy: Tensor | None,
+    gout: Tensor | None,
+    x: Tensor,
+    params: Params,
+    saved: Sequence[Tensor],
+    needs: Sequence[bool],
+    config: NetworkConfig,
+) -> list[Tensor | None]:
     N, wide = x.shape[0], accumulate_dtype(x.dtype)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
     wanted = tuple(n and p is not None for n, p in zip(needs[1:], params, strict=True))
@@ -185,7 +234,6 @@ def backward(
     if N == 0 or (gy is None and gout is None):
         return [None if g is None else g.zero_() for g in (dx, *grads)]
     shape = _shape(problem)
-    config = backward_config(max(shape["H"], shape["PD"]))
     BM = config.rows
     tiles = -(-N // BM)
     P = min(tiles, processors(x.device) * config.per_processor)
@@ -218,6 +266,7 @@ def backward(
         BM=BM,
         SCAN=max(BM, 256),
         CHUNK=min(config.chunk, shape["H"]),
+        **register_limit(x.device, config.registers),
         num_warps=config.warps,
         num_stages=config.stages,
     )
