@@ -50,12 +50,14 @@ def power_of_two(n: int, least: int = 16) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
-def forward_config(width: int, depth: int, itemsize: int, adjoint: bool) -> NetworkConfig:
+def forward_config(
+    width: int, depth: int, itemsize: int, adjoint: bool, group_products: bool
+) -> NetworkConfig:
     """``width`` is the padded width of the widest layer."""
     if width > 64:
         return NetworkConfig(64, 8, 2, in_registers=False)
     kept = (depth - 1) * width * itemsize if adjoint else 0  # bytes of a row
-    return NetworkConfig(64, 4, 2, in_registers=kept <= 384)
+    return NetworkConfig(64, 4, 2, in_registers=kept <= (384 if group_products else 0))
 
 
 def backward_config(width: int) -> NetworkConfig:

@@ -49,6 +49,8 @@ Params = Sequence[Tensor | None]
 def refuses(problem: Problem, x: Tensor) -> str | None:
     """Why the network does not fit into one kernel, or None."""
     widest = WIDEST[has_group_products(x.device)][x.element_size()]
+    if x.dtype == torch.float32 and _precision(x.dtype) == "tf32x3":
+        widest = min(widest, 32)  # three operands for one: width 64 spills
     if max(problem.widths[1:]) > widest:
         return f"a layer is wider than {widest}, what registers hold in {x.dtype} on this device"
     if problem.k > 128:
@@ -120,7 +122,11 @@ def forward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     shape = _shape(problem)
     config = forward_config(
-        max(shape["H"], shape["PD"]), problem.depth, x.element_size(), shape["ADJOINT"]
+        max(shape["H"], shape["PD"]),
+        problem.depth,
+        x.element_size(),
+        shape["ADJOINT"],
+        has_group_products(x.device),
     )
     if enabled(x.device) and x.shape[0]:
         config = choose(
