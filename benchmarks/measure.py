@@ -36,6 +36,7 @@ LONG = 0.1
 QUIET = 0.05  # the share of the machine that others may take in a measurement to be trusted
 
 Timings = dict[str, list[float]]
+Clock = Callable[[], float]
 
 
 @dataclass
@@ -56,21 +57,23 @@ def interleave(
     seconds: float,
     sync: Callable[[], None],
     patience: float = 0.0,
+    clock: Clock = time.perf_counter,
 ) -> tuple[Timings, float]:
     """Seconds of each call, the steps taking turns, and the share of the machine others took.
 
     Goes on for about so many seconds and at least five rounds. Bouts that other processes disturb
-    do not count if there are enough others; with ``patience`` it waits so long for those.
+    do not count if there are enough others; with ``patience`` it waits so long for those. With
+    ``clock=time.process_time`` (for one thread) others do not matter.
     """
     order, shuffle = list(steps), random.Random(0)
     bouts: list[Bout] = []
     collecting = gc.isenabled()
     gc.disable()
     try:
-        _rounds(steps, order, shuffle, 0.0, sync, WARM_UP)
+        _rounds(steps, order, shuffle, 0.0, sync, clock, WARM_UP)
         begin = time.perf_counter()
         while True:
-            bouts.append(_rounds(steps, order, shuffle, BOUT, sync))
+            bouts.append(_rounds(steps, order, shuffle, BOUT, sync, clock))
             quiet = [bout for bout in bouts if not bout.others > QUIET]
             if _enough(quiet, seconds):
                 break
@@ -102,6 +105,7 @@ def _rounds(
     shuffle: random.Random,
     seconds: float,
     sync: Callable[[], None],
+    clock: Clock,
     fewest: int = 1,
 ) -> Bout:
     times: Timings = {name: [] for name in steps}
@@ -111,15 +115,16 @@ def _rounds(
         for name in order:
             for _ in range(2):
                 sync()
-                begin = time.perf_counter()
+                begin = clock()
                 steps[name]()
                 sync()
-                took = time.perf_counter() - begin
+                took = clock() - begin
                 if took > LONG:
                     break
             times[name].append(took)
         done += 1
-    return Bout(times, time.perf_counter() - start, bystanders.share())
+    others = bystanders.share() if clock is time.perf_counter else 0.0
+    return Bout(times, time.perf_counter() - start, others)
 
 
 class Bystanders:
@@ -162,7 +167,7 @@ class Bystanders:
 _best_flops: dict[str, float] = {}
 
 
-def matmul_flops(device: str, sync: Callable[[], None]) -> float:
+def matmul_flops(device: str, sync: Callable[[], None], clock: Clock = time.perf_counter) -> float:
     """The best rate of large float32 matrix products seen so far, operations per second."""
     best = _best_flops.get(device, 0.0)
     repeats = 2 if best else 8
@@ -170,10 +175,10 @@ def matmul_flops(device: str, sync: Callable[[], None]) -> float:
         a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
         for _ in range(repeats):
             sync()
-            begin = time.perf_counter()
+            begin = clock()
             torch.mm(a, b)
             sync()
-            best = max(best, 2 * n**3 / (time.perf_counter() - begin))
+            best = max(best, 2 * n**3 / (clock() - begin))
     _best_flops[device] = best
     return best
 

@@ -29,6 +29,7 @@ COLUMNS = {
     "positive weights": "positive weights *",
     "monotonicnetworks": "`monotonicnetworks` *",
 }
+CONDITIONS = ("processor", "threads", "clock", "torch")
 CASE = ("outputs", "columns", "activation", "rows", "width", "share")
 Row = dict[str, str]
 Table = dict[tuple[str, ...], dict[str, Row]]  # case -> rival -> row
@@ -54,14 +55,19 @@ def chosen(rows: Iterable[Row]) -> Table:
 
 
 def tables(measured: Sequence[Row]) -> str:
-    """Ratios of time, then peaks of memory, which are not a matter of other processes."""
+    """Ratios of time, then peaks of memory, which are not a matter of other processes.
+
+    Of rows measured under the conditions of the last one.
+    """
+    last = measured[-1]
+    measured = [row for row in measured if all(row[key] == last[key] for key in CONDITIONS)]
     times = chosen(measured)
     peaks = chosen({**row, "others": "0"} for row in measured if row["peak_mib"])
     names = list(dict.fromkeys(COLUMNS.values()))
-    rows = measured[-1]
     parts = [
-        f"{rows['processor']}, {rows['threads']} threads, Python {rows['python']}, torch "
-        f"{rows['torch']}, JAX {rows['jax']}, {rows['date'][:10]}; float32, three hidden layers.",
+        f"{last['processor']}, {last['threads']} thread(s), {last['clock']} time, Python "
+        f"{last['python']}, torch {last['torch']}, {last['date'][:10]}; float32, three hidden "
+        "layers.",
         "",
         "**Time of a step, as a multiple of PyTorch's plain step:**",
         "",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from .cases import Case, Job
+from .measure import Clock
 from .rivals import BASE, Rival, ours, usual
 from .step import append, run_case, show
 
@@ -60,7 +62,7 @@ AXES = [
 ]
 
 
-def measure(path: Path, axes: Sequence[Axis], patience: float) -> None:
+def measure(path: Path, axes: Sequence[Axis], patience: float, clock: Clock) -> None:
     for axis in axes:
         for case in axis.cases():
 
@@ -71,7 +73,7 @@ def measure(path: Path, axes: Sequence[Axis], patience: float) -> None:
                     yield from ours(job, "tangent")
                 yield usual(job)
 
-            rows = run_case(case, "cpu", contenders, SECONDS, False, patience)
+            rows = run_case(case, "cpu", contenders, SECONDS, False, patience, clock)
             show(case, rows)
             for row in rows:
                 row["note"] = f"{axis.key} {row['note']}".strip()
@@ -112,8 +114,8 @@ def draw(path: Path, folder: Path) -> None:
     )
     last = rows[-1]
     figure.suptitle(
-        f"Step with penalty over plain step   ({last['processor']}, {last['threads']} threads, "
-        f"torch {last['torch']}, float32)",
+        f"Step with penalty over plain step   ({last['processor']}, {last['threads']} thread(s), "
+        f"{last['clock']} time, torch {last['torch']}, float32)",
         fontsize=11,
         color="0.3",
     )
@@ -167,6 +169,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keys = [axis.key for axis in AXES]
     parser.add_argument("--draw", action="store_true", help="only draw")
     parser.add_argument("--axes", nargs="+", choices=keys, default=keys)
+    parser.add_argument(
+        "--processor-time", action="store_true", help="one thread, by its processor time"
+    )
     parser.add_argument("--threads", type=int, help="default: PyTorch's")
     parser.add_argument(
         "--wait", type=float, default=0, help="seconds to wait, at each point, for a quiet machine"
@@ -176,8 +181,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
+    clock: Clock = time.perf_counter
+    if options.processor_time:
+        torch.set_num_threads(1)
+        clock = time.process_time
     if not options.draw:
-        measure(options.csv, [a for a in AXES if a.key in options.axes], options.wait)
+        measure(options.csv, [a for a in AXES if a.key in options.axes], options.wait, clock)
     draw(options.csv, options.figures)
 
 

@@ -21,7 +21,7 @@ from statistics import median, quantiles
 import torch
 
 from .cases import Case, Job
-from .measure import QUIET, interleave, machine, matmul_flops, peak_bytes
+from .measure import QUIET, Clock, interleave, machine, matmul_flops, peak_bytes
 from .rivals import PLAIN, Rival, Step, rivals
 
 __all__ = ["append", "busy", "main", "run_case", "show"]
@@ -65,7 +65,7 @@ PAGE = [
 QUICK_COMPILED = {QUICK[3], QUICK[6]}
 
 FIELDS = [
-    *["date", "machine", "processor", "threads", "python", "torch", "jax", "device"],
+    *["date", "machine", "processor", "threads", "python", "torch", "jax", "device", "clock"],
     *[
         "rows",
         "width",
@@ -93,11 +93,12 @@ def run_case(
     seconds: float,
     with_memory: bool,
     patience: float = 0.0,
+    clock: Clock = time.perf_counter,
 ) -> list[Row]:
     """One row for each rival: timed, or with a note why not. Waits so long for a quiet machine."""
     job = Job(case, device)
     sync = _sync(device)
-    matmul_flops(device, sync)
+    matmul_flops(device, sync, clock)
     rows: dict[str, Row] = {}
     steps: dict[str, Step] = {}
     for rival in contenders(job):
@@ -107,7 +108,7 @@ def run_case(
         if step is not None:
             steps[rival.name] = step
     runs = {name: step.run for name, step in steps.items()}
-    times, others = interleave(runs, seconds, sync, patience)
+    times, others = interleave(runs, seconds, sync, patience, clock)
     for name, each in times.items():
         p20, _, _, p80 = quantiles(each, n=5, method="inclusive")
         middle = median(each)
@@ -118,8 +119,9 @@ def run_case(
                 for p, s in (("p20", p20), ("p50", middle), ("p80", p80))
             },
         }
-    rate = matmul_flops(device, sync)
+    rate = matmul_flops(device, sync, clock)
     for row in rows.values():
+        row["clock"] = "wall" if clock is time.perf_counter else "processor"
         row |= {"matmul_gflops": f"{rate / 1e9:.0f}", "others": f"{others:.3f}"}
     if with_memory and device == "cpu" and case.rows >= MEMORY_ROWS:
         for name in times:
@@ -234,13 +236,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
+    clock: Clock = time.perf_counter
+    if options.processor_time:
+        torch.set_num_threads(1)
+        clock = time.process_time
     chosen = {axis: getattr(options, axis) for axis in GRID}
     if options.all or any(chosen.values()):
         axes = [chosen[axis] or values for axis, values in GRID.items()]
         cases = [Case(*point) for point in itertools.product(*axes)]
     else:
         cases = PAGE if options.page else QUICK
-    quick = cases is QUICK
+    quick = cases in (QUICK, PAGE)
     for key, value in machine().items():
         print(f"{key}: {value}", end="   ")
     print(
@@ -253,12 +259,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         thorough = case in QUICK_COMPILED if quick else True
         compiled = thorough and not options.no_compiled
-        memory = thorough and not options.no_memory
+        memory = (thorough or options.page) and not options.no_memory
 
         def contenders(job: Job, compiled: bool = compiled) -> Iterable[Rival]:
-            return rivals(job, compiled, not options.no_peers)
+            for rival in rivals(job, compiled, not options.no_peers):
+                # JAX's threads cannot be held to one, which processor time is for.
+                if not (options.processor_time and rival.name.startswith("JAX")):
+                    yield rival
 
-        rows = run_case(case, options.device, contenders, SECONDS_PER_CASE, memory, options.wait)
+        rows = run_case(
+            case, options.device, contenders, SECONDS_PER_CASE, memory, options.wait, clock
+        )
         show(case, rows)
         append(options.csv, rows)
     print(f"\nappended to {options.csv}")
@@ -291,6 +302,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{axis}", nargs="+", type=kind, help=f"of the grid's {values}")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="default: PyTorch's")
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="one thread, by its processor time: for a machine that is never quiet",
+    )
     parser.add_argument("--no-compiled", action="store_true", help="without torch.compile's rivals")
     parser.add_argument("--no-peers", action="store_true", help="without JAX and architectures")
     parser.add_argument("--no-memory", action="store_true", help="without the memory column")
