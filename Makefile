@@ -34,7 +34,7 @@ docs: $(READY)
 sanitize: $(READY)
 	PYTHON=$(BIN)/python bash tests/native/sanitize.sh
 
-# The extension is built against the torch installed here, so without build isolation.
+# Editable, and without build isolation: what the build needs is in requirements/dev.txt.
 $(READY): $(SOURCES)
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --disable-pip-version-check -r requirements/dev.txt

@@ -244,8 +244,8 @@ def _problem(
     assert chain is not None
     problem = Problem(chain.widths, chain.activations, inputs.k, route.mode, hinge)
     x, params = inputs.joined().reshape(-1, inputs.d), chain.parameters()
-    dtype = operand_dtype(x)
-    if any(t is not None and t.dtype != dtype for t in (x, *params)):
+    if torch.is_autocast_enabled(x.device.type):  # without it all dtypes are known to be equal
+        dtype = operand_dtype(x)
         x, params = x.to(dtype), [None if p is None else p.to(dtype) for p in params]
     return problem, x, params
 

@@ -38,8 +38,8 @@ class Chain:
 
 def unwrap(mlp: nn.Module) -> nn.Module:
     """The module inside a ``torch.compile(mlp)``, whose compiled form has no second derivative."""
-    inner = getattr(mlp, "_orig_mod", None)
-    return inner if isinstance(inner, nn.Module) else mlp
+    modules = mlp._modules if isinstance(mlp, nn.Module) else {}
+    return modules.get("_orig_mod") or mlp
 
 
 def read(mlp: nn.Module) -> Chain | str:
@@ -125,11 +125,12 @@ def _where(m: nn.Module, name: str) -> str:
 
 def _plain(m: nn.Linear) -> bool:
     """Whether its own parameters are ordinary dense tensors (a DTensor is not)."""
-    return all(
-        type(t) in (nn.Parameter, Tensor) and t.layout is torch.strided
-        for t in m._parameters.values()
-        if t is not None
-    )
+    for t in m._parameters.values():
+        if t is not None and (
+            type(t) not in (nn.Parameter, Tensor) or t.layout is not torch.strided
+        ):
+            return False
+    return True
 
 
 def _global_hooks() -> bool:
