@@ -64,7 +64,7 @@ def backward_config(width: int) -> NetworkConfig:
     if (
         width <= 32
     ):  # sm_80: 168 registers and 8 bytes of stack without the limit, 211 and none with
-        return NetworkConfig(64, 4, 2, chunk=width, registers=232)
+        return NetworkConfig(64, 4, 2, chunk=16, registers=240)
     if width <= 64:
         return NetworkConfig(64, 4, 2, chunk=32)
     return NetworkConfig(64, 8, 1, chunk=64)
