@@ -4,14 +4,19 @@ The third spelling of ``monokernel/activations.py``. Only operations that Triton
 are used (no libdevice, no inline assembly), so that the same source runs with and without a GPU.
 """
 
-# ruff: noqa: RET505 (a branch that the compiler resolves must not be left by falling through)
-
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-__all__ = ["activation", "bias_row", "from_row", "hinge_epilogue", "slope_cotangent", "weight_tile"]
+__all__ = [
+    "activation",
+    "activation_of",
+    "bias_row",
+    "hinge_epilogue",
+    "slope_cotangent",
+    "weight_tile",
+]
 
 # Kinds, as indices of ``activations.KINDS``.
 RELU = tl.constexpr(1)
@@ -157,6 +162,14 @@ def activation(a, ACT: tl.constexpr):
 
 
 @triton.jit
+def activation_of(a, ACTS: tl.constexpr, l: tl.constexpr):
+    """The same of layer l. Triton 3.6 takes an element of a constexpr tuple as an argument only
+    where it is named a constexpr first."""
+    ACT: tl.constexpr = ACTS[l]
+    return activation(a, ACT)
+
+
+@triton.jit
 def hinge(J, direction, weight, MARGIN: tl.constexpr, SQUARED: tl.constexpr):
     """w·h(margin - direction·J), its derivative in J. NaN is no r <= 0, so it stays a penalty."""
     r = MARGIN - direction * J
@@ -208,17 +221,6 @@ def hinge_epilogue(
     if SAVE:
         tl.store(slopes + entry, S, mask=mask)
     return tl.where(mask, penalty, tl.zeros_like(penalty))
-
-
-@triton.jit
-def from_row(pointer, row, stride):
-    """The pointer to a row of a matrix, or None. ``row`` is a 64-bit scalar: what is added to the
-    result may then be a tile of 32-bit offsets, at half the registers.
-    """
-    if pointer is None:
-        return None
-    else:
-        return pointer + row * stride
 
 
 @triton.jit

@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import PENALTY_SUM, activation, from_row, slope_cotangent, weight_tile
+from .device import PENALTY_SUM, activation_of, slope_cotangent, weight_tile
 from .network import (
     first_layer,
     get,
@@ -99,11 +99,17 @@ def network_backward(
     first = before.to(tl.int64) * BM
     own = tl.minimum(mine * BM, N - before * BM)  # the last tile of all may be cut
     x = x + first * WIDTHS[0]
-    dx = from_row(dx, first, WIDTHS[0])
-    gy = from_row(gy, first, WIDTHS[L])
-    slopes = from_row(slopes, first, WIDTHS[L] * K)
-    if OUT != PENALTY_SUM:
-        gout = from_row(gout, first, WIDTHS[L] * K)
+    # Pointers move by 64 bits once; tiles then have 32-bit offsets, at half the registers. Not in a
+    # helper: in Triton 3.6 none may return None.
+    if dx is not None:
+        dx = dx + first * WIDTHS[0]
+    if gy is not None:
+        gy = gy + first * WIDTHS[L]
+    if slopes is not None:
+        slopes = slopes + first * (WIDTHS[L] * K)
+    if OUT != PENALTY_SUM:  # noqa: SIM102 (each is resolved by the compiler)
+        if gout is not None:
+            gout = gout + first * (WIDTHS[L] * K)
     partials = partials + pid.to(tl.int64) * OFFSETS[2 * L]
     scratch = scratch + pid.to(tl.int64) * (slots(ACTS) * BM * max(H, PD))
     zero_fill(partials, OFFSETS[2 * L])
@@ -215,7 +221,7 @@ def up_pass(
     WIDE: tl.constexpr = max(H, PD)
     a = first_layer(x, n, ok, ws[0], bs[0], WIDTHS, BIAS[0], FIRST, BK, C, A, PRECISION)
     for l in tl.static_range(L):
-        h, slope, curvature = activation(a, ACTS[l])
+        h, slope, curvature = activation_of(a, ACTS, l)
         if ACTS[l][0] != IDENTITY:
             put(scratch, SLOPE_SLOT * L + l, slope.to(C), WIDE)
         if ACTIVE and curved(ACTS[l]):

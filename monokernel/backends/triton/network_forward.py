@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import PENALTY_SUM, activation, from_row, hinge_epilogue
+from .device import PENALTY_SUM, activation_of, hinge_epilogue
 from .network import (
     first_layer,
     inner_weight,
@@ -72,10 +72,16 @@ def network_forward(
         n = tl.arange(0, BM)
         ok = n < N - tile * BM
         x_ = x + start * d
-        weight_ = from_row(weight, start, weight_row)
+        weight_ = weight
+        if weight is not None:
+            weight_ = weight + start * weight_row
         y_ = y + start * D
-        out_ = from_row(out, start, D * K)
-        slopes_ = from_row(slopes, start, D * K)
+        out_ = out
+        if out is not None:
+            out_ = out + start * (D * K)
+        slopes_ = slopes
+        if slopes is not None:
+            slopes_ = slopes + start * (D * K)
         if ADJOINT:
             total += adjoint_tile(
                 n, ok, x_, weight_, direction, ws, bs, y_, out_, slopes_, scratch, weight_row,
@@ -115,7 +121,7 @@ def tangent_tile(
     unit = tl.arange(0, FIRST)
     w1 = tl.load(ws[0] + unit * d + (d - K) + c, mask=unit < WIDTHS[1], other=0.0)
     a_dot = tl.broadcast_to(w1.to(A)[None, :], (BM, FIRST))
-    h, slope, _curvature = activation(a, ACTS[0])
+    h, slope, _curvature = activation_of(a, ACTS, 0)
     h_dot = slope * a_dot
     for l in tl.static_range(1, L):
         h = through(scratch, 0, h.to(C), WIDE)
@@ -125,7 +131,7 @@ def tangent_tile(
         a_dot = matmul(h_dot, tl.trans(w), C, PRECISION)
         if WIDE >= 128:
             tl.debug_barrier()  # the slots are read by all before they are written again
-        h, slope, _curvature = activation(a, ACTS[l])
+        h, slope, _curvature = activation_of(a, ACTS, l)
         h_dot = slope * a_dot
     output = tl.arange(0, PD)
     mask = ok[:, None] & (output[None, :] < D)
@@ -155,14 +161,14 @@ def adjoint_tile(
     a = first_layer(x, n, ok, ws[0], bs[0], WIDTHS, BIAS[0], FIRST, BK, C, A, PRECISION)
     kept = ()
     for l in tl.static_range(1, L):
-        h, slope, _curvature = activation(a, ACTS[l - 1])
+        h, slope, _curvature = activation_of(a, ACTS, l - 1)
         kept = keep(kept, slope.to(C), scratch, l + 1, WIDE)
         h = through(scratch, 0, h.to(C), WIDE)
         w = inner_weight(ws, l, WIDTHS, H, PD, C)
         a = layer_up(h, w, bs[l], BIAS[l], WIDTHS[l + 1], C, A, PRECISION)
         if scratch is not None:
             tl.debug_barrier()  # the slots are read by all before they are written again
-    h, last_slope, _curvature = activation(a, ACTS[L - 1])
+    h, last_slope, _curvature = activation_of(a, ACTS, L - 1)
     output = tl.arange(0, PD)
     mask = ok[:, None] & (output[None, :] < D)
     tl.store(y + n[:, None] * D + output[None, :], h, mask=mask)
