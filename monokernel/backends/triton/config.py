@@ -23,8 +23,9 @@ __all__ = [
 # Hidden and output widths that a whole-network kernel holds in registers, by operand size in bytes:
 # where products read weights from shared memory, and where each warp holds them.
 WIDEST = {True: {2: 128, 4: 64, 8: 64}, False: {2: 64, 4: 32}}
-# Layers are unrolled at compile time: beyond this, compile time grows for nothing.
-DEEPEST = 8
+# Linear layers of a whole-network kernel, by the same. They are unrolled at compile time: beyond 8
+# that takes long for nothing, and where each warp holds the weights six spill at width 64.
+DEEPEST = {True: 8, False: 4}
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,11 @@ def forward_config(
 
 
 def backward_config(width: int) -> NetworkConfig:
-    if (
-        width <= 32
-    ):  # sm_80: 168 registers and 8 bytes of stack without the limit, 211 and none with
+    if width <= 32:  # sm_80: 168 registers and 8 bytes of stack without the limit, else 211, none
         return NetworkConfig(64, 4, 2, chunk=16, registers=240)
     if width <= 64:
         return NetworkConfig(64, 4, 2, chunk=32)
-    return NetworkConfig(64, 8, 1, chunk=64)
+    return NetworkConfig(64, 8, 1, chunk=64, registers=240)  # sm_100: 128 and 16 bytes without
 
 
 def candidates(config: NetworkConfig) -> list[NetworkConfig]:
@@ -91,15 +90,14 @@ class LayerConfig:
     stages: int
 
 
-def layer_config(itemsize: int, ieee: bool) -> LayerConfig:
+def layer_config(ieee: bool) -> LayerConfig:
     """The dual-accumulator kernels: two sums of a 64 x 64 tile.
 
-    Strict float32 has no tensor core; there 8 warps and short inner steps keep the operands of its
-    multiply-adds in registers (4 warps and steps of 32 spill 456 bytes).
+    Strict float32 has no tensor core; there short inner steps keep the operands of its
+    multiply-adds in registers (4 warps and steps of 32 spill 456 bytes). On tensor cores 4 warps
+    spill 8 to 24 bytes in the weight gradient on sm_80 and sm_100, 8 warps nothing.
     """
-    if ieee:
-        return LayerConfig(64, 64, 16, 8, 2)
-    return LayerConfig(64, 64, 64 if itemsize == 2 else 32, 4, 3)
+    return LayerConfig(64, 64, 16, 8, 2) if ieee else LayerConfig(64, 64, 32, 8, 3)
 
 
 def layer_candidates(config: LayerConfig) -> list[LayerConfig]:

@@ -225,7 +225,7 @@ def backward(
 
 def _rule(x: Tensor) -> LayerConfig:
     ieee = x.dtype == torch.float32 and dot_precision(x.dtype) == "ieee"
-    return layer_config(x.element_size(), ieee)
+    return layer_config(ieee)
 
 
 def _backward(

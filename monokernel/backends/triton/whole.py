@@ -48,15 +48,16 @@ Params = Sequence[Tensor | None]
 
 def refuses(problem: Problem, x: Tensor) -> str | None:
     """Why the network does not fit into one kernel, or None."""
-    widest = WIDEST[has_group_products(x.device)][x.element_size()]
+    grouped = has_group_products(x.device)
+    widest, deepest = WIDEST[grouped][x.element_size()], DEEPEST[grouped]
     if x.dtype == torch.float32 and _precision(x.dtype) == "tf32x3":
         widest = min(widest, 32)  # three operands for one: width 64 spills
     if max(problem.widths[1:]) > widest:
         return f"a layer is wider than {widest}, what registers hold in {x.dtype} on this device"
     if problem.k > 128:
         return f"k = {problem.k} monotone inputs; one kernel serves up to 128"
-    if problem.depth > DEEPEST:
-        return f"{problem.depth} layers; one kernel serves up to {DEEPEST}"
+    if problem.depth > deepest:
+        return f"{problem.depth} layers; one kernel serves up to {deepest} on this device"
     if x.shape[0] >= 2**31 - 2**16:
         return f"N = {x.shape[0]} rows; one kernel serves below 2^31"
     if x.dtype == torch.float32 and not interpreting() and _precision(x.dtype) == "ieee":
@@ -68,8 +69,12 @@ def refuses(problem: Problem, x: Tensor) -> str | None:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """At "highest", MONOKERNEL_FP32=tf32x3 lets narrow networks use three TF32 products for one."""
-    return dot_precision(dtype, highest=os.environ.get("MONOKERNEL_FP32", "ieee"))
+    """At "highest", MONOKERNEL_FP32=tf32x3 lets narrow networks use three TF32 products for one.
+
+    Triton has none such for AMD.
+    """
+    wanted = "ieee" if torch.version.hip else os.environ.get("MONOKERNEL_FP32", "ieee")
+    return dot_precision(dtype, highest=wanted)
 
 
 def saved_like(problem: Problem, x: Tensor) -> list[Tensor]:
