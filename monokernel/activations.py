@@ -140,7 +140,7 @@ def _silu_first(a: Tensor, _: Activation) -> Tensor:
 
 def _silu_second(a: Tensor, _: Activation) -> Tensor:
     s = torch.sigmoid(a)
-    return (s - s * s) * (2 + a - 2 * a * s)
+    return torch.addcmul(s, s, s, value=-1) * torch.addcmul(a + 2, a, s, value=-2)
 
 
 def _mish_first(a: Tensor, _: Activation) -> Tensor:

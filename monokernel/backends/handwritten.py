@@ -31,9 +31,9 @@ __all__ = ["backward", "forward", "refuses", "saved_like"]
 
 Params = Sequence[Tensor | None]
 
-# Elements of one activation block. On the CPU 2^17 (half a MiB of float32) keeps a block in the L2
+# Elements of one activation block. On the CPU 2^18 (1 MiB of float32) keeps a block in the L2
 # cache through a layer's element-wise passes; elsewhere only the temporaries' size is bounded.
-BLOCK_ELEMENTS = {"cpu": 1 << 17}
+BLOCK_ELEMENTS = {"cpu": 1 << 18}
 BLOCK_ELEMENTS_ELSEWHERE = 1 << 26
 
 
