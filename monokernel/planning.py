@@ -18,12 +18,11 @@ __all__ = ["Plan", "Route", "choose", "plan"]
 
 @dataclass(frozen=True)
 class Route:
-    """The decision for one call. ``chain`` is None on the general path, for ``reason``."""
+    """The decision for one call. ``chain`` is None on the general path."""
 
     backend: str
     mode: Mode
     chain: network.Chain | None
-    reason: str | None
     transformed: bool
     refused: dict[str, str] = field(default_factory=dict)
 
@@ -84,11 +83,11 @@ def choose(mlp: nn.Module, inputs: Inputs, mode: str, backend: str) -> Route:
             continue
         why = _refusal(name, chain, inputs, chosen, functional)
         if why is None:
-            return Route(name, chosen, chain, None, functional, refused)
+            return Route(name, chosen, chain, functional, refused)
         refused[name] = why
     if backend not in ("auto", "reference"):
         raise ValueError(f"backend: {backend!r} was asked for but cannot serve: {refused[backend]}")
-    return Route("reference", chosen, chain, None, functional, refused)
+    return Route("reference", chosen, chain, functional, refused)
 
 
 def _refusal(
@@ -126,7 +125,7 @@ def _general(mlp: nn.Module, reason: str, mode: str, backend: str, functional: b
         )
     functional = functional or torch.compiler.is_compiling()
     refused = dict.fromkeys(MODULES, reason) if backend == "auto" else {}
-    return Route("reference", "adjoint", None, reason, functional, refused)
+    return Route("reference", "adjoint", None, functional, refused)
 
 
 def _check_chain(chain: network.Chain, inputs: Inputs) -> None:

@@ -27,7 +27,7 @@ from ..hinge import slope_weights
 from ..problem import Problem, accumulate_dtype, nan_rule
 from .reference import weight_of
 
-__all__ = ["backward", "forward", "refuses", "saved_like"]
+__all__ = ["backward", "forward", "kept_layers", "refuses", "saved_like"]
 
 Params = Sequence[Tensor | None]
 
@@ -49,7 +49,7 @@ def saved_like(problem: Problem, x: Tensor) -> list[Tensor]:
     the adjoint chain is kept, ∂penalty/∂J (N, D, k) when there is a hinge.
     """
     N, widths = x.shape[0], problem.widths
-    saved = [x.new_empty(N, H) for H in widths[1 : _kept(problem) + 1]]
+    saved = [x.new_empty(N, H) for H in widths[1 : kept_layers(problem) + 1]]
     if problem.keeps_adjoint:
         saved += [x.new_empty(N, H) for H in widths[1:-1]]
     if problem.hinge is not None:
@@ -57,7 +57,7 @@ def saved_like(problem: Problem, x: Tensor) -> list[Tensor]:
     return saved
 
 
-def _kept(problem: Problem) -> int:
+def kept_layers(problem: Problem) -> int:
     """The number of layers whose a_l is saved: all, but the last where y is a_L."""
     return problem.depth - (problem.activations[-1].kind == "identity")
 
@@ -82,12 +82,12 @@ def forward(
     y = x.new_empty(N, D)
     J = x.new_empty(N, D, k, dtype=accumulate_dtype(x.dtype))
     for rows in _blocks(problem, x):
-        buffers = [t[rows] for t in saved[: _kept(problem)]]
+        buffers = [t[rows] for t in saved[: kept_layers(problem)]]
         a = _values(problem, x[rows], params, buffers, y[rows])
         if problem.mode == "tangent":
             J[rows] = _tangent_slopes(problem, a, params)
         else:
-            kept = saved[_kept(problem) :][: L - 1] if problem.keeps_adjoint else []
+            kept = saved[kept_layers(problem) :][: L - 1] if problem.keeps_adjoint else []
             J[rows] = _adjoint_slopes(problem, a, params, [t[rows] for t in kept])
     J = nan_rule(y, J)
     if problem.hinge is None:
@@ -232,7 +232,7 @@ class _Block:
     ) -> None:
         self.problem, self.params = problem, params
         self.rows: slice | Tensor = rows
-        L, kept = problem.depth, _kept(problem)
+        L, kept = problem.depth, kept_layers(problem)
         gJ = None if gJ is None else gJ[rows]
         if gy is None and gJ is not None:
             some = (gJ != 0).flatten(1).any(1).nonzero().squeeze(1)

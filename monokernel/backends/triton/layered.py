@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...problem import Problem, accumulate_dtype, direction_table
+from ..handwritten import kept_layers, saved_like
 from .config import ROWS, LayerConfig, layer_candidates, layer_config
 from .elementwise import hinge_slopes, layer_back, layer_down, layer_up
 from .launch import (
@@ -47,22 +48,6 @@ def refuses(problem: Problem, x: Tensor) -> str | None:
     return None
 
 
-def saved_like(problem: Problem, x: Tensor) -> list[Tensor]:
-    """a_l of each layer with an activation, P_l when the adjoint chain is kept, ∂penalty/∂J."""
-    N, widths = x.shape[0], problem.widths
-    saved = [x.new_empty(N, H) for H in widths[1 : _kept(problem) + 1]]
-    if problem.keeps_adjoint:
-        saved += [x.new_empty(N, H) for H in widths[1:-1]]
-    if problem.hinge is not None:
-        saved.append(x.new_empty(N, problem.D, problem.k, dtype=accumulate_dtype(x.dtype)))
-    return saved
-
-
-def _kept(problem: Problem) -> int:
-    """How many a_l are kept: all, but the last one where it is y."""
-    return problem.depth - (problem.activations[-1].kind == "identity")
-
-
 def _weight(params: Params, l: int) -> Tensor:
     W = params[2 * l]
     assert W is not None
@@ -92,9 +77,9 @@ def forward(
     if problem.mode == "tangent":
         y, J = _tangent_forward(problem, x.contiguous(), params, saved)
     else:
-        keep = saved[: _kept(problem)] or [x.new_empty(N, H) for H in problem.widths[1:]]
+        keep = saved[: kept_layers(problem)] or [x.new_empty(N, H) for H in problem.widths[1:]]
         y = _values(problem, x.contiguous(), params, keep)
-        kept = saved[_kept(problem) :][: L - 1] if save and problem.keeps_adjoint else []
+        kept = saved[kept_layers(problem) :][: L - 1] if save and problem.keeps_adjoint else []
         J = _adjoint_slopes(problem, params, keep, kept)
     return y, _hinge(problem, J, y, weight, saved), saved
 
@@ -109,7 +94,7 @@ def _tangent_forward(
         W, b, H = _weight(params, l), params[2 * l + 1], problem.widths[l + 1]
         z = torch.mm(z, W.t())
         last_is_linear = l == L - 1 and problem.activations[l].kind == "identity"
-        a = saved[l] if saved and l < _kept(problem) else None
+        a = saved[l] if saved and l < kept_layers(problem) else None
         if last_is_linear and L > 1:
             y = z[:N] if b is None else z[:N] + b
             return y, z[N:].view(k, N, D).permute(1, 2, 0)
@@ -275,7 +260,7 @@ def _task_backward(
 ) -> Tensor | None:
     """The plain backward. Where the adjoint chain P_l was kept no product is left but dW's."""
     N, L, table = x.shape[0], problem.depth, activation_table(problem)
-    kept = saved[_kept(problem) :][: L - 1] if problem.keeps_adjoint else []
+    kept = saved[kept_layers(problem) :][: L - 1] if problem.keeps_adjoint else []
     gy = gy.contiguous()
     g = gy
     for l in range(L - 1, lowest - 1, -1):
@@ -402,7 +387,7 @@ class _Pairs:
         a_dots: list[Tensor] = []
         h_dots: list[Tensor] = []
         h_dot, inputs = self.x_dot, problem.k
-        for l in range(_kept(problem)):
+        for l in range(kept_layers(problem)):
             W, H = _weight(self.params, l), problem.widths[l + 1]
             # The last k columns of W_1 are those of ẋ.
             W = W[:, problem.d - problem.k :] if l == 0 else W
