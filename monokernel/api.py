@@ -243,7 +243,9 @@ def _problem(
     chain = route.chain
     assert chain is not None
     problem = Problem(chain.widths, chain.activations, inputs.k, route.mode, hinge)
-    x, params = inputs.joined().reshape(-1, inputs.d), chain.parameters()
+    x, params = inputs.joined(), chain.parameters()
+    if x.dim() != 2:
+        x = x.reshape(-1, inputs.d)
     if torch.is_autocast_enabled(x.device.type):  # without it all dtypes are known to be equal
         dtype = operand_dtype(x)
         x, params = x.to(dtype), [None if p is None else p.to(dtype) for p in params]

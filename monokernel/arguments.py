@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,29 +34,19 @@ REDUCTIONS = ("sum", "mean", "none")
 HINGES = ("linear", "squared")
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """``x1`` (..., d1) and ``x2`` (..., k) with equal leading shape ``batch``."""
+class Inputs(NamedTuple):
+    """``x1`` (*batch, d1) and ``x2`` (*batch, k); d = d1 + k. The widths are plain numbers also
+    where torch.compile made the shapes symbolic."""
 
     x1: Tensor
     x2: Tensor
-
-    @property
-    def batch(self) -> torch.Size:
-        return self.x2.shape[:-1]
-
-    @property
-    def k(self) -> int:
-        """A plain number also where torch.compile made the shape symbolic."""
-        return operator.index(self.x2.shape[-1])
-
-    @property
-    def d(self) -> int:
-        return operator.index(self.x1.shape[-1]) + self.k
+    batch: torch.Size
+    d: int
+    k: int
 
     def joined(self) -> Tensor:
-        """cat[x1, x2], the network's input (..., d)."""
-        return torch.cat((self.x1, self.x2), -1) if self.x1.shape[-1] else self.x2
+        """cat[x1, x2], the network's input (*batch, d)."""
+        return torch.cat((self.x1, self.x2), -1) if self.d > self.k else self.x2
 
 
 def check_module(mlp: Any) -> None:
@@ -76,22 +65,23 @@ def check_inputs(x1: Any, x2: Any) -> Inputs:
         raise ValueError("x1: expected shape (..., d1), got a tensor with no dimension")
     if x2.dim() == x1.dim() - 1:
         x2 = x2.unsqueeze(-1)
-    if x2.shape[:-1] != x1.shape[:-1] or x2.dim() != x1.dim():
+    batch = x1.shape[:-1]
+    if x2.shape[:-1] != batch or x2.dim() != x1.dim():
         raise ValueError(
-            f"x2: expected shape {_shape(x1.shape[:-1], 'k')} or {tuple(x1.shape[:-1])} to go with "
+            f"x2: expected shape {_shape(batch, 'k')} or {tuple(batch)} to go with "
             f"x1 {tuple(x1.shape)}, got {tuple(x2.shape)}"
         )
-    if x2.shape[-1] == 0:
+    k = operator.index(x2.shape[-1])
+    if k == 0:
         raise ValueError("x2: expected at least one column, got k = 0")
     if x1.device != x2.device:
         raise ValueError(f"x2: expected on the device of x1, {x1.device}, got {x2.device}")
     if x1.dtype != x2.dtype:
         raise TypeError(f"x2: expected the dtype of x1, {_dtype(x1)}, got {_dtype(x2)}")
-    return Inputs(x1, x2)
+    return Inputs(x1, x2, batch, operator.index(x1.shape[-1]) + k, k)
 
 
-@dataclass(frozen=True)
-class Direction:
+class Direction(NamedTuple):
     """The signs as given: ``flat`` is row-major of ``shape`` (), (k,) or (D, k)."""
 
     flat: tuple[int, ...]

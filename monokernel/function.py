@@ -22,6 +22,7 @@ __all__ = ["FusedMonoPenalty", "evaluate", "operand_dtype", "transformed"]
 
 Params = Sequence[Tensor | None]
 
+NOTHING = nullcontext()
 SECOND_DERIVATIVE = (
     "fused_mono_penalty: its backward is written by hand and first-order; a second derivative was "
     "asked for, which backend='reference' supports"
@@ -83,12 +84,12 @@ class FusedMonoPenalty(torch.autograd.Function):
         count = 2 * ctx.problem.depth
         params, saved = rest[:count], rest[count:]
         needs = ctx.needs_input_grad[3:]
-        again = torch.is_grad_enabled()
-        with torch.no_grad():
-            grads = _backward(ctx.problem, ctx.backend, gy, gout, x, weight, params, saved, needs)
-        if again:
-            grads = _guard(grads, [gy, gout, x, *params])
-        return (None, None, None, *grads)
+        asked = ctx.problem, ctx.backend, gy, gout, x, weight, params, saved, needs
+        if torch.is_grad_enabled():  # create_graph=True
+            with torch.no_grad():
+                grads = _backward(*asked)
+            return (None, None, None, *_guard(grads, [gy, gout, x, *params]))
+        return (None, None, None, *_backward(*asked))
 
 
 class _NoSecond(torch.autograd.Function):
@@ -150,9 +151,7 @@ def _backward(
 def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """The operands are cast already; autocast must not touch the sums in float32."""
     device = x.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else NOTHING
 
 
 # --- the registered operators --------------------------------------------------------------------

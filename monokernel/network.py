@@ -7,7 +7,7 @@ and parametrizations may change between two calls; no weight is touched until ``
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,7 @@ from .activations import Activation, of_module
 __all__ = ["Chain", "batch_coupling", "read", "sharded", "unwrap"]
 
 
-@dataclass(frozen=True)
-class Chain:
+class Chain(NamedTuple):
     """L linear layers and the activation that follows each (identity where none does)."""
 
     linears: tuple[nn.Linear, ...]
@@ -32,7 +31,10 @@ class Chain:
         parametrized weight computes it, and spectral_norm takes a power iteration each time."""
         params: list[Tensor | None] = []
         for linear in self.linears:
-            params += (linear.weight, linear.bias)
+            own = linear._parameters  # nn.Module's look-up of attributes takes ten times as long
+            for name in ("weight", "bias"):
+                # Not ``get``: its default would compute a parametrized weight.
+                params.append(own[name] if name in own else getattr(linear, name))
         return params
 
 
@@ -46,31 +48,17 @@ def read(mlp: nn.Module) -> Chain | str:
     """The chain that ``mlp`` is, or one sentence saying which part of it is not fused."""
     if _global_hooks():
         return "a global module hook is registered"
-    steps: list[nn.Linear | Activation] = []
-    reason = _collect(mlp, "", steps)
+    linears: list[nn.Linear] = []
+    activations: list[Activation | None] = []
+    reason = _collect(mlp, mlp, linears, activations)
     if reason is not None:
         return reason
-    linears: list[nn.Linear] = []
-    activations: list[Activation] = []
-    for step in steps:
-        if isinstance(step, Activation):
-            if not linears:
-                return f"an activation ({step.kind}) comes before the first Linear layer"
-            if activations[-1].kind != "identity":
-                return f"two activations ({activations[-1].kind}, {step.kind}) follow each other"
-            activations[-1] = step
-            continue
-        if linears and linears[-1].out_features != step.in_features:
-            return (
-                f"a Linear layer with {step.in_features} inputs follows one with "
-                f"{linears[-1].out_features} outputs"
-            )
-        linears.append(step)
-        activations.append(Activation("identity"))  # a new one: a shared one is traced by compile
     if not linears:
         return "it has no Linear layer"
-    widths = (linears[0].in_features, *(m.out_features for m in linears))
-    return Chain(tuple(linears), tuple(activations), widths)
+    widths = (linears[0].in_features, *[m.out_features for m in linears])
+    # A new identity each time: torch.compile would trace into a shared one.
+    each = [σ or Activation("identity") for σ in activations]
+    return Chain(tuple(linears), tuple(each), widths)
 
 
 def batch_coupling(mlp: nn.Module) -> str | None:
@@ -91,36 +79,54 @@ def sharded(mlp: nn.Module) -> str | None:
     return None
 
 
-def _collect(m: nn.Module, name: str, steps: list[nn.Linear | Activation]) -> str | None:
-    """Appends the layers of ``m`` to ``steps``; a sentence if it has one that is not fused."""
+def _collect(
+    root: nn.Module,
+    m: nn.Module,
+    linears: list[nn.Linear],
+    activations: list[Activation | None],
+) -> str | None:
+    """Appends the layers of ``m``, a part of ``root``; a sentence if it has one not fused."""
     if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-        return f"{_where(m, name)} has hooks"
+        return f"{_where(root, m)} has hooks"
     if "forward" in m.__dict__:
-        return f"{_where(m, name)} has a forward of its own"
-    if isinstance(m, nn.Sequential) and type(m).forward is nn.Sequential.forward:
-        for key, child in m._modules.items():
-            reason = _collect(child, f"{name}.{key}", steps)
-            if reason is not None:
-                return reason
-        return None
+        return f"{_where(root, m)} has a forward of its own"
     # A parametrized Linear is a subclass whose forward is still nn.Linear's.
     if isinstance(m, nn.Linear) and type(m).forward is nn.Linear.forward:
         if not _plain(m):
-            return f"{_where(m, name)} has a weight that is no plain tensor"
-        steps.append(m)
+            return f"{_where(root, m)} has a weight that is no plain tensor"
+        if linears and linears[-1].out_features != m.in_features:
+            return (
+                f"a Linear layer with {m.in_features} inputs follows one with "
+                f"{linears[-1].out_features} outputs"
+            )
+        linears.append(m)
+        activations.append(None)
+        return None
+    activation = of_module(m)
+    if activation is not None:
+        if activation.kind == "identity":
+            return None
+        if not linears:
+            return f"an activation ({activation.kind}) comes before the first Linear layer"
+        before = activations[-1]
+        if before is not None:
+            return f"two activations ({before.kind}, {activation.kind}) follow each other"
+        activations[-1] = activation
+        return None
+    if isinstance(m, nn.Sequential) and type(m).forward is nn.Sequential.forward:
+        for child in m._modules.values():
+            reason = _collect(root, child, linears, activations)
+            if reason is not None:
+                return reason
         return None
     if isinstance(m, _DropoutNd) and type(m).__module__ == _DropoutNd.__module__:
-        return f"{_where(m, name)} is active" if m.training and m.p > 0 else None
-    activation = of_module(m)
-    if activation is None:
-        return f"{_where(m, name)} is not a layer that is fused"
-    if activation.kind != "identity":
-        steps.append(activation)
-    return None
+        return f"{_where(root, m)} is active" if m.training and m.p > 0 else None
+    return f"{_where(root, m)} is not a layer that is fused"
 
 
-def _where(m: nn.Module, name: str) -> str:
-    return f"mlp{name} ({type(m).__name__})"
+def _where(root: nn.Module, m: nn.Module) -> str:
+    name = next(name for name, part in root.named_modules() if part is m)
+    return f"mlp{'.' if name else ''}{name} ({type(m).__name__})"
 
 
 def _plain(m: nn.Linear) -> bool:

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import network
+from .activations import Activation
 from .arguments import BACKENDS, MODES, Inputs, check_choice, check_inputs, check_module
 from .backends import DEVICES, MODULES, refusal
 from .function import operand_dtype, transformed
-from .problem import Mode, cheaper_mode
+from .problem import Mode, Problem, cheaper_mode
 
 __all__ = ["Plan", "Route", "choose", "plan"]
 
+Refused = tuple[tuple[str, str], ...]  # a backend's name and the reason
 
-@dataclass(frozen=True)
-class Route:
+
+class Route(NamedTuple):
     """The decision for one call. ``chain`` is None on the general path."""
 
     backend: str
     mode: Mode
     chain: network.Chain | None
     transformed: bool
-    refused: dict[str, str] = field(default_factory=dict)
+    refused: Refused
 
 
 @dataclass(frozen=True)
@@ -73,33 +77,57 @@ def choose(mlp: nn.Module, inputs: Inputs, mode: str, backend: str) -> Route:
     if isinstance(chain, str):
         return _general(mlp, chain, mode, backend, functional)
     _check_chain(chain, inputs)
-    D, k = chain.widths[-1], inputs.k
-    chosen: Mode = cheaper_mode(D, k) if mode == "auto" else mode  # type: ignore[assignment]
-    refused: dict[str, str] = {}
-    device = inputs.x2.device.type
-    for name in MODULES if backend == "auto" else (backend,):
-        if backend == "auto" and DEVICES.get(name, device) != device:
-            refused[name] = f"the tensors are on {device}, it serves {DEVICES[name]}"
-            continue
-        why = _refusal(name, chain, inputs, chosen, functional)
-        if why is None:
-            return Route(name, chosen, chain, functional, refused)
-        refused[name] = why
-    if backend not in ("auto", "reference"):
-        raise ValueError(f"backend: {backend!r} was asked for but cannot serve: {refused[backend]}")
-    return Route("reference", chosen, chain, functional, refused)
-
-
-def _refusal(
-    name: str, chain: network.Chain, inputs: Inputs, mode: Mode, functional: bool
-) -> str | None:
-    if name == "reference":
-        return None
-    if functional:
-        return "a functorch transform or forward-mode AD is at work"
-    kinds = tuple(σ.kind for σ in chain.activations)
     x = inputs.x2
-    return refusal(name, chain.widths, kinds, inputs.k, mode, operand_dtype(x), x.device)
+    kinds = tuple([σ.kind for σ in chain.activations])
+    name, chosen, refused = serving(
+        chain.widths, kinds, inputs.k, mode, backend, operand_dtype(x), x.device, functional
+    )
+    if not name:
+        raise ValueError(f"backend: {backend!r} was asked for but cannot serve: {refused[0][1]}")
+    return Route(name, chosen, chain, functional, refused)
+
+
+def serving(*asked: Any) -> tuple[str, Mode, Refused]:
+    """The backend and mode for such a problem, and why no earlier one; "" where the one asked for
+    cannot serve. Arguments as ``_serving``, which is asked once for each.
+
+    Takes plain values (and not the activations' numbers, which torch.compile may make symbolic), so
+    that the compiler can treat the answer as a constant.
+    """
+    return _serving(*asked)
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler for it (1 s).
+serving._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=1024)
+def _serving(
+    widths: tuple[int, ...],
+    kinds: tuple[str, ...],
+    k: int,
+    mode: str,
+    backend: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    functional: bool,
+) -> tuple[str, Mode, Refused]:
+    chosen: Mode = cheaper_mode(widths[-1], k) if mode == "auto" else mode  # type: ignore[assignment]
+    problem = Problem(widths, tuple(Activation(kind) for kind in kinds), k, chosen, None)
+    refused: Refused = ()
+    for name in MODULES if backend == "auto" else (backend,):
+        if name == "reference":
+            return name, chosen, refused
+        if backend == "auto" and DEVICES.get(name, device.type) != device.type:
+            why = f"the tensors are on {device.type}, it serves {DEVICES[name]}"
+        elif functional:
+            why = "a functorch transform or forward-mode AD is at work"
+        else:
+            why = refusal(name, problem, dtype, device) or ""
+        if not why:
+            return name, chosen, refused
+        refused += ((name, why),)
+    return "reference" if backend == "auto" else "", chosen, refused
 
 
 def _general(mlp: nn.Module, reason: str, mode: str, backend: str, functional: bool) -> Route:
@@ -124,7 +152,7 @@ def _general(mlp: nn.Module, reason: str, mode: str, backend: str, functional: b
             "forward mode can be silently wrong inside a general module"
         )
     functional = functional or torch.compiler.is_compiling()
-    refused = dict.fromkeys(MODULES, reason) if backend == "auto" else {}
+    refused = tuple((name, reason) for name in MODULES) if backend == "auto" else ()
     return Route("reference", "adjoint", None, functional, refused)
 
 
@@ -134,17 +162,18 @@ def _check_chain(chain: network.Chain, inputs: Inputs) -> None:
     if inputs.d != d:
         raise ValueError(
             f"x2: expected d1 + k = {d}, the inputs of mlp's first layer, got d1 = "
-            f"{inputs.x1.shape[-1]} and k = {inputs.k}"
+            f"{inputs.d - inputs.k} and k = {inputs.k}"
         )
     x = inputs.x2
+    device, dtype = x.device, x.dtype
     for linear in chain.linears:
         for t in linear._parameters.values():
             if t is None:
                 continue
-            if t.device != x.device:
-                raise ValueError(f"x1: expected on the device of mlp, {t.device}, got {x.device}")
-            if t.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            if t.device != device:
+                raise ValueError(f"x1: expected on the device of mlp, {t.device}, got {device}")
+            if t.dtype != dtype and not torch.is_autocast_enabled(device.type):
                 raise TypeError(
                     f"x1: expected the dtype of mlp, {str(t.dtype).removeprefix('torch.')}, got "
-                    f"{str(x.dtype).removeprefix('torch.')}"
+                    f"{str(dtype).removeprefix('torch.')}"
                 )

@@ -8,9 +8,8 @@ Every backend with a hand-written backward serves the same four functions of it 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,8 +33,7 @@ __all__ = [
 Mode = Literal["tangent", "adjoint"]
 
 
-@dataclass(frozen=True)
-class Hinge:
+class Hinge(NamedTuple):
     """The penalty on the slopes J (N, D, k): w·h(margin - direction·J), h = relu or relu².
 
     ``direction`` is row-major with 1, k or D·k entries in {-1, 0, 1}. Entries of direction 0 never
@@ -48,8 +46,7 @@ class Hinge:
     elementwise: bool = False
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """A chain of L linear layers, its mode and its hinge.
 
     ``widths`` is (d, H_1, …, D), L + 1 numbers; ``activations`` has one entry for each linear layer

@@ -8,15 +8,14 @@ other backends have a hand-written backward and share one protocol, the four fun
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache
 from importlib import import_module
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-from ..activations import Activation
-from ..problem import Mode, Problem
+from ..problem import Problem
 
 __all__ = ["DEVICES", "MODULES", "Backend", "load", "refusal"]
 
@@ -64,38 +63,8 @@ def load(name: str) -> Backend:
     return cast(Backend, import_module(MODULES[name], __name__))
 
 
-def refusal(
-    name: str,
-    widths: tuple[int, ...],
-    kinds: tuple[str, ...],
-    k: int,
-    mode: Mode,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> str | None:
-    """Why the backend of this name cannot serve such a problem, or None. Asked once for each.
-
-    Takes plain values (and not the activations' numbers, which torch.compile may make symbolic), so
-    that the compiler can treat the answer as a constant.
-    """
-    return _refusal(name, widths, kinds, k, mode, dtype, device)
-
-
-# What torch.compiler.assume_constant_result does, without importing the compiler for it (1 s).
-refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@lru_cache(maxsize=1024)
-def _refusal(
-    name: str,
-    widths: tuple[int, ...],
-    kinds: tuple[str, ...],
-    k: int,
-    mode: Mode,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> str | None:
-    problem = Problem(widths, tuple(Activation(kind) for kind in kinds), k, mode, None)
+def refusal(name: str, problem: Problem, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the backend of this name cannot serve such a problem, or None."""
     try:
         return load(name).refuses(problem, torch.empty(0, problem.d, dtype=dtype, device=device))
     except ImportError as error:

@@ -61,13 +61,12 @@ def forward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """y (N, D), the penalty (or J where there is no hinge), and what the backward needs."""
     plan = _plan(problem, x.dtype)
-    N, hinge = x.shape[0], problem.hinge
+    N = x.shape[0]
     y = x.new_empty(N, problem.D)
     out = x.new_empty(() if plan.summed else (N, problem.D, problem.k))
-    saved = plan.buffers(N) if save else []
+    saved = plan.buffers(x) if save else []
     x, params = x.contiguous(), _contiguous(params)
-    if weight is not None and hinge is not None:
-        weight = weight.contiguous()
+    weight = None if weight is None else weight.contiguous()
     status = plan.library.mk_forward(
         plan.handle,
         N,
@@ -218,9 +217,10 @@ def _check(status: int) -> None:
 
 
 def _contiguous(params: Params) -> Params:
-    if all(p is None or p.is_contiguous() for p in params):
-        return params
-    return [None if p is None else p.contiguous() for p in params]
+    for p in params:
+        if p is not None and not p.is_contiguous():
+            return [None if p is None else p.contiguous() for p in params]
+    return params
 
 
 # --- plans ----------
@@ -258,8 +258,8 @@ class _Plan:
         library.mk_saved_sizes(self.handle, sizes)
         a, P, derivative = sizes  # elements for each row of x
         self.row_size = a + P + derivative
-        self.dtype = dtype
-        self._P, self._derivative = a * dtype.itemsize, (a + P) * dtype.itemsize
+        self.dtype, self.itemsize = dtype, dtype.itemsize
+        self._P, self._derivative = a * self.itemsize, (a + P) * self.itemsize
         self._pointers = c_void_p * (2 * L)
         self._places = c_void_p * 3
 
@@ -267,14 +267,14 @@ class _Plan:
         if getattr(self, "handle", None):
             self.library.mk_plan_delete(self.handle)
 
-    def buffers(self, N: int) -> list[Tensor]:
+    def buffers(self, x: Tensor) -> list[Tensor]:
         """``saved_like`` in real memory; a large buffer comes from the library's pool."""
-        n = N * self.row_size
-        size = n * self.dtype.itemsize
-        if n == 0:
-            return [torch.empty(0, dtype=self.dtype)] if self.row_size else []
+        if self.row_size == 0:
+            return []
+        n = x.shape[0] * self.row_size
+        size = n * self.itemsize
         if size < POOL_FROM:
-            return [torch.empty(n, dtype=self.dtype)]
+            return [x.new_empty(n)]
         memory = self.library.mk_take(size)
         if not memory:
             _check(1)

@@ -32,7 +32,7 @@ def value_and_jacobian(mlp: nn.Module, inputs: Inputs, transformed: bool) -> tup
         not transformed and torch.is_inference_mode_enabled()
     ):  # its tensors can take no part in autograd
         with torch.inference_mode(False), torch.no_grad():
-            copies = Inputs(inputs.x1.clone(), inputs.x2.clone())
+            copies = inputs._replace(x1=inputs.x1.clone(), x2=inputs.x2.clone())
             return value_and_jacobian(mlp, copies, transformed)
     run = _by_func if transformed else _by_autograd
     with _twice_differentiable(mlp):
@@ -74,7 +74,7 @@ def _by_func(mlp: nn.Module, inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def _call(mlp: nn.Module, inputs: Inputs, x2: Tensor) -> Tensor:
-    y = mlp(Inputs(inputs.x1, x2).joined())
+    y = mlp(inputs._replace(x2=x2).joined())
     if not isinstance(y, Tensor):
         raise TypeError(f"mlp: expected to return a tensor, got {type(y).__name__}")
     if y.shape != inputs.batch and (y.dim() == 0 or y.shape[:-1] != inputs.batch):
