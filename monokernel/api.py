@@ -243,7 +243,8 @@ def _problem(
     chain = route.chain
     assert chain is not None
     problem = Problem(chain.widths, chain.activations, inputs.k, route.mode, hinge)
-    x, params = inputs.joined(), chain.parameters()
+    x = inputs.joined()
+    params = chain.parameters(x)
     if x.dim() != 2:
         x = x.reshape(-1, inputs.d)
     if torch.is_autocast_enabled(x.device.type):  # without it all dtypes are known to be equal

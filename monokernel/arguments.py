@@ -25,6 +25,7 @@ __all__ = [
     "check_hinge",
     "check_inputs",
     "check_module",
+    "check_parameter",
     "check_weight",
 ]
 
@@ -79,6 +80,14 @@ def check_inputs(x1: Any, x2: Any) -> Inputs:
     if x1.dtype != x2.dtype:
         raise TypeError(f"x2: expected the dtype of x1, {_dtype(x1)}, got {_dtype(x2)}")
     return Inputs(x1, x2, batch, operator.index(x1.shape[-1]) + k, k)
+
+
+def check_parameter(t: Tensor, x: Tensor) -> None:
+    """A parameter of the network goes with its inputs x; autocast brings dtypes together."""
+    if t.device != x.device:
+        raise ValueError(f"x1: expected on the device of mlp, {t.device}, got {x.device}")
+    if t.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"x1: expected the dtype of mlp, {_dtype(t)}, got {_dtype(x)}")
 
 
 class Direction(NamedTuple):

@@ -15,6 +15,7 @@ from torch.nn.modules import module as _module
 from torch.nn.modules.dropout import _DropoutNd
 
 from .activations import Activation, of_module
+from .arguments import check_parameter
 
 __all__ = ["Chain", "batch_coupling", "read", "sharded", "unwrap"]
 
@@ -26,16 +27,31 @@ class Chain(NamedTuple):
     activations: tuple[Activation, ...]
     widths: tuple[int, ...]  # (d, H_1, …, D)
 
-    def parameters(self) -> list[Tensor | None]:
-        """[W_1, b_1 or None, W_2, …]. Each is read once, as a plain forward would: reading a
-        parametrized weight computes it, and spectral_norm takes a power iteration each time."""
+    def parameters(self, x: Tensor) -> list[Tensor | None]:
+        """[W_1, b_1 or None, W_2, …] for inputs x. Each is read once, as a plain forward would:
+        reading a parametrized weight computes it, and spectral_norm takes a power iteration."""
         params: list[Tensor | None] = []
-        for linear in self.linears:
+        for l, linear in enumerate(self.linears):
             own = linear._parameters  # nn.Module's look-up of attributes takes ten times as long
-            for name in ("weight", "bias"):
-                # Not ``get``: its default would compute a parametrized weight.
-                params.append(own[name] if name in own else getattr(linear, name))
+            params += [
+                own[name] if name in own else self._computed(linear, name, l, x)
+                for name in ("weight", "bias")
+            ]
         return params
+
+    def _computed(self, linear: nn.Linear, name: str, l: int, x: Tensor) -> Tensor | None:
+        """A parametrized weight or bias, which only now can be seen to fit: a kernel would read
+        past the end of a smaller one."""
+        t: Tensor | None = getattr(linear, name)
+        if t is not None:
+            size = (self.widths[l + 1], self.widths[l])[: 2 if name == "weight" else 1]
+            if t.shape != size:
+                raise ValueError(
+                    f"mlp: expected a parametrized {name} of shape {size}, as its layer says, got "
+                    f"{tuple(t.shape)}"
+                )
+            check_parameter(t, x)
+        return t
 
 
 def unwrap(mlp: nn.Module) -> nn.Module:
@@ -50,15 +66,15 @@ def read(mlp: nn.Module) -> Chain | str:
         return "a global module hook is registered"
     linears: list[nn.Linear] = []
     activations: list[Activation | None] = []
-    reason = _collect(mlp, mlp, linears, activations)
+    widths: list[int] = []
+    reason = _collect(mlp, mlp, linears, activations, widths)
     if reason is not None:
         return reason
     if not linears:
         return "it has no Linear layer"
-    widths = (linears[0].in_features, *[m.out_features for m in linears])
     # A new identity each time: torch.compile would trace into a shared one.
     each = [σ or Activation("identity") for σ in activations]
-    return Chain(tuple(linears), tuple(each), widths)
+    return Chain(tuple(linears), tuple(each), tuple(widths))
 
 
 def batch_coupling(mlp: nn.Module) -> str | None:
@@ -84,6 +100,7 @@ def _collect(
     m: nn.Module,
     linears: list[nn.Linear],
     activations: list[Activation | None],
+    widths: list[int],
 ) -> str | None:
     """Appends the layers of ``m``, a part of ``root``; a sentence if it has one not fused."""
     if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
@@ -92,13 +109,20 @@ def _collect(
         return f"{_where(root, m)} has a forward of its own"
     # A parametrized Linear is a subclass whose forward is still nn.Linear's.
     if isinstance(m, nn.Linear) and type(m).forward is nn.Linear.forward:
-        if not _plain(m):
+        own = m._parameters
+        weight, bias = own.get("weight"), own.get("bias")
+        if not (_plain(weight) and _plain(bias)):
             return f"{_where(root, m)} has a weight that is no plain tensor"
-        if linears and linears[-1].out_features != m.in_features:
-            return (
-                f"a Linear layer with {m.in_features} inputs follows one with "
-                f"{linears[-1].out_features} outputs"
-            )
+        # Not what the layer says of itself: a weight may have been replaced by one of another size.
+        size = (m.out_features, m.in_features) if weight is None else weight.shape
+        if len(size) != 2 or (bias is not None and bias.shape != size[:1]):
+            return f"{_where(root, m)} has a weight or bias of an unusual shape"
+        inputs = int(size[1])
+        if not widths:
+            widths.append(inputs)
+        elif widths[-1] != inputs:
+            return f"a Linear layer with {inputs} inputs follows one with {widths[-1]} outputs"
+        widths.append(int(size[0]))
         linears.append(m)
         activations.append(None)
         return None
@@ -115,7 +139,7 @@ def _collect(
         return None
     if isinstance(m, nn.Sequential) and type(m).forward is nn.Sequential.forward:
         for child in m._modules.values():
-            reason = _collect(root, child, linears, activations)
+            reason = _collect(root, child, linears, activations, widths)
             if reason is not None:
                 return reason
         return None
@@ -129,14 +153,9 @@ def _where(root: nn.Module, m: nn.Module) -> str:
     return f"mlp{'.' if name else ''}{name} ({type(m).__name__})"
 
 
-def _plain(m: nn.Linear) -> bool:
-    """Whether its own parameters are ordinary dense tensors (a DTensor is not)."""
-    for t in m._parameters.values():
-        if t is not None and (
-            type(t) not in (nn.Parameter, Tensor) or t.layout is not torch.strided
-        ):
-            return False
-    return True
+def _plain(t: Tensor | None) -> bool:
+    """Whether it is an ordinary dense tensor (a DTensor is not) or absent."""
+    return t is None or (type(t) in (nn.Parameter, Tensor) and t.layout is torch.strided)
 
 
 def _global_hooks() -> bool:

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from . import network
 from .activations import Activation
-from .arguments import BACKENDS, MODES, Inputs, check_choice, check_inputs, check_module
+from .arguments import (
+    BACKENDS,
+    MODES,
+    Inputs,
+    check_choice,
+    check_inputs,
+    check_module,
+    check_parameter,
+)
 from .backends import DEVICES, MODULES, refusal
 from .function import operand_dtype, transformed
 from .problem import Mode, Problem, cheaper_mode
@@ -168,12 +176,5 @@ def _check_chain(chain: network.Chain, inputs: Inputs) -> None:
     device, dtype = x.device, x.dtype
     for linear in chain.linears:
         for t in linear._parameters.values():
-            if t is None:
-                continue
-            if t.device != device:
-                raise ValueError(f"x1: expected on the device of mlp, {t.device}, got {device}")
-            if t.dtype != dtype and not torch.is_autocast_enabled(device.type):
-                raise TypeError(
-                    f"x1: expected the dtype of mlp, {str(t.dtype).removeprefix('torch.')}, got "
-                    f"{str(dtype).removeprefix('torch.')}"
-                )
+            if t is not None and (t.device != device or t.dtype != dtype):
+                check_parameter(t, x)

@@ -175,6 +175,51 @@ def test_plan_names_the_part_that_is_not_fused() -> None:
     assert "follow each other" in reasons["two-activations"]
 
 
+def test_replaced_weights_of_another_size() -> None:
+    """The widths are those of the weights, not what the layers say of themselves."""
+    net = mlp(D1, K, 2, [7, 5], nn.Tanh())
+    net[0].weight = nn.Parameter(net[0].weight[:4].detach())
+    net[0].bias = nn.Parameter(net[0].bias[:4].detach())
+    net[2].weight = nn.Parameter(net[2].weight[:, :4].detach())
+    x1, x2 = points(6, D1, K)
+    want = oracle(net, x1, x2)
+    for backend in ("reference", *HANDWRITTEN):
+        assert_same(value_and_jacobian(net, x1, x2, backend=backend), want)
+    net[2].bias = nn.Parameter(net[2].bias[:1].detach())  # PyTorch broadcasts it
+    reason = "mlp.2 (Linear) has a weight or bias of an unusual shape"
+    assert plan(net, x1, x2).refused["torch"] == reason
+    assert_same(value_and_jacobian(net, x1, x2), oracle(net, x1, x2))
+
+
+class Half(nn.Module):
+    """A parametrization that changes the shape, or the dtype."""
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight[:2] if self.dtype is None else weight.to(self.dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sentence"),
+    [
+        (
+            None,
+            r"mlp: expected a parametrized weight of shape \(4, 5\), as its layer says, got \(2",
+        ),
+        (torch.float32, "x1: expected the dtype of mlp, float32, got float64"),
+    ],
+)
+def test_a_parametrization_that_does_not_fit(dtype: torch.dtype | None, sentence: str) -> None:
+    net = mlp(D1, K, 1, [4], nn.Tanh(), bias=False)
+    half = Half(dtype)
+    nn.utils.parametrize.register_parametrization(net[0], "weight", half, unsafe=True)
+    with pytest.raises((ValueError, TypeError), match=sentence):
+        fused_mono_penalty(net, *points(4, D1, K))
+
+
 def test_the_module_is_called_exactly_once() -> None:
     net, calls = hooked(), []
     net.register_forward_hook(lambda *_: calls.append(1))
