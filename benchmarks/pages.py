@@ -23,9 +23,12 @@ COLUMNS = {
     "sum of outputs": "double backward",
     "torch.func.jvp": "`func.jvp`",
     "vmap(jacrev)": "`vmap(jacrev)`",
+    "JAX jit": "JAX `jit`",
+    "compiled plain step": "compiled plain step",
+    "compiled monokernel": "compiled monokernel",
+    "compiled double backward": "compiled double backward",
     "compiled hand-written jvp": "compiled jvp",
     "compiled hand-written vjp": "compiled vjp",
-    "JAX jit": "JAX `jit`",
     "positive weights": "positive weights *",
     "monotonicnetworks": "`monotonicnetworks` *",
 }

@@ -22,6 +22,8 @@ from .cases import FREE_INPUTS, Case, Job
 __all__ = ["BASE", "PLAIN", "Rival", "Step", "ours", "rivals", "usual"]
 
 PLAIN = "PyTorch plain step"
+# PyTorch 2.12 and newer can trace torch.autograd.grad into the graph if asked to.
+TRACES_GRADIENTS = "trace_autograd_ops"
 
 
 @dataclass
@@ -35,7 +37,8 @@ class Step:
 @dataclass(frozen=True)
 class Rival:
     """``make`` prepares a step for a job; ``bytes_needed`` estimates its memory where that can be
-    too much for a machine; ``compiled`` says that the first call compiles for its shapes."""
+    too much for a machine; ``compiled`` says that the first call compiles for its shapes;
+    ``pools`` that it then keeps its buffers, so that the peak of a step does not show them."""
 
     name: str
     make: Callable[[Job], Step]
@@ -43,6 +46,7 @@ class Rival:
     penalised: bool = True
     same_function: bool = True
     compiled: bool = False
+    pools: bool = False
 
 
 def _step(
@@ -65,42 +69,43 @@ def _step(
     return Step(run, outcome)
 
 
+def _plain_loss(job: Job) -> Tensor:
+    return job.task_loss(job.net(torch.cat([job.x1, job.x2], -1)))
+
+
 def plain(job: Job) -> Step:
-    return _step(job, lambda: job.task_loss(job.net(torch.cat([job.x1, job.x2], -1))))
+    return _step(job, lambda: _plain_loss(job))
+
+
+def _penalised_loss(job: Job, backend: str = "auto", mode: str = "auto") -> Tensor:
+    y, penalty = fused_mono_penalty(
+        job.net,
+        job.x1,
+        job.x2,
+        margin=job.margin,
+        return_output=True,
+        backend=backend,
+        mode=mode,
+    )
+    return job.loss(y, penalty)
 
 
 def monokernel(backend: str, mode: str = "auto") -> Callable[[Job], Step]:
-    def make(job: Job) -> Step:
-        def loss() -> Tensor:
-            y, penalty = fused_mono_penalty(
-                job.net,
-                job.x1,
-                job.x2,
-                margin=job.margin,
-                return_output=True,
-                backend=backend,
-                mode=mode,
-            )
-            return job.loss(y, penalty)
+    return lambda job: _step(job, lambda: _penalised_loss(job, backend, mode))
 
-        return _step(job, loss)
 
-    return make
+def _loop_loss(job: Job, x2: Tensor) -> Tensor:
+    y = job.net(torch.cat([job.x1, x2], -1))
+    penalty = y.new_zeros(())
+    for d in range(y.shape[1]):
+        (slope,) = torch.autograd.grad(y[:, d].sum(), x2, create_graph=True)
+        penalty = penalty + torch.relu(job.margin - slope).sum()
+    return job.loss(y, penalty)
 
 
 def double_backward(job: Job) -> Step:
     """One differentiable backward pass for each output: the recipe that is right for any D."""
-
-    def loss() -> Tensor:
-        x2 = job.x2.detach().requires_grad_()
-        y = job.net(torch.cat([job.x1, x2], -1))
-        penalty = y.new_zeros(())
-        for d in range(y.shape[1]):
-            (slope,) = torch.autograd.grad(y[:, d].sum(), x2, create_graph=True)
-            penalty = penalty + torch.relu(job.margin - slope).sum()
-        return job.loss(y, penalty)
-
-    return _step(job, loss)
+    return _step(job, lambda: _loop_loss(job, job.x2.detach().requires_grad_()))
 
 
 def sum_of_outputs(job: Job) -> Step:
@@ -150,7 +155,26 @@ def vmap_jacrev(job: Job) -> Step:
     return _step(job, loss)
 
 
-# --- hand-written slopes, compiled ----------------------------------------------------------------
+# --- under torch.compile --------------------------------------------------------------------------
+
+
+def compiled(loss_of: Callable[[Job], Tensor]) -> Callable[[Job], Step]:
+    """The backward of a compiled loss is compiled with it."""
+
+    def make(job: Job) -> Step:
+        fast = torch.compile(loss_of, fullgraph=True, dynamic=False)
+        return _step(job, lambda: fast(job))
+
+    return make
+
+
+def compiled_double_backward(job: Job) -> Step:
+    """Whole, which needs a switch that is off by default and x2 made a leaf outside the graph."""
+    x2 = job.x2.detach().requires_grad_()
+    fast = torch.compile(_loop_loss, fullgraph=True, dynamic=False)
+    with torch._dynamo.config.patch({TRACES_GRADIENTS: True}):
+        fast(job, x2)
+    return _step(job, lambda: fast(job, x2))
 
 
 Layers = list[tuple[Tensor, Tensor]]
@@ -163,8 +187,13 @@ def _derivative(activation: str, a: Tensor) -> Tensor:
     return s * (1 + a * (1 - s))
 
 
-def _jvp_loss(layers: Layers, job: Job) -> Tensor:
+def _layers(job: Job) -> Layers:
+    return [(m.weight, m.bias) for m in job.net if isinstance(m, nn.Linear)]
+
+
+def _jvp_loss(job: Job) -> Tensor:
     """Value and all k tangents forward, by hand; PyTorch differentiates and compiles the whole."""
+    layers = _layers(job)
     h, h_dot = torch.cat([job.x1, job.x2], -1), None
     value = F.relu if job.case.activation == "relu" else F.silu
     for l, (W, b) in enumerate(layers):
@@ -176,8 +205,9 @@ def _jvp_loss(layers: Layers, job: Job) -> Tensor:
     raise AssertionError("no layers")
 
 
-def _vjp_loss(layers: Layers, job: Job) -> Tensor:
+def _vjp_loss(job: Job) -> Tensor:
     """Value forward and the one output's slopes backward, by hand."""
+    layers = _layers(job)
     h, derivatives = torch.cat([job.x1, job.x2], -1), []
     value = F.relu if job.case.activation == "relu" else F.silu
     for W, b in layers[:-1]:
@@ -189,18 +219,6 @@ def _vjp_loss(layers: Layers, job: Job) -> Tensor:
     for derivative, (W, _) in zip(reversed(derivatives), reversed(layers[:-1]), strict=True):
         p = (derivative * p) @ W
     return job.loss(y, torch.relu(job.margin - p[:, FREE_INPUTS:]).sum())
-
-
-def compiled(
-    loss_of: Callable[[Layers, Job], Tensor],
-) -> Callable[[Job], Step]:
-    def make(job: Job) -> Step:
-        torch._dynamo.reset()
-        layers: Layers = [(m.weight, m.bias) for m in job.net if isinstance(m, nn.Linear)]
-        fast = torch.compile(lambda: loss_of(layers, job), fullgraph=True, dynamic=False)
-        return _step(job, fast)
-
-    return make
 
 
 # --- architectures that are monotone by construction: another function, compared by cost ----------
@@ -281,9 +299,10 @@ def jax_jit(job: Job) -> Step:
             y, pull = jax.vjp(lambda x2: f(params, x1, x2), x2)
             (slopes,) = pull(jnp.ones_like(y))
         else:
+            # A push for each column: vmap over them, jacfwd and jacrev took 1.3 to 6 times as long.
             y, push = jax.linearize(lambda x2: f(params, x1, x2), x2)
-            directions = jnp.broadcast_to(jnp.eye(case.columns)[:, None], (case.columns, *x2.shape))
-            slopes = jax.vmap(push)(directions)
+            columns = jnp.eye(case.columns)
+            slopes = jnp.stack([push(jnp.broadcast_to(e, x2.shape)) for e in columns])
         penalty = jax.nn.relu(job.margin - slopes).sum()
         return (jnp.square(y - t).sum() + penalty) / case.rows
 
@@ -339,6 +358,11 @@ def rivals(job: Job, with_compiled: bool, with_peers: bool) -> Iterator[Rival]:
     yield Rival("torch.func.jvp", func_jvp)
     yield Rival("vmap(jacrev)", vmap_jacrev, bytes_needed=_jacobian_bytes)
     if with_compiled:
+        torch._dynamo.reset()
+        yield Rival("compiled plain step", compiled(_plain_loss), penalised=False, compiled=True)
+        yield Rival("compiled monokernel", compiled(_penalised_loss), compiled=True, pools=True)
+        if hasattr(torch._dynamo.config, TRACES_GRADIENTS):
+            yield Rival("compiled double backward", compiled_double_backward, compiled=True)
         yield Rival("compiled hand-written jvp", compiled(_jvp_loss), compiled=True)
         if job.case.outputs == 1:
             yield Rival("compiled hand-written vjp", compiled(_vjp_loss), compiled=True)
