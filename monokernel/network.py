@@ -17,6 +17,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from .activations import Activation, of_module
 from .arguments import check_parameter
 
+PLAIN = (nn.Parameter, Tensor)  # dense tensors as PyTorch makes them; a DTensor is none
+
 __all__ = ["Chain", "batch_coupling", "read", "sharded", "unwrap"]
 
 
@@ -33,16 +35,14 @@ class Chain(NamedTuple):
         params: list[Tensor | None] = []
         for l, linear in enumerate(self.linears):
             own = linear._parameters  # nn.Module's look-up of attributes takes ten times as long
-            params += [
-                own[name] if name in own else self._computed(linear, name, l, x)
-                for name in ("weight", "bias")
-            ]
+            params.append(own["weight"] if "weight" in own else self._computed("weight", l, x))
+            params.append(own["bias"] if "bias" in own else self._computed("bias", l, x))
         return params
 
-    def _computed(self, linear: nn.Linear, name: str, l: int, x: Tensor) -> Tensor | None:
+    def _computed(self, name: str, l: int, x: Tensor) -> Tensor | None:
         """A parametrized weight or bias, which only now can be seen to fit: a kernel would read
         past the end of a smaller one."""
-        t: Tensor | None = getattr(linear, name)
+        t: Tensor | None = getattr(self.linears[l], name)
         if t is not None:
             size = (self.widths[l + 1], self.widths[l])[: 2 if name == "weight" else 1]
             if t.shape != size:
@@ -67,14 +67,54 @@ def read(mlp: nn.Module) -> Chain | str:
     linears: list[nn.Linear] = []
     activations: list[Activation | None] = []
     widths: list[int] = []
-    reason = _collect(mlp, mlp, linears, activations, widths)
-    if reason is not None:
-        return reason
+    left = [mlp]
+    while left:
+        m = left.pop()
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return f"{_where(mlp, m)} has hooks"
+        if "forward" in m.__dict__:
+            return f"{_where(mlp, m)} has a forward of its own"
+        # A parametrized Linear is a subclass whose forward is still nn.Linear's.
+        if isinstance(m, nn.Linear) and type(m).forward is nn.Linear.forward:
+            weight, bias = m._parameters.get("weight"), m._parameters.get("bias")
+            for t in (weight, bias):
+                if t is not None and not (type(t) in PLAIN and t.layout is torch.strided):
+                    return f"{_where(mlp, m)} has a weight that is no plain tensor"
+            out, inputs = m.out_features, m.in_features
+            if weight is not None:  # it may have been replaced by one of another size
+                if weight.dim() != 2:
+                    return f"{_where(mlp, m)} has a weight of {weight.dim()} dimensions"
+                out, inputs = weight.shape
+            if bias is not None and bias.numel() != out:
+                return f"{_where(mlp, m)} has a bias of another size than its weight"
+            if not widths:
+                widths.append(inputs)
+            elif widths[-1] != inputs:
+                return f"a Linear layer with {inputs} inputs follows one with {widths[-1]} outputs"
+            widths.append(out)
+            linears.append(m)
+            activations.append(None)
+        elif (activation := of_module(m)) is not None:
+            if activation.kind == "identity":
+                continue
+            if not linears:
+                return f"an activation ({activation.kind}) comes before the first Linear layer"
+            before = activations[-1]
+            if before is not None:
+                return f"two activations ({before.kind}, {activation.kind}) follow each other"
+            activations[-1] = activation
+        elif isinstance(m, nn.Sequential) and type(m).forward is nn.Sequential.forward:
+            left += reversed(m._modules.values())
+        elif isinstance(m, _DropoutNd) and type(m).__module__ == _DropoutNd.__module__:
+            if m.training and m.p > 0:
+                return f"{_where(mlp, m)} is active"
+        else:
+            return f"{_where(mlp, m)} is not a layer that is fused"
     if not linears:
         return "it has no Linear layer"
     # A new identity each time: torch.compile would trace into a shared one.
     each = [σ or Activation("identity") for σ in activations]
-    return Chain(tuple(linears), tuple(each), tuple(widths))
+    return Chain(tuple(linears), tuple(each), tuple(map(int, widths)))
 
 
 def batch_coupling(mlp: nn.Module) -> str | None:
@@ -95,67 +135,9 @@ def sharded(mlp: nn.Module) -> str | None:
     return None
 
 
-def _collect(
-    root: nn.Module,
-    m: nn.Module,
-    linears: list[nn.Linear],
-    activations: list[Activation | None],
-    widths: list[int],
-) -> str | None:
-    """Appends the layers of ``m``, a part of ``root``; a sentence if it has one not fused."""
-    if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-        return f"{_where(root, m)} has hooks"
-    if "forward" in m.__dict__:
-        return f"{_where(root, m)} has a forward of its own"
-    # A parametrized Linear is a subclass whose forward is still nn.Linear's.
-    if isinstance(m, nn.Linear) and type(m).forward is nn.Linear.forward:
-        own = m._parameters
-        weight, bias = own.get("weight"), own.get("bias")
-        if not (_plain(weight) and _plain(bias)):
-            return f"{_where(root, m)} has a weight that is no plain tensor"
-        # Not what the layer says of itself: a weight may have been replaced by one of another size.
-        size = (m.out_features, m.in_features) if weight is None else weight.shape
-        if len(size) != 2 or (bias is not None and bias.shape != size[:1]):
-            return f"{_where(root, m)} has a weight or bias of an unusual shape"
-        inputs = int(size[1])
-        if not widths:
-            widths.append(inputs)
-        elif widths[-1] != inputs:
-            return f"a Linear layer with {inputs} inputs follows one with {widths[-1]} outputs"
-        widths.append(int(size[0]))
-        linears.append(m)
-        activations.append(None)
-        return None
-    activation = of_module(m)
-    if activation is not None:
-        if activation.kind == "identity":
-            return None
-        if not linears:
-            return f"an activation ({activation.kind}) comes before the first Linear layer"
-        before = activations[-1]
-        if before is not None:
-            return f"two activations ({before.kind}, {activation.kind}) follow each other"
-        activations[-1] = activation
-        return None
-    if isinstance(m, nn.Sequential) and type(m).forward is nn.Sequential.forward:
-        for child in m._modules.values():
-            reason = _collect(root, child, linears, activations, widths)
-            if reason is not None:
-                return reason
-        return None
-    if isinstance(m, _DropoutNd) and type(m).__module__ == _DropoutNd.__module__:
-        return f"{_where(root, m)} is active" if m.training and m.p > 0 else None
-    return f"{_where(root, m)} is not a layer that is fused"
-
-
 def _where(root: nn.Module, m: nn.Module) -> str:
     name = next(name for name, part in root.named_modules() if part is m)
     return f"mlp{'.' if name else ''}{name} ({type(m).__name__})"
-
-
-def _plain(t: Tensor | None) -> bool:
-    """Whether it is an ordinary dense tensor (a DTensor is not) or absent."""
-    return t is None or (type(t) in (nn.Parameter, Tensor) and t.layout is torch.strided)
 
 
 def _global_hooks() -> bool:

@@ -186,7 +186,7 @@ def test_replaced_weights_of_another_size() -> None:
     for backend in ("reference", *HANDWRITTEN):
         assert_same(value_and_jacobian(net, x1, x2, backend=backend), want)
     net[2].bias = nn.Parameter(net[2].bias[:1].detach())  # PyTorch broadcasts it
-    reason = "mlp.2 (Linear) has a weight or bias of an unusual shape"
+    reason = "mlp.2 (Linear) has a bias of another size than its weight"
     assert plan(net, x1, x2).refused["torch"] == reason
     assert_same(value_and_jacobian(net, x1, x2), oracle(net, x1, x2))
 
