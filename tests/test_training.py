@@ -13,6 +13,8 @@ import pickle
 import runpy
 import shutil
 import socket
+import sys
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,9 +22,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
-from monokernel import MonotonePenalty, audit
+from monokernel import MonotonePenalty, audit, fused_mono_penalty, value_and_jacobian
 
 D1, K, D = 3, 2, 2
 DIRECTION = [[1, -1], [0, 1]]
@@ -241,15 +244,50 @@ def test_activation_checkpointing(reentrant: bool) -> None:
     assert_same_weights(ours, truth)
 
 
+LIGHTNING = Path(__file__).parents[1] / "examples" / "lightning_module.py"
+
+
 def test_lightning_example() -> None:
     """Only where Lightning is installed, which the tests do not ask for."""
     pytest.importorskip("lightning")
-    path = Path(__file__).parents[1] / "examples" / "lightning_module.py"
     quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    run = runpy.run_path(str(path))["main"]
+    run = runpy.run_path(str(LIGHTNING))["main"]
     logged = run(accelerator="cpu", max_epochs=60, **dict.fromkeys(quiet, False))
     assert logged["val_error"] < 0.7
     assert logged["val_violating"] < 0.05
+
+
+class StandIn(nn.Module):
+    """As much of a LightningModule as the example uses in its steps."""
+
+    def save_hyperparameters(self) -> None:
+        pass
+
+    def log_dict(self, values: dict[str, object], prog_bar: bool = False) -> None:
+        self.logged = {name: float(value) for name, value in values.items()}  # type: ignore[arg-type]
+
+
+def test_lightning_example_without_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example's own code, its steps called by a plain loop as the Trainer calls them."""
+    pytest.importorskip("sklearn")
+    lightning = types.ModuleType("lightning")
+    lightning.LightningModule = StandIn  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lightning", lightning)
+    example = runpy.run_path(str(LIGHTNING))
+    torch.manual_seed(0)
+    fit, held_out = example["loaders"]()
+    module = example["MonotoneRegressor"](d1=8, k=2)
+    optimizer = module.configure_optimizers()
+    for _ in range(60):
+        for i, batch in enumerate(fit):
+            optimizer.zero_grad()
+            module.training_step(batch, i).backward()
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+    for i, batch in enumerate(held_out):
+        module.validation_step(batch, i)
+    assert module.logged["val_error"] < 0.7
+    assert module.logged["val_violating"] < 0.05
 
 
 # --- torch.compile and torch.export ---------------------------------------------------------------
@@ -304,6 +342,54 @@ def test_compile_trains_as_eager_does_and_a_changed_weight_is_no_new_graph() -> 
             with no_more_compiling() if step else nullcontext():
                 train(forward, m.mlp, steps=1)
     assert_same_weights(ours, truth)
+
+
+@pytest.mark.parametrize(
+    ("values", "graphs", "call"),
+    [
+        ([0.1, 0.2, 0.3], 3, lambda mlp, x1, x2, v: fused_mono_penalty(mlp, x1, x2, margin=v)),
+        ([0.1, 0.2, 0.3], 3, lambda mlp, x1, x2, v: fused_mono_penalty(mlp, x1, x2, weight=v)),
+        (
+            [[1, -1], [1, 0], [1, -1]],
+            2,
+            lambda mlp, x1, x2, v: fused_mono_penalty(mlp, x1, x2, direction=v),
+        ),
+        (
+            [torch.tensor(0.1), torch.tensor(0.2), torch.tensor(0.3)],
+            1,
+            lambda mlp, x1, x2, v: fused_mono_penalty(mlp, x1, x2, weight=v),
+        ),
+        ([0.1, 0.2, 0.3, 0.4], 2, lambda mlp, x1, x2, v: v * fused_mono_penalty(mlp, x1, x2)),
+        (
+            [torch.tensor(0.1), torch.tensor(0.2), torch.tensor(0.3)],
+            1,
+            lambda mlp, x1, x2, v: torch.relu(v - value_and_jacobian(mlp, x1, x2)[1]).sum(),
+        ),
+    ],
+    ids=["margin", "weight number", "direction", "weight tensor", "factor outside", "own hinge"],
+)
+def test_compile_what_makes_a_new_graph(
+    values: list[object], graphs: int, call: Callable[..., Tensor]
+) -> None:
+    """The table of the guide."""
+    torch._dynamo.reset()
+    mlp = network()
+    x1, x2, _ = data()
+    counter = CompileCounter()
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    for value in values:
+        got = compiled(mlp, x1, x2, value)
+        torch.testing.assert_close(got, call(mlp, x1, x2, value))
+    assert counter.frame_count == graphs
+
+
+def test_compile_with_a_direction_that_is_a_tensor() -> None:
+    """The module reads it once, outside every graph."""
+    torch._dynamo.reset()
+    model = penalised(network(), direction=torch.tensor(DIRECTION))
+    x1, x2, _ = data()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x1, x2), model(x1, x2))
 
 
 def test_compile_inductor() -> None:
