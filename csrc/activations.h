@@ -186,17 +186,17 @@ template <class T> const ApplyFn<T>* orders_of(int kind) {
 }
 #undef MK_ORDERS
 
-// One output in adjoint mode, on the way back: from a and P, h = σ(a) and the task's cotangent
-// g = scale·σ'(a)∘P, scale one number a row; its column sums go to the bias gradient. `More`: 1
-// stores σ' too, 2 also σ''. 3, for rows with pairs under piecewise-linear σ, stores σ' and has
-// another factor, task, in h and in the sums: h = task·σ(a).
+// One output in adjoint mode, on the way back: from a and P, h = σ(a) and g = scale·σ'(a)∘P, scale
+// one number a row; the column sums of g go to the bias gradient. `More`: 1 stores σ' too, 2 also
+// c = more·σ''(a)∘P, more one number a row. 3, for rows with pairs under piecewise-linear σ, stores
+// σ' and has the other number in h and in the sums: h = more·σ(a).
 template <class T> struct Single {
   int64_t rows, columns;  // columns: whole vectors
   const T* a;
   int64_t lda;
   const T* P;
   int64_t ldp;
-  const T *scale, *task;
+  const T *scale, *more;
   T *h, *s, *c, *g;
   int64_t ld;
   T* bias;  // may be null
@@ -207,17 +207,18 @@ MK_INLINE void single_columns(const Single<T>& w, Numbers<T> numbers, int64_t j0
   constexpr int64_t lanes = Simd<T>::lanes;
   Vec<T> total[Wide] = {};
   for (int64_t i = 0; i < w.rows; ++i) {
-    const T scale = w.scale[i], task = More == 3 ? w.task[i] : T(1);
+    const T scale = w.scale[i], more = More >= 2 ? w.more[i] : T(1);
     MK_UNROLL
     for (int j = 0; j < Wide; ++j) {
       const int64_t at = i * w.ld + j0 + j * lanes;
       const Sigma<T> v = Kind<T>::at(load(w.a + i * w.lda + j0 + j * lanes), numbers);
-      const Vec<T> g = scale * load(w.P + i * w.ldp + j0 + j * lanes) * v.first;
-      store(w.h + at, More == 3 ? task * v.value : v.value);
+      const Vec<T> P = load(w.P + i * w.ldp + j0 + j * lanes);
+      const Vec<T> g = scale * P * v.first;
+      store(w.h + at, More == 3 ? more * v.value : v.value);
       store(w.g + at, g);
       if (More >= 1) store(w.s + at, v.first);
-      if (More == 2) store(w.c + at, v.second);
-      total[j] += More == 3 ? task * g : g;
+      if (More == 2) store(w.c + at, more * P * v.second);
+      total[j] += More == 3 ? more * g : g;
     }
   }
   if (!w.bias) return;

@@ -38,15 +38,17 @@ template <class T> struct Pairs {
   int64_t lde, ldu;
 };
 
+// Scratch of one thread, by layer where it says so. What rows and pairs have in common is stacked:
+// the block's rows have a fixed place, `m` pairs lie just before them, and one product takes both.
 template <class T> struct BackwardScratch {
-  T *h, *s, *c;            // by layer, `stride` apart: h_l, σ', σ''
-  T* r;                    // by layer: Σ over pairs of σ''∘ȧ∘ū; with one output the cotangents
-  T *at, *ht;              // by layer: ȧ_l and ḣ_l of the pairs
-  T *pc, *qc;              // by layer, one output in adjoint mode: p_l and total adjoint of the pairs
-  T *g[2], *t;             // cotangents of a layer, all rows or pairs
-  T* slopes;               // gJ (rows, D, k)
-  T *task, *task_top;      // with one output, by row: gy, and gy·σ_L'
-  T *one, *one_top;        // 1, and σ_L'
+  T *s, *c, *at;       // by layer: σ', σ'' (σ''∘P with one output in adjoint mode), ȧ of the pairs
+  T *stacked_h;        // by layer, stacked: ḣ of the pairs and h
+  T *stacked_g;        // by layer, stacked: the pairs' ū (or p) and the rows' cotangent of a
+  T* r;                // by layer and row: Σ over pairs of σ''∘ȧ∘ū; with one output the pairs' q
+  T* t;                // one layer, all rows
+  T* slopes;           // gJ (rows, D, k)
+  T *task, *task_top;  // with one output, by row: gy, and gy·σ_L'
+  T *one, *one_top;    // 1, and σ_L'
   Pairs<T> pairs;
   Gradients<T> sums;
   int64_t ld, stride;
@@ -55,9 +57,10 @@ template <class T> struct BackwardScratch {
     ld = scratch_ld<T>(max_of(net.widest, net.d));
     stride = capacity * ld;
     const int64_t L = net.L;
-    T** const by_layer[] = {&h, &s, &c, &r, &at, &ht, &pc, &qc};
+    T** const by_layer[] = {&s, &c, &at, &r};
     for (T** buffer : by_layer) *buffer = memory.take<T>(stride * L);
-    for (T*& buffer : g) buffer = memory.take<T>(stride);
+    T** const stacked[] = {&stacked_h, &stacked_g};
+    for (T** buffer : stacked) *buffer = memory.take<T>(2 * stride * L);
     t = memory.take<T>(stride);
     slopes = memory.take<T>(capacity * net.D * net.k);
     T** const by_row[] = {&task, &task_top, &one, &one_top};
@@ -66,9 +69,12 @@ template <class T> struct BackwardScratch {
     pairs.lde = scratch_ld<T>(net.k), pairs.ldu = scratch_ld<T>(net.D);
     pairs.e = memory.take<T>(capacity * pairs.lde);
     pairs.u = memory.take<T>(capacity * pairs.ldu);
-    sums.base = memory.take<T>(Gradients<T>::offset(net, L + 1));
   }
   T* of(T* array, int64_t l) const { return array + (l - 1) * stride; }
+  T* h(int64_t l) const { return stacked_h + (2 * l - 1) * stride; }
+  T* g(int64_t l) const { return stacked_g + (2 * l - 1) * stride; }
+  T* ht(int64_t l, int64_t m) const { return h(l) - m * ld; }
+  T* u(int64_t l, int64_t m) const { return g(l) - m * ld; }
 };
 
 // What a call needs beyond its pointers.
@@ -137,22 +143,20 @@ template <class T> struct BackwardPass {
     if (!wants.pairs) return false;
     const int64_t n = rows * net.D * net.k, at = row0 * net.D * net.k;
     const T* out = static_cast<const T*>(call.gout);
-    bool any = false;
     if (!net.plan->hinge) {
-      for (int64_t i = 0; i < n; ++i) {
-        to[i] = out[at + i];
-        any |= to[i] != T(0);
+      copy(to, out + at, n);
+    } else {
+      const T* derivative = static_cast<const T*>(call.saved[2]) + at;
+      if (net.plan->elementwise) {
+        for (int64_t i = 0; i < n; ++i) to[i] = derivative[i] == T(0) ? T(0) : derivative[i] * out[at + i];
+      } else {
+        const T one = out[0];
+        for (int64_t i = 0; i < n; ++i) to[i] = derivative[i] == T(0) ? T(0) : derivative[i] * one;
       }
-      return any;
     }
-    const T* derivative = static_cast<const T*>(call.saved[2]) + at;
-    const bool each = net.plan->elementwise;
-    for (int64_t i = 0; i < n; ++i) {
-      const T u = derivative[i];
-      to[i] = u == T(0) ? T(0) : u * out[each ? at + i : 0];
-      any |= to[i] != T(0);
-    }
-    return any;
+    int any = 0;
+    for (int64_t i = 0; i < n; ++i) any |= to[i] != T(0);
+    return any || !net.plan->compacts;
   }
 
   // a_l as forward saved it; a_1 is computed again where it was not.
@@ -173,7 +177,7 @@ template <class T> struct BackwardPass {
                 int64_t l, int order) const {
     int64_t lda;
     const T* a = pre_activation(scratch, block, rows, row0, l, &lda);
-    net.at(l).apply(order, {rows, whole_vectors<T>(net.at(l).out), a, lda, scratch.of(scratch.h, l),
+    net.at(l).apply(order, {rows, whole_vectors<T>(net.at(l).out), a, lda, scratch.h(l),
                             scratch.of(scratch.s, l), scratch.of(scratch.c, l), scratch.ld});
   }
 
@@ -190,12 +194,13 @@ template <class T> struct BackwardPass {
       T *e = pairs.e + m * pairs.lde, *u = pairs.u + m * pairs.ldu;
       bool any = false;
       if (net.plan->adjoint) {
-        for (int64_t c = 0; c < k; ++c) any |= (e[c] = g[q * k + c]) != T(0);
-        if (!any) continue;
+        for (int64_t c = 0; c < k; ++c) any |= g[q * k + c] != T(0);
+        if (!any && net.plan->compacts) continue;
+        copy_few(e, g + q * k, k);
         for (int64_t d = 0; d < D; ++d) u[d] = d == q ? T(1) : T(0);
       } else {
         for (int64_t d = 0; d < D; ++d) any |= (u[d] = g[d * k + q]) != T(0);
-        if (!any) continue;
+        if (!any && net.plan->compacts) continue;
         for (int64_t c = 0; c < k; ++c) e[c] = c == q ? T(1) : T(0);
       }
       pairs.row[m++] = int32_t(i);
@@ -218,61 +223,112 @@ template <class T> struct BackwardPass {
     }
   };
 
-  // ȧ_l and ḣ_l of m pairs, up to layer `end`. s is σ' by layer and row[i] its row for pair i.
-  void tangent_chain(const BackwardScratch<T>& scratch, int64_t m, int64_t end, const T* s,
-                     const int32_t* row) const {
-    const int64_t ld = scratch.ld;
+  // ȧ_l and ḣ_l of m pairs, as far up as they are needed.
+  void tangent_chain(const BackwardScratch<T>& scratch, int64_t m) const {
+    const int64_t ld = scratch.ld, end = net.last().curved ? net.L : net.L - 1;
     for (int64_t l = 1; l <= end; ++l) {
       const Layer<T>& layer = net.at(l);
-      T *at = scratch.of(scratch.at, l), *ht = scratch.of(scratch.ht, l);
-      const ScaleRows after{row, s + (l - 1) * scratch.stride, at, ht, ld};
+      T *at = scratch.of(scratch.at, l), *ht = scratch.ht(l, m);
+      const ScaleRows after{scratch.pairs.row, scratch.of(scratch.s, l), at, ht, ld};
       if (l == 1) {
         gemm<false>(m, net.k, scratch.pairs.e, scratch.pairs.lde, layer.forward, net.d - net.k,
                     from_zero<T>(), at, ld, after);
       } else {
-        gemm<false>(m, layer.in, scratch.of(scratch.ht, l - 1), ld, layer.forward, 0,
-                    from_zero<T>(), at, ld, after);
+        gemm<false>(m, layer.in, scratch.ht(l - 1, m), ld, layer.forward, 0, from_zero<T>(), at, ld,
+                    after);
       }
     }
   }
 
-  // r_l[row] += σ''∘ȧ∘ū, pair after pair.
-  void add_curvature(const BackwardScratch<T>& scratch, int64_t l, int64_t m, const T* u,
-                     int64_t ldu) const {
-    if (!net.at(l).curved) return;
-    const int64_t ld = scratch.ld, columns = whole_vectors<T>(net.at(l).out);
-    const T *c = scratch.of(scratch.c, l), *at = scratch.of(scratch.at, l);
-    T* r = scratch.of(scratch.r, l);
+  // x of stacked rows, one tile after a product with W_{l+1}: pairs leave σ''∘ȧ∘x in r and become
+  // ū = σ'∘x; rows become ḡ = σ'∘x + r. Pairs come first, so r is complete when rows read it.
+  struct Pull {
+    int64_t m;
+    const int32_t* row;
+    const T *s, *c, *at;
+    T *r, *x;  // r is null where nothing is curved
+    int64_t ld;
+
+    void operator()(int64_t i0, int64_t rows, int64_t j0, int64_t columns) const {
+      const int64_t end = i0 + rows;
+      int64_t i = i0;
+      for (; i < min_of(end, m); ++i) pair(i * ld + j0, row[i] * ld + j0, columns);
+      for (; i < end; ++i) own(i * ld + j0, (i - m) * ld + j0, columns);
+    }
+    MK_INLINE void pair(int64_t here, int64_t there, int64_t columns) const {
+      for (int64_t j = 0; j < columns; j += Simd<T>::lanes) {
+        const Vec<T> pulled = load(x + here + j);
+        store(x + here + j, load(s + there + j) * pulled);
+        if (!r) continue;
+        const Vec<T> bent = load(c + there + j) * load(at + here + j);
+        store(r + there + j, load(r + there + j) + bent * pulled);
+      }
+    }
+    MK_INLINE void own(int64_t here, int64_t there, int64_t columns) const {
+      for (int64_t j = 0; j < columns; j += Simd<T>::lanes) {
+        const Vec<T> g = load(s + there + j) * load(x + here + j);
+        store(x + here + j, r ? g + load(r + there + j) : g);
+      }
+    }
+  };
+
+  // The cotangent chain of m pairs stacked upon `rows` rows (either may be none).
+  void chain(const BackwardScratch<T>& scratch, int64_t m, int64_t rows, int64_t row0,
+             bool active) const {
+    const int64_t ld = scratch.ld;
+    pairs_top(scratch, m);
+    rows_top(scratch, rows, row0, active);
+    for (int64_t l = net.L; l > 1; --l) {
+      add_weight(scratch, l, m + rows, scratch.u(l, m), ld, scratch.ht(l - 1, m), ld);
+      add_bias(scratch, l, rows, scratch.g(l), ld);
+      T* next = scratch.u(l - 1, m);
+      const bool curved = active && net.at(l - 1).curved;
+      const Pull after{m,
+                       scratch.pairs.row,
+                       scratch.of(scratch.s, l - 1),
+                       scratch.of(scratch.c, l - 1),
+                       scratch.of(scratch.at, l - 1),
+                       curved ? scratch.of(scratch.r, l - 1) : nullptr,
+                       next,
+                       ld};
+      gemm<false>(m + rows, net.at(l).out, scratch.u(l, m), ld, net.at(l).back, 0, from_zero<T>(),
+                  next, ld, after);
+    }
+    add_first_columns(scratch, m, scratch.u(1, m));
+    add_bias(scratch, 1, rows, scratch.g(1), ld);
+    if (rows) first_layer(scratch, rows, row0, scratch.g(1));
+  }
+
+  // ū_L = σ_L'∘u, and what a curved last activation leaves in r.
+  void pairs_top(const BackwardScratch<T>& scratch, int64_t m) const {
+    const int64_t L = net.L, ld = scratch.ld, ldu = scratch.pairs.ldu;
+    const T *s = scratch.of(scratch.s, L), *c = scratch.of(scratch.c, L);
+    const T* at = scratch.of(scratch.at, L);
+    T *to = scratch.u(L, m), *r = scratch.of(scratch.r, L);
     for (int64_t i = 0; i < m; ++i) {
       const int64_t row = scratch.pairs.row[i] * ld;
-      for (int64_t j = 0; j < columns; j += Simd<T>::lanes) {
-        store(r + row + j, load(r + row + j) + load(c + row + j) * load(at + i * ld + j) *
-                                                   load(u + i * ldu + j));
+      for (int64_t j = 0; j < whole_vectors<T>(net.D); j += Simd<T>::lanes) {
+        const Vec<T> u = load(scratch.pairs.u + i * ldu + j);
+        store(to + i * ld + j, load(s + row + j) * u);
+        if (!net.last().curved) continue;
+        store(r + row + j, load(r + row + j) + load(c + row + j) * load(at + i * ld + j) * u);
       }
     }
   }
 
-  // Everything that m pairs add: weight gradients, and r for the task's chain.
-  void run_pairs(const BackwardScratch<T>& scratch, int64_t m) const {
-    const int64_t L = net.L, ld = scratch.ld;
-    const Pairs<T>& pairs = scratch.pairs;
-    tangent_chain(scratch, m, net.last().curved ? L : L - 1, scratch.s, pairs.row);
-    T* u = scratch.g[0];
-    const int64_t D = whole_vectors<T>(net.D);
-    add_curvature(scratch, L, m, pairs.u, pairs.ldu);
-    for (int64_t i = 0; i < m; ++i) {
-      multiply<T>(1, D, pairs.u + i * pairs.ldu, 0,
-                  scratch.of(scratch.s, L) + pairs.row[i] * ld, 0, u + i * ld, 0);
+  // ḡ_L: the task loss's, and what the pairs left in r.
+  void rows_top(const BackwardScratch<T>& scratch, int64_t rows, int64_t row0, bool active) const {
+    const int64_t L = net.L, D = net.D, ld = scratch.ld;
+    const bool curved = active && net.last().curved;
+    const T* given = gy(row0);
+    T* g = scratch.g(L);
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < D; ++j) {
+        const T from_task = given ? given[i * D + j] * scratch.of(scratch.s, L)[i * ld + j] : T(0);
+        g[i * ld + j] = from_task + (curved ? scratch.of(scratch.r, L)[i * ld + j] : T(0));
+      }
+      for (int64_t j = D; j < whole_vectors<T>(D); ++j) g[i * ld + j] = 0;
     }
-    for (int64_t l = L; l > 1; --l) {
-      add_weight(scratch, l, m, u, ld, scratch.of(scratch.ht, l - 1), ld);
-      T *pulled = scratch.t, *next = u == scratch.g[0] ? scratch.g[1] : scratch.g[0];
-      gemm<false>(m, net.at(l).out, u, ld, net.at(l).back, 0, from_zero<T>(), pulled, ld,
-                  ScaleRows{pairs.row, scratch.of(scratch.s, l - 1), pulled, next, ld});
-      add_curvature(scratch, l - 1, m, pulled, ld);
-      u = next;
-    }
-    add_first_columns(scratch, m, u);
   }
 
   // --- one block, any mode ----------------------------------------------------------------------
@@ -292,15 +348,25 @@ template <class T> struct BackwardPass {
         ones(scratch, rows);
       }
     }
+    const bool task = call.gy || (active && net.curved);
+    int64_t m = 0, next = 0;
     if (active) {
-      int64_t next = 0;
-      while (const int64_t m = gather_pairs(scratch, rows, &next)) run_pairs(scratch, m);
+      while ((m = gather_pairs(scratch, rows, &next))) {
+        tangent_chain(scratch, m);
+        if (task && stacks(rows, next)) break;
+        chain(scratch, m, 0, row0, true);
+      }
     }
-    if (call.gy || (active && net.curved)) {
-      task_chain(scratch, rows, row0, active);
+    if (task) {
+      chain(scratch, m, rows, row0, active);
     } else {
       no_input_gradient(rows, row0);
     }
+  }
+
+  // Whether pairs just gathered are the block's last, which are stacked upon its rows.
+  bool stacks(int64_t rows, int64_t next) const {
+    return net.plan->stacks && next == rows * (net.plan->adjoint ? net.D : net.k);
   }
 
   // σ_L' where no activation follows the last layer.
@@ -313,44 +379,6 @@ template <class T> struct BackwardPass {
 
   void no_input_gradient(int64_t rows, int64_t row0) const {
     if (call.gx) clear(static_cast<T*>(call.gx) + row0 * net.d, rows * net.d);
-  }
-
-  // The cotangent g_l of a_l for all rows: the task loss's, and what the pairs left in r.
-  void task_chain(const BackwardScratch<T>& scratch, int64_t rows, int64_t row0,
-                  bool active) const {
-    const int64_t L = net.L, D = net.D, ld = scratch.ld;
-    const T* given = gy(row0);
-    T* g = scratch.g[0];
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < D; ++j) {
-        const T from_task = given ? given[i * D + j] * scratch.of(scratch.s, L)[i * ld + j] : T(0);
-        const bool curved = active && net.last().curved;
-        g[i * ld + j] = from_task + (curved ? scratch.of(scratch.r, L)[i * ld + j] : T(0));
-      }
-      for (int64_t j = D; j < whole_vectors<T>(D); ++j) g[i * ld + j] = 0;
-    }
-    for (int64_t l = L; l > 1; --l) {
-      add_weight(scratch, l, rows, g, ld, scratch.of(scratch.h, l - 1), ld);
-      add_bias(scratch, l, rows, g, ld);
-      T* next = g == scratch.g[0] ? scratch.g[1] : scratch.g[0];
-      const T* s = scratch.of(scratch.s, l - 1);
-      gemm<false>(rows, net.at(l).out, g, ld, net.at(l).back, 0, from_zero<T>(), next, ld,
-                  Scale<T>{s, ld, next, ld, next, ld});
-      if (active && net.at(l - 1).curved) add_rows(scratch, l - 1, rows, next);
-      g = next;
-    }
-    add_bias(scratch, 1, rows, g, ld);
-    first_layer(scratch, rows, row0, g);
-  }
-
-  void add_rows(const BackwardScratch<T>& scratch, int64_t l, int64_t rows, T* g) const {
-    const T* r = scratch.of(scratch.r, l);
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < whole_vectors<T>(net.at(l).out); j += Simd<T>::lanes) {
-        const int64_t at = i * scratch.ld + j;
-        store(g + at, load(g + at) + load(r + at));
-      }
-    }
   }
 
   // dW_1 and dx of the finished g_1.
@@ -383,24 +411,29 @@ template <class T> struct BackwardPass {
     const int64_t m = active ? gather_pairs(scratch, rows, &next) : 0;
     single_top(scratch, block, rows, row0);
     if (m && !net.curved) return run_single_linear(scratch, block, rows, row0, m);
-    const bool total = m > 0;  // rows of pairs get more than the task's cotangent
+    // Every row with a pair: then pairs are rows, and nothing is gathered nor put back.
+    const bool all = m == rows;
     for (int64_t l = 1; l < L; ++l) {
-      single_layer(scratch, block, rows, row0, l, m ? (net.at(l).curved ? 2 : 1) : 0);
+      const int more = m == 0 ? 0 : net.at(l).curved ? 2 : 1;
+      single_layer(scratch, block, rows, row0, l, more, all, all ? scratch.u(l, m) : scratch.g(l));
     }
-    if (m) run_single_pairs(scratch, block, m);
-    for (int64_t l = L; l >= 1; --l) {
-      T* g = scratch.of(scratch.r, l);
-      if (total) {
-        const int64_t columns = whole_vectors<T>(net.at(l).out);
-        for (int64_t i = 0; i < m; ++i) {
-          copy(g + scratch.pairs.row[i] * ld, scratch.of(scratch.qc, l) + i * ld, columns);
-        }
+    if (m) {
+      tangent_chain(scratch, m);
+      single_pairs_top(scratch, m, all);
+    }
+    for (int64_t l = L; l > 1; --l) {
+      if (net.plan->stacks) {
+        add_weight(scratch, l, m + rows, scratch.u(l, m), ld, scratch.ht(l - 1, m), ld);
+      } else {
+        add_weight(scratch, l, m, scratch.u(l, m), ld, scratch.ht(l - 1, m), ld);
+        add_weight(scratch, l, rows, scratch.g(l), ld, scratch.h(l - 1), ld);
       }
-      if (total || l == L) add_bias(scratch, l, rows, g, ld);
-      if (l == 1) break;
-      add_weight(scratch, l, rows, g, ld, scratch.of(scratch.h, l - 1), ld);
+      if (m || l == L) add_bias(scratch, l, rows, scratch.g(l), ld);
+      if (m) single_pairs_below(scratch, block, l, m, all);
     }
-    first_layer(scratch, rows, row0, scratch.of(scratch.r, 1));
+    if (m) add_first_columns(scratch, m, scratch.u(1, m));
+    if (m || L == 1) add_bias(scratch, 1, rows, scratch.g(1), ld);
+    first_layer(scratch, rows, row0, scratch.g(1));
   }
 
   // σ_L', σ_L'' and g_L = gy·σ_L', each in column 0 of its layer.
@@ -408,7 +441,7 @@ template <class T> struct BackwardPass {
                   int64_t row0) const {
     const int64_t L = net.L, ld = scratch.ld;
     const T* given = gy(row0);
-    T *s = scratch.of(scratch.s, L), *g = scratch.of(scratch.r, L);
+    T *s = scratch.of(scratch.s, L), *g = scratch.g(L);
     if (net.last().identity) {
       for (int64_t i = 0; i < rows; ++i) s[i * ld] = T(1);
     } else {
@@ -431,9 +464,11 @@ template <class T> struct BackwardPass {
                          int64_t row0, int64_t m) const {
     const int64_t L = net.L, ld = scratch.ld, d = net.d, k = net.k;
     const int32_t* row = scratch.pairs.row;
-    for (int64_t l = 1; l < L; ++l) single_layer(scratch, block, rows, row0, l, 3);
-    tangent_chain(scratch, m, L - 1, scratch.s, row);
-    T* top = scratch.of(scratch.r, L);
+    for (int64_t l = 1; l < L; ++l) {
+      single_layer(scratch, block, rows, row0, l, 3, true, scratch.g(l));
+    }
+    tangent_chain(scratch, m);
+    T* top = scratch.g(L);
     T bias = 0;
     for (int64_t i = 0; i < rows; ++i) {
       bias += scratch.task_top[i];
@@ -441,11 +476,11 @@ template <class T> struct BackwardPass {
     }
     if (wants.biases[L - 1]) scratch.sums.bias(net, L)[0] += bias;
     for (int64_t l = L; l > 1; --l) {
-      T* h = scratch.of(scratch.h, l - 1);
-      add_pairs(m, row, whole_vectors<T>(net.at(l - 1).out), scratch.of(scratch.ht, l - 1), h, ld);
-      add_weight(scratch, l, rows, scratch.of(scratch.r, l), ld, h, ld);
+      T* h = scratch.h(l - 1);
+      add_pairs(m, row, whole_vectors<T>(net.at(l - 1).out), scratch.ht(l - 1, m), h, ld);
+      add_weight(scratch, l, rows, scratch.g(l), ld, h, ld);
     }
-    const T *p = scratch.of(scratch.r, 1), *from = x(row0);
+    const T *p = scratch.g(1), *from = x(row0);
     T* seeds = scratch.t;  // gy·x, and the pairs' e in its last columns
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < d; ++j) seeds[i * ld + j] = scratch.task[i] * from[i * d + j];
@@ -467,13 +502,13 @@ template <class T> struct BackwardPass {
     }
   }
 
-  // h_l and g_l of all rows; what the pairs need of σ', σ'' (see Single for `more`).
+  // h_l and gy·p_l (or p_l itself) of all rows; what the pairs need of σ', σ'' (`more` as in Single).
   void single_layer(const BackwardScratch<T>& scratch, int64_t block, int64_t rows, int64_t row0,
-                    int64_t l, int more) const {
+                    int64_t l, int more, bool p_itself, T* g) const {
     const Layer<T>& layer = net.at(l);
-    const bool below_top = l == net.L - 1;
-    const T* scale = more == 3 ? (below_top ? scratch.one_top : scratch.one)
-                               : (below_top ? scratch.task_top : scratch.task);
+    const bool below_top = l == net.L - 1;  // where P is a row of W_L times σ_L'
+    const T* p_scale = below_top ? scratch.one_top : scratch.one;
+    const T* g_scale = below_top ? scratch.task_top : scratch.task;
     const bool sums_bias = wants.biases[l - 1] && (more == 0 || more == 3);
     int64_t lda;
     const T* a = pre_activation(scratch, block, rows, row0, l, &lda);
@@ -483,12 +518,12 @@ template <class T> struct BackwardPass {
                          lda,
                          below_top ? net.last().rows : layout.p(call.saved[1], block, l),
                          below_top ? 0 : layout.ld(l),
-                         scale,
-                         scratch.task,
-                         scratch.of(scratch.h, l),
+                         p_itself ? p_scale : g_scale,
+                         more == 3 ? scratch.task : p_scale,
+                         scratch.h(l),
                          scratch.of(scratch.s, l),
                          scratch.of(scratch.c, l),
-                         scratch.of(scratch.r, l),
+                         g,
                          scratch.ld,
                          sums_bias ? scratch.sums.bias(net, l) : nullptr};
     layer.single[more](work, layer.numbers);
@@ -505,79 +540,112 @@ template <class T> struct BackwardPass {
     return layout.p(call.saved[1], block, l) + row * layout.ld(l);
   }
 
-  // p_l, ḣ_l and the total adjoint q_l = gy·p_l + σ''-terms of m pairs (one for each active row).
-  void run_single_pairs(const BackwardScratch<T>& scratch, int64_t block, int64_t m) const {
+  // p_L and the total adjoint q_L = gy·p_L + σ_L''∘ȧ_L of m pairs, one for each active row.
+  void single_pairs_top(const BackwardScratch<T>& scratch, int64_t m, bool all) const {
     const int64_t L = net.L, ld = scratch.ld;
-    const int32_t* row = scratch.pairs.row;
-    tangent_chain(scratch, m, net.last().curved ? L : L - 1, scratch.s, row);
-    T *pc = scratch.of(scratch.pc, L), *qc = scratch.of(scratch.qc, L);
+    T *p = scratch.u(L, m), *g = scratch.g(L), *q = adjoint(scratch, L, all);
     for (int64_t i = 0; i < m; ++i) {
-      const int64_t from = row[i] * ld;
-      clear(qc + i * ld, Simd<T>::lanes);
-      pc[i * ld] = scratch.of(scratch.s, L)[from];
-      qc[i * ld] = scratch.task_top[row[i]];
+      const int64_t row = scratch.pairs.row[i], from = row * ld;
+      clear(q + i * ld, Simd<T>::lanes);
+      p[i * ld] = scratch.one_top[row];
+      q[i * ld] = scratch.task_top[row];
       if (net.last().curved) {
-        qc[i * ld] += scratch.of(scratch.c, L)[from] * scratch.of(scratch.at, L)[i * ld];
+        q[i * ld] += scratch.of(scratch.c, L)[from] * scratch.of(scratch.at, L)[i * ld];
       }
+      g[from] = q[i * ld];
     }
-    for (int64_t l = L; l > 1; --l) {
-      add_weight(scratch, l, m, scratch.of(scratch.pc, l), ld, scratch.of(scratch.ht, l - 1), ld);
-      T *p = scratch.of(scratch.pc, l - 1), *q = scratch.of(scratch.qc, l - 1);
-      gemm<false>(m, net.at(l).out, scratch.of(scratch.qc, l), ld, net.at(l).back, 0,
-                  from_zero<T>(), q, ld, ScaleRows{row, scratch.of(scratch.s, l - 1), q, q, ld});
-      single_pairs_layer(scratch, block, l - 1, m, p, q);
-    }
-    add_first_columns(scratch, m, scratch.of(scratch.pc, 1));
+  }
+  // Where the pairs' q_l goes: with all rows active it is the rows' cotangent itself.
+  T* adjoint(const BackwardScratch<T>& scratch, int64_t l, bool all) const {
+    return all ? scratch.g(l) : scratch.of(scratch.r, l);
   }
 
-  // p = σ'∘P, q += σ''∘ȧ∘P for the pairs of one layer.
-  void single_pairs_layer(const BackwardScratch<T>& scratch, int64_t block, int64_t l, int64_t m,
-                          T* p, T* q) const {
+  // From layer l to the one below: q (then also the cotangent of the pairs' rows) and p.
+  void single_pairs_below(const BackwardScratch<T>& scratch, int64_t block, int64_t l, int64_t m,
+                          bool all) const {
+    const int64_t ld = scratch.ld, columns = whole_vectors<T>(net.at(l - 1).out);
+    const int32_t* row = scratch.pairs.row;
+    const bool curved = net.at(l - 1).curved;
+    T *q = adjoint(scratch, l - 1, all), *g = scratch.g(l - 1);
+    const PullRows after{row,
+                         scratch.of(scratch.s, l - 1),
+                         curved ? scratch.of(scratch.c, l - 1) : nullptr,
+                         scratch.of(scratch.at, l - 1),
+                         q,
+                         ld};
+    gemm<false>(m, net.at(l).out, adjoint(scratch, l, all), ld, net.at(l).back, 0, from_zero<T>(),
+                q, ld, after);
+    if (all) return;
+    gather_p(scratch, block, l - 1, m);
+    for (int64_t i = 0; i < m; ++i) copy(g + row[i] * ld, q + i * ld, columns);
+  }
+
+  // q = σ'∘q + (σ''∘P)∘ȧ, one tile of pairs after a product.
+  struct PullRows {
+    const int32_t* row;
+    const T *s, *c;  // c = σ''∘P, null where σ'' is zero
+    const T* at;
+    T* q;
+    int64_t ld;
+
+    void operator()(int64_t i0, int64_t rows, int64_t j0, int64_t columns) const {
+      for (int64_t i = i0; i < i0 + rows; ++i) {
+        const int64_t from = row[i] * ld;
+        for (int64_t j = j0; j < j0 + columns; j += Simd<T>::lanes) {
+          Vec<T> pulled = load(s + from + j) * load(q + i * ld + j);
+          if (c) pulled += load(c + from + j) * load(at + i * ld + j);
+          store(q + i * ld + j, pulled);
+        }
+      }
+    }
+  };
+
+  // p_l = σ'∘P of the pairs' rows, one after another.
+  void gather_p(const BackwardScratch<T>& scratch, int64_t block, int64_t l, int64_t m) const {
     const int64_t ld = scratch.ld, columns = whole_vectors<T>(net.at(l).out);
-    const T *s = scratch.of(scratch.s, l), *c = scratch.of(scratch.c, l);
-    const T* at = scratch.of(scratch.at, l);
+    const T* s = scratch.of(scratch.s, l);
+    T* p = scratch.u(l, m);
     for (int64_t i = 0; i < m; ++i) {
       const int64_t row = scratch.pairs.row[i];
       T scale;
       const T* P = pulled(scratch, block, l, row, &scale);
       for (int64_t j = 0; j < columns; j += Simd<T>::lanes) {
-        const Vec<T> P_j = scale * load(P + j);
-        const int64_t here = i * ld + j, there = row * ld + j;
-        store(p + here, load(s + there) * P_j);
-        if (!net.at(l).curved) continue;
-        store(q + here, load(q + here) + load(c + there) * load(at + here) * P_j);
+        store(p + i * ld + j, load(s + row * ld + j) * (scale * load(P + j)));
       }
     }
   }
 };
 
-template <class T> void pack_for_backward(Net<T>& net, const SavedLayout<T>& layout,
-                                          const BackwardCall& call, const Wants& wants,
-                                          Bump& memory) {
-  const int64_t L = net.L;
-  if (!layout.has_a(1)) net.pack_bias(memory, 1);
-  if (!layout.has_a(1) || wants.pairs) net.pack_forward(memory, 1);
-  if (wants.pairs) {
-    for (int64_t l = 2; l < L + (net.last().curved ? 1 : 0); ++l) net.pack_forward(memory, l);
+template <class T> struct BackwardWeights {
+  Net<T> net;
+
+  BackwardWeights(const Plan& plan, const BackwardCall& call, const Wants& wants, Bump& memory)
+      : net(plan, call.params) {
+    const SavedLayout<T> layout(net, call.N);
+    const int64_t L = net.L;
+    if (!layout.has_a(1)) net.pack_bias(memory, 1);
+    if (!layout.has_a(1) || wants.pairs) net.pack_forward(memory, 1);
+    if (wants.pairs) {
+      for (int64_t l = 2; l < L + (net.last().curved ? 1 : 0); ++l) net.pack_forward(memory, l);
+    }
+    const bool single = layout.keeps_adjoint();
+    if (single && L > 1) net.pack_rows(memory, L);
+    if (!single || (wants.pairs && net.curved)) {
+      for (int64_t l = 2; l <= L; ++l) net.pack_back(memory, l);
+    }
+    if (call.gx) net.pack_back(memory, 1);
   }
-  const bool single = layout.keeps_adjoint();
-  if (single && L > 1) net.pack_rows(memory, L);
-  if (!single || (wants.pairs && net.curved)) {
-    for (int64_t l = 2; l <= L; ++l) net.pack_back(memory, l);
-  }
-  if (call.gx) net.pack_back(memory, 1);
-}
+};
 
 // Adds up the threads' sums in their order and lays them out as the parameters are.
 template <class T> struct Reduction {
   const Net<T>& net;
   const BackwardCall& call;
-  const BackwardScratch<T>* scratch;
-  int64_t threads;
+  const T* sums;  // thread after thread
+  int64_t size, threads;
 
   void run(const Runtime& runtime) const {
-    const bool few = Gradients<T>::offset(net, net.L + 1) < shared_from;
-    const int64_t helpers = few ? 1 : threads;
+    const int64_t helpers = size < shared_from ? 1 : threads;
     auto work = [&](int64_t t) {
       for (int64_t l = 1; l <= net.L; ++l) layer(l, helpers, t);
     };
@@ -599,27 +667,28 @@ template <class T> struct Reduction {
     const int64_t end = f.out * (helper + 1) / helpers;  // W_1's sums are transposed
     for (int64_t j = f.out * helper / helpers; j < end; ++j) {
       for (int64_t i = 0; i < f.in; ++i) {
-        T total = scratch[0].sums.base[at + i * ld + j];
-        for (int64_t t = 1; t < threads; ++t) total += scratch[t].sums.base[at + i * ld + j];
+        const T* from = sums + at + i * ld + j;
+        T total = *from;
+        for (int64_t t = 1; t < threads; ++t) total += from[t * size];
         dw[j * f.in + i] = total;
       }
     }
   }
 
   void row(T* to, int64_t at, int64_t n) const {
-    copy(to, scratch[0].sums.base + at, n);
+    copy(to, sums + at, n);
     for (int64_t t = 1; t < threads; ++t) {
-      const T* more = scratch[t].sums.base + at;
+      const T* more = sums + t * size + at;
       for (int64_t j = 0; j < n; ++j) to[j] += more[j];
     }
   }
 };
 
-template <class T> bool any_slope_gradient(const Net<T>& net, const BackwardCall& call) {
+template <class T> bool any_slope_gradient(const Plan& plan, const BackwardCall& call) {
   if (!call.gout) return false;
-  if (!net.plan->hinge) return true;
+  if (!plan.hinge || !plan.compacts) return true;
   const T* derivative = static_cast<const T*>(call.saved[2]);
-  for (int64_t i = 0; i < call.N * net.D * net.k; ++i) {
+  for (int64_t i = 0; i < call.N * plan.widths[plan.L] * plan.k; ++i) {
     if (derivative[i] != T(0)) return true;
   }
   return false;
@@ -627,43 +696,40 @@ template <class T> bool any_slope_gradient(const Net<T>& net, const BackwardCall
 
 template <class T>
 Status backward(const Plan& plan, const BackwardCall& call, const Runtime& runtime) {
-  Net<T> net(plan, call.params);
-  const SavedLayout<T> layout(net, call.N);
-  const Blocks& blocks = layout.blocks;
+  const Blocks blocks(call.N);
   Wants wants{};
-  for (int64_t l = 0; l < net.L; ++l) {
+  for (int64_t l = 0; l < plan.L; ++l) {
     wants.weights[l] = call.grads[2 * l] != nullptr;
     wants.biases[l] = call.grads[2 * l + 1] != nullptr;
   }
   wants.input = call.gx != nullptr;
-  wants.pairs = any_slope_gradient(net, call);
+  wants.pairs = any_slope_gradient<T>(plan, call);
   const int64_t threads = min_of<int64_t>(max_of(call.threads, 1), blocks.count);
-  Bump count;
-  const auto lay_out = [&](Bump& memory, auto&& each_thread) {
-    pack_for_backward(net, layout, call, wants, memory);
-    for (int64_t t = 0; t < threads; ++t) {
-      each_thread(t, BackwardScratch<T>(memory, net, blocks.capacity));
-    }
+  const Net<T> net(plan, call.params);
+  const int64_t size = round_up(Gradients<T>::offset(net, net.L + 1), 64);  // whole cache lines
+  Bump front;
+  front.take<T>(size * threads);
+  const auto weights_in = [&](Bump& memory) { return BackwardWeights<T>(plan, call, wants, memory); };
+  const auto scratch_in = [&](Bump& memory, const Net<T>& packed) {
+    return BackwardScratch<T>(memory, packed, blocks.capacity);
   };
-  lay_out(count, [](int64_t, const BackwardScratch<T>&) {});
-  const size_t scratch_at = (count.used + 63) / 64 * 64;
-  const size_t bytes = scratch_at + size_t(threads) * sizeof(BackwardScratch<T>);
-  char* base = static_cast<char*>(runtime.acquire(bytes));
-  if (!base) return out_of_memory;
-  Bump memory{base, 0};
-  BackwardScratch<T>* scratch = reinterpret_cast<BackwardScratch<T>*>(base + scratch_at);
-  lay_out(memory, [&](int64_t t, const BackwardScratch<T>& s) { scratch[t] = s; });
+  const Crew<T, decltype(weights_in), decltype(scratch_in)> crew(threads, front.lines(), weights_in,
+                                                                 scratch_in);
+  char* memory = static_cast<char*>(runtime.acquire(crew.bytes()));
+  if (!memory) return out_of_memory;
+  T* sums = reinterpret_cast<T*>(memory);
 
-  pack_weights(net, runtime, threads);
-  const BackwardPass<T> pass{net, call, layout, wants};
-  auto work = [&](int64_t t) {
-    clear(scratch[t].sums.base, Gradients<T>::offset(net, net.L + 1));
-    const int64_t end = first_block(blocks, threads, t + 1);
-    for (int64_t b = first_block(blocks, threads, t); b < end; ++b) pass.run(scratch[t], b);
-  };
-  on_threads(runtime, threads, work);
-  Reduction<T>{net, call, scratch, threads}.run(runtime);
-  runtime.release(base, bytes);
+  crew.run(runtime, memory,
+           [&](int64_t t, const BackwardWeights<T>& weights, BackwardScratch<T> scratch) {
+             scratch.sums.base = sums + t * size;
+             clear(scratch.sums.base, size);
+             const SavedLayout<T> layout(weights.net, call.N);
+             const BackwardPass<T> pass{weights.net, call, layout, wants};
+             const int64_t end = first_block(blocks, threads, t + 1);
+             for (int64_t b = first_block(blocks, threads, t); b < end; ++b) pass.run(scratch, b);
+           });
+  Reduction<T>{net, call, sums, size, threads}.run(runtime);
+  runtime.release(memory, crew.bytes());
   return ok;
 }
 

@@ -212,6 +212,13 @@ MK_EXPORT void* mk_plan_new(const int64_t* flags, int64_t L, int64_t k, const in
   return owned;
 }
 
+// For benchmarks/ablation.py: see Plan.
+MK_EXPORT void mk_plan_switch(void* plan, int64_t stacks, int64_t compacts) {
+  OwnedPlan* owned = static_cast<OwnedPlan*>(plan);
+  owned->plan.stacks = stacks != 0;
+  owned->plan.compacts = compacts != 0;
+}
+
 MK_EXPORT void mk_plan_delete(void* plan) { delete static_cast<OwnedPlan*>(plan); }
 
 // Elements for each row of x of the buffers that forward fills: a_l, P_l, ∂penalty/∂J.

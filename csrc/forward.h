@@ -37,23 +37,31 @@ template <class T> struct Scale {
   }
 };
 
+// The columns of x2 whose tangents go through the layers together with h, each panel of a weight
+// serving all of them. More would only push one another out of the cache.
+constexpr int64_t most_riders = 4;
+
 template <class T> struct ForwardScratch {
-  T *a, *h[2], *p[2];  // one block of the widest layer each
-  T* s;                // σ'(a_l), l = 1 .. L, `stride` apart
-  T *y, *slopes;       // (rows, D) padded; (rows, D, k)
-  int64_t ld, stride;
+  T *a, *h[2];    // one block of the widest layer each
+  T* p[2];        // the same for the chain of slopes, or for each rider's
+  T* s;           // σ'(a_l), l = 1 .. L; only the layer at hand where every tangent rides
+  T *y, *slopes;  // (rows, D) padded; (rows, D, k)
+  int64_t ld, stride, riders, stride_s;
 
   ForwardScratch(Bump& memory, const Net<T>& net, int64_t capacity, bool own_slopes) {
     ld = scratch_ld<T>(net.widest);
     stride = capacity * ld;
     a = memory.take<T>(stride);
     for (T*& buffer : h) buffer = memory.take<T>(stride);
-    for (T*& buffer : p) buffer = memory.take<T>(stride);
-    s = memory.take<T>(stride * net.L);
+    riders = net.plan->adjoint || !net.plan->stacks ? 0 : min_of(net.k, most_riders);
+    for (T*& buffer : p) buffer = memory.take<T>(stride * max_of<int64_t>(riders, 1));
+    stride_s = riders == net.k ? 0 : stride;
+    s = memory.take<T>(stride + stride_s * (net.L - 1));
     y = memory.take<T>(stride);
     slopes = memory.take<T>(own_slopes ? capacity * net.D * net.k : 0);
   }
-  T* first(int64_t l) const { return s + (l - 1) * stride; }
+  T* first(int64_t l) const { return s + (l - 1) * stride_s; }
+  T* tangent(int64_t l, int64_t c) const { return p[(l + 1) % 2] + c * stride; }
 };
 
 template <class T> struct ForwardPass {
@@ -61,7 +69,7 @@ template <class T> struct ForwardPass {
   const ForwardCall& call;
   SavedLayout<T> layout;
   double* partial;  // one sum of the penalty for each block
-  const T *signs, *weights;  // of the hinge, see pack_hinge
+  const T *signs, *weights;  // of the hinge, see ForwardWeights
 
   // a_l of a block: its place among the saved, or scratch.
   T* pre_activation(const ForwardScratch<T>& scratch, int64_t block, int64_t l, int64_t* ld) const {
@@ -86,13 +94,17 @@ template <class T> struct ForwardPass {
     } else if (net.plan->adjoint) {
       for (int64_t d = 0; d < net.D; ++d) adjoint_slopes(scratch, block, rows, d, slopes + d * net.k);
     } else {
-      for (int64_t c = 0; c < net.k; ++c) tangent_slopes(scratch, rows, c, slopes + c);
+      for (int64_t c = 0; c < net.k; ++c) {
+        const T* t = c < scratch.riders ? scratch.tangent(net.L - 1, c)
+                                        : tangent_chain(scratch, rows, c);
+        tangent_slopes(scratch, rows, t, slopes + c);
+      }
     }
     spread_nan(rows, y, slopes);
     if (net.plan->hinge) hinge(block, rows, row0, slopes);
   }
 
-  // h_l, σ'(a_l) for l < L; returns h_{L-1}.
+  // h_l, σ'(a_l) for l < L, and the riders' ḣ_l; returns h_{L-1}.
   const T* hidden_layers(const ForwardScratch<T>& scratch, int64_t block, int64_t rows,
                          int64_t row0) const {
     const T* h = static_cast<const T*>(call.x) + row0 * net.d;
@@ -102,7 +114,11 @@ template <class T> struct ForwardPass {
       int64_t lda;
       T *a = pre_activation(scratch, block, l, &lda), *next = scratch.h[l % 2];
       const Activate<T> after{layer, 1, a, lda, next, scratch.first(l), scratch.ld};
-      gemm<false>(rows, layer.in, h, ldh, layer.forward, 0, from_bias(layer.bias), a, lda, after);
+      for (int64_t j = 0; j < layer.out; j += panel_width<T>) {
+        gemm_panel<false>(j, rows, layer.in, h, ldh, layer.forward, 0, from_bias(layer.bias), a,
+                          lda, after);
+        for (int64_t c = 0; c < scratch.riders; ++c) tangent_panel(scratch, rows, l, c, c, j);
+      }
       h = next;
       ldh = scratch.ld;
     }
@@ -126,7 +142,7 @@ template <class T> struct ForwardPass {
     T* value = a;
     int64_t ld = lda;
     if (!layer.identity) {
-      value = scratch.p[0], ld = scratch.ld;
+      value = scratch.a, ld = scratch.ld;
       layer.apply(1, {rows, whole_vectors<T>(D), a, lda, value, scratch.first(net.L), nullptr, ld});
     }
     for (int64_t i = 0; i < rows; ++i) {
@@ -180,23 +196,39 @@ template <class T> struct ForwardPass {
     } else {
       T* J = scratch.a;
       gemm<false>(rows, net.at(1).out, p, ld, net.slopes, 0, from_zero<T>(), J, ld, Nothing{});
-      for (int64_t i = 0; i < rows; ++i) copy(to + i * Dk, J + i * ld, net.k);
+      for (int64_t i = 0; i < rows; ++i) copy_few(to + i * Dk, J + i * ld, net.k);
     }
   }
 
-  // J[:, :, c]: ȧ_1 = W_1[:, c], ḣ = σ'∘ȧ, ȧ_{l+1} = W_{l+1}·ḣ.
-  void tangent_slopes(const ForwardScratch<T>& scratch, int64_t rows, int64_t c, T* to) const {
-    const int64_t L = net.L, ld = scratch.ld, k = net.k, Dk = net.D * k;
-    const int64_t H = whole_vectors<T>(net.at(1).out);
-    T* t = scratch.p[0];
-    multiply(rows, H, scratch.first(1), ld, net.columns + c * H, 0, t, ld);
-    for (int64_t l = 2; l < L; ++l) {
-      const Layer<T>& layer = net.at(l);
-      T* next = scratch.p[(l - 1) % 2];
-      gemm<false>(rows, layer.in, t, ld, layer.forward, 0, from_zero<T>(), next, ld,
-                  Scale<T>{scratch.first(l), ld, next, ld, next, ld});
-      t = next;
+  // Columns j of ḣ_l = σ'∘ȧ_l, ȧ_l = W_l·ḣ_{l-1}, in place `at`; ȧ_1 = W_1[:, c].
+  void tangent_panel(const ForwardScratch<T>& scratch, int64_t rows, int64_t l, int64_t c,
+                     int64_t at, int64_t j) const {
+    const Layer<T>& layer = net.at(l);
+    const int64_t ld = scratch.ld, H = whole_vectors<T>(layer.out);
+    T* t = scratch.tangent(l, at);
+    const T* s = scratch.first(l);
+    if (l == 1) {
+      multiply(rows, min_of<int64_t>(panel_width<T>, H - j), s + j, ld, net.columns + c * H + j, 0,
+               t + j, ld);
+    } else {
+      gemm_panel<false>(j, rows, layer.in, scratch.tangent(l - 1, at), ld, layer.forward, 0,
+                        from_zero<T>(), t, ld, Scale<T>{s, ld, t, ld, t, ld});
     }
+  }
+
+  // ḣ_{L-1} of a column that does not ride.
+  const T* tangent_chain(const ForwardScratch<T>& scratch, int64_t rows, int64_t c) const {
+    for (int64_t l = 1; l < net.L; ++l) {
+      for (int64_t j = 0; j < net.at(l).out; j += panel_width<T>) {
+        tangent_panel(scratch, rows, l, c, 0, j);
+      }
+    }
+    return scratch.tangent(net.L - 1, 0);
+  }
+
+  // J[:, :, c] = ȧ_L of ḣ_{L-1}.
+  void tangent_slopes(const ForwardScratch<T>& scratch, int64_t rows, const T* t, T* to) const {
+    const int64_t ld = scratch.ld, k = net.k, Dk = net.D * k;
     const Layer<T>& layer = net.last();
     if (net.last_by_dots()) {
       dot_rows<T>(rows, layer.in, t, ld, net.D, layer.rows, whole_vectors<T>(layer.in), nullptr, to,
@@ -275,82 +307,81 @@ template <class T> struct ForwardPass {
   }
 };
 
-// Directions and weights of (D, k) repeated until they fill whole vectors: D·k·lanes of each.
-template <class T>
-void pack_hinge(const Net<T>& net, const ForwardCall& call, Bump& memory, const T** signs,
-                const T** weights) {
-  if (!net.plan->hinge) return;
-  const int64_t Dk = net.D * net.k, n = Dk * Simd<T>::lanes;
-  T *s = memory.take<T>(n), *w = memory.take<T>(n);
-  if (!s) return;
-  const T* given = call.weight_per_row ? nullptr : static_cast<const T*>(call.weight);
-  for (int64_t i = 0; i < n; ++i) {
-    s[i] = T(net.plan->direction[i % Dk]);
-    w[i] = given ? given[i % Dk] : T(1);
-  }
-  *signs = s;
-  *weights = w;
-}
+// What a thread reads besides the rows: the network, packed, and directions and weights of the hinge
+// (D, k) repeated until they fill whole vectors, D·k·lanes of each.
+template <class T> struct ForwardWeights {
+  Net<T> net;
+  const T *signs = nullptr, *weights = nullptr;
 
-template <class T> void pack_for_forward(Net<T>& net, Bump& memory) {
-  for (int64_t l = 1; l < net.L; ++l) net.pack_forward(memory, l);
-  for (int64_t l = 1; l <= net.L; ++l) net.pack_bias(memory, l);
-  if (!net.last_by_dots()) net.pack_forward(memory, net.L);
-  if (net.L == 1) return;
-  if (net.last_by_dots() || net.plan->adjoint) net.pack_rows(memory, net.L);
-  if (!net.plan->adjoint) return net.pack_columns(memory);
-  for (int64_t l = 2; l < net.L; ++l) net.pack_back(memory, l);
-  if (net.slopes_by_dots()) {
-    net.pack_columns(memory);
-  } else {
-    net.pack_slopes(memory);
+  ForwardWeights(const Plan& plan, const ForwardCall& call, Bump& memory) : net(plan, call.params) {
+    for (int64_t l = 1; l < net.L; ++l) net.pack_forward(memory, l);
+    for (int64_t l = 1; l <= net.L; ++l) net.pack_bias(memory, l);
+    if (!net.last_by_dots()) net.pack_forward(memory, net.L);
+    if (net.L > 1) pack_slopes(memory);
+    if (plan.hinge) pack_hinge(call, memory);
   }
-}
+
+ private:
+  void pack_slopes(Bump& memory) {
+    if (net.last_by_dots() || net.plan->adjoint) net.pack_rows(memory, net.L);
+    if (!net.plan->adjoint) return net.pack_columns(memory);
+    for (int64_t l = 2; l < net.L; ++l) net.pack_back(memory, l);
+    if (net.slopes_by_dots()) {
+      net.pack_columns(memory);
+    } else {
+      net.pack_slopes(memory);
+    }
+  }
+
+  void pack_hinge(const ForwardCall& call, Bump& memory) {
+    const int64_t Dk = net.D * net.k, n = Dk * Simd<T>::lanes;
+    T *s = memory.take<T>(n), *w = memory.take<T>(n);
+    if (!s) return;
+    const T* given = call.weight_per_row ? nullptr : static_cast<const T*>(call.weight);
+    for (int64_t i = 0; i < n; ++i) {
+      s[i] = T(net.plan->direction[i % Dk]);
+      w[i] = given ? given[i % Dk] : T(1);
+    }
+    signs = s;
+    weights = w;
+  }
+};
 
 template <class T>
 Status forward(const Plan& plan, const ForwardCall& call, const Runtime& runtime) {
-  Net<T> net(plan, call.params);
-  const SavedLayout<T> layout(net, call.N);
-  const Blocks& blocks = layout.blocks;
+  const Blocks blocks(call.N);
   const bool summed = plan.hinge && !plan.elementwise;
   if (call.N == 0) {
     if (summed) *static_cast<T*>(call.out) = 0;
     return ok;
   }
   const int64_t threads = min_of<int64_t>(max_of(call.threads, 1), blocks.count);
-  const T *signs = nullptr, *weights = nullptr;
-  Bump count;
-  const auto lay_out = [&](Bump& memory, double** partial, auto&& each_thread) {
-    *partial = memory.take<double>(summed ? blocks.count : 0);
-    pack_for_forward(net, memory);
-    pack_hinge(net, call, memory, &signs, &weights);
-    for (int64_t t = 0; t < threads; ++t) {
-      each_thread(t, ForwardScratch<T>(memory, net, blocks.capacity, summed));
-    }
+  Bump front;
+  front.take<double>(summed ? blocks.count : 0);
+  const auto weights_in = [&](Bump& memory) { return ForwardWeights<T>(plan, call, memory); };
+  const auto scratch_in = [&](Bump& memory, const Net<T>& net) {
+    return ForwardScratch<T>(memory, net, blocks.capacity, summed);
   };
-  double* partial;
-  lay_out(count, &partial, [](int64_t, const ForwardScratch<T>&) {});
-  const size_t scratch_at = (count.used + 63) / 64 * 64;
-  const size_t bytes = scratch_at + size_t(threads) * sizeof(ForwardScratch<T>);
-  char* base = static_cast<char*>(runtime.acquire(bytes));
-  if (!base) return out_of_memory;
-  Bump memory{base, 0};
-  ForwardScratch<T>* scratch = reinterpret_cast<ForwardScratch<T>*>(base + scratch_at);
-  lay_out(memory, &partial, [&](int64_t t, const ForwardScratch<T>& s) { scratch[t] = s; });
+  const Crew<T, decltype(weights_in), decltype(scratch_in)> crew(threads, front.lines(), weights_in,
+                                                                 scratch_in);
+  char* memory = static_cast<char*>(runtime.acquire(crew.bytes()));
+  if (!memory) return out_of_memory;
+  double* partial = summed ? reinterpret_cast<double*>(memory) : nullptr;
 
-  pack_weights(net, runtime, threads);
-  const ForwardPass<T> pass{net, call, layout, summed ? partial : nullptr, signs, weights};
-  auto work = [&](int64_t t) {
-    const int64_t end = first_block(blocks, threads, t + 1);
-    for (int64_t b = first_block(blocks, threads, t); b < end; ++b) pass.run(scratch[t], b);
-  };
-  on_threads(runtime, threads, work);
+  crew.run(runtime, memory,
+           [&](int64_t t, const ForwardWeights<T>& weights, const ForwardScratch<T>& scratch) {
+             const SavedLayout<T> layout(weights.net, call.N);
+             const ForwardPass<T> pass{weights.net, call, layout, partial, weights.signs,
+                                       weights.weights};
+             const int64_t end = first_block(blocks, threads, t + 1);
+             for (int64_t b = first_block(blocks, threads, t); b < end; ++b) pass.run(scratch, b);
+           });
   if (summed) {
     double total = 0;
     for (int64_t b = 0; b < blocks.count; ++b) total += partial[b];
     *static_cast<T*>(call.out) = T(total);
   }
-  runtime.release(base, bytes);
+  runtime.release(memory, crew.bytes());
   return ok;
 }
 

@@ -122,12 +122,31 @@ template <class T> struct Packing {
   void panel(int64_t p) const {
     const int64_t j0 = p * panel_width<T>, width = matrix().width(j0), real = min_of(width, N - j0);
     T* panel = to + j0 * K;
-    constexpr int64_t strip = 8;  // so many rows of w are read side by side when it is transposed
-    for (int64_t j = 0; j < width; j += strip) {
-      const int64_t end = min_of(j + strip, width);
-      for (int64_t k = 0; k < K; ++k) {
-        const T* from = w + k * row + j0 * column;
-        for (int64_t i = j; i < end; ++i) panel[k * width + i] = i < real ? from[i * column] : T(0);
+    for (int64_t j = 0; j < width; j += lanes) strip(panel + j, width, j0 + j, real - j);
+  }
+
+ private:
+  static constexpr int lanes = Simd<T>::lanes;
+
+  // One vector of columns from j on, of which `real` are there.
+  void strip(T* panel, int64_t width, int64_t j, int64_t real) const {
+    const T* from = w + j * column;
+    int64_t k = 0;
+    if (column == 1 && real >= lanes) {
+      for (; k < K; ++k) store(panel + k * width, load(from + k * row));
+    } else if (row == 1 && real >= lanes) {
+      for (; k + lanes <= K; k += lanes) {
+        Vec<T> square[lanes];
+        MK_UNROLL
+        for (int i = 0; i < lanes; ++i) square[i] = load(from + k + i * column);
+        transpose<T>(square);
+        MK_UNROLL
+        for (int i = 0; i < lanes; ++i) store(panel + (k + i) * width, square[i]);
+      }
+    }
+    for (; k < K; ++k) {
+      for (int64_t i = 0; i < lanes; ++i) {
+        panel[k * width + i] = i < real ? from[k * row + i * column] : T(0);
       }
     }
   }
@@ -146,38 +165,45 @@ struct Nothing {
   MK_INLINE void operator()(int64_t, int64_t, int64_t, int64_t) const {}
 };
 
-// C = init + A·B[k0 : k0 + K]. `after(i, rows, j, columns)` sees each tile just stored, while it is
-// in the first-level cache: the place of activations and element-wise products.
+// The panel at column j of C = init + A·B[k0 : k0 + K]. `after(i, rows, j, columns)` sees each tile
+// just stored, while it is in the first-level cache: the place of activations and element-wise
+// products.
+template <bool ATransposed, class T, class After>
+void gemm_panel(int64_t j, int64_t M, int64_t K, const T* a, int64_t lda, const Matrix<T>& b,
+                int64_t k0, Init<T> init, T* c, int64_t ldc, const After& after) {
+  const int64_t width = b.width(j), ldb = b.stride(j);
+  const T* panel = b.panel(j) + k0 * ldb;
+  for (int64_t i = 0; i < M; i += MR) {
+    const int64_t rows = min_of<int64_t>(MR, M - i);
+    T* to = c + i * ldc + j;
+    Tile<T> t{K, ATransposed ? a + i : a + i * lda, lda, panel, ldb, Zeros<T>::row, 0, to, ldc};
+    if (init.accumulate) {
+      t.init = to;
+      t.ldinit = ldc;
+    } else if (init.row) {
+      t.init = init.row + j;
+    }
+    if (width == panel_width<T>) {
+      tile_rows<T, NV, ATransposed>(rows, t);
+    } else {
+      tile_rows<T, 1, ATransposed>(rows, t);
+    }
+    after(i, rows, j, width);
+  }
+}
+
 template <bool ATransposed, class T, class After>
 void gemm(int64_t M, int64_t K, const T* a, int64_t lda, const Matrix<T>& b, int64_t k0,
           Init<T> init, T* c, int64_t ldc, const After& after) {
   for (int64_t j = 0; j < b.N; j += panel_width<T>) {
-    const int64_t width = b.width(j), ldb = b.stride(j);
-    const T* panel = b.panel(j) + k0 * ldb;
-    for (int64_t i = 0; i < M; i += MR) {
-      const int64_t rows = min_of<int64_t>(MR, M - i);
-      T* to = c + i * ldc + j;
-      Tile<T> t{K, ATransposed ? a + i : a + i * lda, lda, panel, ldb, Zeros<T>::row, 0, to, ldc};
-      if (init.accumulate) {
-        t.init = to;
-        t.ldinit = ldc;
-      } else if (init.row) {
-        t.init = init.row + j;
-      }
-      if (width == panel_width<T>) {
-        tile_rows<T, NV, ATransposed>(rows, t);
-      } else {
-        tile_rows<T, 1, ATransposed>(rows, t);
-      }
-      after(i, rows, j, width);
-    }
+    gemm_panel<ATransposed>(j, M, K, a, lda, b, k0, init, c, ldc, after);
   }
 }
 
 // out[r·ldo + q·step] = bias[q] + Σ_j a[r][j]·b[q][j]: a product with few columns as dot products
 // along the vector. The ragged end goes element by element: padding may hold NaN (0·inf).
 template <class T>
-void dot_rows(int64_t rows, int64_t H, const T* a, int64_t lda, int64_t Q, const T* b, int64_t ldb,
+__attribute__((noinline)) void dot_rows(int64_t rows, int64_t H, const T* a, int64_t lda, int64_t Q, const T* b, int64_t ldb,
               const T* bias, T* out, int64_t ldo, int64_t step) {
   constexpr int lanes = Simd<T>::lanes;
   for (int64_t r = 0; r < rows; ++r) {

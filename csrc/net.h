@@ -19,8 +19,9 @@ struct Bump {
   char* base = nullptr;
   size_t used = 0;
 
+  size_t lines() const { return (used + 63) / 64 * 64; }  // whole cache lines
   template <class U> U* take(int64_t n) {
-    const size_t at = (used + 63) / 64 * 64;
+    const size_t at = lines();
     used = at + size_t(n) * sizeof(U);
     return base ? reinterpret_cast<U*>(base + at) : nullptr;
   }
@@ -109,7 +110,7 @@ template <class T> struct Net {
   // Whether a_1 is left for backward: recomputing it from x costs a product of depth d.
   bool saves_first() const { return d > 48; }
 
-  // The weights to be packed are first noted, then packed by all threads together (`pack`).
+  // The weights to be packed are first noted, then packed (`pack`).
   Packing<T> packings[2 * max_layers + 1];
   int64_t noted = 0;
 
@@ -135,11 +136,6 @@ template <class T> struct Net {
         if (panel % threads == thread) packings[i].panel(p);
       }
     }
-  }
-  int64_t packed_elements() const {
-    int64_t n = 0;
-    for (int64_t i = 0; i < noted; ++i) n += packings[i].K * packings[i].N;
-    return n;
   }
 
   void pack_bias(Bump& memory, int64_t l) {
@@ -234,11 +230,56 @@ template <class Work> void on_threads(const Runtime& runtime, int64_t threads, W
 // Below so many elements, work that is only moving them is quicker done than shared out.
 constexpr int64_t shared_from = 1 << 16;
 
-template <class T> void pack_weights(const Net<T>& net, const Runtime& runtime, int64_t threads) {
-  if (net.packed_elements() < shared_from) threads = 1;
-  auto work = [&](int64_t t) { net.pack(threads, t); };
-  on_threads(runtime, threads, work);
-}
+// The threads of a pass and the memory they work in: something of the caller's in front, packed
+// weights, scratch for each thread. Small weights every thread packs for itself: to fetch what another
+// core has just written takes longer, above all where the two share no cache. Large weights are
+// packed once, by all threads together. `weights_in(memory)` and `scratch_in(memory, net)` lay out.
+template <class T, class WeightsIn, class ScratchIn> class Crew {
+ public:
+  Crew(int64_t threads, size_t front, const WeightsIn& weights_in, const ScratchIn& scratch_in)
+      : threads_(threads), front_(front), weights_in_(weights_in), scratch_in_(scratch_in) {
+    Bump packed, scratch;
+    const auto weights = weights_in(packed);
+    scratch_in(scratch, weights.net);
+    packed_ = packed.lines(), scratch_ = scratch.lines();
+    together_ = packed_ >= size_t(shared_from) * sizeof(T);
+  }
+  size_t bytes() const { return scratch_at(threads_); }
+
+  // body(t, weights, scratch) for every thread t.
+  template <class Body> void run(const Runtime& runtime, char* memory, const Body& body) const {
+    const auto with = [&](int64_t t, const auto& weights) {
+      Bump at{memory + scratch_at(t), 0};
+      body(t, weights, scratch_in_(at, weights.net));
+    };
+    if (!together_) {
+      auto alone = [&](int64_t t) {
+        Bump at{memory + front_ + packed_ * size_t(t), 0};
+        const auto weights = weights_in_(at);
+        weights.net.pack(1, 0);
+        with(t, weights);
+      };
+      return on_threads(runtime, threads_, alone);
+    }
+    Bump at{memory + front_, 0};
+    const auto weights = weights_in_(at);
+    auto packing = [&](int64_t t) { weights.net.pack(threads_, t); };
+    on_threads(runtime, threads_, packing);
+    auto work = [&](int64_t t) { with(t, weights); };
+    on_threads(runtime, threads_, work);
+  }
+
+ private:
+  size_t scratch_at(int64_t t) const {
+    return front_ + packed_ * (together_ ? 1 : size_t(threads_)) + scratch_ * size_t(t);
+  }
+
+  int64_t threads_;
+  size_t front_, packed_, scratch_;
+  bool together_;
+  const WeightsIn& weights_in_;
+  const ScratchIn& scratch_in_;
+};
 
 // The blocks of one thread: a fixed share, so that the same thread count gives the same bits.
 MK_INLINE int64_t first_block(const Blocks& blocks, int64_t threads, int64_t t) {
@@ -250,6 +291,11 @@ template <class T> MK_INLINE void clear(T* to, int64_t n) {
 }
 template <class T> MK_INLINE void copy(T* to, const T* from, int64_t n) {
   __builtin_memcpy(to, from, size_t(n) * sizeof(T));
+}
+// The same for a handful of elements, where a call of memcpy would cost more than the copy.
+template <class T> MK_INLINE void copy_few(T* to, const T* from, int64_t n) {
+  for (; n >= 4; n -= 4, to += 4, from += 4) copy(to, from, 4);
+  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
 }
 
 // to[i][j] = x[i][j]·y[i][j] over rows x columns (whole vectors).

@@ -62,6 +62,32 @@ template <> struct Fold<double, 16> {
 };
 template <class T> MK_INLINE T sum(Vec<T> v) { return Fold<T, MK_VECTOR_BYTES>::sum(v); }
 
+// Lanes that a transposition swaps at distance `d` between rows i and i + d: the lower half of the
+// pair keeps its even groups of d lanes and takes the upper one's, the upper half the odd ones.
+template <int... Lane> struct Lanes {};
+template <int n, int... Lane> struct FirstLanes : FirstLanes<n - 1, n - 1, Lane...> {};
+template <int... Lane> struct FirstLanes<0, Lane...> { typedef Lanes<Lane...> type; };
+
+template <class V, int d, int... Lane> MK_INLINE void swap_lanes(V& low, V& high, Lanes<Lane...>) {
+  constexpr int n = sizeof...(Lane);
+  const V a = low, b = high;
+  low = __builtin_shufflevector(a, b, (Lane & d ? n + Lane - d : Lane)...);
+  high = __builtin_shufflevector(a, b, (Lane & d ? n + Lane : Lane + d)...);
+}
+
+// Transposes lanes x lanes elements held in registers.
+template <class T, int d> MK_INLINE void transpose_step(Vec<T> (&rows)[Simd<T>::lanes]) {
+  constexpr int n = Simd<T>::lanes;
+  MK_UNROLL
+  for (int i = 0; i < n; ++i) {
+    if (!(i & d)) swap_lanes<Vec<T>, d>(rows[i], rows[i + d], typename FirstLanes<n>::type{});
+  }
+  if constexpr (d > 1) transpose_step<T, d / 2>(rows);
+}
+template <class T> MK_INLINE void transpose(Vec<T> (&rows)[Simd<T>::lanes]) {
+  transpose_step<T, Simd<T>::lanes / 2>(rows);
+}
+
 MK_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 template <class A> MK_INLINE A min_of(A a, A b) { return a < b ? a : b; }
 template <class A> MK_INLINE A max_of(A a, A b) { return a < b ? b : a; }
