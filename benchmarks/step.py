@@ -268,7 +268,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         def contenders(job: Job, compiled: bool = compiled) -> Iterable[Rival]:
             for rival in rivals(job, compiled, not options.no_peers):
                 # JAX's threads cannot be held to one, which processor time is for.
-                if not (options.processor_time and rival.name.startswith("JAX")):
+                if options.processor_time and rival.name.startswith("JAX"):
+                    continue
+                if not options.rivals or rival.name in (PLAIN, *options.rivals):
                     yield rival
 
         rows = run_case(
@@ -311,6 +313,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="one thread, by its processor time: for a machine that is never quiet",
     )
+    parser.add_argument("--rivals", nargs="+", metavar="NAME", help="only these, and the base")
     parser.add_argument("--no-compiled", action="store_true", help="without torch.compile's rivals")
     parser.add_argument("--no-peers", action="store_true", help="without JAX and architectures")
     parser.add_argument("--no-memory", action="store_true", help="without the memory column")
