@@ -1,11 +1,11 @@
-"""``python -m benchmarks [step | scaling | accuracy | pages] …``; without a name, the step."""
+"""``python -m benchmarks NAME …`` with one of the names below; without a name, the step."""
 
 from __future__ import annotations
 
 import sys
 from importlib import import_module
 
-NAMES = ("step", "scaling", "accuracy", "pages")
+NAMES = ("step", "grid", "scaling", "ablation", "accuracy", "pages")
 
 
 def main() -> None:

@@ -15,7 +15,13 @@ __all__ = ["Case", "Job", "Truth"]
 FREE_INPUTS = 8
 HIDDEN_LAYERS = 3
 ROWS_AT_A_TIME = 4096
-ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU}
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+    "gelu": nn.GELU,
+    "softplus": nn.Softplus,
+}
 
 
 @dataclass(frozen=True)

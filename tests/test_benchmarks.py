@@ -122,6 +122,22 @@ def test_scaling_draws_every_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (tmp_path / "scaling.svg").read_text().startswith("<?xml")
 
 
+def test_grid_draws_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks import grid
+
+    cases = [Case(16, 16, 1, 4, "silu", 0.05), Case(16, 16, 1, 1, "softplus", 1.0)]
+    monkeypatch.setattr(grid, "CASES", cases)
+    monkeypatch.setattr(grid, "SECONDS", 0.0)
+    monkeypatch.setattr(step, "matmul_flops", lambda *_: 1e12)
+    grid.main(["--csv", str(tmp_path / "g.csv"), "--figures", str(tmp_path)])
+    with (tmp_path / "g.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["rival"] for row in rows[::3]] == ["PyTorch plain step"] * 2
+    assert not any("disagrees" in row["note"] for row in rows)
+    assert (tmp_path / "grid.svg").read_text().startswith("<?xml")
+
+
 @pytest.mark.skipif(not pages.RESULTS.exists(), reason="nothing measured yet")
 def test_benchmarks_page_shows_what_was_measured() -> None:
     page = pages.PAGE.read_text(encoding="utf-8")
