@@ -62,24 +62,26 @@ def check_inputs(x1: Any, x2: Any) -> Inputs:
             raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
         if not t.dtype.is_floating_point:
             raise TypeError(f"{name}: expected a floating-point tensor, got {_dtype(t)}")
-    if x1.dim() == 0:
+    free, monotone = x1.shape, x2.shape
+    if not free:
         raise ValueError("x1: expected shape (..., d1), got a tensor with no dimension")
-    if x2.dim() == x1.dim() - 1:
+    if len(monotone) == len(free) - 1:
         x2 = x2.unsqueeze(-1)
-    batch = x1.shape[:-1]
-    if x2.shape[:-1] != batch or x2.dim() != x1.dim():
+        monotone = x2.shape
+    batch = free[:-1]
+    if len(monotone) != len(free) or monotone[:-1] != batch:
         raise ValueError(
             f"x2: expected shape {_shape(batch, 'k')} or {tuple(batch)} to go with "
-            f"x1 {tuple(x1.shape)}, got {tuple(x2.shape)}"
+            f"x1 {tuple(free)}, got {tuple(monotone)}"
         )
-    k = operator.index(x2.shape[-1])
+    k = operator.index(monotone[-1])
     if k == 0:
         raise ValueError("x2: expected at least one column, got k = 0")
     if x1.device != x2.device:
         raise ValueError(f"x2: expected on the device of x1, {x1.device}, got {x2.device}")
     if x1.dtype != x2.dtype:
         raise TypeError(f"x2: expected the dtype of x1, {_dtype(x1)}, got {_dtype(x2)}")
-    return Inputs(x1, x2, batch, operator.index(x1.shape[-1]) + k, k)
+    return Inputs(x1, x2, batch, operator.index(free[-1]) + k, k)
 
 
 def check_parameter(t: Tensor, x: Tensor) -> None:
@@ -108,6 +110,8 @@ class Direction(NamedTuple):
 
 def check_direction(direction: Any, k: int) -> Direction:
     """``direction`` is a number, a nested sequence or a tensor (read to the host once)."""
+    if type(direction) is int and -1 <= direction <= 1:  # the usual case, at once
+        return Direction((direction,), ())
     try:
         values, shape = _numbers(direction)
     except (TypeError, ValueError, RuntimeError):

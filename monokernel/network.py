@@ -70,21 +70,27 @@ def read(mlp: nn.Module) -> Chain | str:
     left = [mlp]
     while left:
         m = left.pop()
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+        own, kind = m.__dict__, type(m)
+        if (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+        ):
             return f"{_where(mlp, m)} has hooks"
-        if "forward" in m.__dict__:
+        if "forward" in own:
             return f"{_where(mlp, m)} has a forward of its own"
         # A parametrized Linear is a subclass whose forward is still nn.Linear's.
-        if isinstance(m, nn.Linear) and type(m).forward is nn.Linear.forward:
-            weight, bias = m._parameters.get("weight"), m._parameters.get("bias")
+        if isinstance(m, nn.Linear) and kind.forward is nn.Linear.forward:
+            weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
             for t in (weight, bias):
                 if t is not None and not (type(t) in PLAIN and t.layout is torch.strided):
                     return f"{_where(mlp, m)} has a weight that is no plain tensor"
-            out, inputs = m.out_features, m.in_features
-            if weight is not None:  # it may have been replaced by one of another size
-                if weight.dim() != 2:
-                    return f"{_where(mlp, m)} has a weight of {weight.dim()} dimensions"
-                out, inputs = weight.shape
+            # The layer's own weight may have been replaced by one of another size.
+            size = (m.out_features, m.in_features) if weight is None else weight.shape
+            if len(size) != 2:
+                return f"{_where(mlp, m)} has a weight of {len(size)} dimensions"
+            out, inputs = size
             if bias is not None and bias.numel() != out:
                 return f"{_where(mlp, m)} has a bias of another size than its weight"
             if not widths:
@@ -103,9 +109,9 @@ def read(mlp: nn.Module) -> Chain | str:
             if before is not None:
                 return f"two activations ({before.kind}, {activation.kind}) follow each other"
             activations[-1] = activation
-        elif isinstance(m, nn.Sequential) and type(m).forward is nn.Sequential.forward:
-            left += reversed(m._modules.values())
-        elif isinstance(m, _DropoutNd) and type(m).__module__ == _DropoutNd.__module__:
+        elif isinstance(m, nn.Sequential) and kind.forward is nn.Sequential.forward:
+            left += reversed(own["_modules"].values())
+        elif isinstance(m, _DropoutNd) and kind.__module__ == _DropoutNd.__module__:
             if m.training and m.p > 0:
                 return f"{_where(mlp, m)} is active"
         else:
