@@ -157,6 +157,25 @@ def test_only_what_is_needed(path: ModuleType) -> None:
     assert_same([y, out], run(handwritten, p, x, params)[:2])
 
 
+@pytest.mark.parametrize("mode", ["tangent", "adjoint"])
+@pytest.mark.parametrize("way", ["wgmma", "tcgen05", "warp"])
+@pytest.mark.parametrize("width", [20, 40, 70])
+def test_every_way_to_multiply(way: str, mode, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In registers, by way of memory, and in steps: what each kind of device runs."""
+    monkeypatch.setattr(whole, "products", lambda device: way)
+    p = problem((6, width, width, 2), "silu", 2, mode, Hinge(margin=0.2))
+    assert_as_precise_as_pytorch(whole, p, 100, torch.float16)
+
+
+@pytest.mark.parametrize("mode", ["tangent", "adjoint"])
+def test_three_products_for_one(mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter multiplies exactly: this runs the steps, a device shows the precision."""
+    monkeypatch.setenv("MONOKERNEL_FP32", "tf32x3")
+    p = problem((6, 40, 40, 2), "silu", 2, mode, Hinge(margin=0.2))
+    x, params = inputs(p, 100, torch.float32)
+    assert_same(run(whole, p, x, params), run(handwritten, p, x, params), 1e-5)
+
+
 @BOTH
 def test_wide_input_and_many_columns(path: ModuleType) -> None:
     p = problem((70, 8, 1), "softplus", 68, "adjoint", Hinge())

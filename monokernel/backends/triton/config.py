@@ -20,12 +20,10 @@ __all__ = [
     "power_of_two",
 ]
 
-# Hidden and output widths that a whole-network kernel holds in registers, by operand size in bytes:
-# where products read weights from shared memory, and where each warp holds them.
-WIDEST = {True: {2: 128, 4: 64, 8: 64}, False: {2: 64, 4: 32}}
-# Linear layers of a whole-network kernel, by the same. They are unrolled at compile time: beyond 8
-# that takes long for nothing, and where each warp holds the weights six spill at width 64.
-DEEPEST = {True: 8, False: 4}
+# Hidden and output widths that a whole-network kernel serves, by operand size in bytes.
+WIDEST = {2: 128, 4: 64, 8: 64}
+# Its linear layers. They are unrolled at compile time: beyond 8 that takes long for nothing.
+DEEPEST = 8
 
 
 @dataclass(frozen=True)
@@ -33,16 +31,17 @@ class NetworkConfig:
     """One whole-network kernel: tiles of ``rows``, ``warps``, programs per processor.
 
     ``in_registers``: the forward keeps what it needs again in registers, else in scratch slots.
-    ``chunk``: columns of a weight gradient that the backward computes at a time.
-    ``registers``: an upper limit for the compiler, which else may spill a little to save many.
+    ``inner``: products take their left operand by way of a scratch slot, ``inner`` columns at a
+    time; 0 if it stays in registers.
+    ``chunk``: input columns, and columns of a weight gradient, at a time.
     """
 
     rows: int
     warps: int
     per_processor: int
     in_registers: bool = False
+    inner: int = 0
     chunk: int = 64
-    registers: int | None = None
     stages: int = 1
 
 
@@ -52,21 +51,38 @@ def power_of_two(n: int, least: int = 16) -> int:
 
 
 def forward_config(
-    width: int, depth: int, itemsize: int, adjoint: bool, group_products: bool
+    width: int, depth: int, itemsize: int, adjoint: bool, products: str, split: bool
 ) -> NetworkConfig:
-    """``width`` is the padded width of the widest layer."""
+    """``width`` is the padded width of the widest layer, ``products`` that of ``launch.py``.
+
+    ``split``: three TF32 products for one.
+    """
+    if split or (products == "warp" and width > 32):
+        return in_steps(width, products, split)
     if width > 64:
-        return NetworkConfig(64, 8, 2, in_registers=False)
+        return NetworkConfig(64, 8, 2, inner=width)
     kept = (depth - 1) * width * itemsize if adjoint else 0  # bytes of a row
-    return NetworkConfig(64, 4, 2, in_registers=kept <= (384 if group_products else 0))
+    return NetworkConfig(64, 4, 2, in_registers=kept <= (0 if products == "warp" else 384))
 
 
-def backward_config(width: int) -> NetworkConfig:
-    if width <= 32:  # sm_80: 168 registers and 8 bytes of stack without the limit, else 211, none
-        return NetworkConfig(64, 4, 2, chunk=16, registers=240)
+def backward_config(width: int, products: str, split: bool) -> NetworkConfig:
+    if split or products != "wgmma":
+        return in_steps(width, products, split)
+    if width <= 32:
+        return NetworkConfig(64, 4, 2, chunk=16)
     if width <= 64:
         return NetworkConfig(64, 4, 2, chunk=32)
-    return NetworkConfig(64, 8, 1, chunk=64, registers=240)  # sm_100: 128 and 16 bytes without
+    return NetworkConfig(64, 8, 1, inner=64, chunk=32)
+
+
+def in_steps(width: int, products: str, split: bool) -> NetworkConfig:
+    """Few weights at a time: where each warp holds those that it multiplies with, and where tensor
+    memory holds every sum (Triton 3.7 gives it back to no other product: 864 of 512 columns)."""
+    if split:  # operands twice: 64 rows spill 80 bytes on sm_90
+        return NetworkConfig(32, 8 if products == "warp" else 4, 1, inner=16, chunk=16)
+    if width <= 32:
+        return NetworkConfig(64, 4, 2, inner=16, chunk=16)
+    return NetworkConfig(64, 8, 1, inner=32, chunk=16)
 
 
 def candidates(config: NetworkConfig) -> list[NetworkConfig]:

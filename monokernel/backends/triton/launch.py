@@ -20,10 +20,10 @@ __all__ = [
     "activation_table",
     "compute_dtype",
     "dot_precision",
-    "has_group_products",
     "interpreting",
     "launch",
     "processors",
+    "products",
     "register_limit",
 ]
 
@@ -69,33 +69,35 @@ def launch(
 
 
 # What ``compile_report.py`` compiles for, in place of the device that is here.
-instead_of_device: list[bool] = []
+instead_of_device: list[str] = []
 
 
-def has_group_products(device: torch.device) -> bool:
-    """Whether products read their weights from shared memory (wgmma, tcgen05).
+def products(device: torch.device) -> str:
+    """How the device multiplies: "wgmma" (Hopper) and "tcgen05" (Blackwell) read weights from
+    shared memory, elsewhere each "warp" takes them into registers (also consumer Blackwell, AMD).
 
-    Elsewhere (before Hopper, consumer Blackwell, AMD) each warp takes them into registers. The
-    interpreter has no registers to run out of.
+    The interpreter has no registers to run out of.
     """
     if instead_of_device:
         return instead_of_device[-1]
-    return device.type != "cuda" or _has_group_products(device)
+    return _products(device) if device.type == "cuda" else "wgmma"
 
 
 @lru_cache
-def _has_group_products(device: torch.device) -> bool:
+def _products(device: torch.device) -> str:
     if torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+        return "warp"
+    return {9: "wgmma", 10: "tcgen05"}.get(torch.cuda.get_device_capability(device)[0], "warp")
 
 
-def register_limit(device: torch.device, registers: int | None) -> dict[str, int]:
-    """The launch option that limits registers; only CUDA knows it."""
+def register_limit(device: torch.device) -> dict[str, int]:
+    """The launch option that lets a kernel have every register; only CUDA knows it.
+
+    Without it ptxas may spill a little to have room for one more program (168 registers and 16
+    bytes of stack on sm_80).
+    """
     cuda = device.type == "cuda" and torch.version.hip is None
-    if registers is None or not (cuda or instead_of_device):
-        return {}
-    return {"maxnreg": registers}
+    return {"maxnreg": 255} if cuda or instead_of_device else {}
 
 
 @lru_cache

@@ -20,6 +20,8 @@ __all__ = [
     "layer_up",
     "matmul",
     "padded_width",
+    "product_down",
+    "product_up",
     "recall",
     "through",
 ]
@@ -35,21 +37,6 @@ def matmul(a, b, C: tl.constexpr, PRECISION: tl.constexpr):
 def padded_width(l, L, H, PD):
     """The padded number of units after layer l (counted from 0) of L."""
     return PD if l == L - 1 else H
-
-
-@triton.jit
-def inner_weight(
-    ws,
-    l: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    H: tl.constexpr,
-    PD: tl.constexpr,
-    C: tl.constexpr,
-):
-    """The padded tile of W_l, any layer but the first."""
-    L: tl.constexpr = len(WIDTHS) - 1
-    row = tl.arange(0, padded_width(l, L, H, PD))
-    return weight_tile(ws[l], row, tl.arange(0, H), WIDTHS[l + 1], WIDTHS[l], C)
 
 
 @triton.jit
@@ -86,24 +73,6 @@ def first_layer(
     return a
 
 
-@triton.jit
-def layer_up(
-    h,
-    w,
-    b,
-    BIAS: tl.constexpr,
-    N: tl.constexpr,
-    C: tl.constexpr,
-    A: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """h Wᵀ + b with the weight tile w (N of its rows are real)."""
-    a = matmul(h, tl.trans(w), C, PRECISION)
-    if BIAS:
-        a += bias_row(b, tl.arange(0, w.shape[0]), N, A)
-    return a
-
-
 # A slot's place is a scalar and the offsets in it are the same for all, so that they cost registers
 # once.
 #
@@ -125,25 +94,94 @@ def get(
     scratch, slot: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, first
 ):
     """WIDTH columns, from ``first`` on, of the tile in a slot."""
-    i = tl.arange(0, BM)
+    return get_rows(scratch, slot, BM, BM, WIDTH, WIDE, 0, first)
+
+
+@triton.jit
+def get_rows(
+    scratch, slot: tl.constexpr, BM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    WIDE: tl.constexpr, row, column,
+):  # fmt: skip
+    """ROWS x WIDTH elements, from (row, column) on, of the tile of BM rows in a slot."""
+    i = tl.arange(0, ROWS)
     j = tl.arange(0, WIDTH)
-    base = scratch + slot * BM * WIDE + first
+    base = scratch + slot * BM * WIDE + row * WIDE + column
     return tl.load(base + (i[:, None] * WIDE + j[None, :]))
 
 
 @triton.jit
-def through(scratch, slot: tl.constexpr, tile, WIDE: tl.constexpr):
-    """The tile, at width 128 by way of a slot.
+def through(scratch, slot: tl.constexpr, tile, WIDE: tl.constexpr, INNER: tl.constexpr):
+    """The tile, by way of a slot if products take their operand from memory (INNER > 0).
 
     With one product feeding the next the compiler gives every warp all columns: 64 registers for a
     64 x 128 sum. A detour through memory hides the chain from it, and 8 warps take 32.
     """
-    if WIDE < 128:
+    if INNER == 0:
         return tile
     else:
         put(scratch, slot, tile, WIDE)
         tl.debug_barrier()
         return get(scratch, slot, tile.shape[0], tile.shape[1], WIDE, 0)
+
+
+@triton.jit
+def product_up(
+    h, scratch, slot: tl.constexpr, ws, l: tl.constexpr, WIDTHS: tl.constexpr, H: tl.constexpr,
+    PD: tl.constexpr, INNER: tl.constexpr, C: tl.constexpr, A: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """h W_lᵀ for any layer but the first; in steps of INNER columns of h, from its slot.
+
+    Before Hopper every warp holds the weights that it multiplies with: 256 registers of a thread
+    for 128 x 128 in half precision, unless they come in steps.
+    """
+    row = tl.arange(0, padded_width(l, len(WIDTHS) - 1, H, PD))
+    if INNER == 0 or INNER >= H:
+        w = weight_tile(ws[l], row, tl.arange(0, H), WIDTHS[l + 1], WIDTHS[l], C)
+        return matmul(h, tl.trans(w), C, PRECISION)
+    else:
+        total = tl.zeros((h.shape[0], row.shape[0]), A)
+        for first in tl.range(0, H, INNER, disable_licm=True):
+            part = get(scratch, slot, h.shape[0], INNER, max(H, PD), first)
+            column = first + tl.arange(0, INNER)
+            w = weight_tile(ws[l], row, column, WIDTHS[l + 1], WIDTHS[l], C)
+            total += matmul(part, tl.trans(w), C, PRECISION)
+        return total
+
+
+@triton.jit
+def product_down(
+    p, scratch, slot: tl.constexpr, ws, l: tl.constexpr, WIDTHS: tl.constexpr, H: tl.constexpr,
+    PD: tl.constexpr, INNER: tl.constexpr, C: tl.constexpr, A: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """p W_l for any layer but the first; in steps of INNER columns of p, from its slot."""
+    OUT: tl.constexpr = p.shape[1]
+    column = tl.arange(0, H)
+    if INNER == 0 or INNER >= OUT:
+        w = weight_tile(ws[l], tl.arange(0, OUT), column, WIDTHS[l + 1], WIDTHS[l], C)
+        return matmul(p, w, C, PRECISION)
+    else:
+        total = tl.zeros((p.shape[0], H), A)
+        for first in tl.range(0, OUT, INNER, disable_licm=True):
+            part = get(scratch, slot, p.shape[0], INNER, max(H, PD), first)
+            row = first + tl.arange(0, INNER)
+            w = weight_tile(ws[l], row, column, WIDTHS[l + 1], WIDTHS[l], C)
+            total += matmul(part, w, C, PRECISION)
+        return total
+
+
+@triton.jit
+def layer_up(
+    h, scratch, slot: tl.constexpr, ws, bs, l: tl.constexpr, WIDTHS: tl.constexpr,
+    BIAS: tl.constexpr, H: tl.constexpr, PD: tl.constexpr, INNER: tl.constexpr,
+    C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """a_l = h W_lᵀ + b_l."""
+    a = product_up(h, scratch, slot, ws, l, WIDTHS, H, PD, INNER, C, A, PRECISION)
+    if BIAS[l]:
+        a += bias_row(bs[l], tl.arange(0, a.shape[1]), WIDTHS[l + 1], A)
+    return a
 
 
 @triton.jit

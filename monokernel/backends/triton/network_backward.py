@@ -26,10 +26,12 @@ from .device import PENALTY_SUM, activation_of, slope_cotangent, weight_tile
 from .network import (
     first_layer,
     get,
-    inner_weight,
+    get_rows,
     layer_up,
     matmul,
     padded_width,
+    product_down,
+    product_up,
     put,
     through,
 )
@@ -83,6 +85,7 @@ def network_backward(
     H: tl.constexpr,
     PD: tl.constexpr,
     BK: tl.constexpr,
+    INNER: tl.constexpr,
     BM: tl.constexpr,
     SCAN: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -125,7 +128,7 @@ def network_backward(
             for pair in tl.range(0, PAIRS, disable_licm=True):
                 gradients_of_tile(
                     n, ok, pair, True, x, gy, gout, slopes, ws, bs, dx, partials, scratch,
-                    WIDTHS, ACTS, BIAS, NEEDS, OFFSETS, K, ADJOINT, OUT, H, PD, BK, CHUNK,
+                    WIDTHS, ACTS, BIAS, NEEDS, OFFSETS, K, ADJOINT, OUT, H, PD, BK, INNER, CHUNK,
                     C, A, PRECISION,
                 )  # fmt: skip
     for tile in tl.range(tl.cdiv(active, BM), mine, disable_licm=True):
@@ -137,7 +140,7 @@ def network_backward(
         if gy is not None:
             gradients_of_tile(
                 n, ok, 0, False, x, gy, gout, slopes, ws, bs, dx, partials, scratch,
-                WIDTHS, ACTS, BIAS, NEEDS, OFFSETS, K, ADJOINT, OUT, H, PD, BK, CHUNK,
+                WIDTHS, ACTS, BIAS, NEEDS, OFFSETS, K, ADJOINT, OUT, H, PD, BK, INNER, CHUNK,
                 C, A, PRECISION,
             )  # fmt: skip
         elif dx is not None:
@@ -181,7 +184,7 @@ def gradients_of_tile(
     n, ok, pair, ACTIVE: tl.constexpr, x, gy, gout, slopes, ws, bs, dx, partials, scratch,
     WIDTHS: tl.constexpr, ACTS: tl.constexpr, BIAS: tl.constexpr, NEEDS: tl.constexpr,
     OFFSETS: tl.constexpr, K: tl.constexpr, ADJOINT: tl.constexpr, OUT: tl.constexpr,
-    H: tl.constexpr, PD: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr,
+    H: tl.constexpr, PD: tl.constexpr, BK: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr,
     C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what the rows n give for pair number ``pair`` (gy counts with pair 0).
@@ -190,21 +193,23 @@ def gradients_of_tile(
     slots. (Tangents beside activations in one pass, as in the forward, spill at width 128.)
     """
     tl.debug_barrier()  # the slots may still be read by the tile before
-    up_pass(n, ok, ACTIVE, x, ws, bs, scratch, WIDTHS, ACTS, BIAS, H, PD, BK, C, A, PRECISION)
+    up_pass(
+        n, ok, ACTIVE, x, ws, bs, scratch, WIDTHS, ACTS, BIAS, H, PD, BK, INNER, C, A, PRECISION
+    )
     tl.debug_barrier()
     if ACTIVE:
         tangent_pass(
             n, ok, pair, gout, slopes, ws, scratch,
-            WIDTHS, ACTS, K, ADJOINT, OUT, H, PD, BK, C, A, PRECISION,
+            WIDTHS, ACTS, K, ADJOINT, OUT, H, PD, BK, INNER, C, A, PRECISION,
         )  # fmt: skip
         seed_pass(
             n, ok, pair, gout, slopes, ws, partials, scratch,
-            WIDTHS, ACTS, NEEDS, OFFSETS, dx is not None, K, ADJOINT, OUT, H, PD, BK, CHUNK,
+            WIDTHS, ACTS, NEEDS, OFFSETS, dx is not None, K, ADJOINT, OUT, H, PD, BK, INNER, CHUNK,
             C, A, PRECISION,
         )  # fmt: skip
     down_pass(
         n, ok, pair, ACTIVE, x, gy, ws, dx, partials, scratch,
-        WIDTHS, ACTS, NEEDS, OFFSETS, H, PD, BK, CHUNK, C, A, PRECISION,
+        WIDTHS, ACTS, NEEDS, OFFSETS, H, PD, BK, INNER, CHUNK, C, A, PRECISION,
     )  # fmt: skip
 
 
@@ -212,7 +217,7 @@ def gradients_of_tile(
 def up_pass(
     n, ok, ACTIVE: tl.constexpr, x, ws, bs, scratch,
     WIDTHS: tl.constexpr, ACTS: tl.constexpr, BIAS: tl.constexpr, H: tl.constexpr,
-    PD: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, A: tl.constexpr,
+    PD: tl.constexpr, BK: tl.constexpr, INNER: tl.constexpr, C: tl.constexpr, A: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """a_l runs up: keeps h_l, σ'(a_l) and, for an active tile, σ''(a_l)."""
@@ -228,19 +233,21 @@ def up_pass(
             put(scratch, CURVATURE_SLOT * L + l, curvature.to(C), WIDE)
         if l < L - 1:
             h = h.to(C)
-            if WIDE < 128:
+            if INNER == 0:
                 put(scratch, H_SLOT * L + l, h, WIDE)
-            h = through(scratch, H_SLOT * L + l, h, WIDE)
-            w = inner_weight(ws, l + 1, WIDTHS, H, PD, C)
-            a = layer_up(h, w, bs[l + 1], BIAS[l + 1], WIDTHS[l + 2], C, A, PRECISION)
+            h = through(scratch, H_SLOT * L + l, h, WIDE, INNER)
+            a = layer_up(
+                h, scratch, H_SLOT * L + l, ws, bs, l + 1,
+                WIDTHS, BIAS, H, PD, INNER, C, A, PRECISION,
+            )  # fmt: skip
 
 
 @triton.jit
 def tangent_pass(
     n, ok, pair, gout, slopes, ws, scratch,
     WIDTHS: tl.constexpr, ACTS: tl.constexpr, K: tl.constexpr, ADJOINT: tl.constexpr,
-    OUT: tl.constexpr, H: tl.constexpr, PD: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
-    A: tl.constexpr, PRECISION: tl.constexpr,
+    OUT: tl.constexpr, H: tl.constexpr, PD: tl.constexpr, BK: tl.constexpr, INNER: tl.constexpr,
+    C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The pair's direction ẋ runs up: keeps ḣ_l, and σ''∘ȧ_l in the place of σ''."""
     L: tl.constexpr = len(ACTS)
@@ -264,11 +271,13 @@ def tangent_pass(
             if ACTS[l][0] != IDENTITY:
                 a_dot *= get(scratch, SLOPE_SLOT * L + l, BM, a_dot.shape[1], WIDE, 0).to(A)
             h_dot = a_dot.to(C)
-            if WIDE < 128:
+            if INNER == 0:
                 put(scratch, H_DOT_SLOT * L + l, h_dot, WIDE)
-            h_dot = through(scratch, H_DOT_SLOT * L + l, h_dot, WIDE)
-            w = inner_weight(ws, l + 1, WIDTHS, H, PD, C)
-            a_dot = matmul(h_dot, tl.trans(w), C, PRECISION)
+            h_dot = through(scratch, H_DOT_SLOT * L + l, h_dot, WIDE, INNER)
+            a_dot = product_up(
+                h_dot, scratch, H_DOT_SLOT * L + l, ws, l + 1,
+                WIDTHS, H, PD, INNER, C, A, PRECISION,
+            )  # fmt: skip
     tl.debug_barrier()
 
 
@@ -287,8 +296,8 @@ def seed_pass(
     n, ok, pair, gout, slopes, ws, partials, scratch,
     WIDTHS: tl.constexpr, ACTS: tl.constexpr, NEEDS: tl.constexpr, OFFSETS: tl.constexpr,
     DX: tl.constexpr, K: tl.constexpr, ADJOINT: tl.constexpr, OUT: tl.constexpr,
-    H: tl.constexpr, PD: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr,
-    A: tl.constexpr, PRECISION: tl.constexpr,
+    H: tl.constexpr, PD: tl.constexpr, BK: tl.constexpr, INNER: tl.constexpr,
+    CHUNK: tl.constexpr, C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The seed s runs down: p_l meets ḣ_{l-1}, and σ''∘ȧ_l∘P_l is left in the place of σ''∘ȧ_l."""
     L: tl.constexpr = len(ACTS)
@@ -312,15 +321,19 @@ def seed_pass(
             if ACTS[l][0] != IDENTITY:
                 at = SLOPE_SLOT * L + l
                 P *= get(scratch, at, BM, padded_width(l, L, H, PD), WIDE, 0).to(A)
-            p = through(scratch, PASSING_SLOT * L, P.to(C), WIDE)
+            p = through(scratch, PASSING_SLOT * L, P.to(C), WIDE, INNER)
             if l > 0:
                 if NEEDS[2 * l]:
                     inner_gradient(
-                        p, H_DOT_SLOT * L + l - 1, scratch, partials + OFFSETS[2 * l],
-                        WIDTHS[l + 1], WIDTHS[l], H, WIDE, CHUNK, C, PRECISION,
+                        p, PASSING_SLOT * L, H_DOT_SLOT * L + l - 1, scratch,
+                        partials + OFFSETS[2 * l], WIDTHS[l + 1], WIDTHS[l], H, WIDE, INNER, CHUNK,
+                        C, A, PRECISION,
                     )  # fmt: skip
                 if l > LOWEST:
-                    P = matmul(p, inner_weight(ws, l, WIDTHS, H, PD, C), C, PRECISION)
+                    P = product_down(
+                        p, scratch, PASSING_SLOT * L, ws, l,
+                        WIDTHS, H, PD, INNER, C, A, PRECISION,
+                    )  # fmt: skip
             elif NEEDS[0]:
                 for start in range((d - K) // BK * BK, d, BK):
                     column = start + tl.arange(0, BK)
@@ -336,8 +349,8 @@ def seed_pass(
 def down_pass(
     n, ok, pair, ACTIVE: tl.constexpr, x, gy, ws, dx, partials, scratch,
     WIDTHS: tl.constexpr, ACTS: tl.constexpr, NEEDS: tl.constexpr, OFFSETS: tl.constexpr,
-    H: tl.constexpr, PD: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr,
-    A: tl.constexpr, PRECISION: tl.constexpr,
+    H: tl.constexpr, PD: tl.constexpr, BK: tl.constexpr, INNER: tl.constexpr,
+    CHUNK: tl.constexpr, C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The cotangent g_l of a_l runs down, joined by σ''∘ȧ_l∘P_l, and meets h_{l-1}."""
     L: tl.constexpr = len(ACTS)
@@ -361,7 +374,7 @@ def down_pass(
                 g += get(scratch, at, BM, padded_width(l, L, H, PD), WIDE, 0).to(A)
             if NEEDS[2 * l + 1]:
                 add_bias(g, partials + OFFSETS[2 * l + 1], WIDTHS[l + 1])
-            g = through(scratch, PASSING_SLOT * L, g.to(C), WIDE)
+            g = through(scratch, PASSING_SLOT * L, g.to(C), WIDE, INNER)
             if l == 0:
                 first_gradients(
                     g, n, ok, pair, ACTIVE, x, ws[0], dx, partials, WIDTHS, NEEDS[0], BK, C, A,
@@ -370,25 +383,37 @@ def down_pass(
             else:
                 if NEEDS[2 * l]:
                     inner_gradient(
-                        g, H_SLOT * L + l - 1, scratch, partials + OFFSETS[2 * l],
-                        WIDTHS[l + 1], WIDTHS[l], H, WIDE, CHUNK, C, PRECISION,
+                        g, PASSING_SLOT * L, H_SLOT * L + l - 1, scratch,
+                        partials + OFFSETS[2 * l], WIDTHS[l + 1], WIDTHS[l], H, WIDE, INNER, CHUNK,
+                        C, A, PRECISION,
                     )  # fmt: skip
                 if l > LOWEST:
-                    gh = matmul(g, inner_weight(ws, l, WIDTHS, H, PD, C), C, PRECISION)
+                    gh = product_down(
+                        g, scratch, PASSING_SLOT * L, ws, l,
+                        WIDTHS, H, PD, INNER, C, A, PRECISION,
+                    )  # fmt: skip
             # Also keeps the compiler from pulling the next layer's loads up here.
             tl.debug_barrier()
 
 
 @triton.jit
 def inner_gradient(
-    g, slot: tl.constexpr, scratch, partials, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    H: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr,
-    PRECISION: tl.constexpr,
+    g, g_slot: tl.constexpr, slot: tl.constexpr, scratch, partials, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, H: tl.constexpr, WIDE: tl.constexpr, INNER: tl.constexpr,
+    CHUNK: tl.constexpr, C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dW += gᵀ h, with the h in a slot, CHUNK columns at a time."""
+    """dW += gᵀ h, with the h in a slot, CHUNK columns at a time, in steps of INNER rows."""
+    BM: tl.constexpr = g.shape[0]
     for first in tl.range(0, H, CHUNK, disable_licm=True):
-        h = get(scratch, slot, g.shape[0], CHUNK, WIDE, first)
-        product = matmul(tl.trans(g), h, C, PRECISION)
+        if INNER == 0 or INNER >= BM:
+            h = get(scratch, slot, BM, CHUNK, WIDE, first)
+            product = matmul(tl.trans(g), h, C, PRECISION)
+        else:
+            product = tl.zeros((g.shape[1], CHUNK), A)
+            for row in tl.range(0, BM, INNER, disable_licm=True):
+                left = get_rows(scratch, g_slot, BM, INNER, g.shape[1], WIDE, row, 0)
+                h = get_rows(scratch, slot, BM, INNER, CHUNK, WIDE, row, first)
+                product += matmul(tl.trans(left), h, C, PRECISION)
         add_weight(product, first + tl.arange(0, CHUNK), partials, ROWS, COLUMNS)
 
 

@@ -12,11 +12,12 @@ import triton.language as tl
 from .device import PENALTY_SUM, activation_of, hinge_epilogue
 from .network import (
     first_layer,
-    inner_weight,
     keep,
     layer_up,
     matmul,
     padded_width,
+    product_down,
+    product_up,
     recall,
     through,
 )
@@ -57,6 +58,7 @@ def network_forward(
     PD: tl.constexpr,
     PK: tl.constexpr,
     BK: tl.constexpr,
+    INNER: tl.constexpr,
     BM: tl.constexpr,
     C: tl.constexpr,
     A: tl.constexpr,
@@ -85,14 +87,16 @@ def network_forward(
         if ADJOINT:
             total += adjoint_tile(
                 n, ok, x_, weight_, direction, ws, bs, y_, out_, slopes_, scratch, weight_row,
-                WIDTHS, ACTS, BIAS, K, OUT, MARGIN, SQUARED, SAVE, H, PD, PK, BK, C, A, PRECISION,
+                WIDTHS, ACTS, BIAS, K, OUT, MARGIN, SQUARED, SAVE, H, PD, PK, BK, INNER,
+                C, A, PRECISION,
             )  # fmt: skip
         else:
             for c in tl.range(0, K, disable_licm=True):
                 total += tangent_tile(
                     n, ok, c, x_, weight_, direction, ws, bs, y_, out_, slopes_, scratch,
                     weight_row,
-                    WIDTHS, ACTS, BIAS, K, OUT, MARGIN, SQUARED, SAVE, H, PD, BK, C, A, PRECISION,
+                    WIDTHS, ACTS, BIAS, K, OUT, MARGIN, SQUARED, SAVE, H, PD, BK, INNER,
+                    C, A, PRECISION,
                 )  # fmt: skip
     if OUT == PENALTY_SUM:
         tl.store(sums + tl.program_id(0), tl.sum(total))
@@ -103,7 +107,7 @@ def tangent_tile(
     n, ok, c, x, weight, direction, ws, bs, y, out, slopes, scratch, weight_row,
     WIDTHS: tl.constexpr, ACTS: tl.constexpr, BIAS: tl.constexpr, K: tl.constexpr,
     OUT: tl.constexpr, MARGIN: tl.constexpr, SQUARED: tl.constexpr, SAVE: tl.constexpr,
-    H: tl.constexpr, PD: tl.constexpr, BK: tl.constexpr,
+    H: tl.constexpr, PD: tl.constexpr, BK: tl.constexpr, INNER: tl.constexpr,
     C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Column c: the tangent ȧ travels with the activations, one weight tile serves both products.
@@ -124,12 +128,11 @@ def tangent_tile(
     h, slope, _curvature = activation_of(a, ACTS, 0)
     h_dot = slope * a_dot
     for l in tl.static_range(1, L):
-        h = through(scratch, 0, h.to(C), WIDE)
-        h_dot = through(scratch, 1, h_dot.to(C), WIDE)
-        w = inner_weight(ws, l, WIDTHS, H, PD, C)
-        a = layer_up(h, w, bs[l], BIAS[l], WIDTHS[l + 1], C, A, PRECISION)
-        a_dot = matmul(h_dot, tl.trans(w), C, PRECISION)
-        if WIDE >= 128:
+        h = through(scratch, 0, h.to(C), WIDE, INNER)
+        h_dot = through(scratch, 1, h_dot.to(C), WIDE, INNER)
+        a = layer_up(h, scratch, 0, ws, bs, l, WIDTHS, BIAS, H, PD, INNER, C, A, PRECISION)
+        a_dot = product_up(h_dot, scratch, 1, ws, l, WIDTHS, H, PD, INNER, C, A, PRECISION)
+        if INNER:
             tl.debug_barrier()  # the slots are read by all before they are written again
         h, slope, _curvature = activation_of(a, ACTS, l)
         h_dot = slope * a_dot
@@ -148,7 +151,7 @@ def adjoint_tile(
     n, ok, x, weight, direction, ws, bs, y, out, slopes, scratch, weight_row,
     WIDTHS: tl.constexpr, ACTS: tl.constexpr, BIAS: tl.constexpr, K: tl.constexpr,
     OUT: tl.constexpr, MARGIN: tl.constexpr, SQUARED: tl.constexpr, SAVE: tl.constexpr,
-    H: tl.constexpr, PD: tl.constexpr, PK: tl.constexpr, BK: tl.constexpr,
+    H: tl.constexpr, PD: tl.constexpr, PK: tl.constexpr, BK: tl.constexpr, INNER: tl.constexpr,
     C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Up once, keeping σ'(a_l); then one chain down per output gives all K columns at once."""
@@ -163,9 +166,8 @@ def adjoint_tile(
     for l in tl.static_range(1, L):
         h, slope, _curvature = activation_of(a, ACTS, l - 1)
         kept = keep(kept, slope.to(C), scratch, l + 1, WIDE)
-        h = through(scratch, 0, h.to(C), WIDE)
-        w = inner_weight(ws, l, WIDTHS, H, PD, C)
-        a = layer_up(h, w, bs[l], BIAS[l], WIDTHS[l + 1], C, A, PRECISION)
+        h = through(scratch, 0, h.to(C), WIDE, INNER)
+        a = layer_up(h, scratch, 0, ws, bs, l, WIDTHS, BIAS, H, PD, INNER, C, A, PRECISION)
         if scratch is not None:
             tl.debug_barrier()  # the slots are read by all before they are written again
     h, last_slope, _curvature = activation_of(a, ACTS, L - 1)
@@ -179,7 +181,7 @@ def adjoint_tile(
         chosen = (output == e)[None, :]
         p = tl.where(chosen, last_slope, tl.zeros_like(last_slope))
         p = down_to_first(
-            p, kept, scratch, ws, WIDTHS, ACTS, H, PD, C, A, PRECISION
+            p, kept, scratch, ws, WIDTHS, ACTS, H, PD, INNER, C, A, PRECISION
         )  # fmt: skip
         unit = tl.arange(0, FIRST)
         inside = (unit[:, None] < WIDTHS[1]) & (column[None, :] < K)
@@ -201,16 +203,16 @@ def adjoint_tile(
 @triton.jit
 def down_to_first(
     p, kept, scratch, ws, WIDTHS: tl.constexpr, ACTS: tl.constexpr, H: tl.constexpr,
-    PD: tl.constexpr, C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
+    PD: tl.constexpr, INNER: tl.constexpr, C: tl.constexpr, A: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """p_L to p_1: p_{l-1} = σ'(a_{l-1}) ∘ (p_l W_l)."""
     L: tl.constexpr = len(ACTS)
     WIDE: tl.constexpr = max(H, PD)
     for l in tl.static_range(L - 1, 0, -1):
-        if l < L - 1:
-            p = through(scratch, 1, p.to(C), WIDE)
-        w = inner_weight(ws, l, WIDTHS, H, PD, C)
-        p = matmul(p, w, C, PRECISION) * recall(kept, scratch, l - 1, p.shape[0], H, WIDE).to(A)
+        p = through(scratch, 1, p.to(C), WIDE, INNER)
+        P = product_down(p, scratch, 1, ws, l, WIDTHS, H, PD, INNER, C, A, PRECISION)
+        p = P * recall(kept, scratch, l - 1, p.shape[0], H, WIDE).to(A)
         if scratch is not None:
             tl.debug_barrier()
     return p

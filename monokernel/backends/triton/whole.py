@@ -30,10 +30,10 @@ from .launch import (
     activation_table,
     compute_dtype,
     dot_precision,
-    has_group_products,
     interpreting,
     launch,
     processors,
+    products,
     register_limit,
 )
 from .network_backward import network_backward
@@ -48,16 +48,13 @@ Params = Sequence[Tensor | None]
 
 def refuses(problem: Problem, x: Tensor) -> str | None:
     """Why the network does not fit into one kernel, or None."""
-    grouped = has_group_products(x.device)
-    widest, deepest = WIDEST[grouped][x.element_size()], DEEPEST[grouped]
-    if x.dtype == torch.float32 and _precision(x.dtype) == "tf32x3":
-        widest = min(widest, 32)  # three operands for one: width 64 spills
+    widest = WIDEST[x.element_size()]
     if max(problem.widths[1:]) > widest:
-        return f"a layer is wider than {widest}, what registers hold in {x.dtype} on this device"
+        return f"a layer is wider than {widest}, what one kernel serves in {x.dtype}"
     if problem.k > 128:
         return f"k = {problem.k} monotone inputs; one kernel serves up to 128"
-    if problem.depth > deepest:
-        return f"{problem.depth} layers; one kernel serves up to {deepest} on this device"
+    if problem.depth > DEEPEST:
+        return f"{problem.depth} layers; one kernel serves up to {DEEPEST}"
     if x.shape[0] >= 2**31 - 2**16:
         return f"N = {x.shape[0]} rows; one kernel serves below 2^31"
     if x.dtype == torch.float32 and not interpreting() and _precision(x.dtype) == "ieee":
@@ -98,7 +95,6 @@ def _shape(problem: Problem) -> dict[str, Any]:
         "OUT": output_code(problem),
         "H": power_of_two(hidden),
         "PD": power_of_two(problem.D),
-        "BK": min(power_of_two(problem.d), 64),
     }
 
 
@@ -131,7 +127,8 @@ def forward(
         problem.depth,
         x.element_size(),
         shape["ADJOINT"],
-        has_group_products(x.device),
+        products(x.device),
+        _precision(x.dtype) == "tf32x3",
     )
     if enabled(x.device) and x.shape[0]:
         config = choose(
@@ -193,7 +190,10 @@ def _forward(
         SQUARED=hinge is not None and hinge.squared,
         SAVE=bool(saved),
         PK=power_of_two(k),
+        BK=min(power_of_two(problem.d), config.chunk),
+        INNER=config.inner,
         BM=config.rows,
+        **register_limit(x.device),
         num_warps=config.warps,
         num_stages=config.stages,
     )
@@ -213,7 +213,9 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     shape = _shape(problem)
-    config = backward_config(max(shape["H"], shape["PD"]))
+    config = backward_config(
+        max(shape["H"], shape["PD"]), products(x.device), _precision(x.dtype) == "tf32x3"
+    )
     if enabled(x.device) and x.shape[0]:
         config = choose(
             ("backward", problem, x.dtype, x.device, x.shape[0].bit_length(), tuple(needs)),
@@ -274,10 +276,12 @@ def _backward(
         BIAS=tuple(b is not None for b in bs),
         NEEDS=wanted,
         OFFSETS=offsets,
+        BK=min(power_of_two(problem.d), config.chunk),
+        INNER=config.inner,
         BM=BM,
         SCAN=max(BM, 256),
         CHUNK=min(config.chunk, shape["H"]),
-        **register_limit(x.device, config.registers),
+        **register_limit(x.device),
         num_warps=config.warps,
         num_stages=config.stages,
     )
