@@ -7,6 +7,9 @@ One row for each contender is appended to ``results/gpu.csv``: times, peak memor
 the roofline, of three ceilings (tensor cores, memory bandwidth, special functions) the one that
 binds. Before anything is timed a contender's loss and gradient are compared with float64.
 
+Compiling is most of the work: before the first case, processes on every core compile what will be
+timed, and what they find is in the caches of Triton and Inductor when its turn comes.
+
 ``--device cpu --limit 20`` runs a few small cases without a GPU, to see that the program works; its
 numbers are printed and not kept.
 """
@@ -14,13 +17,18 @@ numbers are printed and not kept.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import gc
 import importlib.util
+import multiprocessing
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import lru_cache
 from pathlib import Path
 from statistics import quantiles
 
@@ -156,7 +164,10 @@ class Job:
 
     def loss(self, y: Tensor, penalty: Tensor | float, target: Tensor | None = None) -> Tensor:
         target = self.target if target is None else target
-        return ((y - target).square().sum() + penalty) / y.shape[0]
+        squares = (y - target).square()
+        # Half precision ends at 65504: less than a sum over 65536 rows.
+        wide = torch.float64 if y.dtype == torch.float64 else torch.float32
+        return (squares.sum(dtype=wide) + penalty) / y.shape[0]
 
     def part(self) -> Job:
         """The same job on the rows of the truth."""
@@ -237,9 +248,7 @@ def eager(job: Job, loss_of: LossOf) -> Step:
 
 
 def compiled(job: Job, loss_of: LossOf) -> Step:
-    torch._dynamo.reset()
-    fast = torch.compile(loss_of, dynamic=False)
-    return eager(job, fast)
+    return eager(job, torch.compile(loss_of, dynamic=False))
 
 
 def graphed(job: Job, loss_of: LossOf) -> Step:
@@ -259,9 +268,12 @@ def graphed(job: Job, loss_of: LossOf) -> Step:
 
 def jax_step(job: Job) -> Step:
     """``jit(value_and_grad)`` over ``jvp`` (or ``vjp`` where D = 1)."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else it takes the whole card
     import jax
     import jax.numpy as jnp
 
+    if jax.default_backend() != "gpu":
+        raise RuntimeError(f"JAX runs on the {jax.default_backend()} here")
     # Through NumPy's float32, for bfloat16 has no NumPy dtype.
     dtype = {"fp16": jnp.float16, "bf16": jnp.bfloat16}.get(job.case.precision, jnp.float32)
     exact = {"fp32": "highest", "tf32": "tensorfloat32"}.get(job.case.precision, "default")
@@ -286,10 +298,14 @@ def jax_step(job: Job) -> Step:
             slopes = jax.vmap(push)(jnp.broadcast_to(columns, (job.case.k, *x2.shape)))
         return (jnp.square(y - t).sum() + jax.nn.relu(job.margin - slopes).sum()) / len(x2)
 
-    with jax.default_matmul_precision(exact):
-        step = jax.jit(jax.value_and_grad(loss))
-        step(params)
-    return lambda: jax.block_until_ready(step(params))
+    fast = jax.jit(jax.value_and_grad(loss))
+
+    def step() -> object:
+        with jax.default_matmul_precision(exact):  # part of what is compiled, so in every call
+            return jax.block_until_ready(fast(params))
+
+    step()
+    return step
 
 
 @dataclass(frozen=True)
@@ -332,6 +348,7 @@ class Ceilings:
     special: float
 
 
+@lru_cache
 def ceilings(precision: str, gpu: bool) -> Ceilings:
     """Measured: a large product, a large copy; special functions by the card's clock and width."""
     if not gpu:
@@ -442,14 +459,19 @@ FIELDS = [
 ]
 
 
-def run_case(
-    case: Case, device: str, limits: Ceilings, thorough: bool, seconds: float
-) -> list[dict[str, object]]:
+Row = dict[str, object]
+
+
+def run_case(case: Case, device: str, thorough: bool, seconds: float) -> list[Row]:
+    """One row for each contender; ``thorough`` brings those that compile for the shapes."""
     gpu = device == "cuda"
+    torch._dynamo.reset()
+    gc.collect()  # the networks and graphs of the case before
     torch.set_float32_matmul_precision(PRECISIONS[case.precision][1])
+    limits = ceilings(case.precision, gpu)
     job = Job(case, device)
     about = str(plan(job.net, job.x1, job.x2)).splitlines()[0]
-    rows: dict[str, dict[str, object]] = {}
+    rows: dict[str, Row] = {}
     steps: dict[str, Step] = {}
     for contender in contenders(job, gpu, thorough):
         step, note = admit(job, contender)
@@ -492,6 +514,8 @@ def run_case(
         "kind": case.kind,
         "share": f"{job.share:.3g}",
     }
+    if gpu:
+        torch.cuda.synchronize()  # raises if a contender left the device broken
     return [common | row for row in rows.values()]
 
 
@@ -504,7 +528,7 @@ def _triton_version() -> str:
         return ""
 
 
-def append(rows: list[dict[str, object]]) -> None:
+def append(rows: list[Row]) -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     fresh = not RESULTS.exists()
     with RESULTS.open("a", newline="") as file:
@@ -512,6 +536,62 @@ def append(rows: list[dict[str, object]]) -> None:
         if fresh:
             writer.writeheader()
         writer.writerows(rows)
+
+
+# --- in processes of their own --------------------------------------------------------------------
+
+# Not forked: CUDA does not survive that.
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def compile_ahead(todo: list[tuple[Case, bool]], device: str, seconds: float) -> None:
+    """Takes a step of what will be timed, on every core, for the caches of what it compiles."""
+    # What Triton compiles is the same for many rows as for few, and for any share.
+    jobs = {
+        (case if thorough else replace(case, N=min(case.N, 16384), share=0.05), thorough)
+        for case, thorough in todo
+    }
+    end = time.perf_counter() + seconds
+    with SPAWN.Pool(min(os.cpu_count() or 1, len(jobs))) as pool:
+        waiting = [pool.apply_async(_take_a_step, (*job, device)) for job in jobs]
+        for result in waiting:
+            # A failure is the case's own to report; leaving the pool ends what still runs.
+            with contextlib.suppress(Exception):
+                result.get(max(0.0, end - time.perf_counter()))
+
+
+def _take_a_step(case: Case, thorough: bool, device: str) -> None:
+    torch.set_float32_matmul_precision(PRECISIONS[case.precision][1])
+    job = Job(case, device)
+    for contender in contenders(job, False, thorough):
+        if contender.name != "JAX jit":  # it keeps nothing on disk
+            step, _ = admit(job, contender)
+            if step is not None:
+                step()
+
+
+class Child:
+    """A process that runs the cases, and a new one after a failure or a case that hangs."""
+
+    def __init__(self) -> None:
+        self.pool = SPAWN.Pool(1)
+
+    def run(self, patience: float, *case: object) -> list[Row]:
+        try:
+            return self.pool.apply_async(run_case, case).get(patience)
+        except Exception:
+            self.pool.terminate()
+            self.pool = SPAWN.Pool(1)
+            raise
+
+
+def with_rivals(todo: Iterable[Case]) -> Iterator[tuple[Case, bool]]:
+    """Each case, and whether what compiles for its shapes runs: once for each width and D."""
+    seen: set[tuple[int, int]] = set()
+    for case in todo:
+        shape = (case.width, case.D)
+        yield case, shape not in seen and case.N <= 65536
+        seen.add(shape)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -525,23 +605,23 @@ def main(arguments: list[str] | None = None) -> int:
         print("no GPU here: nothing to measure (--device cpu tries the program)", file=sys.stderr)
         return 2
     end = time.perf_counter() + options.limit
-    limits: dict[str, Ceilings] = {}
-    todo = list(cases() if gpu else small_cases())
-    done: set[tuple[int, int, str]] = set()
-    slowest = 0.0
-    for i, case in enumerate(todo):
+    todo = list(with_rivals(cases() if gpu else small_cases()))
+    # Each of the processes compiles one thing at a time.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    compile_ahead(todo, options.device, options.limit / 3)
+    print(f"compiled ahead, {end - time.perf_counter():.0f} s left", flush=True)
+    child, slowest = Child(), 0.0
+    for i, (case, thorough) in enumerate(todo):
         began = time.perf_counter()
         if began + slowest > end:
-            print("\ntime is up: not measured are\n  " + "\n  ".join(map(str, todo[i:])))
+            print("\ntime is up: not measured are\n  " + "\n  ".join(str(c) for c, _ in todo[i:]))
             break
-        if case.precision not in limits:
-            torch.set_float32_matmul_precision(PRECISIONS[case.precision][1])
-            limits[case.precision] = ceilings(case.precision, gpu)
-        # What compiles for its shapes is timed once for each width and D.
-        shape = (case.width, case.D, case.precision)
-        thorough = gpu and shape not in done and case.N <= 65536
-        done.add(shape)
-        rows = run_case(case, options.device, limits[case.precision], thorough, options.seconds)
+        try:
+            patience = min(120.0, end - began)
+            rows = child.run(patience, case, options.device, thorough, options.seconds)
+        except Exception as failure:
+            print(f"\n{case}   failed: {type(failure).__name__}: {failure}", flush=True)
+            continue
         slowest = max(slowest, time.perf_counter() - began) if i else 0.0
         if gpu:
             append(rows)
@@ -553,6 +633,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{row.get('of_roofline', '')!s:6} {row['note']}",
                 flush=True,
             )
+    child.pool.terminate()
     return 0
 
 
