@@ -2,9 +2,11 @@
 //
 // The part of a slope in the loss is uᵀ·J·e for a pair of seeds: in tangent mode e is a unit vector
 // (one monotone column) and u = gJ[n, :, c], in adjoint mode u is a unit vector (one output) and
-// e = gJ[n, d, :]. Both are one tangent chain up from e and one cotangent chain down from u, and only
-// pairs that are not zero are there at all: `Pairs`. They add to the weight gradients and leave, for
-// each row, σ''∘ȧ∘ū in the cotangent of the pre-activations, which the task's own chain carries down.
+// e = gJ[n, d, :]. Both are one tangent chain up from e and one cotangent chain down from u, and
+// only pairs that are not zero are there at all: `Pairs`. They add to the weight gradients and leave,
+// for each row, σ''∘ȧ∘ū in the cotangent of the pre-activations, which the task's own chain carries
+// down. Both chains meet the same weights, so pairs are stacked upon the block's rows into one
+// product.
 #pragma once
 
 #include "forward.h"
@@ -143,20 +145,21 @@ template <class T> struct BackwardPass {
     if (!wants.pairs) return false;
     const int64_t n = rows * net.D * net.k, at = row0 * net.D * net.k;
     const T* out = static_cast<const T*>(call.gout);
+    const auto times = [](T u, T g) { return u == T(0) ? T(0) : u * g; };
     if (!net.plan->hinge) {
       copy(to, out + at, n);
     } else {
-      const T* derivative = static_cast<const T*>(call.saved[2]) + at;
+      const T* u = static_cast<const T*>(call.saved[2]) + at;
       if (net.plan->elementwise) {
-        for (int64_t i = 0; i < n; ++i) to[i] = derivative[i] == T(0) ? T(0) : derivative[i] * out[at + i];
+        for (int64_t i = 0; i < n; ++i) to[i] = times(u[i], out[at + i]);
       } else {
         const T one = out[0];
-        for (int64_t i = 0; i < n; ++i) to[i] = derivative[i] == T(0) ? T(0) : derivative[i] * one;
+        for (int64_t i = 0; i < n; ++i) to[i] = times(u[i], one);
       }
     }
     int any = 0;
     for (int64_t i = 0; i < n; ++i) any |= to[i] != T(0);
-    return any || !net.plan->compacts;
+    return any || !switches.compacts;
   }
 
   // a_l as forward saved it; a_1 is computed again where it was not.
@@ -195,12 +198,12 @@ template <class T> struct BackwardPass {
       bool any = false;
       if (net.plan->adjoint) {
         for (int64_t c = 0; c < k; ++c) any |= g[q * k + c] != T(0);
-        if (!any && net.plan->compacts) continue;
+        if (!any && switches.compacts) continue;
         copy_few(e, g + q * k, k);
         for (int64_t d = 0; d < D; ++d) u[d] = d == q ? T(1) : T(0);
       } else {
         for (int64_t d = 0; d < D; ++d) any |= (u[d] = g[d * k + q]) != T(0);
-        if (!any && net.plan->compacts) continue;
+        if (!any && switches.compacts) continue;
         for (int64_t c = 0; c < k; ++c) e[c] = c == q ? T(1) : T(0);
       }
       pairs.row[m++] = int32_t(i);
@@ -366,7 +369,7 @@ template <class T> struct BackwardPass {
 
   // Whether pairs just gathered are the block's last, which are stacked upon its rows.
   bool stacks(int64_t rows, int64_t next) const {
-    return net.plan->stacks && next == rows * (net.plan->adjoint ? net.D : net.k);
+    return switches.stacks && next == rows * (net.plan->adjoint ? net.D : net.k);
   }
 
   // σ_L' where no activation follows the last layer.
@@ -422,7 +425,7 @@ template <class T> struct BackwardPass {
       single_pairs_top(scratch, m, all);
     }
     for (int64_t l = L; l > 1; --l) {
-      if (net.plan->stacks) {
+      if (switches.stacks) {
         add_weight(scratch, l, m + rows, scratch.u(l, m), ld, scratch.ht(l - 1, m), ld);
       } else {
         add_weight(scratch, l, m, scratch.u(l, m), ld, scratch.ht(l - 1, m), ld);
@@ -502,7 +505,8 @@ template <class T> struct BackwardPass {
     }
   }
 
-  // h_l and gy·p_l (or p_l itself) of all rows; what the pairs need of σ', σ'' (`more` as in Single).
+  // h_l and gy·p_l (or p_l itself) of all rows, and what the pairs need of σ', σ'' (`more`: see
+  // Single).
   void single_layer(const BackwardScratch<T>& scratch, int64_t block, int64_t rows, int64_t row0,
                     int64_t l, int more, bool p_itself, T* g) const {
     const Layer<T>& layer = net.at(l);
@@ -686,7 +690,7 @@ template <class T> struct Reduction {
 
 template <class T> bool any_slope_gradient(const Plan& plan, const BackwardCall& call) {
   if (!call.gout) return false;
-  if (!plan.hinge || !plan.compacts) return true;
+  if (!plan.hinge || !switches.compacts) return true;
   const T* derivative = static_cast<const T*>(call.saved[2]);
   for (int64_t i = 0; i < call.N * plan.widths[plan.L] * plan.k; ++i) {
     if (derivative[i] != T(0)) return true;
@@ -706,10 +710,12 @@ Status backward(const Plan& plan, const BackwardCall& call, const Runtime& runti
   wants.pairs = any_slope_gradient<T>(plan, call);
   const int64_t threads = min_of<int64_t>(max_of(call.threads, 1), blocks.count);
   const Net<T> net(plan, call.params);
-  const int64_t size = round_up(Gradients<T>::offset(net, net.L + 1), 64);  // whole cache lines
+  const int64_t size = round_up(Gradients<T>::offset(net, net.L + 1) + int64_t(gap / sizeof(T)), 64);
   Bump front;
   front.take<T>(size * threads);
-  const auto weights_in = [&](Bump& memory) { return BackwardWeights<T>(plan, call, wants, memory); };
+  const auto weights_in = [&](Bump& memory) {
+    return BackwardWeights<T>(plan, call, wants, memory);
+  };
   const auto scratch_in = [&](Bump& memory, const Net<T>& packed) {
     return BackwardScratch<T>(memory, packed, blocks.capacity);
   };

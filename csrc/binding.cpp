@@ -177,6 +177,13 @@ struct OwnedPlan {
 
 #define MK_EXPORT extern "C" __attribute__((visibility("default")))
 
+Switches switches = {true, true};
+
+// Affects every plan from the next call on.
+MK_EXPORT void mk_switch(int64_t stacks, int64_t compacts) {
+  switches = {stacks != 0, compacts != 0};
+}
+
 MK_EXPORT const char* mk_isa() { return chosen().name; }
 
 // Memory for what forward saves, from the same pool.
@@ -210,13 +217,6 @@ MK_EXPORT void* mk_plan_new(const int64_t* flags, int64_t L, int64_t k, const in
                      margin,
                      owned->direction.data()};
   return owned;
-}
-
-// For benchmarks/ablation.py: see Plan.
-MK_EXPORT void mk_plan_switch(void* plan, int64_t stacks, int64_t compacts) {
-  OwnedPlan* owned = static_cast<OwnedPlan*>(plan);
-  owned->plan.stacks = stacks != 0;
-  owned->plan.compacts = compacts != 0;
 }
 
 MK_EXPORT void mk_plan_delete(void* plan) { delete static_cast<OwnedPlan*>(plan); }

@@ -53,7 +53,7 @@ template <class T> struct ForwardScratch {
     stride = capacity * ld;
     a = memory.take<T>(stride);
     for (T*& buffer : h) buffer = memory.take<T>(stride);
-    riders = net.plan->adjoint || !net.plan->stacks ? 0 : min_of(net.k, most_riders);
+    riders = net.plan->adjoint || !switches.stacks ? 0 : min_of(net.k, most_riders);
     for (T*& buffer : p) buffer = memory.take<T>(stride * max_of<int64_t>(riders, 1));
     stride_s = riders == net.k ? 0 : stride;
     s = memory.take<T>(stride + stride_s * (net.L - 1));
@@ -307,8 +307,8 @@ template <class T> struct ForwardPass {
   }
 };
 
-// What a thread reads besides the rows: the network, packed, and directions and weights of the hinge
-// (D, k) repeated until they fill whole vectors, D·k·lanes of each.
+// What a thread reads besides the rows: the network, packed, and directions and weights of the
+// hinge, (D, k) repeated until they fill whole vectors, D·k·lanes of each.
 template <class T> struct ForwardWeights {
   Net<T> net;
   const T *signs = nullptr, *weights = nullptr;

@@ -203,7 +203,8 @@ void gemm(int64_t M, int64_t K, const T* a, int64_t lda, const Matrix<T>& b, int
 // out[r·ldo + q·step] = bias[q] + Σ_j a[r][j]·b[q][j]: a product with few columns as dot products
 // along the vector. The ragged end goes element by element: padding may hold NaN (0·inf).
 template <class T>
-__attribute__((noinline)) void dot_rows(int64_t rows, int64_t H, const T* a, int64_t lda, int64_t Q, const T* b, int64_t ldb,
+__attribute__((noinline))  // inlined, it lacks registers
+void dot_rows(int64_t rows, int64_t H, const T* a, int64_t lda, int64_t Q, const T* b, int64_t ldb,
               const T* bias, T* out, int64_t ldo, int64_t step) {
   constexpr int lanes = Simd<T>::lanes;
   for (int64_t r = 0; r < rows; ++r) {

@@ -230,18 +230,23 @@ template <class Work> void on_threads(const Runtime& runtime, int64_t threads, W
 // Below so many elements, work that is only moving them is quicker done than shared out.
 constexpr int64_t shared_from = 1 << 16;
 
+// Bytes between what one thread works in and what another does: prefetchers run past the end of what
+// a core reads, and would take lines from the core that writes them.
+constexpr size_t gap = 8192;
+
 // The threads of a pass and the memory they work in: something of the caller's in front, packed
-// weights, scratch for each thread. Small weights every thread packs for itself: to fetch what another
-// core has just written takes longer, above all where the two share no cache. Large weights are
-// packed once, by all threads together. `weights_in(memory)` and `scratch_in(memory, net)` lay out.
+// weights, scratch for each thread. Small weights every thread packs for itself: to fetch what
+// another core has just written takes longer, above all where the two share no cache. Large weights
+// are packed once, by all threads together. `weights_in(memory)` and `scratch_in(memory, net)` lay
+// them out.
 template <class T, class WeightsIn, class ScratchIn> class Crew {
  public:
   Crew(int64_t threads, size_t front, const WeightsIn& weights_in, const ScratchIn& scratch_in)
-      : threads_(threads), front_(front), weights_in_(weights_in), scratch_in_(scratch_in) {
+      : threads_(threads), front_(front + gap), weights_in_(weights_in), scratch_in_(scratch_in) {
     Bump packed, scratch;
     const auto weights = weights_in(packed);
     scratch_in(scratch, weights.net);
-    packed_ = packed.lines(), scratch_ = scratch.lines();
+    packed_ = packed.lines() + gap, scratch_ = scratch.lines() + gap;
     together_ = packed_ >= size_t(shared_from) * sizeof(T);
   }
   size_t bytes() const { return scratch_at(threads_); }

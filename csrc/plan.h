@@ -19,9 +19,14 @@ struct Plan {
   bool hinge, squared, elementwise;
   double margin;
   const double* direction;  // (D, k) in {-1, 0, 1}, present with hinge
-  bool stacks = true;       // products of what stands on the same weight are one; and only rows that
-  bool compacts = true;     // violate take part in the slopes' backward. Off for an ablation only.
 };
+
+// What benchmarks/ablation.py can switch off: that one product takes primal and tangent rows, and
+// that only rows which violate take part in the slopes' backward.
+struct Switches {
+  bool stacks, compacts;
+};
+extern Switches switches;
 
 // What forward leaves for backward: at most this many buffers, of so many elements for each row.
 constexpr int max_saved = 3;

@@ -62,30 +62,37 @@ template <> struct Fold<double, 16> {
 };
 template <class T> MK_INLINE T sum(Vec<T> v) { return Fold<T, MK_VECTOR_BYTES>::sum(v); }
 
-// Lanes that a transposition swaps at distance `d` between rows i and i + d: the lower half of the
-// pair keeps its even groups of d lanes and takes the upper one's, the upper half the odd ones.
 template <int... Lane> struct Lanes {};
 template <int n, int... Lane> struct FirstLanes : FirstLanes<n - 1, n - 1, Lane...> {};
 template <int... Lane> struct FirstLanes<0, Lane...> { typedef Lanes<Lane...> type; };
 
-template <class V, int d, int... Lane> MK_INLINE void swap_lanes(V& low, V& high, Lanes<Lane...>) {
+// Lane i of the result is lane `from` i of a and b side by side.
+template <class T, int... From> MK_INLINE Vec<T> pick(Vec<T> a, Vec<T> b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, From...);
+#else
+  return __builtin_shuffle(a, b, IVec<T>{From...});  // GCC has the other from version 12 on
+#endif
+}
+
+// Swaps the odd groups of d lanes of one row with the even ones of another.
+template <class T, int d, int... Lane>
+MK_INLINE void swap_lanes(Vec<T>& low, Vec<T>& high, Lanes<Lane...>) {
   constexpr int n = sizeof...(Lane);
-  const V a = low, b = high;
-  low = __builtin_shufflevector(a, b, (Lane & d ? n + Lane - d : Lane)...);
-  high = __builtin_shufflevector(a, b, (Lane & d ? n + Lane : Lane + d)...);
+  const Vec<T> a = low, b = high;
+  low = pick<T, (Lane & d ? n + Lane - d : Lane)...>(a, b);
+  high = pick<T, (Lane & d ? n + Lane : Lane + d)...>(a, b);
 }
 
 // Transposes lanes x lanes elements held in registers.
-template <class T, int d> MK_INLINE void transpose_step(Vec<T> (&rows)[Simd<T>::lanes]) {
+template <class T, int d = Simd<T>::lanes / 2>
+MK_INLINE void transpose(Vec<T> (&rows)[Simd<T>::lanes]) {
   constexpr int n = Simd<T>::lanes;
   MK_UNROLL
   for (int i = 0; i < n; ++i) {
-    if (!(i & d)) swap_lanes<Vec<T>, d>(rows[i], rows[i + d], typename FirstLanes<n>::type{});
+    if (!(i & d)) swap_lanes<T, d>(rows[i], rows[i + d], typename FirstLanes<n>::type{});
   }
-  if constexpr (d > 1) transpose_step<T, d / 2>(rows);
-}
-template <class T> MK_INLINE void transpose(Vec<T> (&rows)[Simd<T>::lanes]) {
-  transpose_step<T, Simd<T>::lanes / 2>(rows);
+  if constexpr (d > 1) transpose<T, d / 2>(rows);
 }
 
 MK_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }

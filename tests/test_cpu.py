@@ -133,6 +133,22 @@ def test_weights_and_mixed_directions(mode: Mode, D: int, rows: bool) -> None:
     assert_same(got, want, 1e-11)
 
 
+@pytest.mark.parametrize("mode", ["tangent", "adjoint"])
+@pytest.mark.parametrize("D", [1, 3])
+@pytest.mark.parametrize("σ", [TABLE[1], TABLE[7]], ids=["relu", "silu"])
+@pytest.mark.parametrize("margin", [0.1, 50.0], ids=["some-rows", "every-row"])
+def test_without_stacking_or_compaction(mode: Mode, D: int, σ: Activation, margin: float) -> None:
+    p = problem((8, 33, 20, 17, D), σ, 6, mode, Hinge(margin=margin))
+    x, params = torch.randn(130, 8, dtype=torch.float64), parameters(p, torch.float64)
+    want = run(handwritten, p, x, params)
+    for stacks, compacts in ((True, True), (False, True), (True, False), (False, False)):
+        cpu.switch(stacks, compacts)
+        try:
+            assert_same(run(cpu, p, x, params), want, 1e-11)
+        finally:
+            cpu.switch()
+
+
 def test_any_strides_and_partly_wanted_gradients() -> None:
     p = problem((6, 40, 24, 1), TABLE[1], 2, "adjoint", Hinge(margin=0.2))
     params = parameters(p, torch.float64)

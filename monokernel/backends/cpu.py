@@ -136,6 +136,14 @@ def activation(σ: Activation, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return out
 
 
+def switch(stacks: bool = True, compacts: bool = True) -> None:
+    """Turns ideas of the kernel off, for ``benchmarks/ablation.py``; results stay right."""
+    library = _library()
+    if isinstance(library, str):
+        raise RuntimeError(library)
+    library.mk_switch(c_int64(stacks), c_int64(compacts))
+
+
 def isa() -> str | None:
     """The instruction set in use (avx512, avx2, neon or baseline), None without the library."""
     library = _library()
