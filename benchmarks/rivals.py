@@ -22,7 +22,7 @@ from .cases import FREE_INPUTS, Case, Job
 __all__ = ["BASE", "PLAIN", "Rival", "Step", "ours", "rivals", "usual"]
 
 PLAIN = "PyTorch plain step"
-# PyTorch 2.12 and newer can trace torch.autograd.grad into the graph if asked to.
+# PyTorch (2.11 to 2.14 at least) traces torch.autograd.grad into the graph if asked to.
 TRACES_GRADIENTS = "trace_autograd_ops"
 
 

@@ -29,7 +29,7 @@ __all__ = ["main"]
 
 RESULTS = Path(__file__).parent / "results" / "scaling.csv"
 FIGURES = Path(__file__).parent.parent / "docs" / "figures"
-SECONDS = 0.8
+SECONDS = 2.0
 ONE = Case(4096, 128, 1, 4, "silu", 0.05)
 MANY = replace(ONE, outputs=8, columns=1)
 
@@ -100,6 +100,8 @@ def draw(path: Path, folder: Path) -> None:
 
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
+    last = rows[-1]
+    rows = [row for row in rows if all(row[key] == last[key] for key in ("threads", "clock"))]
     figure, panels = plt.subplots(2, 3, figsize=(12, 7.2))
     for panel, axis in zip(panels.flat, AXES, strict=True):
         own = [row for row in rows if row["note"].split()[:1] == [axis.key]]
@@ -112,7 +114,6 @@ def draw(path: Path, folder: Path) -> None:
     figure.legend(
         list(handles.values()), list(handles), loc="lower center", ncols=len(handles), frameon=False
     )
-    last = rows[-1]
     figure.suptitle(
         f"Step with penalty over plain step   ({last['processor']}, {last['threads']} thread(s), "
         f"{last['clock']} time, torch {last['torch']}, float32)",
