@@ -158,7 +158,7 @@ def test_only_what_is_needed(path: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("mode", ["tangent", "adjoint"])
-@pytest.mark.parametrize("way", ["wgmma", "tcgen05", "warp"])
+@pytest.mark.parametrize("way", ["wgmma", "tcgen05", "warp", "wave"])
 @pytest.mark.parametrize("width", [20, 40, 70])
 def test_every_way_to_multiply(way: str, mode, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In registers, by way of memory, and in steps: what each kind of device runs."""

@@ -53,7 +53,7 @@ TARGETS = {
     "sm_80": Target(GPUTarget("cuda", 80, 32), 166_912, r"\bHMMA", "warp"),
     "sm_90": Target(GPUTarget("cuda", 90, 32), 232_448, r"\b[HQ]GMMA", "wgmma"),
     "sm_100": Target(GPUTarget("cuda", 100, 32), 232_448, r"\bUTC\w*MMA|\bHMMA", "tcgen05", 512),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 65_536, r"v_mfma", "warp"),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 65_536, r"v_mfma", "wave"),
 }
 
 

@@ -57,12 +57,13 @@ def forward_config(
 
     ``split``: three TF32 products for one.
     """
-    if split or (products == "warp" and width > 32):
+    shared = products in ("wgmma", "tcgen05")
+    if split or (not shared and width > 32):
         return in_steps(width, products, split)
     if width > 64:
         return NetworkConfig(64, 8, 2, inner=width)
     kept = (depth - 1) * width * itemsize if adjoint else 0  # bytes of a row
-    return NetworkConfig(64, 4, 2, in_registers=kept <= (0 if products == "warp" else 384))
+    return NetworkConfig(64, 4, 2, in_registers=kept <= (384 if shared else 0))
 
 
 def backward_config(width: int, products: str, split: bool) -> NetworkConfig:
@@ -82,7 +83,8 @@ def in_steps(width: int, products: str, split: bool) -> NetworkConfig:
         return NetworkConfig(32, 8 if products == "warp" else 4, 1, inner=16, chunk=16)
     if width <= 32:
         return NetworkConfig(64, 4, 2, inner=16, chunk=16)
-    return NetworkConfig(64, 8, 1, inner=32, chunk=16)
+    # 8 of AMD's waves have 256 registers each, and spilled 52 bytes in TF32; 4 have 512.
+    return NetworkConfig(64, 4 if products == "wave" else 8, 1, inner=32, chunk=32)
 
 
 def candidates(config: NetworkConfig) -> list[NetworkConfig]:

@@ -74,7 +74,8 @@ instead_of_device: list[str] = []
 
 def products(device: torch.device) -> str:
     """How the device multiplies: "wgmma" (Hopper) and "tcgen05" (Blackwell) read weights from
-    shared memory, elsewhere each "warp" takes them into registers (also consumer Blackwell, AMD).
+    shared memory; elsewhere each "warp" (also of consumer Blackwell) or AMD's "wave" takes them
+    into registers.
 
     The interpreter has no registers to run out of.
     """
@@ -86,7 +87,7 @@ def products(device: torch.device) -> str:
 @lru_cache
 def _products(device: torch.device) -> str:
     if torch.version.hip is not None:
-        return "warp"
+        return "wave"
     return {9: "wgmma", 10: "tcgen05"}.get(torch.cuda.get_device_capability(device)[0], "warp")
 
 
