@@ -171,6 +171,7 @@ struct OwnedPlan {
   const Kernels* kernels;
   std::vector<int64_t> widths, kind;
   std::vector<double> numbers, direction;
+  std::atomic<int64_t> owners{1};
 };
 
 }  // namespace
@@ -219,14 +220,22 @@ MK_EXPORT void* mk_plan_new(const int64_t* flags, int64_t L, int64_t k, const in
   return owned;
 }
 
-MK_EXPORT void mk_plan_delete(void* plan) { delete static_cast<OwnedPlan*>(plan); }
+// A plan has one owner at first. Each further one keeps it, and each drops it once.
+MK_EXPORT void mk_plan_keep(void* plan) { ++static_cast<OwnedPlan*>(plan)->owners; }
+MK_EXPORT void mk_plan_drop(void* plan) {
+  OwnedPlan* owned = static_cast<OwnedPlan*>(plan);
+  if (--owned->owners == 0) delete owned;
+}
 
-// Elements for each row of x of the buffers that forward fills: a_l, P_l, ∂penalty/∂J.
-MK_EXPORT void mk_saved_sizes(const void* plan, int64_t* sizes) {
+// D, k, whether the penalty is one number; elements for each row of x of what forward saves: a_l,
+// P_l, ∂penalty/∂J.
+MK_EXPORT void mk_plan_shape(const void* plan, int64_t* shape) {
   const OwnedPlan* owned = static_cast<const OwnedPlan*>(plan);
+  const Plan& p = owned->plan;
   Saved saved;
-  owned->kernels->saved(owned->plan, &saved);
-  std::memcpy(sizes, saved.size, sizeof(saved.size));
+  owned->kernels->saved(p, &saved);
+  shape[0] = p.widths[p.L], shape[1] = p.k, shape[2] = p.hinge && !p.elementwise;
+  std::memcpy(shape + 3, saved.size, sizeof(saved.size));
 }
 
 MK_EXPORT int mk_forward(const void* plan, int64_t N, int64_t threads, const void* x,

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from monokernel import function, fused_mono_penalty
 from monokernel.activations import KINDS, Activation
 from monokernel.backends import cpu, handwritten
+from monokernel.backends.cpu import Params
+from monokernel.function import FusedMonoPenalty
 from monokernel.problem import Hinge, Mode, Problem
-from tests.support import assert_same
+from tests.support import assert_same, mlp, points
 
 pytestmark = pytest.mark.skipif(cpu.isa() is None, reason="the native kernel was not built")
 
@@ -344,6 +348,108 @@ assert os.waitpid(child, 0)[1] == 0
 assert all(map(torch.equal, run(cpu, p, x, params), want))
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120, cwd=ROOT)
+
+
+# --- the boundary ----------
+
+BOUNDARY = pytest.mark.skipif(cpu.step() is None, reason="not built for this PyTorch")
+
+
+def by_python(p: Problem, x: Tensor, weight: Tensor | None, params: Params) -> Any:
+    return FusedMonoPenalty.apply(p, "cpu", weight, x, *params)
+
+
+def by_operator(p: Problem, x: Tensor, weight: Tensor | None, params: Params) -> Any:
+    step = cpu.step()
+    assert step is not None
+    return step(p, x, weight, params)
+
+
+def leaves(p: Problem, bias: bool = True) -> list[Tensor | None]:
+    params = parameters(p, torch.float32, bias)
+    return [None if t is None else t.requires_grad_() for t in params]
+
+
+@BOUNDARY
+@pytest.mark.parametrize("N", [0, 1, 300, 5000])  # the last saves in the library's pool
+@pytest.mark.parametrize(
+    ("hinge", "weighted"),
+    [
+        (None, False),
+        (Hinge(margin=0.2), False),
+        (Hinge(margin=0.2), True),
+        (Hinge(margin=0.2, elementwise=True), True),
+    ],
+)
+@pytest.mark.parametrize(("D", "mode"), [(1, "adjoint"), (3, "tangent")])
+def test_the_operator_does_what_the_function_does(
+    D: int, mode: Mode, hinge: Hinge | None, weighted: bool, N: int
+) -> None:
+    p = problem((5, 24, 20, D), TABLE[7], 2, mode, hinge)
+    params = leaves(p, bias=N != 1)
+    first = params[0]
+    assert first is not None
+    first.requires_grad_(N != 300)  # one that is frozen
+    x = torch.randn(5, N).t().requires_grad_(N == 300)  # and one that is not contiguous
+    weight = torch.rand(N, D, 2) if weighted else None
+    wanted = [t for t in (x, *params) if t is not None and t.requires_grad]
+    found = []
+    for way in (by_python, by_operator):
+        y, out = way(p, x, weight, params)
+        both = torch.autograd.grad([y, out], wanted, [y, out], retain_graph=True)
+        one = torch.autograd.grad(out, wanted, torch.ones_like(out), retain_graph=True)
+        other = torch.autograd.grad(y[:, 0].sum(), wanted)
+        found.append([y, out, *both, *one, *other])
+    assert all(map(torch.equal, *found))
+
+
+@BOUNDARY
+def test_the_operator_keeps_what_backward_needs() -> None:
+    p = problem((5, 24, 1), TABLE[7], 2, "adjoint", Hinge(margin=0.2))
+    x, params = torch.randn(40, 5), leaves(p)
+    want = torch.autograd.grad(by_operator(p, x, None, params)[1], params)  # type: ignore[arg-type]
+    y, penalty = by_operator(p, x, None, params)
+    cpu._plan.cache_clear()  # nobody else owns the plan now
+    gc.collect()
+    assert all(map(torch.equal, torch.autograd.grad(penalty, params), want))  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        y.sum().backward()
+    y, penalty = by_operator(p, x, None, params)
+    with torch.no_grad():
+        params[0].add_(1)  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        penalty.backward()
+
+
+@BOUNDARY
+def test_the_operator_is_differentiable_once() -> None:
+    p = problem((5, 24, 1), TABLE[7], 2, "adjoint", Hinge(margin=0.2))
+    x, params = torch.randn(40, 5), leaves(p)
+    y, _ = by_operator(p, x, None, params)
+    (g,) = torch.autograd.grad(y.sum(), params[:1], create_graph=True)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="backend='reference' supports"):
+        g.sum().backward()
+    with torch.no_grad():
+        assert not by_operator(p, x, None, params)[0].requires_grad
+    fixed = [None if t is None else t.detach() for t in params]
+    assert not by_operator(p, x, None, fixed)[0].requires_grad
+
+
+@BOUNDARY
+def test_the_operator_serves_the_public_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, (x1, x2) = mlp(3, 2, 1), points(50, 3, 2)
+    params = list(net.parameters())
+    found = []
+    for way in ("1", "0"):
+        monkeypatch.setenv("MONOKERNEL_BOUNDARY", way)
+        monkeypatch.setattr(cpu, "step", cache(cpu.step.__wrapped__))
+        function._step.cache_clear()
+        y, penalty = fused_mono_penalty(net, x1, x2, margin=0.1, return_output=True)
+        assert ("CppFunction" in type(y.grad_fn).__name__) == (way == "1")
+        found.append([y, penalty, *torch.autograd.grad(y.sum() + penalty, params)])
+    monkeypatch.undo()
+    function._step.cache_clear()
+    assert all(map(torch.equal, *found))
 
 
 # --- the library ----------

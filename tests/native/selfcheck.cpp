@@ -12,8 +12,8 @@ const char* mk_isa();
 void* mk_plan_new(const int64_t* flags, int64_t L, int64_t k, const int64_t* widths,
                   const int64_t* kind, const double* numbers, double margin,
                   const double* direction);
-void mk_plan_delete(void* plan);
-void mk_saved_sizes(const void* plan, int64_t* sizes);
+void mk_plan_drop(void* plan);
+void mk_plan_shape(const void* plan, int64_t* shape);
 int mk_forward(const void* plan, int64_t N, int64_t threads, const void* x, const void* weight,
                int64_t weight_per_row, const void* const* params, void* y, void* out,
                void* const* saved);
@@ -50,11 +50,11 @@ double loss(const Net& net, int64_t N, const Numbers& gy, std::vector<Numbers>* 
   const int64_t flags[] = {1, net.adjoint, 1, 1, 0};
   void* plan = mk_plan_new(flags, net.L(), net.k, net.widths.data(), net.kind.data(),
                            net.numbers.data(), 0.3, net.direction.data());
-  int64_t sizes[3];
-  mk_saved_sizes(plan, sizes);
+  int64_t shape[6];
+  mk_plan_shape(plan, shape);
   std::vector<Numbers> buffers;
   void* saved[3];
-  for (int64_t size : sizes) buffers.emplace_back(static_cast<size_t>(size * N + 1), NAN);
+  for (int i = 3; i < 6; ++i) buffers.emplace_back(static_cast<size_t>(shape[i] * N + 1), NAN);
   for (int i = 0; i < 3; ++i) saved[i] = buffers[size_t(i)].data();
   std::vector<const void*> params;
   for (size_t i = 1; i < net.params.size(); ++i) params.push_back(net.params[i].data());
@@ -70,7 +70,7 @@ double loss(const Net& net, int64_t N, const Numbers& gy, std::vector<Numbers>* 
     mk_backward(plan, N, 1, x, params.data(), gy.data(), &one, saved, (*grads)[0].data(),
                 places.data());
   }
-  mk_plan_delete(plan);
+  mk_plan_drop(plan);
   double total = penalty;
   for (size_t i = 0; i < y.size(); ++i) total += y[i] * gy[i];
   return total;
