@@ -1,7 +1,7 @@
 """Where the penalised step costs less than the plain one: rows by width, by activation, by outputs.
 
-    python -m benchmarks grid                measure (about five minutes), then draw
-    python -m benchmarks grid --draw         draw from the CSV
+    python -m benchmarks grid                measure (about seven minutes), then draw and write
+    python -m benchmarks grid --draw         the figure and the table of docs/performance.md alone
 
 The native kernel in turns with PyTorch's plain step and with double backward, the way people write
 the penalty today.
@@ -23,7 +23,8 @@ from .step import append, run_case, show
 __all__ = ["main"]
 
 RESULTS = Path(__file__).parent / "results" / "grid.csv"
-FIGURES = Path(__file__).parent.parent / "docs" / "figures"
+DOCS = Path(__file__).parent.parent / "docs"
+FIGURES, PAGE = DOCS / "figures", DOCS / "performance.md"
 SECONDS = 0.8
 MEMORY_FROM = 8192  # rows; below, the peak is mostly PyTorch's own
 
@@ -57,6 +58,57 @@ def measure(path: Path, cases: Sequence[Case], patience: float) -> None:
         rows = run_case(case, "cpu", contenders, SECONDS, case.rows >= MEMORY_FROM, patience)
         show(case, rows)
         append(path, rows)
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+BEGIN, END = "<!-- table: written by python -m benchmarks grid -->", "<!-- end of table -->"
+HEAD = ("D", "k", "σ", "N", "width", "v = 0.05", "v = 1", "double backward", "memory")
+Point = tuple[str, ...]
+
+
+def table(rows: Sequence[dict[str, str]]) -> str:
+    """Ratios to the plain step at both shares; double backward's at v = 0.05 over ours; memory."""
+    keys = ("outputs", "columns", "activation", "rows", "width")
+    points: dict[Point, dict[tuple[str, str], dict[str, str]]] = {}
+    for row in rows:  # the newest wins
+        rival = "ours" if row["rival"] == "monokernel cpu" else row["rival"]
+        rival = "usual" if rival in ("sum of outputs", "loop of double backward") else rival
+        point = points.setdefault(tuple(row[key] for key in keys), {})
+        point[rival, row["wanted_share"]] = row
+    lines = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
+    for point in sorted(points, key=_place):
+        found = points[point]
+        ours, usual_ = found.get(("ours", "0.05")), found.get(("usual", "0.05"))
+        full = found.get(("ours", "1"))
+        if ours is None or usual_ is None:
+            continue
+        times = float(usual_["ratio"]) / float(ours["ratio"]) if usual_["ratio"] else None
+        cells = [ours["ratio"], full["ratio"] if full else "", f"{times:.1f} ×" if times else ""]
+        lines.append(f"| {' | '.join([*point, *cells, ours['peak_ratio']])} |")
+    return "\n".join(lines)
+
+
+def _place(point: Point) -> tuple[float, ...]:
+    outputs, columns, activation, rows, width = point
+    return (
+        float(outputs),
+        float(columns) if columns != "4" else 0.0,  # the complete one first
+        float(ACTIVATIONS.index(activation)),
+        float(rows),
+        float(width),
+    )
+
+
+def write(path: Path, page: Path) -> None:
+    """The table into the page."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    text = page.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    page.write_text(
+        f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{rest.split(END)[1]}", encoding="utf-8"
+    )
 
 
 # --- the figure -----------------------------------------------------------------------------------
@@ -142,10 +194,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--csv", type=Path, default=RESULTS)
     parser.add_argument("--figures", type=Path, default=FIGURES)
+    parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args(arguments)
     if not options.draw:
         measure(options.csv, CASES, options.wait)
     draw(options.csv, options.figures)
+    write(options.csv, options.page)
 
 
 if __name__ == "__main__":

@@ -81,8 +81,8 @@ def test_timings_take_turns() -> None:
     times, _ = interleave(steps, 0.0, lambda: None)
     assert len({len(t) for t in times.values()}) == 1
     assert len(times["a"]) >= 5
-    assert order[::2] == order[1::2]  # each twice in a row, the second is timed
-    rounds = [tuple(order[i : i + 6 : 2]) for i in range(0, len(order), 6)]
+    assert order[::3] == order[1::3] == order[2::3]  # each three times in a row, the third is timed
+    rounds = [tuple(order[i : i + 9 : 3]) for i in range(0, len(order), 9)]
     assert all(sorted(r) == ["a", "b", "c"] for r in rounds)
     assert len(set(rounds)) > 1
 
@@ -130,7 +130,11 @@ def test_grid_draws_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(grid, "CASES", cases)
     monkeypatch.setattr(grid, "SECONDS", 0.0)
     monkeypatch.setattr(step, "matmul_flops", lambda *_: 1e12)
-    grid.main(["--csv", str(tmp_path / "g.csv"), "--figures", str(tmp_path)])
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{grid.BEGIN}\nold\n{grid.END}\nafter\n")
+    grid.main(["--csv", str(tmp_path / "g.csv"), "--figures", str(tmp_path), "--page", str(page)])
+    assert "| 1 | 4 | silu | 16 | 16 |" in page.read_text()
+    assert "old" not in page.read_text()
     with (tmp_path / "g.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["rival"] for row in rows[::3]] == ["PyTorch plain step"] * 2
@@ -143,6 +147,14 @@ def test_benchmarks_page_shows_what_was_measured() -> None:
     page = pages.PAGE.read_text(encoding="utf-8")
     shown = page.split(pages.BEGIN)[1].split(pages.END)[0].strip()
     assert shown == pages.tables(pages.read(pages.RESULTS))
+
+
+def test_performance_page_shows_the_grid() -> None:
+    from benchmarks import grid
+
+    page = grid.PAGE.read_text(encoding="utf-8")
+    shown = page.split(grid.BEGIN)[1].split(grid.END)[0].strip()
+    assert shown == grid.table(pages.read(grid.RESULTS))
 
 
 def test_the_page_prefers_undisturbed_runs() -> None:

@@ -112,7 +112,7 @@ def recorded(barriers: bool = True) -> Iterator[Ledger]:
 
 
 @pytest.mark.parametrize("mode", ["tangent", "adjoint"])
-@pytest.mark.parametrize("way", ["wgmma", "warp"])
+@pytest.mark.parametrize("way", ["wgmma", "tcgen05", "warp", "wave"])
 @pytest.mark.parametrize("width", [20, 40, 70])
 def test_no_race_in_one_kernel(
     mode: Mode, width: int, way: str, monkeypatch: pytest.MonkeyPatch
