@@ -224,3 +224,13 @@ def test_float64_is_exempt_from_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = fused_mono_penalty(net, x1, x2)
     assert_same([got], [fused_mono_penalty(net, x1, x2)])
+
+
+def test_a_weight_that_outlived_its_transform() -> None:
+    """functorch leaves a wrapper without storage; PyTorch's operators see through it."""
+    net, (x1, x2) = mlp(3, 2, 1, [4]), points(6, 3, 2)
+    leaked: list[Tensor] = []
+    torch.func.grad(lambda w: (leaked.append(w), w.sum())[1])(net[0].weight.detach().clone())
+    swapped = {"mlp.0.weight": leaked[0]}
+    got = torch.func.functional_call(MonotonePenalty(net), swapped, (x1, x2))
+    assert_same(got, MonotonePenalty(net)(x1, x2))
