@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .cases import Case, Job
+from .figures import pyplot, save
 from .rivals import BASE, Rival, ours, usual
 from .step import append, run_case, show
 
@@ -127,15 +128,9 @@ STYLES = {"0.05": "-", "1": "--"}
 
 def draw(path: Path, folder: Path) -> None:
     """One SVG of four panels, from the newest measurement of every point."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "monokernel"  # the same data give the same file
-    import matplotlib.pyplot as plt
-
     with path.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["rival"] == "monokernel cpu"]
-    figure, panels = plt.subplots(1, len(PANELS), figsize=(12, 3.6), sharey=True)
+    figure, panels = pyplot().subplots(1, len(PANELS), figsize=(12, 3.6), sharey=True)
     for panel, (title, fixed) in zip(panels, PANELS, strict=True):
         own = [row for row in rows if all(row[key] == value for key, value in fixed.items())]
         for (activation, colour), (share, style) in itertools.product(
@@ -176,10 +171,7 @@ def draw(path: Path, folder: Path) -> None:
         color="0.3",
     )
     figure.tight_layout(rect=(0, 0.07, 1, 1))
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / "grid.svg", metadata={"Date": None})
-    plt.close(figure)
-    print(f"drawn: {folder / 'grid.svg'}")
+    save(figure, folder / "grid.svg")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from .cases import Case, Job
+from .figures import pyplot, save
 from .measure import Clock
 from .rivals import BASE, Rival, ours, usual
 from .step import append, run_case, show
@@ -92,17 +93,11 @@ LOOKS = {  # rival -> colour, label
 
 def draw(path: Path, folder: Path) -> None:
     """One SVG of six panels, from the newest measurement of every point."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "monokernel"  # the same data give the same file
-    import matplotlib.pyplot as plt
-
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     last = rows[-1]
     rows = [row for row in rows if all(row[key] == last[key] for key in ("threads", "clock"))]
-    figure, panels = plt.subplots(2, 3, figsize=(12, 7.2))
+    figure, panels = pyplot().subplots(2, 3, figsize=(12, 7.2))
     for panel, axis in zip(panels.flat, AXES, strict=True):
         own = [row for row in rows if row["note"].split()[:1] == [axis.key]]
         points = {(r["rival"], round(float(r[axis.field]), 2)): r for r in own}  # the newest wins
@@ -121,10 +116,7 @@ def draw(path: Path, folder: Path) -> None:
         color="0.3",
     )
     figure.tight_layout(rect=(0, 0.045, 1, 1))
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / "scaling.svg", metadata={"Date": None})
-    plt.close(figure)
-    print(f"drawn: {folder / 'scaling.svg'}")
+    save(figure, folder / "scaling.svg")
 
 
 def _panel(panel, axis: Axis, points: dict[tuple[str, float], dict[str, str]]) -> None:  # type: ignore[no-untyped-def]
