@@ -126,10 +126,9 @@ def backward(
 Step = Callable[[Problem, Tensor, Tensor | None, Params], tuple[Tensor, Tensor]]
 
 
-@cache
 def step() -> Step | None:
     """y and the penalty or J by one operator that autograd knows, if there is one for this PyTorch
-    (and MONOKERNEL_BOUNDARY is not 0)."""
+    (and MONOKERNEL_BOUNDARY is not 0). ``function.py`` asks once."""
     library = _library()
     path = _PACKAGE / BOUNDARY.format(*torch.__version__.split(".")[:2])
     if isinstance(library, str) or os.environ.get("MONOKERNEL_BOUNDARY") == "0":
