@@ -100,7 +100,7 @@ template <class T> struct BackwardPass {
     T* to = scratch.sums.weight(net, l);
     if (l == 1) return add_first(to, 0, layer.in, rows, g, ldg, h, ldh);
     const Matrix<T> b{h, rows, layer.in, ldh};
-    gemm<true>(layer.out, rows, g, ldg, b, 0, from_c<T>(), to, whole_vectors<T>(layer.in),
+    gemm<true>(layer.out, rows, g, ldg, b, 0, from_zero<T>(), to, whole_vectors<T>(layer.in),
                Nothing{});
   }
   // Rows [from, from + count) of dW_1ᵀ += xᵀ·g.
@@ -108,7 +108,7 @@ template <class T> struct BackwardPass {
                  const T* x, int64_t ldx) const {
     const int64_t H = net.at(1).out, ld = whole_vectors<T>(H);
     const Matrix<T> b{g, rows, H, ldg};
-    gemm<true>(count, rows, x, ldx, b, 0, from_c<T>(), to + from * ld, ld, Nothing{});
+    gemm<true>(count, rows, x, ldx, b, 0, from_zero<T>(), to + from * ld, ld, Nothing{});
   }
   // The tangent of x is e in its last k columns and nothing elsewhere.
   void add_first_columns(const BackwardScratch<T>& scratch, int64_t pairs, const T* g) const {

@@ -1,4 +1,6 @@
-// Matrix products of one block of rows, C (M, N) = init + A (M, K) · B (K, N), N along the vector.
+// Matrix products of one block of rows, N along the vector: C (M, N) = init + A (M, K) · B (K, N), or
+// C += Aᵀ·B (weight gradients), where the block is summed by itself first: a chain of roundings as
+// long as a block and as the number of blocks, not as the number of rows.
 //
 // A tile of MR rows by two vectors stays in registers over the whole of K; A is broadcast element by
 // element, B comes as panels two vectors wide. B is either packed (weights, once per call) or a
@@ -35,8 +37,7 @@ template <class T> struct Tile {
   int64_t lda;
   const T* b;
   int64_t ldb;
-  const T* init;  // may be C itself (accumulate), a bias (ld 0) or zeros (ld 0)
-  int64_t ldinit;
+  const T* init;  // a row: a bias or zeros
   T* c;
   int64_t ldc;
 };
@@ -50,7 +51,7 @@ __attribute__((noinline)) void tile(const Tile<T>& t) {
   MK_UNROLL
   for (int i = 0; i < M; ++i) {
     MK_UNROLL
-    for (int j = 0; j < N; ++j) acc[i][j] = load(t.init + i * t.ldinit + j * lanes);
+    for (int j = 0; j < N; ++j) acc[i][j] = load(t.init + j * lanes);
   }
   for (int64_t k = 0; k < t.K; ++k) {
     Vec<T> row[N];
@@ -68,7 +69,10 @@ __attribute__((noinline)) void tile(const Tile<T>& t) {
   MK_UNROLL
   for (int i = 0; i < M; ++i) {
     MK_UNROLL
-    for (int j = 0; j < N; ++j) store(t.c + i * t.ldc + j * lanes, acc[i][j]);
+    for (int j = 0; j < N; ++j) {
+      T* to = t.c + i * t.ldc + j * lanes;
+      store(to, ATransposed ? load(to) + acc[i][j] : acc[i][j]);
+    }
   }
 }
 
@@ -152,22 +156,20 @@ template <class T> struct Packing {
   }
 };
 
-// What a product starts from: nothing, a bias row (padded to whole vectors), or C itself.
+// What a product starts from: nothing, or a bias row (padded to whole vectors; null for none).
 template <class T> struct Init {
   const T* row;
-  bool accumulate;
 };
-template <class T> MK_INLINE Init<T> from_zero() { return {nullptr, false}; }
-template <class T> MK_INLINE Init<T> from_bias(const T* bias) { return {bias, false}; }
-template <class T> MK_INLINE Init<T> from_c() { return {nullptr, true}; }
+template <class T> MK_INLINE Init<T> from_zero() { return {nullptr}; }
+template <class T> MK_INLINE Init<T> from_bias(const T* bias) { return {bias}; }
 
 struct Nothing {
   MK_INLINE void operator()(int64_t, int64_t, int64_t, int64_t) const {}
 };
 
-// The panel at column j of C = init + A·B[k0 : k0 + K]. `after(i, rows, j, columns)` sees each tile
-// just stored, while it is in the first-level cache: the place of activations and element-wise
-// products.
+// The panel at column j of C = init + A·B[k0 : k0 + K], or of C += Aᵀ·B. `after(i, rows, j, columns)`
+// sees each tile just stored, while it is in the first-level cache: the place of activations and
+// element-wise products.
 template <bool ATransposed, class T, class After>
 void gemm_panel(int64_t j, int64_t M, int64_t K, const T* a, int64_t lda, const Matrix<T>& b,
                 int64_t k0, Init<T> init, T* c, int64_t ldc, const After& after) {
@@ -176,13 +178,8 @@ void gemm_panel(int64_t j, int64_t M, int64_t K, const T* a, int64_t lda, const 
   for (int64_t i = 0; i < M; i += MR) {
     const int64_t rows = min_of<int64_t>(MR, M - i);
     T* to = c + i * ldc + j;
-    Tile<T> t{K, ATransposed ? a + i : a + i * lda, lda, panel, ldb, Zeros<T>::row, 0, to, ldc};
-    if (init.accumulate) {
-      t.init = to;
-      t.ldinit = ldc;
-    } else if (init.row) {
-      t.init = init.row + j;
-    }
+    const T* from = init.row ? init.row + j : Zeros<T>::row;
+    const Tile<T> t{K, ATransposed ? a + i : a + i * lda, lda, panel, ldb, from, to, ldc};
     if (width == panel_width<T>) {
       tile_rows<T, NV, ATransposed>(rows, t);
     } else {

@@ -41,7 +41,7 @@ template <class T> void widths(const char* name) {
     });
     const Matrix<T> strided{h, rows, H, ld};
     const double weight = gflops(flop, [&] {
-      gemm<true>(H, rows, g, ld, strided, 0, from_c<T>(), dw, ld, Nothing{});
+      gemm<true>(H, rows, g, ld, strided, 0, from_zero<T>(), dw, ld, Nothing{});
       if (dw[0] > T(1e6)) std::fill(dw, dw + H * ld, T(0));
     });
     std::printf("%s,%d,%.0f,%.0f\n", name, int(H), forward, weight);
