@@ -3,14 +3,18 @@
 // The library links neither PyTorch nor Python. It is opened with ctypes, which releases the GIL, and
 // is given the address of `torch_parallel_for` (LibTorch's stable C interface, torch 2.10 and later),
 // so that one binary serves every PyTorch and every Python, and no second thread pool appears.
+#include "c_api.h"
 #include "plan.h"
 
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <new>
+#include <unordered_map>
 #include <vector>
 
+#include <pthread.h>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -171,7 +175,57 @@ struct OwnedPlan {
   const Kernels* kernels;
   std::vector<int64_t> widths, kind;
   std::vector<double> numbers, direction;
-  std::atomic<int64_t> owners{1};
+  mk_shape shape;
+  int64_t owners;
+};
+
+// Plans by handle. A number that is no plan's can be told, for an operator that takes one can be
+// called by anybody. Handles are never used twice.
+class Plans {
+ public:
+  Plans() {
+    // A fork while another thread holds the lock must not leave it held for ever.
+    pthread_atfork([] { plans().lock_.lock(); }, [] { plans().lock_.unlock(); },
+                   [] { plans().lock_.unlock(); });
+  }
+  static Plans& plans() {
+    static Plans* const all = new Plans;  // never destroyed: the last plan may go after main
+    return *all;
+  }
+  int64_t add(OwnedPlan* plan) {
+    const std::lock_guard<std::mutex> guard(lock_);
+    plan->owners = 1;
+    by_handle_.emplace(++last_, plan);
+    return last_;
+  }
+  OwnedPlan* find(int64_t handle) {
+    const std::lock_guard<std::mutex> guard(lock_);
+    const auto found = by_handle_.find(handle);
+    return found == by_handle_.end() ? nullptr : found->second;
+  }
+  bool keep(int64_t handle) {
+    const std::lock_guard<std::mutex> guard(lock_);
+    const auto found = by_handle_.find(handle);
+    if (found == by_handle_.end()) return false;
+    ++found->second->owners;
+    return true;
+  }
+  void drop(int64_t handle) {
+    OwnedPlan* unowned = nullptr;
+    {
+      const std::lock_guard<std::mutex> guard(lock_);
+      const auto found = by_handle_.find(handle);
+      if (found == by_handle_.end() || --found->second->owners) return;
+      unowned = found->second;
+      by_handle_.erase(found);
+    }
+    delete unowned;
+  }
+
+ private:
+  std::mutex lock_;
+  std::unordered_map<int64_t, OwnedPlan*> by_handle_;
+  int64_t last_ = 0;
 };
 
 }  // namespace
@@ -187,7 +241,6 @@ MK_EXPORT void mk_switch(int64_t stacks, int64_t compacts) {
 
 MK_EXPORT const char* mk_isa() { return chosen().name; }
 
-// Memory for what forward saves, from the same pool.
 MK_EXPORT void* mk_take(int64_t bytes) { return pool.take(size_t(bytes)); }
 MK_EXPORT void mk_give_back(void* memory) { pool.give_back(memory); }
 
@@ -195,12 +248,11 @@ MK_EXPORT void mk_use_parallel_for(void* address) {
   parallel_for = reinterpret_cast<ParallelFor>(address);
 }
 
-// flags: is_double, adjoint, hinge, squared, elementwise. Arrays as in Plan; copied.
-MK_EXPORT void* mk_plan_new(const int64_t* flags, int64_t L, int64_t k, const int64_t* widths,
-                            const int64_t* kind, const double* numbers, double margin,
-                            const double* direction) {
+MK_EXPORT int64_t mk_plan_new(const int64_t* flags, int64_t L, int64_t k, const int64_t* widths,
+                              const int64_t* kind, const double* numbers, double margin,
+                              const double* direction) {
   OwnedPlan* owned = new (std::nothrow) OwnedPlan{};
-  if (!owned) return nullptr;
+  if (!owned) return 0;
   owned->kernels = flags[0] ? &chosen().float64 : &chosen().float32;
   owned->widths.assign(widths, widths + L + 1);
   owned->kind.assign(kind, kind + L);
@@ -217,39 +269,33 @@ MK_EXPORT void* mk_plan_new(const int64_t* flags, int64_t L, int64_t k, const in
                      flags[4] != 0,
                      margin,
                      owned->direction.data()};
-  return owned;
-}
-
-// A plan has one owner at first. Each further one keeps it, and each drops it once.
-MK_EXPORT void mk_plan_keep(void* plan) { ++static_cast<OwnedPlan*>(plan)->owners; }
-MK_EXPORT void mk_plan_drop(void* plan) {
-  OwnedPlan* owned = static_cast<OwnedPlan*>(plan);
-  if (--owned->owners == 0) delete owned;
-}
-
-// D, k, whether the penalty is one number; elements for each row of x of what forward saves: a_l,
-// P_l, ∂penalty/∂J.
-MK_EXPORT void mk_plan_shape(const void* plan, int64_t* shape) {
-  const OwnedPlan* owned = static_cast<const OwnedPlan*>(plan);
-  const Plan& p = owned->plan;
   Saved saved;
-  owned->kernels->saved(p, &saved);
-  shape[0] = p.widths[p.L], shape[1] = p.k, shape[2] = p.hinge && !p.elementwise;
-  std::memcpy(shape + 3, saved.size, sizeof(saved.size));
+  owned->kernels->saved(owned->plan, &saved);
+  owned->shape = {L, k, flags[0] != 0, flags[2] && !flags[4], {}, owned->widths.data()};
+  static_assert(sizeof(saved.size) == sizeof(owned->shape.saved), "one number for each buffer");
+  std::memcpy(owned->shape.saved, saved.size, sizeof(saved.size));
+  return Plans::plans().add(owned);
 }
 
-MK_EXPORT int mk_forward(const void* plan, int64_t N, int64_t threads, const void* x,
+MK_EXPORT int64_t mk_plan_keep(int64_t plan) { return Plans::plans().keep(plan); }
+MK_EXPORT void mk_plan_drop(int64_t plan) { Plans::plans().drop(plan); }
+
+MK_EXPORT void mk_plan_shape(int64_t plan, mk_shape* shape) {
+  *shape = Plans::plans().find(plan)->shape;
+}
+
+MK_EXPORT int mk_forward(int64_t plan, int64_t N, int64_t threads, const void* x,
                          const void* weight, int64_t weight_per_row, const void* const* params,
                          void* y, void* out, void* const* saved) {
-  const OwnedPlan* owned = static_cast<const OwnedPlan*>(plan);
+  const OwnedPlan* owned = Plans::plans().find(plan);
   const ForwardCall call{N, int(threads), x, weight, weight_per_row != 0, params, y, out, saved};
   return owned->kernels->forward(owned->plan, call, runtime);
 }
 
-MK_EXPORT int mk_backward(const void* plan, int64_t N, int64_t threads, const void* x,
+MK_EXPORT int mk_backward(int64_t plan, int64_t N, int64_t threads, const void* x,
                           const void* const* params, const void* gy, const void* gout,
                           void* const* saved, void* gx, void* const* grads) {
-  const OwnedPlan* owned = static_cast<const OwnedPlan*>(plan);
+  const OwnedPlan* owned = Plans::plans().find(plan);
   const BackwardCall call{N, int(threads), x, params, gy, gout, saved, gx, grads};
   return owned->kernels->backward(owned->plan, call, runtime);
 }

@@ -2,7 +2,12 @@
 //
 // The only file that sees PyTorch's headers, so it is built for one version of PyTorch and is optional:
 // without it the Function in function.py does the same in Python, 30 µs slower. It links neither the
-// kernels nor Python; `mk_connect` gives it the addresses of the C interface in binding.cpp.
+// kernels nor Python; `mk_connect` gives it the addresses of the C interface.
+//
+// Everything that a kernel will read or write at is looked at first, in forward and again in backward
+// (see monokernel/operands.py for why): anybody may call the operator, with anything.
+#include "c_api.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -12,6 +17,7 @@
 
 #include <array>
 #include <optional>
+#include <sstream>
 #include <vector>
 
 namespace {
@@ -20,24 +26,15 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-struct Shape {
-  int64_t D, k, summed;
-  int64_t saved[3];  // elements for each row of x
-  int64_t row_size() const { return saved[0] + saved[1] + saved[2]; }
-};
-
+// In the order of CALLS in backends/cpu.py.
 struct Kernel {
-  void (*shape)(const void* plan, Shape*);
-  void (*keep)(void* plan);
-  void (*drop)(void* plan);
-  void* (*take)(int64_t bytes);
-  void (*give_back)(void* memory);
-  int (*forward)(const void* plan, int64_t N, int64_t threads, const void* x, const void* weight,
-                 int64_t weight_per_row, const void* const* params, void* y, void* out,
-                 void* const* saved);
-  int (*backward)(const void* plan, int64_t N, int64_t threads, const void* x,
-                  const void* const* params, const void* gy, const void* gout, void* const* saved,
-                  void* gx, void* const* grads);
+  decltype(&mk_plan_shape) shape;
+  decltype(&mk_plan_keep) keep;
+  decltype(&mk_plan_drop) drop;
+  decltype(&mk_take) take;
+  decltype(&mk_give_back) give_back;
+  decltype(&mk_forward) forward;
+  decltype(&mk_backward) backward;
 };
 Kernel kernel;
 
@@ -46,9 +43,18 @@ constexpr int64_t pool_from = 1 << 18;
 
 // Keeps a plan alive as long as a backward may come.
 struct PlanReference : torch::CustomClassHolder {
-  explicit PlanReference(void* given) : plan(given) { kernel.keep(plan); }
-  ~PlanReference() override { kernel.drop(plan); }
-  void* plan;
+  explicit PlanReference(int64_t handle) : handle(handle) {
+    TORCH_CHECK_VALUE(kernel.keep(handle), "plan: expected the handle of a plan, got ", handle);
+    kernel.shape(handle, &shape);
+  }
+  ~PlanReference() override { kernel.drop(handle); }
+
+  int64_t D() const { return shape.widths[shape.L]; }
+  int64_t row_size() const { return shape.saved[0] + shape.saved[1] + shape.saved[2]; }
+  at::ScalarType dtype() const { return shape.is_double ? at::kDouble : at::kFloat; }
+
+  int64_t handle;
+  mk_shape shape;
 };
 
 void check(int status) {
@@ -56,8 +62,109 @@ void check(int status) {
                    "monokernel: no memory for the native kernel's scratch buffers");
 }
 
-Tensor buffer(const Shape& shape, const Tensor& x) {
-  const int64_t n = x.size(0) * shape.row_size(), bytes = n * x.element_size();
+// --- operands -------------------------------------------------------------------------------------
+
+// Tensors that are no plain memory: subclasses that decide themselves what an operation does,
+// functorch's and functionalization's wrappers; and those whose memory is not their value.
+constexpr c10::DispatchKeySet wrapped({c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
+                                       c10::DispatchKey::FuncTorchBatched,
+                                       c10::DispatchKey::FuncTorchGradWrapper,
+                                       c10::DispatchKey::Batched});
+constexpr c10::DispatchKeySet lazy({c10::DispatchKey::Negative, c10::DispatchKey::Conjugate,
+                                    c10::DispatchKey::ZeroTensor});
+
+// One past its last element, in its storage.
+int64_t extent(const Tensor& t) {
+  int64_t last = t.storage_offset() + t.numel();
+  if (!t.is_contiguous() && t.numel()) {
+    last = t.storage_offset() + 1;
+    for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+  }
+  return last;
+}
+
+// As Python prints them.
+std::string dtype_name(at::ScalarType dtype) { return c10::getDtypeNames(dtype).first; }
+std::string tuple(at::IntArrayRef sizes) {
+  std::ostringstream text;
+  text << '(';
+  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes[i];
+  text << (sizes.size() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+std::string describe(const Tensor& t) {
+  std::ostringstream text;
+  text << dtype_name(t.scalar_type()) << " of shape " << tuple(t.sizes()) << " on " << t.device();
+  if (t.layout() != at::kStrided) {
+    text << ", " << t.layout();
+  } else if (t.key_set().has_any(wrapped)) {
+    text << ", a subclass or wrapper of a tensor";
+  } else if (t.key_set().has_any(lazy)) {
+    text << (t.is_neg() ? ", a view to be negated when it is read" : ", zeros without memory");
+  } else {
+    const int64_t bytes = extent(t) * int64_t(t.element_size());
+    const int64_t held = t.storage().data() ? int64_t(t.storage().nbytes()) : 0;
+    if (held < bytes) text << " with " << held << " of its " << bytes << " bytes";
+  }
+  return text.str();
+}
+
+bool readable(const Tensor& t, at::IntArrayRef sizes, at::ScalarType dtype) {
+  if (!t.device().is_cpu() || t.layout() != at::kStrided || t.scalar_type() != dtype) return false;
+  if (t.key_set().has_any(wrapped | lazy) || t.sizes() != sizes) return false;
+  if (t.numel() == 0) return true;
+  return t.storage().data() && extent(t) * int64_t(t.element_size()) <= int64_t(t.storage().nbytes());
+}
+
+// `t` in contiguous memory, once it is known to be readable.
+template <class Name>
+Tensor operand(const Tensor& t, at::IntArrayRef sizes, at::ScalarType dtype, const Name& name) {
+  TORCH_CHECK(readable(t, sizes, dtype), name(), ": expected ", dtype_name(dtype),
+              " of shape ", tuple(sizes), " on cpu in memory of its own, got ", describe(t));
+  return t.contiguous();
+}
+
+Tensor inputs(const PlanReference& plan, const Tensor& x) {
+  TORCH_CHECK(x.dim() == 2, "x1, x2: expected two dimensions, got ", x.dim());
+  return operand(x, {x.size(0), plan.shape.widths[0]}, plan.dtype(), [] { return "x1, x2"; });
+}
+
+// Where the parameters that are there lie among W1, b1, ...
+using Present = std::vector<bool>;
+
+// W1, b1, ..., undefined where a layer has no bias; `given` are those that are there.
+variable_list parameters(const PlanReference& plan, const Present& present,
+                         const variable_list& given) {
+  TORCH_CHECK(int64_t(present.size()) == 2 * plan.shape.L, "params: expected ", 2 * plan.shape.L,
+              ", got ", present.size());
+  variable_list params(present.size());
+  size_t next = 0;
+  for (size_t i = 0; i < present.size(); ++i) {
+    const int64_t l = int64_t(i) / 2;
+    const bool bias = i % 2;
+    TORCH_CHECK(present[i] || bias, "params: expected a weight for layer ", l + 1, ", got None");
+    if (!present[i]) continue;
+    const int64_t size[] = {plan.shape.widths[l + 1], plan.shape.widths[l]};
+    params[i] = operand(given[next++], {size, bias ? 1u : 2u}, plan.dtype(), [&] {
+      return c10::str("mlp: the ", bias ? "bias" : "weight", " of linear layer ", l + 1);
+    });
+  }
+  return params;
+}
+
+// A gradient from outside, which may come without memory, or undefined.
+Tensor cotangent(const PlanReference& plan, const Tensor& g, at::IntArrayRef sizes,
+                 const char* name) {
+  if (!g.defined()) return g;
+  const Tensor dense = g.key_set().has_any(lazy) ? g.clone() : g;
+  return operand(dense, sizes, plan.dtype(), [&] { return name; });
+}
+
+// --- memory ---------------------------------------------------------------------------------------
+
+Tensor buffer(const PlanReference& plan, const Tensor& x) {
+  const int64_t n = x.size(0) * plan.row_size(), bytes = n * x.element_size();
   if (bytes < pool_from) return at::empty({n}, x.options());
   void* memory = kernel.take(bytes);
   check(memory ? 0 : 1);
@@ -65,7 +172,7 @@ Tensor buffer(const Shape& shape, const Tensor& x) {
 }
 
 // Where the a_l, the P_l and ∂penalty/∂J begin in the one buffer.
-std::array<void*, 3> places(const Shape& shape, const Tensor& saved, int64_t N) {
+std::array<void*, 3> places(const mk_shape& shape, const Tensor& saved, int64_t N) {
   char* at = saved.defined() ? static_cast<char*>(saved.data_ptr()) : nullptr;
   const int64_t row = saved.defined() ? N * saved.element_size() : 0;
   return {at, at + row * shape.saved[0], at + row * (shape.saved[0] + shape.saved[1])};
@@ -77,22 +184,27 @@ struct Outputs {
   Tensor y, out, saved;
 };
 
-// params: W1, b1, ..., undefined where a layer has no bias; all operands contiguous.
-Outputs run(void* plan, const Tensor& x, const std::optional<Tensor>& weight,
-            const variable_list& params, bool save) {
-  Shape shape;
-  kernel.shape(plan, &shape);
-  const int64_t N = x.size(0);
+Outputs run(const PlanReference& plan, const Tensor& given, const std::optional<Tensor>& weight,
+            const Present& present, const variable_list& given_params, bool save) {
+  const mk_shape& shape = plan.shape;
+  const Tensor x = inputs(plan, given);
+  const int64_t N = x.size(0), D = plan.D();
+  const variable_list params = parameters(plan, present, given_params);
+  Tensor w;
+  const bool per_row = weight && weight->dim() == 3;
+  if (weight) {
+    const int64_t size[] = {N, D, shape.k};
+    w = operand(*weight, {size + !per_row, 2u + per_row}, plan.dtype(), [] { return "weight"; });
+  }
   Outputs o;
-  o.y = at::empty({N, shape.D}, x.options());
-  o.out = shape.summed ? at::empty({}, x.options()) : at::empty({N, shape.D, shape.k}, x.options());
-  if (save && shape.row_size()) o.saved = buffer(shape, x);
+  o.y = at::empty({N, D}, x.options());
+  o.out = shape.summed ? at::empty({}, x.options()) : at::empty({N, D, shape.k}, x.options());
+  if (save && plan.row_size()) o.saved = buffer(plan, x);
   std::vector<const void*> pointers;
   pointers.reserve(params.size());
   for (const Tensor& p : params) pointers.push_back(address(p));
   const std::array<void*, 3> at = places(shape, o.saved, N);
-  check(kernel.forward(plan, N, at::get_num_threads(), x.data_ptr(),
-                       weight ? weight->data_ptr() : nullptr, weight && weight->dim() == 3,
+  check(kernel.forward(plan.handle, N, at::get_num_threads(), x.data_ptr(), address(w), per_row,
                        pointers.data(), o.y.data_ptr(), o.out.data_ptr(),
                        save ? at.data() : nullptr));
   return o;
@@ -114,27 +226,12 @@ struct NoSecond : torch::autograd::Function<NoSecond> {
   }
 };
 
-// Where the parameters that are there lie among W1, b1, ...
-using Present = std::vector<bool>;
-
-variable_list spread(const Present& present, const variable_list& given) {
-  variable_list params(present.size());
-  size_t next = 0;
-  for (size_t i = 0; i < present.size(); ++i) {
-    if (present[i]) params[i] = given[next++];
-  }
-  return params;
-}
-
 struct Step : torch::autograd::Function<Step> {
   static variable_list forward(AutogradContext* ctx, int64_t plan, const Present& present,
                                const std::optional<Tensor>& weight, const Tensor& x,
                                const at::TensorList& given) {
-    auto reference = c10::make_intrusive<PlanReference>(reinterpret_cast<void*>(plan));
-    const Tensor dense = x.contiguous();
-    variable_list params(given.begin(), given.end());
-    for (Tensor& p : params) p = p.contiguous();
-    const Outputs o = run(reference->plan, dense, weight, spread(present, params), true);
+    auto reference = c10::make_intrusive<PlanReference>(plan);
+    const Outputs o = run(*reference, x, weight, present, {given.begin(), given.end()}, true);
     variable_list saved{x};
     saved.insert(saved.end(), given.begin(), given.end());
     saved.push_back(o.saved);
@@ -148,7 +245,7 @@ struct Step : torch::autograd::Function<Step> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& outer) {
     const auto held = ctx->saved_data["plan"].toCapsule();
-    void* plan = static_cast<const PlanReference*>(held.get())->plan;
+    const PlanReference& plan = *static_cast<const PlanReference*>(held.get());
     const Present present = bools(ctx->saved_data["present"]);
     const bool weighted = ctx->saved_data["weight"].toBool();
     const variable_list saved = ctx->get_saved_variables();
@@ -167,31 +264,39 @@ struct Step : torch::autograd::Function<Step> {
   }
 
   // Of x and the parameters that are there.
-  static variable_list run_backward(AutogradContext* ctx, void* plan, const Present& present,
-                                    bool weighted, const variable_list& saved,
-                                    const variable_list& outer) {
+  static variable_list run_backward(AutogradContext* ctx, const PlanReference& plan,
+                                    const Present& present, bool weighted,
+                                    const variable_list& saved, const variable_list& outer) {
     const at::NoGradGuard no_grad;
-    const size_t count = saved.size() - 2;
-    const Tensor x = saved[0].contiguous();
-    variable_list params, grads(1 + count);
-    for (size_t i = 0; i <= count; ++i) {
-      const Tensor dense = i ? saved[i].contiguous() : x;
-      if (i) params.push_back(dense);
-      if (ctx->needs_input_grad(i + (weighted ? 1 : 0))) grads[i] = at::empty_like(dense);
+    const mk_shape& shape = plan.shape;
+    const Tensor x = inputs(plan, saved[0]);
+    const int64_t N = x.size(0), D = plan.D();
+    const variable_list params =
+        parameters(plan, present, {saved.begin() + 1, saved.end() - 1});
+    Tensor buffers = saved.back();
+    if (buffers.defined()) {
+      buffers = operand(buffers, {N * plan.row_size()}, plan.dtype(),
+                        [] { return "a tensor saved for the backward"; });
     }
-    params = spread(present, params);
-    const variable_list wanted = spread(present, {grads.begin() + 1, grads.end()});
-    std::vector<void*> pointers, to;
-    for (size_t i = 0; i < params.size(); ++i) {
-      pointers.push_back(address(params[i]));
-      to.push_back(address(wanted[i]));
+    const Tensor gy = cotangent(plan, outer[0], {N, D}, "gradient of y");
+    const int64_t each[] = {N, D, shape.k};
+    const Tensor gout = cotangent(plan, outer[1], {each, shape.summed ? 0u : 3u},
+                                  "gradient of the penalty");
+    variable_list grads(saved.size() - 1);
+    size_t next = weighted ? 1 : 0;  // among the inputs that are tensors
+    if (ctx->needs_input_grad(next++)) grads[0] = at::empty_like(x);
+    std::vector<const void*> pointers;
+    std::vector<void*> to;
+    size_t place = 1;
+    for (const Tensor& p : params) {
+      pointers.push_back(address(p));
+      to.push_back(nullptr);
+      if (!p.defined()) continue;
+      if (ctx->needs_input_grad(next++)) to.back() = address(grads[place] = at::empty_like(p));
+      ++place;
     }
-    const Tensor gy = outer[0].defined() ? outer[0].contiguous() : outer[0];
-    const Tensor gout = outer[1].defined() ? outer[1].contiguous() : outer[1];
-    Shape shape;
-    kernel.shape(plan, &shape);
-    const std::array<void*, 3> at = places(shape, saved.back(), x.size(0));
-    check(kernel.backward(plan, x.size(0), at::get_num_threads(), x.data_ptr(), pointers.data(),
+    const std::array<void*, 3> at = places(shape, buffers, N);
+    check(kernel.backward(plan.handle, N, at::get_num_threads(), x.data_ptr(), pointers.data(),
                           address(gy), address(gout), at.data(), address(grads[0]), to.data()));
     return grads;
   }
@@ -216,7 +321,7 @@ struct Step : torch::autograd::Function<Step> {
   }
 };
 
-// y (N, D) and the penalty, or J where there is no hinge; `plan` is the address of a plan.
+// y (N, D) and the penalty, or J where there is no hinge; `plan` is the handle of a plan.
 std::tuple<Tensor, Tensor> cpu_step(int64_t plan, const Tensor& x,
                                     const std::optional<Tensor>& weight,
                                     const c10::List<std::optional<Tensor>>& params) {
@@ -234,9 +339,8 @@ std::tuple<Tensor, Tensor> cpu_step(int64_t plan, const Tensor& x,
     const variable_list o = Step::apply(plan, present, weight, x, at::TensorList(given));
     return {o[0], o[1]};
   }
-  for (Tensor& p : given) p = p.contiguous();
-  const Outputs o = run(reinterpret_cast<void*>(plan), x.contiguous(), weight,
-                        spread(present, given), false);
+  const PlanReference reference(plan);
+  const Outputs o = run(reference, x, weight, present, given, false);
   return {o.y, o.out};
 }
 

@@ -18,6 +18,7 @@ from .arguments import (
 from .backends import general, reference
 from .function import evaluate, operand_dtype
 from .network import unwrap
+from .operands import dense, has_memory
 from .planning import Route, choose
 from .problem import Hinge, Problem, accumulate_dtype
 
@@ -221,8 +222,10 @@ def _fused(
 ) -> tuple[Tensor, Tensor]:
     """y (..., D) and the reduced penalty (or J) by a hand-written backend."""
     reduce = hinge is not None and not hinge.elementwise
-    # A weight that wants a gradient is multiplied outside: that gradient is PyTorch's business.
-    outside = weight if weight is not None and weight.requires_grad else None
+    # A weight that wants a gradient, or is a subclass with operations of its own, is multiplied
+    # outside: both are PyTorch's business.
+    own = weight is not None and (weight.requires_grad or not has_memory(weight))
+    outside = weight if own else None
     if hinge is not None and outside is not None:
         hinge = Hinge(hinge.direction, hinge.margin, hinge.squared, True)
     problem, x, params = _problem(inputs, route, hinge)
@@ -259,7 +262,7 @@ def _kernel_weight(weight: Tensor | None, inputs: Inputs, problem: Problem) -> T
         return None
     D, k = problem.D, problem.k
     dtype = accumulate_dtype(inputs.x2.dtype)
-    weight = weight.to(device=inputs.x2.device, dtype=dtype)
+    weight = dense(weight.to(device=inputs.x2.device, dtype=dtype))
     if weight.dim() <= 2:
         return weight.expand(D, k).contiguous()
     return weight.expand(*inputs.batch, D, k).reshape(-1, D, k).contiguous()

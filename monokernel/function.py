@@ -2,8 +2,8 @@
 
 Eager calls go through a classic ``autograd.Function`` straight to the backend (about 8 µs; a custom
 operator costs 24), on the CPU through its twin in C++ where that was built. Under ``torch.compile``
-the same Function calls two registered operators, opaque to the compiler. It declares no ``jvp``:
-forward mode and functorch take the reference path instead.
+and every other tracer the same Function calls two registered operators, opaque to them. It declares
+no ``jvp``: forward mode and functorch take the reference path instead.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .backends import load
+from .backends import MODULES, load
+from .operands import check_forward, check_gradients, check_saved, dense, shapes_of
 from .problem import Problem, accumulate_dtype, pack, unpack
 
 __all__ = ["FusedMonoPenalty", "evaluate", "operand_dtype", "transformed"]
@@ -35,7 +36,7 @@ def evaluate(
     problem: Problem, backend: str, x: Tensor, weight: Tensor | None, params: Params
 ) -> tuple[Tensor, Tensor]:
     """y (N, D) and the penalty, or J where there is no hinge, differentiable once."""
-    step = _step(backend) if not torch.compiler.is_compiling() else None
+    step = None if _traced() else _step(backend)
     if step is not None:
         y, out = step(problem, x, weight, params)
         return y, out
@@ -86,7 +87,7 @@ class FusedMonoPenalty(torch.autograd.Function):
         *params: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         y, out, saved = _forward(problem, backend, x, weight, params, save=True)
-        ctx.problem, ctx.backend = problem, backend
+        ctx.problem, ctx.backend, ctx.shapes = problem, backend, shapes_of(saved)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, *params, *saved)
         return y, out
@@ -96,6 +97,8 @@ class FusedMonoPenalty(torch.autograd.Function):
         x, weight, *rest = ctx.saved_tensors
         count = 2 * ctx.problem.depth
         params, saved = rest[:count], rest[count:]
+        if not _traced():
+            check_saved(saved, ctx.shapes, x.device)
         needs = ctx.needs_input_grad[3:]
         asked = ctx.problem, ctx.backend, gy, gout, x, weight, params, saved, needs
         if torch.is_grad_enabled():  # create_graph=True
@@ -125,17 +128,28 @@ def _guard(grads: Sequence[Tensor | None], causes: Sequence[Tensor | None]) -> l
     return [None if g is None else next(rest) for g in grads]
 
 
-# --- eager or compiled ---------------------------------------------------------------------------
+# --- eager or traced -----------------------------------------------------------------------------
+
+
+def _traced() -> bool:
+    """Whether torch.compile, make_fx, a FakeTensorMode, a TorchDispatchMode or torch.jit.trace
+    looks on, which can see operators but not what a kernel writes to memory."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def _forward(
     problem: Problem, backend: str, x: Tensor, weight: Tensor | None, params: Params, save: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    if torch.compiler.is_compiling():
+    if _traced():
         y, out, *saved = torch.ops.monokernel.forward(
             x, weight, list(params), save, backend, *pack(problem)
         )
         return y, out, saved
+    check_forward(problem, x, weight, params)
     with _no_autocast(x):
         return load(backend).forward(problem, x, weight, params, save)
 
@@ -151,12 +165,15 @@ def _backward(
     saved: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    if torch.compiler.is_compiling():
+    if _traced():
         found = torch.ops.monokernel.backward(
             gy, gout, x, weight, list(params), list(saved), list(needs), backend, *pack(problem)
         )
         present = iter(found)
         return [next(present) if need else None for need in needs]
+    gy, gout = None if gy is None else dense(gy), None if gout is None else dense(gout)
+    check_forward(problem, x, weight, params)
+    check_gradients(problem, x, gy, gout)
     with _no_autocast(x):
         return load(backend).backward(problem, gy, gout, x, weight, params, saved, needs)
 
@@ -168,6 +185,7 @@ def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 
 # --- the registered operators --------------------------------------------------------------------
+# Anybody may call them, so they check all that they are given.
 
 # The problem as ``pack`` gives it, behind the backend's public name.
 _PROBLEM = (
@@ -189,9 +207,23 @@ _library.define(
 def _forward_op(
     x: Tensor, weight: Tensor | None, params: Params, save: bool, backend: str, *packed: Any
 ) -> list[Tensor]:
+    problem = _problem(backend, packed, x)
+    check_forward(problem, x, weight, params)
     with _no_autocast(x):
-        y, out, saved = load(backend).forward(unpack(*packed), x, weight, params, save)
+        y, out, saved = load(backend).forward(problem, x, weight, params, save)
     return [y, out, *saved]
+
+
+def _problem(backend: str, packed: Any, x: Tensor) -> Problem:
+    if backend not in MODULES:
+        raise ValueError(f"backend: expected one of {', '.join(MODULES)}, got {backend!r}")
+    problem = unpack(*packed)
+    if x.dim() != 2:
+        raise ValueError(f"x: expected shape (N, {problem.d}), got {tuple(x.shape)}")
+    why = load(backend).refuses(problem, x)
+    if why is not None:
+        raise ValueError(f"backend: {backend!r} was asked for but cannot serve: {why}")
+    return problem
 
 
 def _forward_fake(
@@ -217,8 +249,15 @@ def _backward_op(
     backend: str,
     *packed: Any,
 ) -> list[Tensor]:
+    problem = _problem(backend, packed, x)
+    check_forward(problem, x, weight, params)
+    check_gradients(problem, x, gy, gout)
+    like = load(backend).saved_like(problem, x.new_empty(x.shape, device="meta"))
+    check_saved(saved, shapes_of(like), x.device)
+    if len(needs) != 1 + len(params):
+        raise ValueError(f"needs: expected {1 + len(params)} values, got {len(needs)}")
     with _no_autocast(x):
-        grads = load(backend).backward(unpack(*packed), gy, gout, x, weight, params, saved, needs)
+        grads = load(backend).backward(problem, gy, gout, x, weight, params, saved, needs)
     return [g for g in grads if g is not None]
 
 

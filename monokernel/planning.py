@@ -22,6 +22,7 @@ from .arguments import (
 )
 from .backends import DEVICES, MODULES, refusal
 from .function import operand_dtype, transformed
+from .operands import has_memory
 from .problem import Mode, Problem, cheaper_mode
 
 __all__ = ["Plan", "Route", "choose", "plan"]
@@ -82,6 +83,8 @@ def choose(mlp: nn.Module, inputs: Inputs, mode: str, backend: str) -> Route:
     check_module(mlp)
     functional = transformed()
     chain = network.read(mlp)
+    if not isinstance(chain, str):
+        chain = _wrapped(inputs) or chain
     if isinstance(chain, str):
         return _general(mlp, chain, mode, backend, functional)
     _check_chain(chain, inputs)
@@ -162,6 +165,15 @@ def _general(mlp: nn.Module, reason: str, mode: str, backend: str, functional: b
     functional = functional or torch.compiler.is_compiling()
     refused = tuple((name, reason) for name in MODULES) if backend == "auto" else ()
     return Route("reference", "adjoint", None, functional, refused)
+
+
+def _wrapped(inputs: Inputs) -> str | None:
+    """A subclass that decides itself what an operation does (a MaskedTensor, a DTensor) gets to
+    see the operations, unless a mode that looks on (a FakeTensorMode) takes care of it."""
+    for name, t in (("x1", inputs.x1), ("x2", inputs.x2)):
+        if not has_memory(t) and torch._C._len_torch_dispatch_stack() == 0:
+            return f"{name} is a {type(t).__name__}, with operations of its own"
+    return None
 
 
 def _check_chain(chain: network.Chain, inputs: Inputs) -> None:

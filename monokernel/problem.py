@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .activations import Activation
+from .activations import ACTIVATIONS, Activation
 
 __all__ = [
     "Hinge",
@@ -124,7 +124,22 @@ def unpack(
     squared: bool,
     elementwise: bool,
 ) -> Problem:
-    """The problem that ``pack`` made these of."""
+    """The problem that ``pack`` made these of. Raises a ValueError where they make none."""
+    L, wrong = len(kinds), ""
+    if L < 1 or len(widths) != L + 1 or min(widths) < 0:
+        wrong = f"widths: expected {L + 1} sizes, one more than kinds, got {list(widths)}"
+    elif not set(kinds) <= ACTIVATIONS.keys():
+        wrong = f"kinds: expected names of the activation table, got {list(kinds)}"
+    elif len(numbers) != 3 * L:
+        wrong = f"numbers: expected three for each of {L} kinds, got {len(numbers)}"
+    elif not 1 <= k <= widths[0]:
+        wrong = f"k: expected 1 to {widths[0]}, the first of widths, got {k}"
+    elif mode not in ("tangent", "adjoint"):
+        wrong = f"mode: expected 'tangent' or 'adjoint', got {mode!r}"
+    elif len(direction) not in (1, k, widths[-1] * k) or not set(direction) <= {-1, 0, 1}:
+        wrong = f"direction: expected 1, k or D·k of -1, 0, 1, got {list(direction)}"
+    if wrong:
+        raise ValueError(wrong)
     activations = tuple(
         Activation(kind, *numbers[3 * i : 3 * i + 3]) for i, kind in enumerate(kinds)
     )

@@ -218,25 +218,25 @@ def _open() -> ctypes.CDLL | str:
     library.mk_isa.restype = c_char_p
     library.mk_use_parallel_for.argtypes = [c_void_p]
     library.mk_use_parallel_for.restype = None
-    library.mk_plan_new.restype = c_void_p
+    library.mk_plan_new.restype = c_int64
     library.mk_plan_new.argtypes = [
         c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_double, c_void_p
     ]  # fmt: skip
-    library.mk_plan_drop.argtypes = [c_void_p]
+    library.mk_plan_drop.argtypes = [c_int64]
     library.mk_plan_drop.restype = None
     library.mk_take.argtypes = [c_int64]
     library.mk_take.restype = c_void_p
     library.mk_give_back.argtypes = [c_void_p]
     library.mk_give_back.restype = None
-    library.mk_plan_shape.argtypes = [c_void_p, c_void_p]
+    library.mk_plan_shape.argtypes = [c_int64, c_void_p]
     library.mk_plan_shape.restype = None
     library.mk_forward.restype = library.mk_backward.restype = c_int
     library.mk_forward.argtypes = [
-        c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p,
+        c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p,
         c_void_p,
     ]  # fmt: skip
     library.mk_backward.argtypes = [
-        c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p,
+        c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p,
         c_void_p,
     ]  # fmt: skip
     library.mk_activation.argtypes = [
@@ -273,6 +273,19 @@ def _contiguous(params: Params) -> Params:
 # --- plans ----------
 
 
+class _Shape(ctypes.Structure):
+    """mk_shape of ``csrc/c_api.h``."""
+
+    _fields_ = (
+        ("L", c_int64),
+        ("k", c_int64),
+        ("is_double", c_int64),
+        ("summed", c_int64),
+        ("saved", c_int64 * 3),  # elements for each row of x
+        ("widths", c_void_p),
+    )
+
+
 class _Plan:
     """A problem as the library knows it, and the shapes of its calls."""
 
@@ -300,10 +313,10 @@ class _Plan:
         )
         if not self.handle:
             _check(1)
-        shape = (c_int64 * 6)()
-        library.mk_plan_shape(self.handle, shape)
-        a, P, derivative = shape[3:]  # elements for each row of x
-        self.summed, self.row_size = bool(shape[2]), a + P + derivative
+        shape = _Shape()
+        library.mk_plan_shape(self.handle, ctypes.byref(shape))
+        a, P, derivative = shape.saved
+        self.summed, self.row_size = bool(shape.summed), a + P + derivative
         self.dtype, self.itemsize = dtype, dtype.itemsize
         self._P, self._derivative = a * self.itemsize, (a + P) * self.itemsize
         self._pointers = c_void_p * (2 * L)

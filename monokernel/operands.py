@@ -1,0 +1,145 @@
+"""What a kernel may be given: plain memory of the dtype, device and sizes that the problem says.
+
+A kernel gets pointers. Between its forward and its backward the user's code runs, and may change
+what lies behind them (``.data``, ``half()``, ``untyped_storage().resize_``, hooks on saved tensors);
+and some tensors have no memory to begin with. So both passes look before they call a kernel.
+``csrc/boundary.cpp`` asks the same of its operands, in the same words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .problem import Problem, accumulate_dtype
+
+__all__ = [
+    "Shapes",
+    "check_forward",
+    "check_gradients",
+    "check_saved",
+    "dense",
+    "has_memory",
+    "shapes_of",
+]
+
+PLAIN = (Tensor, nn.Parameter)
+Params = Sequence[Tensor | None]
+Shapes = tuple[tuple[torch.Size, torch.dtype], ...]  # and the dtypes
+
+
+def has_memory(t: Tensor) -> bool:
+    """Whether a tensor is PyTorch's own and no wrapper (MaskedTensor, DTensor, FakeTensor) whose
+    subclass decides what an operation does."""
+    if type(t) in PLAIN:
+        return True
+    return not torch._C._dispatch_keys(t).has(torch._C.DispatchKey.Python)
+
+
+def dense(t: Tensor) -> Tensor:
+    """The tensor itself, or a copy where its memory does not hold its values: a view that is only
+    said to be negated, or zeros that have no memory. A compiled graph has its own word on that."""
+    if torch.compiler.is_compiling():
+        return t
+    return t.clone() if t.is_neg() or t._is_zerotensor() else t
+
+
+def check_forward(problem: Problem, x: Tensor, weight: Tensor | None, params: Params) -> None:
+    """x (N, d), the hinge weight (D, k) or (N, D, k) and W_1, b_1, … are what a kernel may read."""
+    N, dtype, device = x.shape[0], x.dtype, x.device
+    _check("x1, x2", x, (N, problem.d), dtype, device)
+    if weight is not None:
+        shape = problem.D, problem.k
+        full = shape if weight.dim() == 2 else (N, *shape)
+        _check("weight", weight, full, accumulate_dtype(dtype), device)
+    shapes = _parameter_shapes(problem.widths)
+    if len(params) != len(shapes):
+        raise RuntimeError(f"params: expected {len(shapes)}, got {len(params)}")
+    for i, t in enumerate(params):
+        if t is not None:
+            _check(i, t, shapes[i], dtype, device)
+        elif i % 2 == 0:
+            raise RuntimeError(f"params: expected a weight for layer {i // 2 + 1}, got None")
+
+
+def check_gradients(problem: Problem, x: Tensor, gy: Tensor | None, gout: Tensor | None) -> None:
+    """The gradients of y (N, D) and of the penalty (), the penalties or J (N, D, k)."""
+    N, hinge = x.shape[0], problem.hinge
+    if gy is not None:
+        _check("gradient of y", gy, (N, problem.D), x.dtype, x.device)
+    if gout is not None:
+        summed = hinge is not None and not hinge.elementwise
+        shape = () if summed else (N, problem.D, problem.k)
+        _check("gradient of the penalty", gout, shape, accumulate_dtype(x.dtype), x.device)
+
+
+def shapes_of(saved: Sequence[Tensor]) -> Shapes:
+    """What ``check_saved`` compares with."""
+    return tuple([(t.shape, t.dtype) for t in saved])
+
+
+def check_saved(saved: Sequence[Tensor], shapes: Shapes, device: torch.device) -> None:
+    """What forward left for backward is still what it was."""
+    if len(saved) != len(shapes):
+        raise RuntimeError(f"saved: expected {len(shapes)} tensors, got {len(saved)}")
+    for t, (shape, dtype) in zip(saved, shapes, strict=True):
+        _check("a tensor saved for the backward", t, shape, dtype, device)
+
+
+@lru_cache(maxsize=1024)
+def _parameter_shapes(widths: tuple[int, ...]) -> list[tuple[int, ...]]:
+    shapes: list[tuple[int, ...]] = []
+    for columns, rows in zip(widths, widths[1:], strict=False):
+        shapes += [(rows, columns), (rows,)]
+    return shapes
+
+
+def _check(
+    name: str | int, t: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Costs 0.6 µs: a step asks it of every operand twice."""
+    if (
+        t.dtype is dtype
+        and t.shape == shape
+        and t.device == device
+        and has_memory(t)
+        and not t.is_neg()
+        and (t.data_ptr() or not t.numel())
+        and t.untyped_storage().nbytes() >= _bytes(t)
+    ):
+        return
+    if isinstance(name, int):
+        name = f"mlp: the {'bias' if name % 2 else 'weight'} of linear layer {name // 2 + 1}"
+    raise RuntimeError(
+        f"{name}: expected {_dtype(dtype)} of shape {tuple(shape)} on {device} in memory of its "
+        f"own, got {_describe(t)}"
+    )
+
+
+def _bytes(t: Tensor) -> int:
+    """The bytes of its storage up to its last element."""
+    elements = t.storage_offset() + t.numel()
+    if not t.is_contiguous():
+        last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+        elements = t.storage_offset() + last + 1 if t.numel() else 0
+    return elements * t.itemsize
+
+
+def _describe(t: Any) -> str:
+    text = f"{_dtype(t.dtype)} of shape {tuple(t.shape)} on {t.device}"
+    if not has_memory(t):
+        return f"{text}, a subclass or wrapper of a tensor"
+    if t.is_neg():
+        return f"{text}, a view to be negated when it is read"
+    if t._is_zerotensor():
+        return f"{text}, zeros without memory"
+    held = t.untyped_storage().nbytes() if t.data_ptr() else 0
+    return text if held >= _bytes(t) else f"{text} with {held} of its {_bytes(t)} bytes"
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
