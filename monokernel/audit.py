@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .api import value_and_jacobian
 from .arguments import Direction, check_direction, check_inputs
+from .network import ending
 from .problem import direction_table
 from .sampling import sample_points
 
@@ -143,8 +144,9 @@ def evaluating(mlp: nn.Module) -> Iterator[None]:
     if not isinstance(mlp, nn.Module):
         raise TypeError(f"mlp: expected an nn.Module, got {type(mlp).__name__}")
     training = [m for m in mlp.modules() if m.training]
-    mlp.eval()
     try:
+        with ending():
+            mlp.eval()
         yield
     finally:
         for m in training:

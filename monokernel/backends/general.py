@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..arguments import Inputs
+from ..network import ending
 from ..problem import accumulate_dtype, nan_rule
 
 __all__ = ["value_and_jacobian"]
@@ -46,7 +47,8 @@ def _by_autograd(mlp: nn.Module, inputs: Inputs) -> tuple[Tensor, Tensor]:
         # A node of its own, so that no path from x2 through x1 counts as a slope.
         tracked = inputs.x2.requires_grad and further
         x2 = inputs.x2.view_as(inputs.x2) if tracked else inputs.x2.detach().requires_grad_()
-        y = _call(mlp, inputs, x2)
+        with ending():
+            y = _call(mlp, inputs, x2)
         if not y.requires_grad:
             raise ValueError(
                 "mlp: its output has no gradient (it was detached, or computed under no_grad), so "
