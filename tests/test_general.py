@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from monokernel import audit, fused_mono_penalty, plan, value_and_jacobian
 from tests.support import (
+    BACKENDS,
     HANDWRITTEN,
     assert_same,
     gradients,
@@ -322,6 +323,39 @@ def hooked_pair() -> nn.Sequential:
     net = mlp(2, 2, 2)
     net[1].register_forward_hook(lambda m, args, out: 0.5 * out)
     return net
+
+
+@pytest.mark.parametrize("weight", [None, 2.0, "trained"])
+@pytest.mark.parametrize(("N", "direction"), [(7, 0), (7, [[0, 0], [0, 0]]), (0, 1), (0, 0)])
+@pytest.mark.parametrize("backend", [*BACKENDS, "general"])
+def test_the_mean_of_nothing_is_nan_and_its_gradients_zero(
+    backend: str, N: int, direction: Any, weight: Any
+) -> None:
+    net = hooked() if backend == "general" else mlp(D1, K, 2)
+    x1, x2 = (t.requires_grad_() for t in points(N, D1, K))
+    inputs = [x1, x2, *net.parameters()]
+    if weight == "trained":
+        weight = torch.ones(2, K, dtype=torch.float64, requires_grad=True)
+        inputs.append(weight)
+    options = {"direction": direction, "weight": weight, "reduction": "mean", "margin": 1.0}
+    backend = "auto" if backend == "general" else backend
+    y, penalty = fused_mono_penalty(net, x1, x2, return_output=True, backend=backend, **options)
+    assert penalty.isnan()
+    task = net(torch.cat([x1, x2], -1)).sum()
+    assert_same(gradients(y.sum() + penalty, *inputs), gradients(task, *inputs))
+
+
+def test_the_mean_of_nothing_in_a_compiled_loss() -> None:
+    net, (x1, x2) = mlp(D1, K, 2), points(7, D1, K)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def loss(x1: Tensor, x2: Tensor) -> Tensor:
+        return fused_mono_penalty(net, x1, x2, direction=0, reduction="mean")
+
+    for rows in (7, 5):  # the second makes the shape dynamic
+        got = loss(x1[:rows], x2[:rows])
+        assert got.isnan()
+        assert not any(g.any() for g in gradients(got, *net.parameters()))
 
 
 def test_all_orders_of_derivative() -> None:
