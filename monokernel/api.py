@@ -93,7 +93,7 @@ def fused_mono_penalty(
         weight: multiplies the penalties: a number or a tensor that broadcasts to (D, k) or
             (..., D, k), one multiplier per constraint say; gradients reach it if it requires them.
         reduction: "sum"; "mean" over the constrained entries (NaN where there are none, as
-            ``torch.mean`` has it); "none" gives (..., D, k).
+            ``torch.mean`` has it, with gradients of zero); "none" gives (..., D, k).
         return_output: also return y, which shares the forward.
         mode: "tangent" (one pass per column), "adjoint" (one chain per output) or "auto", the
             cheaper of the two.
@@ -127,7 +127,7 @@ def fused_mono_penalty(
         factor = check_weight(weight, inputs.x2, D, k)
         y, penalty = _fused(inputs, route, static, factor)
     if reduction == "mean":
-        penalty = penalty / hinges.constrained_entries(static.direction, N, D, k)
+        penalty = hinges.mean(penalty, static.direction, N, D, k)
     return (y, penalty) if return_output else penalty
 
 

@@ -89,6 +89,8 @@ def check_parameter(t: Tensor, x: Tensor) -> None:
     """A parameter of the network goes with its inputs x; autocast brings dtypes together."""
     if t.device != x.device:
         raise ValueError(f"x1: expected on the device of mlp, {t.device}, got {x.device}")
+    if not t.dtype.is_floating_point:
+        raise TypeError(f"mlp: expected floating-point parameters, got {_dtype(t)}")
     if t.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(f"x1: expected the dtype of mlp, {_dtype(t)}, got {_dtype(x)}")
 

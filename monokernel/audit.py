@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from .api import value_and_jacobian
 from .arguments import Direction, check_direction, check_inputs
+from .backends import general
+from .network import ending, unwrap
+from .planning import choose
 from .problem import direction_table
 from .sampling import sample_points
 
@@ -20,6 +23,8 @@ __all__ = ["Audit", "audit"]
 # Rows and slopes held at a time, which bounds the memory of an audit whatever N, D and k.
 ROWS_AT_A_TIME, SLOPES_AT_A_TIME = 1 << 14, 1 << 22
 LINES = 40
+# In so many rows a column whose slopes are all 0 is moved, over twice so many values.
+PROBED_ROWS, PROBED_VALUES = 256, 9
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,10 @@ class Audit:
     A slope counts in its direction (``direction · ∂y/∂x2``): a negative one is a violation, as is
     one below the margin or a NaN. Entries of direction 0 are NaN in the tables and never count.
 
+    A slope of 0 is an all-clear only if the derivative tells of y at all. An entry is ``blind``
+    where it does not: 0 in every row (or absent), while y changes with the column. Rise and fall
+    are unknown there: its entries are NaN, and so are ``violation_rate`` and ``worst``.
+
     Attributes:
         rows: N.
         direction: the signs (D, k).
@@ -36,6 +45,7 @@ class Audit:
         worst_slope: the lowest slope in its direction (D, k), units of y per unit of x2.
         worst_row: its row (D, k), an index into the flattened leading shape; -1 where none is.
         worst_point: the inputs there, cat[x1, x2] (D, k, d).
+        blind: where the derivative says nothing (D, k).
         sampled: the same on points sampled away from the data, where they were asked for.
     """
 
@@ -45,24 +55,28 @@ class Audit:
     worst_slope: Tensor
     worst_row: Tensor
     worst_point: Tensor
+    blind: Tensor
     sampled: Audit | None = None
 
     @property
     def violation_rate(self) -> float:
-        """The share of violating entries among all constrained ones."""
+        """The share of violating entries among all constrained ones; NaN where any is blind."""
         return self.rate[self.direction != 0].mean().item()
 
     @property
     def worst(self) -> float:
-        """The lowest slope in its direction over all constrained entries."""
+        """The lowest slope in its direction, over all constrained entries; NaN where any is
+        blind."""
         worst = self.worst_slope[self.direction != 0]
         return worst.min().item() if worst.numel() else float("nan")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and nested lists (D, k); None for entries of direction 0."""
+        """Plain numbers and nested lists (D, k); None for entries that are blind or of direction
+        0."""
+        known = (self.direction != 0) & ~self.blind
 
         def constrained(table: Tensor) -> list[list[Any]]:
-            pairs = zip(table.tolist(), self.direction.tolist(), strict=True)
+            pairs = zip(table.tolist(), known.tolist(), strict=True)
             return [[v if s else None for v, s in zip(*pair, strict=True)] for pair in pairs]
 
         return {
@@ -74,6 +88,7 @@ class Audit:
             "worst_slope": constrained(self.worst_slope),
             "worst_row": constrained(self.worst_row),
             "worst_point": constrained(self.worst_point),
+            "blind": self.blind.tolist(),
             "sampled": None if self.sampled is None else self.sampled.to_dict(),
         }
 
@@ -85,22 +100,42 @@ class Audit:
 
     def _table(self, what: str) -> str:
         lines = [
-            f"{self.rows} {what}: {self.violation_rate:.2%} of the constrained slopes violate, "
-            f"worst slope {self.worst:.4g}",
+            *self._summary(what),
             f"{'output':>6} {'column':>6} {'sign':>4} {'violating':>9} {'worst slope':>11} "
             f"{'row':>8} {'x2 there':>9}",
         ]
         k = self.direction.shape[1]
         entries = (self.direction != 0).nonzero().tolist()
         for d, c in entries[:LINES]:
+            entry = f"{d:>6} {c:>6} {int(self.direction[d, c]):>+4} "
+            if self.blind[d, c]:
+                lines.append(f"{entry}{'unknown':>9} {'unknown':>11}")
+                continue
             at = self.worst_point[d, c, c - k].item()
             lines.append(
-                f"{d:>6} {c:>6} {int(self.direction[d, c]):>+4} {self.rate[d, c].item():>9.2%} "
-                f"{self.worst_slope[d, c].item():>11.4g} {int(self.worst_row[d, c]):>8} {at:>9.4g}"
+                f"{entry}{self.rate[d, c].item():>9.2%} {self.worst_slope[d, c].item():>11.4g} "
+                f"{int(self.worst_row[d, c]):>8} {at:>9.4g}"
             )
         if len(entries) > LINES:
             lines.append(f"... and {len(entries) - LINES} more constraints")
         return "\n".join(lines)
+
+    def _summary(self, what: str) -> list[str]:
+        blind = self.blind.any(0).nonzero().flatten().tolist()
+        known = (self.direction != 0) & ~self.blind
+        counted = (
+            f"{self.rate[known].mean().item():.2%} of the constrained slopes violate, worst slope "
+            f"{self.worst_slope[known].min().item() if known.any() else torch.nan:.4g}"
+        )
+        if not blind:
+            return [f"{self.rows} {what}: {counted}"]
+        columns = f"column{'s' * (len(blind) > 1)} {', '.join(map(str, blind))}"
+        lines = [
+            f"{self.rows} {what}: UNKNOWN how many of the constrained slopes violate",
+            f"In {columns} of x2 the derivative is 0 in every row, yet y changes with the column.",
+            f"It says nothing of rise or fall, as behind {general.WITHOUT_DERIVATIVE}.",
+        ]
+        return [*lines, f"Elsewhere {counted}"] if known.any() else lines
 
 
 @torch.no_grad()
@@ -143,8 +178,9 @@ def evaluating(mlp: nn.Module) -> Iterator[None]:
     if not isinstance(mlp, nn.Module):
         raise TypeError(f"mlp: expected an nn.Module, got {type(mlp).__name__}")
     training = [m for m in mlp.modules() if m.training]
-    mlp.eval()
     try:
+        with ending():
+            mlp.eval()
         yield
     finally:
         for m in training:
@@ -155,11 +191,10 @@ def slopes_in_direction(
     mlp: nn.Module, x: Tensor, k: int, signs: Direction
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """direction · ∂y/∂x2 (n, D, k) of one block of the rows x (N, d) after the other, at least one
-    block, and the signs (D, k)."""
+    block, and the signs (D, k). 0 where there is no derivative: see ``Audit.blind``."""
     start, size = 0, 256
     while start < max(x.shape[0], 1):
-        rows = x[start : start + size]
-        _, J = value_and_jacobian(mlp, rows[:, : x.shape[1] - k], rows[:, x.shape[1] - k :])
+        J = _slopes(mlp, *x[start : start + size].split([x.shape[1] - k, k], -1))
         D = J.shape[-2]
         table = direction_table(signs.for_network(D), D, k, J.dtype, J.device)
         yield table * J, table
@@ -167,34 +202,81 @@ def slopes_in_direction(
         size = min(ROWS_AT_A_TIME, max(1, SLOPES_AT_A_TIME // (D * k)))
 
 
+def _slopes(mlp: nn.Module, x1: Tensor, x2: Tensor) -> Tensor:
+    mlp, inputs = unwrap(mlp), check_inputs(x1, x2)
+    route = choose(mlp, inputs, "auto", "auto")
+    if route.chain is None:
+        return general.value_and_jacobian(mlp, inputs, route.transformed, audited=True)[1]
+    return value_and_jacobian(mlp, x1, x2)[1]
+
+
 def _measure(
     mlp: nn.Module, x: Tensor, k: int, signs: Direction, margin: float, sampled: Audit | None
 ) -> Audit:
     N, start = x.shape[0], 0
-    counts, worst, where = [], [], []
+    counts, worst, where, moving = [], [], [], []
     for slope, table in slopes_in_direction(mlp, x, k, signs):
         free = table == 0
         counts.append((~(slope >= margin)).sum(0))
+        moving.append((slope != 0).any(0))
         if N:
             low, row = slope.min(0)  # NaN is the lowest of all
             worst.append(low)
             where.append(row + start)
             start += slope.shape[0]
+    blind = torch.zeros_like(free)
     if N:
         low, block = torch.stack(worst).min(0)
         row = torch.stack(where).gather(0, block.unsqueeze(0)).squeeze(0)
         rate = torch.stack(counts).sum(0).to(table.dtype) / N
-        point = x[row].masked_fill(free.unsqueeze(-1), torch.nan)
+        point = x[row]
+        blind = ~torch.stack(moving).any(0) & ~free
+        for c in blind.any(0).nonzero().flatten().tolist():
+            blind[:, c] &= _changes(mlp, x, c - k)
     else:
         low = rate = torch.full_like(table, torch.nan)
         row = torch.full_like(table, -1, dtype=torch.int64)
         point = low.unsqueeze(-1).expand(*low.shape, x.shape[1])
+    unknown = free | blind
     return Audit(
         rows=N,
         direction=table.cpu(),
-        rate=rate.masked_fill(free, torch.nan).cpu(),
-        worst_slope=low.masked_fill(free, torch.nan).cpu(),
-        worst_row=row.masked_fill(free, -1).cpu(),
-        worst_point=point.cpu(),
+        rate=rate.masked_fill(unknown, torch.nan).cpu(),
+        worst_slope=low.masked_fill(unknown, torch.nan).cpu(),
+        worst_row=row.masked_fill(unknown, -1).cpu(),
+        worst_point=point.masked_fill(unknown.unsqueeze(-1), torch.nan).cpu(),
+        blind=blind.cpu(),
         sampled=sampled,
     )
+
+
+def _changes(mlp: nn.Module, x: Tensor, column: int) -> Tensor:
+    """Whether each output (D,) changes in any row of x (N, d) as one column moves, the others held:
+    evenly over its range, and over values that it has in the data. A column of one value, which has
+    no range, is moved over what that spans with 0 and 1.
+    """
+    values = x[:, column]
+    values = values[values.isfinite()].unique()
+    ends = values if len(values) > 1 else torch.cat([values, values.new_tensor([0, 1])])
+    even = torch.linspace(0, 1, PROBED_VALUES, dtype=x.dtype, device=x.device)
+    even = torch.lerp(ends.amin(), ends.amax(), even)
+    rows = _spread(x, PROBED_ROWS)
+    first = changed = None
+    for value in torch.cat([even, _spread(values, PROBED_VALUES)]):
+        rows[:, column] = value
+        try:
+            y = unwrap(mlp)(rows).reshape(len(rows), -1)
+        except Exception:  # whatever it is, a network that refuses a value reads it
+            return torch.ones((), dtype=torch.bool, device=x.device)
+        if first is None or changed is None:
+            first, changed = y, torch.zeros_like(y[0], dtype=torch.bool)
+        changed |= ((y != first) & ~(y.isnan() & first.isnan())).any(0)
+    assert changed is not None
+    return changed
+
+
+def _spread(t: Tensor, most: int) -> Tensor:
+    """At most so many entries of t (n, …), first and last among them, as a copy."""
+    n = len(t)
+    at = torch.linspace(0, max(n - 1, 0), min(n, most), dtype=torch.float64).round().long()
+    return t[at.to(t.device)]

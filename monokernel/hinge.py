@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .problem import Hinge, direction_table, shared_direction_table
 
-__all__ = ["constrained_entries", "penalties", "slope_weights"]
+__all__ = ["mean", "penalties", "slope_weights"]
 
 
 def penalties(J: Tensor, hinge: Hinge, weight: Tensor | None) -> Tensor:
@@ -37,6 +37,8 @@ def slope_weights(J: Tensor, hinge: Hinge, weight: Tensor | None) -> tuple[Tenso
     return (r, S) if weight is None else (weight * r, weight * S)
 
 
-def constrained_entries(direction: tuple[int, ...], N: int, D: int, k: int) -> int:
-    """How many of the N·D·k slopes the direction constrains."""
-    return N * (D * k // len(direction)) * sum(s != 0 for s in direction)
+def mean(total: Tensor, direction: tuple[int, ...], N: int, D: int, k: int) -> Tensor:
+    """The total over those of the N·D·k slopes that the direction constrains. Over none it is NaN,
+    as ``torch.mean`` has it, but no gradient is: dividing by 0 would make every parameter NaN."""
+    entries = N * (D * k // len(direction)) * sum(s != 0 for s in direction)
+    return total / entries if entries else total + torch.nan

@@ -7,6 +7,8 @@ and parametrizations may change between two calls; no weight is touched until ``
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -18,8 +20,7 @@ from .activations import Activation, of_module
 from .arguments import check_parameter
 
 PLAIN = (nn.Parameter, Tensor)  # dense tensors as PyTorch makes them; a DTensor is none
-
-__all__ = ["Chain", "batch_coupling", "read", "sharded", "unwrap"]
+__all__ = ["Chain", "batch_coupling", "ending", "read", "sharded", "unwrap"]
 
 
 class Chain(NamedTuple):
@@ -41,16 +42,22 @@ class Chain(NamedTuple):
 
     def _computed(self, name: str, l: int, x: Tensor) -> Tensor | None:
         """A parametrized weight or bias, which only now can be seen to fit: a kernel would read
-        past the end of a smaller one."""
+        past the end of a smaller one, or nothing at all."""
         t: Tensor | None = getattr(self.linears[l], name)
-        if t is not None:
-            size = (self.widths[l + 1], self.widths[l])[: 2 if name == "weight" else 1]
-            if t.shape != size:
-                raise ValueError(
-                    f"mlp: expected a parametrized {name} of shape {size}, as its layer says, got "
-                    f"{tuple(t.shape)}"
-                )
-            check_parameter(t, x)
+        if t is None and name == "bias":
+            return None
+        if t is None or type(t) not in PLAIN or t.layout is not torch.strided:
+            came = t.layout if t is not None and type(t) in PLAIN else type(t).__name__
+            raise TypeError(
+                f"mlp: expected a parametrized {name} that is a plain dense tensor, got {came}"
+            )
+        size = (self.widths[l + 1], self.widths[l])[: 2 if name == "weight" else 1]
+        if t.shape != size:
+            raise ValueError(
+                f"mlp: expected a parametrized {name} of shape {size}, as its layer says, got "
+                f"{tuple(t.shape)}"
+            )
+        check_parameter(t, x)
         return t
 
 
@@ -61,13 +68,17 @@ def unwrap(mlp: nn.Module) -> nn.Module:
 
 
 def read(mlp: nn.Module) -> Chain | str:
-    """The chain that ``mlp`` is, or one sentence saying which part of it is not fused."""
+    """The chain that ``mlp`` is, or one sentence saying which part of it is not fused.
+
+    Raises ValueError for an ``nn.Sequential`` inside itself, which has no end.
+    """
     if _global_hooks():
         return "a global module hook is registered"
     linears: list[nn.Linear] = []
     activations: list[Activation | None] = []
     widths: list[int] = []
     left = [mlp]
+    entered: list[tuple[int, nn.Module]] = []  # each Sequential, and its place in ``left``
     while left:
         m = left.pop()
         own, kind = m.__dict__, type(m)
@@ -83,6 +94,12 @@ def read(mlp: nn.Module) -> Chain | str:
         # A parametrized Linear is a subclass whose forward is still nn.Linear's.
         if isinstance(m, nn.Linear) and kind.forward is nn.Linear.forward:
             weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
+            if bias is None:
+                bias = own.get("bias")  # an attribute, in the place of a parameter
+            if weight is None:
+                weight = own.get("weight")
+                if weight is None and not hasattr(kind, "weight"):  # nor a parametrization's
+                    return f"{_where(mlp, m)} has no weight"
             for t in (weight, bias):
                 if t is not None and not (type(t) in PLAIN and t.layout is torch.strided):
                     return f"{_where(mlp, m)} has a weight that is no plain tensor"
@@ -91,7 +108,7 @@ def read(mlp: nn.Module) -> Chain | str:
             if len(size) != 2:
                 return f"{_where(mlp, m)} has a weight of {len(size)} dimensions"
             out, inputs = size
-            if bias is not None and bias.numel() != out:
+            if bias is not None and bias.shape != (out,):
                 return f"{_where(mlp, m)} has a bias of another size than its weight"
             if not widths:
                 widths.append(inputs)
@@ -110,6 +127,14 @@ def read(mlp: nn.Module) -> Chain | str:
                 return f"two activations ({before.kind}, {activation.kind}) follow each other"
             activations[-1] = activation
         elif isinstance(m, nn.Sequential) and kind.forward is nn.Sequential.forward:
+            # ``m`` lies within those whose place, which their parts took over, is not below it.
+            while entered and entered[-1][0] > len(left):
+                entered.pop()
+            for _, outer in entered:
+                if outer is m:
+                    part = _where(mlp, m)
+                    raise ValueError(f"mlp: expected layers that end, got {part} inside itself")
+            entered.append((len(left), m))
             left += reversed(own["_modules"].values())
         elif isinstance(m, _DropoutNd) and kind.__module__ == _DropoutNd.__module__:
             if m.training and m.p > 0:
@@ -121,6 +146,17 @@ def read(mlp: nn.Module) -> Chain | str:
     # A new identity each time: torch.compile would trace into a shared one.
     each = [σ or Activation("identity") for σ in activations]
     return Chain(tuple(linears), tuple(each), tuple(map(int, widths)))
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """Says of ``mlp`` what recurses without end in it."""
+    try:
+        yield
+    except RecursionError as error:
+        raise ValueError(
+            "mlp: expected layers that end, got a module that calls itself without end"
+        ) from error
 
 
 def batch_coupling(mlp: nn.Module) -> str | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import check_direction, check_inputs
-from .audit import audit, evaluating, slopes_in_direction
+from .audit import Audit, audit, evaluating, slopes_in_direction
 from .sampling import sample_points
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_audit"]
 
-BAD, GOOD = "#c0392b", "#2c6e9b"
+BAD, GOOD, UNKNOWN = "#c0392b", "#2c6e9b", "#7f7f7f"
 BINS = 50
 CURVE_POINTS = 121
 
@@ -40,7 +40,8 @@ def plot_audit(
     columns: Sequence[str] | None = None,
 ) -> Figure:
     """The constraints that violate most, each with the distribution of its slopes and the response
-    curves through its worst points.
+    curves through its worst points. Where the derivative says nothing (``Audit.blind``) there are
+    response curves alone, and they come first.
 
     Args:
         mlp, x1, x2, direction, margin, sample, strategy, generator: as for
@@ -59,7 +60,11 @@ def plot_audit(
     x = inputs.joined().reshape(-1, inputs.d)
     report = audit(mlp, x1, x2, direction=direction, margin=margin)
     points = sample_points(x, sample, strategy, generator=generator) if sample else None
-    chosen = _most_violating(report.rate, report.worst_slope, most)
+    hidden = report.blind  # where slopes on the points say nothing
+    if points is not None:
+        free, monotone = points.split([inputs.d - inputs.k, inputs.k], -1)
+        hidden = audit(mlp, free, monotone, direction=direction).blind
+    chosen = _most_violating(report, most)
     if not chosen or not report.rows:
         raise ValueError(
             "plot_audit: expected at least one row and one constrained slope, got none"
@@ -77,33 +82,44 @@ def plot_audit(
             output = outputs[d] if outputs else f"output {d}"
             column = columns[c] if columns else f"x2[{c}]"
             s = slopes(x, d, c)
-            away = None if points is None else slopes(points, d, c)
-            _distribution(left, s, away, margin)
+            blind = bool(report.blind[d, c])
+            away = None if points is None or hidden[d, c] else slopes(points, d, c)
+            _distribution(left, None if blind else s, away, margin)
             must = "rise" if sign > 0 else "fall"
             share = f"{report.rate[d, c].item():.1%} of rows violate"
+            if blind:
+                share = "unknown: its derivative says nothing"
+            elif hidden[d, c]:
+                share += ", unknown on sampled points"
             left.set_title(f"{output} must {must} with {column}\n{share}", loc="left", fontsize=10)
-            _responses(right, mlp, x, s, d, c - inputs.k, margin, curves)
-            right.set_title(f"{output} through the worst rows", loc="left", fontsize=10)
+            _responses(right, mlp, x, s, d, c - inputs.k, None if blind else margin, curves)
+            which = "some" if blind else "the worst"
+            right.set_title(f"{output} through {which} rows", loc="left", fontsize=10)
             right.set_xlabel(column)
     return figure
 
 
-def _most_violating(rate: Tensor, slope: Tensor, most: int) -> list[tuple[int, int]]:
-    """(d, c) by falling rate, then rising slope; free entries, which are NaN, never."""
-    entries = (~rate.isnan()).nonzero().tolist()
-    entries.sort(key=lambda e: (-rate[e[0], e[1]].item(), slope[e[0], e[1]].item()))
-    return [(d, c) for d, c in entries[:most]]
+def _most_violating(report: Audit, most: int) -> list[tuple[int, int]]:
+    """(d, c) of the constrained entries: the blind ones, then by falling rate and rising slope."""
+    entries = [(d, c) for d, c in (report.direction != 0).nonzero().tolist()]
+
+    def badness(entry: tuple[int, int]) -> tuple[float, float]:
+        if report.blind[entry]:
+            return -torch.inf, 0.0
+        return -report.rate[entry].item(), report.worst_slope[entry].item()
+
+    return sorted(entries, key=badness)[:most]
 
 
-def _distribution(axis: Axes, slopes: Tensor, away: Tensor | None, margin: float) -> None:
+def _distribution(axis: Axes, slopes: Tensor | None, away: Tensor | None, margin: float) -> None:
     """Histogram of the slopes in their direction, what violates in red; sampled points outlined."""
-    both = [s[s.isfinite()] for s in (slopes, away) if s is not None]
-    ends = torch.cat([torch.tensor([margin]), *both])
+    both = [(s[s.isfinite()], s is away) for s in (slopes, away) if s is not None]
+    ends = torch.cat([torch.tensor([margin]), *(s for s, _ in both)])
     low, high = ends.min().item(), ends.max().item()
     if low == high:
         low, high = low - 0.5, high + 0.5
     edges = torch.linspace(low, high, BINS + 1)
-    for s, sampled in zip(both, (False, True), strict=False):
+    for s, sampled in both:
         if not s.numel():
             continue
         share = torch.histc(s, BINS, low, high) / s.numel()
@@ -126,11 +142,12 @@ def _responses(
     slopes: Tensor,
     d: int,
     column: int,
-    margin: float,
+    margin: float | None,
     curves: int,
 ) -> None:
     """y[d] over the data's range of one input (``column`` counts from the end of x), through the
-    rows with the lowest slopes, each marked with a dot: red where the row violates."""
+    rows with the lowest slopes, each marked with a dot: red where the row violates, grey where
+    without a margin nothing is known of that."""
     order = slopes.nan_to_num(-torch.inf).argsort()[:curves]
     worst = x[order.to(x.device)]
     grid = torch.linspace(0, 1, CURVE_POINTS, dtype=x.dtype, device=x.device)
@@ -144,7 +161,9 @@ def _responses(
 
     lines, dots = response(sweep), response(worst.unsqueeze(1))
     for i in range(len(order)):
-        color = GOOD if slopes[order[i]] >= margin else BAD
+        color = UNKNOWN
+        if margin is not None:
+            color = GOOD if slopes[order[i]] >= margin else BAD
         axis.plot(grid.float().cpu().numpy(), lines[i].numpy(), color=color, linewidth=1.2)
         at = worst[i, column].float().item()
         axis.plot([at], [dots[i, 0].item()], "o", color=color, markersize=4)

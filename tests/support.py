@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -57,6 +60,59 @@ def mlp(
     with torch.no_grad():
         for p in net.parameters():
             p.mul_(1.5)
+    return net
+
+
+class Reads(nn.Module):
+    """Two outputs that read the last column of x (..., 5) by ``how``, and the others smoothly."""
+
+    def __init__(self, how: Callable[[Reads, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.smooth, self.table, self.how = nn.Linear(4, 2), nn.Embedding(8, 2), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.smooth(x[..., :-1]) - self.how(self, x[..., -1:])
+
+
+def _by_table(net: Reads, c: Tensor) -> Tensor:
+    found: Tensor = net.table(c.squeeze(-1).abs().long().clamp(max=7))
+    return found
+
+
+def _under_no_grad(net: Reads, c: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.sin(c)
+
+
+class _NoDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, c: Tensor) -> Tensor:
+        return c.square()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> None:
+        return None
+
+
+# How y may move with a column although its derivative in it is 0 or absent.
+WITHOUT_DERIVATIVE: dict[str, Callable[[Reads, Tensor], Tensor]] = {
+    "embedding": _by_table,
+    "rounding": lambda net, c: c.round(),
+    "step": lambda net, c: (c > 0).to(c.dtype),
+    "detach": lambda net, c: c.detach(),
+    "no_grad": _under_no_grad,
+    "function": lambda net, c: _NoDerivative.apply(c),
+}
+
+
+def quantized(layers: Collection[Any]) -> nn.Module:
+    """A network (..., 5) to 2 outputs of which some layers, by type or name, are quantised."""
+    quantize = getattr(torch.ao.quantization, "quantize_dynamic", None)
+    if quantize is None or torch.backends.quantized.engine == "none":
+        pytest.skip("this PyTorch quantises no layers")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch means to retire it
+        net: nn.Module = quantize(mlp(3, 2, 2, dtype=torch.float32), set(layers))
     return net
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from monokernel import audit, plot_audit
+from monokernel import audit, fused_mono_penalty, plot_audit
+from tests.support import WITHOUT_DERIVATIVE, Reads, mlp, points, quantized
 
 
 class Slopes(nn.Module):
@@ -125,6 +128,187 @@ def test_to_dict_is_plain_data() -> None:
     assert plain["direction"] == [[1, 0], [-1, 1]]
     assert plain["worst_point"][1][1] == [-3.0, 0.5, -2.0]
     assert plain["sampled"]["rows"] == 10
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.5])
+@pytest.mark.parametrize("kind", WITHOUT_DERIVATIVE)
+def test_a_derivative_that_says_nothing_is_no_all_clear(kind: str, margin: float) -> None:
+    net = Reads(WITHOUT_DERIVATIVE[kind])
+    x1, x2 = points(50, 3, 2, torch.float32)
+    report = audit(net, x1, 3 * x2, margin=margin, sample=40)
+    assert report.sampled is not None
+    for part in (report, report.sampled):
+        assert part.blind.tolist() == [[False, True], [False, True]]
+        assert part.rate.isnan().tolist() == part.blind.tolist()
+        assert part.worst_slope.isnan().tolist() == part.blind.tolist()
+        assert part.worst_row[:, 1].tolist() == [-1, -1]
+        assert math.isnan(part.violation_rate)
+        assert math.isnan(part.worst)
+    plain = report.to_dict()
+    assert plain["blind"] == [[False, True], [False, True]]
+    assert plain["rate"][0][1] is None
+    assert plain["rate"][0][0] == report.rate[0, 0].item()
+    for text in str(report).split("\n\n"):
+        assert "UNKNOWN how many of the constrained slopes violate" in text
+        assert "In column 1 of x2 the derivative is 0 in every row, yet y changes" in text
+        entries = [line.split() for line in text.splitlines()[-4:]]
+        assert [e[3:] for e in entries[1::2]] == [["unknown", "unknown"]] * 2
+        assert all("%" in e[3] for e in entries[::2])
+
+
+@pytest.mark.parametrize("layers", [[nn.Linear], ["0"], ["4"]])
+@pytest.mark.filterwarnings("ignore:quantized")
+def test_a_quantised_network_is_no_all_clear(layers: list[Any]) -> None:
+    report = audit(quantized(layers), *points(50, 3, 2, torch.float32))
+    assert report.blind.all()
+    assert "In columns 0, 1 of x2 the derivative is 0" in str(report)
+    assert "%" not in str(report)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_an_output_without_any_gradient_is_no_all_clear(trained: bool) -> None:
+    class Detached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(2), requires_grad=trained)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scale * x[..., -2:].detach()
+
+    report = audit(Detached(), *points(50, 3, 2, torch.float32))
+    assert report.blind.tolist() == [[True, False], [False, True]]
+    assert report.worst_slope[0, 1] == 0
+
+
+def test_only_what_is_constrained_and_hidden_is_blind() -> None:
+    class Half(nn.Module):
+        """The first output reads the column, the second its rounding, the third not at all."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            c = x[..., -1]
+            return torch.stack([c, c.round(), x[..., 0]], -1)
+
+    x1, x2 = points(50, 3, 2, torch.float32)
+    report = audit(Half(), x1, x2)
+    assert report.blind.tolist() == [[False, False], [False, True], [False, False]]
+    free = audit(Half(), x1, x2, direction=[[1, 1], [1, 0], [1, 1]])
+    assert not free.blind.any()
+    assert free.violation_rate == 0
+
+
+def dead_column() -> nn.Sequential:
+    net = mlp(3, 2, 2, dtype=torch.float32)
+    with torch.no_grad():
+        net[0].weight[:, -1] = 0
+    return net
+
+
+class Constant(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_ones(*x.shape[:-1], 2)
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        dead_column(),
+        nn.Sequential(dead_column(), nn.LayerNorm(2), nn.Dropout(0.5)),
+        Reads(lambda net, c: 0 * c),
+        Reads(lambda net, c: net.table.weight[0]),
+        Constant(),
+    ],
+)
+def test_a_column_that_y_does_not_read_has_a_true_slope_of_zero(net: nn.Module) -> None:
+    direction = [[0, 1], [0, 1]]
+    for N in (1, 50):
+        report = audit(net.train(), *points(N, 3, 2, torch.float32), direction=direction)
+        assert not report.blind.any()
+        assert (report.violation_rate, report.worst) == (0, 0)
+
+
+@pytest.mark.parametrize("places", [[0.0, 4.0], [0.0, 4.0, 5.0, 6.0]])
+def test_a_chain_that_is_flat_at_every_row_and_not_between(places: list[float]) -> None:
+    """y rises from 1 to 2 and falls from 2 to 3; rows lie elsewhere."""
+    net = nn.Sequential(nn.Linear(1, 3), nn.ReLU(), nn.Linear(3, 1))
+    for p, values in zip(
+        net.parameters(),
+        ([1.0, 1.0, 1.0], [-1.0, -2.0, -3.0], [1.0, -2.0, 1.0], [0.0]),
+        strict=True,
+    ):
+        p.data = torch.tensor(values).reshape(p.shape)
+    x2 = torch.tensor(places)
+    assert audit(net, torch.empty(len(x2), 0), x2).blind.all()
+    assert audit(net, torch.empty(2, 0), torch.tensor([4.0, 6.0])).violation_rate == 0
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, -2.0, 0.4])
+@pytest.mark.parametrize("kind", ["embedding", "rounding", "step", "detach"])
+def test_a_column_of_one_value(kind: str, value: float) -> None:
+    net = Reads(WITHOUT_DERIVATIVE[kind])
+    for N in (1, 7):
+        x1, x2 = points(N, 3, 2, torch.float32)
+        x2[:, 1] = value
+        assert audit(net, x1, x2).blind.tolist() == [[False, True], [False, True]]
+
+
+def test_a_network_that_refuses_a_value_reads_it() -> None:
+    """Categories count from 1 here: at 0 the table is asked for entry -1."""
+    net = Reads(lambda net, c: net.table(c.squeeze(-1).long() - 1))
+    x1, x2 = points(7, 3, 2, torch.float32)
+    x2[:, 1] = 4
+    assert audit(net, x1, x2).blind.tolist() == [[False, True], [False, True]]
+
+
+def test_a_value_that_is_nan_everywhere_does_not_move() -> None:
+    net = Reads(lambda net, c: torch.where(net.smooth.weight[:, 0] > 9, c.round(), torch.nan))
+    report = audit(net, *points(7, 3, 2, torch.float32))
+    assert not report.blind.any()
+    assert report.violation_rate == 1
+
+
+def test_probing_is_bounded_and_only_for_columns_in_doubt() -> None:
+    calls: list[int] = []
+    net = Reads(WITHOUT_DERIVATIVE["rounding"])
+    net.register_forward_hook(lambda m, args, out: calls.append(len(args[0])))
+    x1, x2 = points(3000, 3, 2, torch.float32)
+    audit(net, x1, x2)
+    assert sum(calls) <= 3000 + 18 * 256
+    calls.clear()
+    audit(net, x1, x2, direction=[1, 0])
+    assert sum(calls) == 3000
+
+
+def test_the_audit_warns_in_its_report_alone_and_leaves_the_penalty_its_warning() -> None:
+    net, (x1, x2) = Reads(WITHOUT_DERIVATIVE["step"]), points(7, 3, 2, torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        audit(net, x1, x2)
+    with pytest.warns(RuntimeWarning, match="audit"):
+        fused_mono_penalty(net, x1, x2)
+
+
+def test_plot_shows_what_is_unknown_first() -> None:
+    pytest.importorskip("matplotlib")
+    x1, x2 = points(50, 3, 2, torch.float32)
+    for kind in WITHOUT_DERIVATIVE:
+        net = Reads(WITHOUT_DERIVATIVE[kind])
+        figure = plot_audit(net, x1, 3 * x2, sample=30, most=3)
+        titles = [a.get_title("left") for a in figure.axes[::2]]
+        unknown = "must rise with x2[1]\nunknown: its derivative says nothing"
+        assert [unknown in t for t in titles] == [True, True, False]
+        assert not figure.axes[0].patches  # no histogram of slopes that are none
+        assert figure.axes[1].lines
+
+
+def test_plot_of_sampled_points_that_are_unknown() -> None:
+    """The data lie on both sides of a kink, the sampled points between them where nothing moves."""
+    pytest.importorskip("matplotlib")
+    net = Reads(lambda net, c: torch.where(c.abs() < 5, c.round(), c))
+    x1, x2 = points(200, 3, 2, torch.float32)
+    x2[:, 1] = torch.where(x2[:, 1] > 0, 5.0, -5.0)
+    figure = plot_audit(net, x1, x2, sample=30, direction=[0, 1], strategy="uniform")
+    title = figure.axes[0].get_title("left")
+    assert title.endswith("100.0% of rows violate, unknown on sampled points")
 
 
 def test_plot(tmp_path: Path) -> None:

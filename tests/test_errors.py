@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from monokernel import audit, fused_mono_penalty, plan, value_and_jacobian
-from tests.support import mlp, points
+from tests.support import assert_same, mlp, points
 
 NET = mlp(3, 2, 2, dtype=torch.float32)
 X1, X2 = points(5, 3, 2, torch.float32)
@@ -136,3 +139,164 @@ def test_a_backend_by_name_says_why_it_cannot_serve() -> None:
     with pytest.raises(ValueError, match="backend: 'cpu' was asked for but cannot serve: "):
         fused_mono_penalty(NET.half(), X1.half(), X2.half(), backend="cpu")
     NET.float()
+
+
+def endless(depth: int) -> nn.Sequential:
+    """``depth`` Sequentials, one in the other, and the outermost but one in the innermost."""
+    parts = [nn.Sequential(nn.Linear(5, 5)) for _ in range(depth)]
+    for outer, inner in pairwise(parts):
+        outer.append(inner)
+    parts[-1].append(parts[min(1, depth - 1)])
+    return parts[0]
+
+
+@pytest.mark.parametrize(("depth", "part"), [(1, "mlp"), (2, "mlp.1"), (3, "mlp.1"), (5, "mlp.1")])
+def test_a_network_inside_itself(depth: int, part: str) -> None:
+    net = endless(depth)
+    for call in (fused_mono_penalty, value_and_jacobian, plan):
+        with pytest.raises(ValueError) as caught:
+            call(net, X1, X2)
+        assert (
+            str(caught.value)
+            == f"mlp: expected layers that end, got {part} (Sequential) inside itself"
+        )
+
+
+def test_a_network_inside_itself_that_is_not_fused() -> None:
+    net = nn.Sequential(nn.LayerNorm(5))
+    net.append(net)
+    sentence = "^mlp: expected layers that end, got a module that calls itself without end$"
+    for call in (fused_mono_penalty, value_and_jacobian, audit):
+        with pytest.raises(ValueError, match=sentence):
+            call(net, X1, X2)
+
+
+def test_layers_and_parts_used_twice_are_no_cycle() -> None:
+    layer = nn.Linear(5, 5)
+    part = nn.Sequential(nn.Tanh(), layer)
+    net = nn.Sequential(layer, part, part, nn.Sequential(nn.Sequential(), part), part)
+    assert plan(net, X1, X2).kernel != plan(hooked(net), X1, X2).kernel
+    y, _ = value_and_jacobian(net, X1, X2)
+    torch.testing.assert_close(y, net(torch.cat([X1, X2], -1)))
+
+
+def hooked(net: nn.Module) -> nn.Module:
+    outer = nn.Sequential(net)
+    outer.register_forward_hook(lambda *_: None)
+    return outer
+
+
+class Sub(Tensor):
+    """A tensor whose memory need not be what it stands for."""
+
+
+def removed(layer: nn.Linear) -> None:
+    del layer.weight
+
+
+def registered_none(layer: nn.Linear) -> None:
+    layer.weight = None
+
+
+def attribute(value: Any) -> Callable[[nn.Linear], None]:
+    def replace(layer: nn.Linear) -> None:
+        del layer.weight
+        layer.__dict__["weight"] = value
+
+    return replace
+
+
+def parameter(change: Callable[[Tensor], Tensor]) -> Callable[[nn.Linear], None]:
+    def replace(layer: nn.Linear) -> None:
+        weight = change(layer.weight.detach())
+        layer.weight = nn.Parameter(weight, requires_grad=weight.is_floating_point())
+
+    return replace
+
+
+WEIGHT = torch.randn(4, 5)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("replace", "sentence"),
+    [
+        (registered_none, r"linear\(\): argument 'weight' .* must be Tensor, not NoneType"),
+        (removed, "'Linear' object has no attribute 'weight'"),
+        (attribute(None), r"linear\(\): argument 'weight' .* must be Tensor, not NoneType"),
+        (attribute([1.0]), r"linear\(\): argument 'weight' .* must be Tensor, not list"),
+        (attribute(WEIGHT.long()), "mlp: expected floating-point parameters, got int64"),
+        (attribute(WEIGHT.to_sparse()), "sparse"),
+        (parameter(Tensor.long), "mlp: expected floating-point parameters, got int64"),
+        (parameter(Tensor.cfloat), "mlp: expected floating-point parameters, got complex64"),
+        (parameter(Tensor.to_sparse), "sparse"),
+        (parameter(lambda t: t.to("meta")), "x1: expected on the device of mlp, meta, got cpu"),
+    ],
+)
+def test_a_weight_that_is_none_or_no_dense_floating_point_tensor(
+    replace: Callable[[nn.Linear], None], sentence: str, autocast: bool
+) -> None:
+    net = mlp(3, 2, 2, [4], dtype=torch.float32)
+    replace(net[0])
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        pytest.raises((ValueError, TypeError, AttributeError, RuntimeError), match=sentence),
+    ):
+        fused_mono_penalty(net, X1, X2)
+
+
+def test_plan_names_the_layer_without_a_weight() -> None:
+    for replace in (registered_none, removed, attribute(None)):
+        net = mlp(3, 2, 2, dtype=torch.float32)
+        replace(net[2])
+        assert plan(net, X1, X2).refused["torch"] == "mlp.2 (Linear) has no weight"
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [
+        attribute(WEIGHT),
+        attribute(WEIGHT.as_subclass(Sub)),
+        parameter(lambda t: torch.randn(5, 4).t()),  # a view
+        parameter(lambda t: torch.randn(1, 5).expand(4, 5)),
+        parameter(
+            lambda t: torch.randn(4, 5, dtype=torch.cfloat).conj().imag
+        ),  # negated on reading
+    ],
+)
+def test_a_weight_of_another_making_is_read_as_pytorch_reads_it(
+    replace: Callable[[nn.Linear], None],
+) -> None:
+    net = mlp(3, 2, 2, [4], dtype=torch.float32)
+    replace(net[0])
+    assert_same(
+        value_and_jacobian(net, X1, X2), value_and_jacobian(hooked(net), X1, X2), tolerance=1e-5
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (4, 1), (4, 4)])
+def test_a_bias_that_broadcasts_is_not_read_as_a_row(shape: tuple[int, ...]) -> None:
+    """(4, 1) adds its entries down the rows of a batch of four, which is no bias of the layer."""
+    net = mlp(3, 2, 2, [4], dtype=torch.float32)
+    net[0].bias = nn.Parameter(torch.randn(shape))
+    y, _ = value_and_jacobian(net, X1[:4], X2[:4])
+    torch.testing.assert_close(y, net(torch.cat([X1[:4], X2[:4]], -1)))
+    assert "bias of another size" in plan(net, X1, X2).refused["torch"]
+
+
+@pytest.mark.parametrize(
+    ("made", "came"),
+    [(lambda t: None, "NoneType"), (Tensor.to_sparse, "torch.sparse_coo"), (Sub, "Sub")],
+)
+def test_a_parametrization_that_makes_no_dense_tensor(
+    made: Callable[[Tensor], Any], came: str
+) -> None:
+    class Made(nn.Module):
+        def forward(self, weight: Tensor) -> Any:
+            return made(weight.detach())
+
+    net = mlp(3, 2, 2, [4], dtype=torch.float32)
+    nn.utils.parametrize.register_parametrization(net[0], "weight", Made(), unsafe=True)
+    sentence = f"mlp: expected a parametrized weight that is a plain dense tensor, got {came}"
+    with pytest.raises(TypeError, match=sentence):
+        fused_mono_penalty(net, X1, X2)

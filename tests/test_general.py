@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
+import warnings
+import weakref
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from monokernel import audit, fused_mono_penalty, plan, value_and_jacobian
+from monokernel import MonotonePenalty, audit, fused_mono_penalty, plan, value_and_jacobian
 from tests.support import (
+    BACKENDS,
     HANDWRITTEN,
+    WITHOUT_DERIVATIVE,
+    Reads,
     assert_same,
     gradients,
     mlp,
     oracle,
     oracle_penalties,
     points,
+    quantized,
 )
 
 D1, K = 3, 2
@@ -303,9 +313,106 @@ def test_a_network_blind_to_x2_has_zero_slopes() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.net(x[..., :D1])
 
-    _, J = value_and_jacobian(Blind(), *points(7, D1, K))
+    with pytest.warns(RuntimeWarning, match="^x2: in columns 0, 1 every slope of mlp .Blind. is"):
+        _, J = value_and_jacobian(Blind(), *points(7, D1, K))
     assert J.shape == (7, 3, K)
     assert not J.any()
+
+
+ZERO = "^x2: in column 1 every slope of mlp .Reads. is exactly 0"
+
+
+def warned(*calls: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for call in calls:
+            call()
+    return [str(w.message) for w in caught if w.category is RuntimeWarning]
+
+
+@pytest.mark.parametrize("kind", WITHOUT_DERIVATIVE)
+def test_slopes_that_are_all_zero_are_warned_of_once_for_each_module(kind: str) -> None:
+    x1, x2 = points(20, D1, K, torch.float32)
+    net = Reads(WITHOUT_DERIVATIVE[kind])
+    with pytest.warns(RuntimeWarning, match=ZERO) as caught:
+        fused_mono_penalty(net, x1, 3 * x2).backward()
+    assert caught[0].filename == __file__
+    assert not warned(
+        partial(fused_mono_penalty, net, x1, x2),
+        partial(value_and_jacobian, net, x1, x2),
+        partial(MonotonePenalty(net), x1, x2),
+    )
+    another = Reads(net.how)
+    with pytest.warns(RuntimeWarning, match=ZERO) as caught:
+        value_and_jacobian(another, x1, 3 * x2)
+    assert caught[0].filename == __file__
+    for context in (torch.no_grad(), torch.inference_mode()):
+        another = Reads(net.how)
+        with pytest.warns(RuntimeWarning, match=ZERO), context:
+            MonotonePenalty(another)(x1, 3 * x2)
+
+
+@pytest.mark.parametrize("layers", [[nn.Linear], ["0"], ["4"]])
+@pytest.mark.filterwarnings("ignore:quantized")
+def test_a_quantised_network_is_warned_of(layers: list[Any]) -> None:
+    net = quantized(layers)
+    for call in (fused_mono_penalty, value_and_jacobian):
+        net = copy.deepcopy(net)
+        with pytest.warns(RuntimeWarning, match=r"in columns 0, 1 every slope of mlp .Sequential."):
+            call(net, *points(1, D1, K, torch.float32))
+
+
+def test_the_warning_leaves_no_trace_in_the_module() -> None:
+    x1, x2 = points(20, D1, K)
+    net = nn.Sequential(Reads(_detached), nn.Linear(2, 2)).double()
+    before = [set(m.__dict__) for m in net.modules()]
+    assert len(warned(partial(fused_mono_penalty, net, x1, x2))) == 1
+    assert [set(m.__dict__) for m in net.modules()] == before
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert len(warned(partial(fused_mono_penalty, twin, x1, x2))) == 1
+    gone = weakref.ref(twin)
+    del twin
+    gc.collect()
+    assert gone() is None
+
+
+def _detached(net: Reads, c: Tensor) -> Tensor:
+    return c.detach()
+
+
+def test_a_network_whose_rows_all_agree_is_judged_when_they_differ() -> None:
+    """A last layer that starts at zero has slopes of zero, and nothing to hide."""
+    x1, x2 = points(20, D1, K)
+    for body in (nn.LayerNorm(5), Reads(WITHOUT_DERIVATIVE["rounding"])):
+        net = nn.Sequential(body, nn.Linear(5 if isinstance(body, nn.LayerNorm) else 2, 1)).double()
+        nn.init.zeros_(net[1].weight)
+        assert not warned(
+            partial(fused_mono_penalty, net, x1, x2),
+            partial(fused_mono_penalty, net, x1[:0], x2[:0]),
+        )
+        nn.init.ones_(net[1].weight)
+        hidden = isinstance(body, Reads)
+        for expected in (hidden, False):
+            calls = warned(partial(fused_mono_penalty, net, x1, x2))
+            assert len(calls) == expected
+
+
+def test_slopes_are_not_read_where_numbers_cannot_be() -> None:
+    x1, x2 = points(20, D1, K, torch.float32)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = [mode.from_tensor(t) for t in (x1, x2)]
+        penalty = fused_mono_penalty(Reads(WITHOUT_DERIVATIVE["step"]), *fake)
+    assert penalty.shape == ()
+    net = Reads(WITHOUT_DERIVATIVE["step"]).to("meta")
+    assert not warned(partial(fused_mono_penalty, net, x1.to("meta"), x2.to("meta")))
+
+    net = Reads(WITHOUT_DERIVATIVE["step"])
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def loss(x1: Tensor, x2: Tensor) -> Tensor:
+        return fused_mono_penalty(net, x1, x2)
+
+    assert not warned(partial(loss, x1, x2))
 
 
 def test_slopes_do_not_run_through_x1() -> None:
@@ -322,6 +429,39 @@ def hooked_pair() -> nn.Sequential:
     net = mlp(2, 2, 2)
     net[1].register_forward_hook(lambda m, args, out: 0.5 * out)
     return net
+
+
+@pytest.mark.parametrize("weight", [None, 2.0, "trained"])
+@pytest.mark.parametrize(("N", "direction"), [(7, 0), (7, [[0, 0], [0, 0]]), (0, 1), (0, 0)])
+@pytest.mark.parametrize("backend", [*BACKENDS, "general"])
+def test_the_mean_of_nothing_is_nan_and_its_gradients_zero(
+    backend: str, N: int, direction: Any, weight: Any
+) -> None:
+    net = hooked() if backend == "general" else mlp(D1, K, 2)
+    x1, x2 = (t.requires_grad_() for t in points(N, D1, K))
+    inputs = [x1, x2, *net.parameters()]
+    if weight == "trained":
+        weight = torch.ones(2, K, dtype=torch.float64, requires_grad=True)
+        inputs.append(weight)
+    options = {"direction": direction, "weight": weight, "reduction": "mean", "margin": 1.0}
+    backend = "auto" if backend == "general" else backend
+    y, penalty = fused_mono_penalty(net, x1, x2, return_output=True, backend=backend, **options)
+    assert penalty.isnan()
+    task = net(torch.cat([x1, x2], -1)).sum()
+    assert_same(gradients(y.sum() + penalty, *inputs), gradients(task, *inputs))
+
+
+def test_the_mean_of_nothing_in_a_compiled_loss() -> None:
+    net, (x1, x2) = mlp(D1, K, 2), points(7, D1, K)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def loss(x1: Tensor, x2: Tensor) -> Tensor:
+        return fused_mono_penalty(net, x1, x2, direction=0, reduction="mean")
+
+    for rows in (7, 5):  # the second makes the shape dynamic
+        got = loss(x1[:rows], x2[:rows])
+        assert got.isnan()
+        assert not any(g.any() for g in gradients(got, *net.parameters()))
 
 
 def test_all_orders_of_derivative() -> None:

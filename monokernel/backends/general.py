@@ -10,59 +10,121 @@ a tangent of zero. A reverse pass is what every module that trains is known to d
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, ExitStack
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..arguments import Inputs
+from ..network import ending
 from ..problem import accumulate_dtype, nan_rule
 
-__all__ = ["value_and_jacobian"]
+__all__ = ["WITHOUT_DERIVATIVE", "value_and_jacobian"]
+
+WITHOUT_DERIVATIVE = "an embedding, a rounding, a step, detach, no_grad or a quantised layer"
+
+# The modules whose slopes were looked at; by identity and outside them, so that no copy, pickle or
+# state_dict knows of it.
+_judged = WeakIdKeyDictionary()
 
 
-def value_and_jacobian(mlp: nn.Module, inputs: Inputs, transformed: bool) -> tuple[Tensor, Tensor]:
+def value_and_jacobian(
+    mlp: nn.Module, inputs: Inputs, transformed: bool, audited: bool = False
+) -> tuple[Tensor, Tensor]:
     """y as ``mlp`` gives it and J (*batch, D, k).
 
     ``transformed`` says that a functorch transform or torch.compile is at work, where
     ``torch.autograd.grad`` is not available and ``torch.func.vjp`` does the same.
+
+    An output that takes no part in autograd is a ValueError, and slopes that are all 0 are worth a
+    warning. With ``audited`` such slopes are 0 without a word: the audit finds out what it means.
     """
     if (
         not transformed and torch.is_inference_mode_enabled()
     ):  # its tensors can take no part in autograd
         with torch.inference_mode(False), torch.no_grad():
             copies = inputs._replace(x1=inputs.x1.clone(), x2=inputs.x2.clone())
-            return value_and_jacobian(mlp, copies, transformed)
-    run = _by_func if transformed else _by_autograd
+            return value_and_jacobian(mlp, copies, transformed, audited)
     with _twice_differentiable(mlp):
-        y, J = run(mlp, inputs)
+        if transformed:
+            y, J = _by_func(mlp, inputs)
+        else:
+            y, J = _by_autograd(mlp, inputs, audited)
     return y, nan_rule(y.reshape(J.shape[:-1]), J.to(accumulate_dtype(J.dtype)))
 
 
-def _by_autograd(mlp: nn.Module, inputs: Inputs) -> tuple[Tensor, Tensor]:
+def _by_autograd(mlp: nn.Module, inputs: Inputs, audited: bool) -> tuple[Tensor, Tensor]:
     further = torch.is_grad_enabled()
     with torch.enable_grad():
         # A node of its own, so that no path from x2 through x1 counts as a slope.
         tracked = inputs.x2.requires_grad and further
         x2 = inputs.x2.view_as(inputs.x2) if tracked else inputs.x2.detach().requires_grad_()
-        y = _call(mlp, inputs, x2)
-        if not y.requires_grad:
+        with ending():
+            y = _call(mlp, inputs, x2)
+        if not (y.requires_grad or audited):
             raise ValueError(
                 "mlp: its output has no gradient (it was detached, or computed under no_grad), so "
                 "its slopes cannot be known"
             )
-        slopes = [
-            torch.autograd.grad(
-                out.sum(), x2, create_graph=further, retain_graph=True, materialize_grads=True
-            )[0]
-            for out in _outputs(y, inputs).unbind(-1)
-        ]
-        J = torch.stack(slopes, -2)
+        found = [_gradient(out, x2, further) for out in _outputs(y, inputs).unbind(-1)]
+        # A leaf, so that a loss made of nothing else still has a backward.
+        none = torch.zeros_like(x2, requires_grad=further)
+        J = torch.stack([none if slopes is None else slopes for slopes in found], -2)
+    if not audited and mlp not in _judged:
+        _judge(mlp, y.detach(), J.detach(), reached=any(slopes is not None for slopes in found))
     return (y, J) if further else (y.detach(), J)
 
 
+def _gradient(out: Tensor, x2: Tensor, further: bool) -> Tensor | None:
+    """The slopes (*batch, k) of one output; None where no differentiable path leads to x2."""
+    if not out.requires_grad:
+        return None
+    return torch.autograd.grad(
+        out.sum(), x2, create_graph=further, retain_graph=True, allow_unused=True
+    )[0]
+
+
+def _judge(mlp: nn.Module, y: Tensor, J: Tensor, reached: bool) -> None:
+    """Warns, once for each module, of columns of x2 in which every slope J (*batch, D, k) is 0.
+
+    That x2 is not ``reached`` at all the graph says only of a network that reads x1 and x2 apart:
+    where x1 takes a differentiable path out of cat[x1, x2], x2 gets zeros by it. So the slopes are
+    looked at, until for once they can be judged: rows that all have the same y (a last layer that
+    starts at 0) say nothing. On a GPU that waits for the device, in the first call alone.
+    """
+    if not J.numel() or not _readable(y, J):
+        return
+    D, k = J.shape[-2:]
+    dead = ~(J != 0).reshape(-1, k).any(0)
+    rows = y.reshape(-1, D)
+    if reached and dead.any() and not (rows != rows[0]).any():
+        return
+    _judged[mlp] = True
+    columns = dead.nonzero().flatten().tolist()
+    if columns:
+        warnings.warn(
+            f"x2: in column{'s' * (len(columns) > 1)} {', '.join(map(str, columns))} every slope "
+            f"of mlp ({type(mlp).__name__}) is exactly 0. If y moves with it all the same (by "
+            f"{WITHOUT_DERIVATIVE}), no penalty can see that, and 0 is no all-clear; audit() tells",
+            RuntimeWarning,
+            stacklevel=6,  # where the public function was called
+        )
+
+
+def _readable(*tensors: Tensor) -> bool:
+    """Whether their numbers can be read: not while tracing, nor while a CUDA graph is recorded."""
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    if any(type(t) is not Tensor or t.is_meta for t in tensors):
+        return False
+    return not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def _by_func(mlp: nn.Module, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    # Numbers cannot be read here, so slopes that are all 0 go without the warning.
     y, pull, *_ = torch.func.vjp(lambda x2: _call(mlp, inputs, x2), inputs.x2)
     out = _outputs(y, inputs)
     slopes = []
