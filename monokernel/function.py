@@ -204,6 +204,7 @@ _library.define(
 )
 
 
+@torch.no_grad()
 def _forward_op(
     x: Tensor, weight: Tensor | None, params: Params, save: bool, backend: str, *packed: Any
 ) -> list[Tensor]:
@@ -238,6 +239,7 @@ def _forward_fake(
     return [x.new_empty(N, D), out, *saved]
 
 
+@torch.no_grad()
 def _backward_op(
     gy: Tensor | None,
     gout: Tensor | None,

@@ -18,8 +18,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from .activations import Activation, of_module
 from .arguments import check_parameter
+from .operands import PLAIN, dense
 
-PLAIN = (nn.Parameter, Tensor)  # dense tensors as PyTorch makes them; a DTensor is none
 __all__ = ["Chain", "batch_coupling", "ending", "read", "sharded", "unwrap"]
 
 
@@ -58,7 +58,7 @@ class Chain(NamedTuple):
                 f"{tuple(t.shape)}"
             )
         check_parameter(t, x)
-        return t
+        return dense(t)
 
 
 def unwrap(mlp: nn.Module) -> nn.Module:

@@ -1,8 +1,8 @@
 """What a kernel may be given: plain memory of the dtype, device and sizes that the problem says.
 
 A kernel gets pointers. Between its forward and its backward the user's code runs, and may change
-what lies behind them (``.data``, ``half()``, ``untyped_storage().resize_``, hooks on saved tensors);
-and some tensors have no memory to begin with. So both passes look before they call a kernel.
+what lies behind them (``.data``, ``half()``, resized storage, hooks on saved tensors); and some
+tensors have no memory to begin with. So both passes look before they call a kernel.
 ``csrc/boundary.cpp`` asks the same of its operands, in the same words.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from .problem import Problem, accumulate_dtype
 
 __all__ = [
+    "PLAIN",
     "Shapes",
     "check_forward",
     "check_gradients",
@@ -27,7 +29,7 @@ __all__ = [
     "shapes_of",
 ]
 
-PLAIN = (Tensor, nn.Parameter)
+PLAIN = (Tensor, nn.Parameter)  # tensors as PyTorch makes them; a DTensor is none
 Params = Sequence[Tensor | None]
 Shapes = tuple[tuple[torch.Size, torch.dtype], ...]  # and the dtypes
 
@@ -93,7 +95,7 @@ def check_saved(saved: Sequence[Tensor], shapes: Shapes, device: torch.device) -
 @lru_cache(maxsize=1024)
 def _parameter_shapes(widths: tuple[int, ...]) -> list[tuple[int, ...]]:
     shapes: list[tuple[int, ...]] = []
-    for columns, rows in zip(widths, widths[1:], strict=False):
+    for columns, rows in pairwise(widths):
         shapes += [(rows, columns), (rows,)]
     return shapes
 
@@ -122,11 +124,10 @@ def _check(
 
 def _bytes(t: Tensor) -> int:
     """The bytes of its storage up to its last element."""
-    elements = t.storage_offset() + t.numel()
+    elements = t.numel()
     if not t.is_contiguous():
-        last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-        elements = t.storage_offset() + last + 1 if t.numel() else 0
-    return elements * t.itemsize
+        elements = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    return int(t.storage_offset() + elements) * t.itemsize
 
 
 def _describe(t: Any) -> str:

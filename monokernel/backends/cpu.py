@@ -339,7 +339,7 @@ class _Plan:
             _check(1)
         # The tensor holds the array, the array its owner; the last one gone gives the memory back.
         array = (ctypes.c_char * size).from_address(memory)
-        array.owner = _Owner(self.library, memory)  # type: ignore[attr-defined]
+        array.owner = _Owner(self.library, memory)
         return [torch.frombuffer(array, dtype=self.dtype)]
 
     def pointers(self, tensors: Params) -> ctypes.Array[c_void_p]:
