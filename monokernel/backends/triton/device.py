@@ -177,9 +177,9 @@ def activation_of(a, ACTS: tl.constexpr, l: tl.constexpr):
 
 
 @triton.jit
-def hinge(J, direction, weight, MARGIN: tl.constexpr, SQUARED: tl.constexpr):
+def hinge(J, direction, weight, margin, SQUARED: tl.constexpr):
     """w·h(margin - direction·J), its derivative in J. NaN is no r <= 0, so it stays a penalty."""
-    r = MARGIN - direction * J
+    r = margin - direction * J
     free = (r <= 0) | (direction == 0)
     r = tl.where(free, tl.zeros_like(r), r)
     if SQUARED:
@@ -200,11 +200,11 @@ def hinge_epilogue(
     direction,
     weight,
     weight_row,
+    margin,
     out,
     slopes,
     ENTRIES: tl.constexpr,
     OUT: tl.constexpr,
-    MARGIN: tl.constexpr,
     SQUARED: tl.constexpr,
     SAVE: tl.constexpr,
 ):
@@ -225,7 +225,7 @@ def hinge_epilogue(
             w = tl.zeros_like(J) + 1
         else:
             w = tl.load(weight + n[:, None] * weight_row + at[None, :], mask=mask, other=0.0)
-        penalty, S = hinge(J, sign, w, MARGIN, SQUARED)
+        penalty, S = hinge(J, sign, w, margin, SQUARED)
         if OUT == PENALTIES:
             tl.store(out + entry, penalty, mask=mask)
         if SAVE:

@@ -175,10 +175,11 @@ def _hinge(
     launch(
         hinge_slopes, (P,), y, J, y, direction, weight,
         D * k if weight is not None and weight.dim() == 3 else 0,
+        0.0 if hinge is None else float(hinge.margin),
         None if summed else out, saved[-1] if saved and hinge is not None else None, sums, N,
         *J.stride(), D=D, K=k, OUT=output_code(problem),
-        MARGIN=0.0 if hinge is None else hinge.margin, SQUARED=hinge is not None and hinge.squared,
-        SAVE=bool(saved) and hinge is not None, BM=BM, BE=BE, A=accumulator(y.dtype),
+        SQUARED=hinge is not None and hinge.squared, SAVE=bool(saved) and hinge is not None,
+        BM=BM, BE=BE, A=accumulator(y.dtype),
     )  # fmt: skip
     if sums is not None:
         launch(reduce_sum, (1,), y, sums, out, P, BLOCK=1024)
