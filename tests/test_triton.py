@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -26,7 +24,7 @@ from monokernel.backends import handwritten
 from monokernel.backends import triton as backend
 from monokernel.backends.triton import layered, whole
 from monokernel.backends.triton.device import activation as device_activation
-from monokernel.backends.triton.launch import LaunchCount, instead_of_launching, interpreting
+from monokernel.backends.triton.launch import LaunchCount, interpreting
 from monokernel.problem import Hinge, Problem
 from tests.gpu.cases import (
     TABLE,
@@ -261,37 +259,6 @@ def test_launches_do_not_depend_on_depth(mode, depth: int) -> None:
     assert _launches(p, 100) == (2, 2)
     p = problem((5, *(16,) * (depth - 1), 2), "silu", 2, mode, None)
     assert _launches(p, 100) == (1, 2)
-
-
-@contextmanager
-def launches() -> Iterator[list[tuple[Any, tuple[object, ...], dict[str, object]]]]:
-    """Kernel, arguments and compile-time constants of what would be launched; nothing runs."""
-    seen: list[tuple[Any, tuple[object, ...], dict[str, object]]] = []
-    instead_of_launching.append(lambda *launch: seen.append(launch))
-    try:
-        yield seen
-    finally:
-        instead_of_launching.pop()
-
-
-@BOTH
-@pytest.mark.parametrize("mode", ["tangent", "adjoint"])
-def test_a_margin_that_moves_compiles_nothing_again(path: ModuleType, mode) -> None:
-    def launched(margin: float) -> tuple[list[tuple[Any, dict[str, object]]], list[object]]:
-        p = problem((5, 9, 2), "silu", 2, mode, Hinge(margin=margin))
-        x, params = inputs(p, 40)
-        with launches() as seen:
-            path.forward(p, x, None, params, True)
-        numbers = [a for _, args, _ in seen for a in args if isinstance(a, (int, float))]
-        return [(kernel, options) for kernel, _, options in seen], numbers
-
-    compiled, numbers = launched(0.3)
-    for margin in (0.0, 1.0):  # integers equal to 1 would be compile-time constants
-        again, others = launched(margin)
-        assert again == compiled
-        assert [type(n) for n in others] == [type(n) for n in numbers]
-        assert [n for n in numbers if isinstance(n, float)] == [0.3]
-        assert [n for n in others if isinstance(n, float)] == [margin]
 
 
 @BOTH

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...problem import Problem, accumulate_dtype, direction_table
+from ...problem import Problem, accumulate_dtype, shared_direction_table
 from ..handwritten import kept_layers, saved_like
 from .config import ROWS, LayerConfig, layer_candidates, layer_config
 from .elementwise import hinge_slopes, layer_back, layer_down, layer_up
@@ -171,7 +171,7 @@ def _hinge(
     sums = y.new_empty(P, dtype=wide) if summed else None
     direction = None
     if hinge is not None:
-        direction = direction_table(hinge.direction, D, k, wide, y.device)
+        direction = shared_direction_table(hinge.direction, D, k, wide, y.device)
     launch(
         hinge_slopes, (P,), y, J, y, direction, weight,
         D * k if weight is not None and weight.dim() == 3 else 0,

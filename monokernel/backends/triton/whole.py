@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...problem import Problem, accumulate_dtype, direction_table
+from ...problem import Problem, accumulate_dtype, shared_direction_table
 from .config import (
     DEEPEST,
     WIDEST,
@@ -166,7 +166,7 @@ def _forward(
     ws, bs = _split(params)
     direction = None
     if hinge is not None:
-        direction = direction_table(hinge.direction, D, k, wide, x.device)
+        direction = shared_direction_table(hinge.direction, D, k, wide, x.device)
     launch(
         network_forward,
         (P,),
