@@ -196,6 +196,28 @@ def test_no_mode_of_the_caller_reaches_a_shared_table() -> None:
 
 @BOTH
 @MODES
+def test_a_margin_that_moves_is_not_tuned_again(
+    path: ModuleType, mode: Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned: list[Any] = []
+
+    def choose(key: Any, candidates: list[Any], run: Any) -> Any:
+        tuned.append(key)
+        return candidates[0]
+
+    monkeypatch.setattr(path, "enabled", lambda device: True)
+    monkeypatch.setattr(path, "choose", choose)
+    for margin in (0.3, 0.4):
+        p = problem((5, 9, 2), "silu", 2, mode, Hinge(margin=margin))
+        x, params = inputs(p, 40)
+        with launches():
+            y, out, saved = path.forward(p, x, None, params, True)
+            path.backward(p, y, out, x, None, params, saved, [True] * 5)
+    assert len(tuned) == 2 * len(set(tuned)) > 0
+
+
+@BOTH
+@MODES
 def test_a_margin_that_moves_compiles_nothing_again(path: ModuleType, mode: Mode) -> None:
     def launched(margin: float) -> tuple[list[tuple[Any, dict[str, object]]], list[object]]:
         p = problem((5, 9, 2), "silu", 2, mode, Hinge(margin=margin))

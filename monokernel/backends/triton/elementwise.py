@@ -162,7 +162,7 @@ def hinge_slopes(
             at = start + tl.arange(0, BE)
             inside = at < D * K
             mask = ok[:, None] & inside[None, :]
-            place = (at // K) * stride_d + (at % K) * stride_k
+            place = (at // K).to(tl.int64) * stride_d + (at % K).to(tl.int64) * stride_k
             value = tl.load(J + n[:, None] * stride_n + place[None, :], mask=mask, other=0.0).to(A)
             own = tl.load(y + n[:, None] * D + (at // K)[None, :], mask=mask, other=0.0).to(A)
             penalty = hinge_epilogue(

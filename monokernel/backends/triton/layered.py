@@ -32,7 +32,7 @@ from .layer import pairs_down, pairs_up, pairs_weight
 from .pairs import count_pairs, gather_inputs, list_pairs, seed_cotangents
 from .reduce import reduce_sum
 from .tuning import choose, enabled
-from .whole import output_code
+from .whole import compiled, output_code
 
 __all__ = ["backward", "forward", "refuses", "saved_like"]
 
@@ -202,7 +202,7 @@ def backward(
     config = _rule(x)
     if enabled(x.device) and x.shape[0] and gout is not None:
         config = choose(
-            ("pairs", problem, x.dtype, x.device, x.shape[0].bit_length(), tuple(needs)),
+            ("pairs", compiled(problem), x.dtype, x.device, x.shape[0].bit_length(), tuple(needs)),
             layer_candidates(config),
             lambda c: _backward(problem, gy, gout, x, params, saved, needs, c),
         )

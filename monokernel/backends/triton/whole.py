@@ -98,6 +98,13 @@ def _shape(problem: Problem) -> dict[str, Any]:
     }
 
 
+def compiled(problem: Problem) -> Problem:
+    """The problem without the numbers that are arguments of a kernel."""
+    if problem.hinge is None:
+        return problem
+    return problem._replace(hinge=problem.hinge._replace(direction=(), margin=0.0))
+
+
 def output_code(problem: Problem) -> int:
     """JACOBIAN, PENALTIES or PENALTY_SUM of ``device.py``."""
     return 0 if problem.hinge is None else 1 if problem.hinge.elementwise else 2
@@ -132,7 +139,7 @@ def forward(
     )
     if enabled(x.device) and x.shape[0]:
         config = choose(
-            ("forward", problem, x.dtype, x.device, x.shape[0].bit_length(), save),
+            ("forward", compiled(problem), x.dtype, x.device, x.shape[0].bit_length(), save),
             candidates(config),
             lambda c: _forward(problem, x, weight, params, save, c),
         )
@@ -218,7 +225,14 @@ def backward(
     )
     if enabled(x.device) and x.shape[0]:
         config = choose(
-            ("backward", problem, x.dtype, x.device, x.shape[0].bit_length(), tuple(needs)),
+            (
+                "backward",
+                compiled(problem),
+                x.dtype,
+                x.device,
+                x.shape[0].bit_length(),
+                tuple(needs),
+            ),
             candidates(config),
             lambda c: _backward(problem, gy, gout, x, params, saved, needs, c),
         )
