@@ -14,7 +14,7 @@ from .device import PENALTY_SUM, activation, bias_row, hinge_epilogue
 __all__ = ["hinge_slopes", "layer_back", "layer_down", "layer_up"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def layer_up(
     z,
     b,
@@ -57,7 +57,7 @@ def layer_up(
             tl.store(h_out + shift + at, slope * a_dot, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def layer_down(
     a,
     P,
@@ -100,7 +100,7 @@ def layer_down(
         tl.store(p_out + shift + at, slope * value, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def layer_back(
     a,
     P,
@@ -129,13 +129,14 @@ def layer_back(
         tl.store(h_out + at, h, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def hinge_slopes(
     J,
     y,
     direction,
     weight,
     weight_row,
+    margin,
     out,
     slopes,
     sums,
@@ -146,7 +147,6 @@ def hinge_slopes(
     D: tl.constexpr,
     K: tl.constexpr,
     OUT: tl.constexpr,
-    MARGIN: tl.constexpr,
     SQUARED: tl.constexpr,
     SAVE: tl.constexpr,
     BM: tl.constexpr,
@@ -162,12 +162,12 @@ def hinge_slopes(
             at = start + tl.arange(0, BE)
             inside = at < D * K
             mask = ok[:, None] & inside[None, :]
-            place = (at // K) * stride_d + (at % K) * stride_k
+            place = (at // K).to(tl.int64) * stride_d + (at % K).to(tl.int64) * stride_k
             value = tl.load(J + n[:, None] * stride_n + place[None, :], mask=mask, other=0.0).to(A)
             own = tl.load(y + n[:, None] * D + (at // K)[None, :], mask=mask, other=0.0).to(A)
             penalty = hinge_epilogue(
-                value, own, n, ok, at, inside, direction, weight, weight_row, out, slopes,
-                D * K, OUT, MARGIN, SQUARED, SAVE,
+                value, own, n, ok, at, inside, direction, weight, weight_row, margin, out, slopes,
+                D * K, OUT, SQUARED, SAVE,
             )  # fmt: skip
             total += tl.sum(penalty, 1)
     if OUT == PENALTY_SUM:
