@@ -235,7 +235,7 @@ def _fused(
     if out.dim():
         out = _leading(out, inputs)
     if outside is not None:
-        out = out * outside
+        out = hinges.weighted(out, outside)
     return y, out.sum() if reduce and out.dim() else out
 
 

@@ -1,6 +1,9 @@
 """The hinge on the slopes, in differentiable PyTorch: for the reference and the general path.
 
 The kernels compute the same in their epilogue; ``slope_weights`` is what their backward needs.
+
+The zero rule: a slope that violates nothing has a penalty of 0 and a derivative of 0 whatever its
+weight or the gradient from outside, also where IEEE has 0·inf = NaN. A slope that is NaN violates.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from torch import Tensor
 
 from .problem import Hinge, direction_table, shared_direction_table
 
-__all__ = ["mean", "penalties", "slope_weights"]
+__all__ = ["mean", "penalties", "slope_cotangent", "slope_weights", "weighted"]
 
 
 def penalties(J: Tensor, hinge: Hinge, weight: Tensor | None) -> Tensor:
@@ -21,7 +24,12 @@ def penalties(J: Tensor, hinge: Hinge, weight: Tensor | None) -> Tensor:
         r = r.square()
     if 0 in hinge.direction:
         r = torch.where(direction == 0, 0.0, r)
-    return r if weight is None else weight * r
+    return r if weight is None else weighted(r, weight)
+
+
+def weighted(penalties: Tensor, weight: Tensor) -> Tensor:
+    """Their product by the zero rule, differentiable in both."""
+    return torch.where(penalties == 0, 0.0, weight) * penalties
 
 
 def slope_weights(J: Tensor, hinge: Hinge, weight: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -34,7 +42,15 @@ def slope_weights(J: Tensor, hinge: Hinge, weight: Tensor | None) -> tuple[Tenso
     S = (-2 * direction) * r if hinge.squared else torch.where(free, 0.0, -direction)
     if hinge.squared:
         r = r.square()
-    return (r, S) if weight is None else (weight * r, weight * S)
+    if weight is None:
+        return r, S
+    weight = torch.where(free, 0.0, weight)
+    return weight * r, weight * S
+
+
+def slope_cotangent(gout: Tensor, S: Tensor) -> Tensor:
+    """∂loss/∂J from that of the penalty (a scalar or (N, D, k)) and S of ``slope_weights``."""
+    return torch.where(S == 0, 0.0, gout) * S
 
 
 def mean(total: Tensor, direction: tuple[int, ...], N: int, D: int, k: int) -> Tensor:

@@ -295,6 +295,62 @@ def test_nan_is_never_a_zero_penalty(backend: str, mode: str) -> None:
         assert fused_mono_penalty(net, x1, x2, mode=mode, backend=backend).isnan()
 
 
+NOT_ORDINARY = [math.inf, -math.inf, math.nan, 1e38, -1e38, 3e38, -2e19, 1e-45, -104.0, 0.0]
+
+
+@EVERY_BACKEND
+@BOTH_MODES
+@pytest.mark.parametrize("activation", ACTIVATION_MODULES.values(), ids=ACTIVATION_MODULES)
+def test_a_nan_of_output_or_slope_is_a_nan_of_the_penalty(
+    backend: str, mode: str, activation: nn.Module
+) -> None:
+    """Whatever made it: inputs, weights and biases that are not finite, or so large that products
+    of them are not. The other rows keep their finite penalties."""
+    met = 0
+    for seed in range(12):
+        torch.manual_seed(seed)
+        net = mlp(2, 2, 2, (5, 4), activation, dtype=torch.float32)
+        x1, x2 = points(24, 2, 2, torch.float32)
+        with torch.no_grad():
+            for t in (x1, x2) if seed % 2 else net.parameters():
+                places = torch.randint(t.numel(), (1 + t.numel() // 16,))
+                t.view(-1)[places] = torch.tensor(NOT_ORDINARY)[torch.randint(10, places.shape)]
+        options = {"mode": mode, "backend": backend}
+        y, J = value_and_jacobian(net, x1, x2, **options)
+        entries = fused_mono_penalty(net, x1, x2, margin=0.1, reduction="none", **options)
+        assert J[y.isnan()].isnan().all()
+        assert torch.equal(entries.isnan(), J.isnan())
+        total = fused_mono_penalty(net, x1, x2, margin=0.1, **options)
+        assert not J.isnan().any() or total.isnan()
+        met += int(J.isnan().any())
+    assert met >= 3
+
+
+@EVERY_BACKEND
+@BOTH_MODES
+@pytest.mark.parametrize("hinge", ["linear", "squared"])
+def test_what_violates_nothing_is_zero_whatever_its_weight(
+    backend: str, mode: str, hinge: str
+) -> None:
+    net = mlp(3, 2, 2)
+    x1, x2 = points(40, 3, 2)
+    options = {"hinge": hinge, "mode": mode, "backend": backend}
+    plain = fused_mono_penalty(net, x1, x2, reduction="none", **options)
+    holds = plain == 0
+    assert holds.any()
+    assert not holds.all()
+    params = list(net.parameters())
+    want = gradients(plain.sum(), *params)
+    for odd in (math.inf, -math.inf, math.nan):
+        weight = torch.where(holds, odd, 1.0)
+        for factor in (weight, weight.clone().requires_grad_()):
+            entries = fused_mono_penalty(net, x1, x2, weight=factor, reduction="none", **options)
+            assert_same([entries, *gradients(entries.sum(), *params)], [plain, *want])
+        entries = fused_mono_penalty(net, x1, x2, reduction="none", **options)
+        got = torch.autograd.grad(entries, params, weight, materialize_grads=True)
+        assert_same(got, want)
+
+
 @EVERY_BACKEND
 @BOTH_MODES
 def test_free_entries_never_count(backend: str, mode: str) -> None:

@@ -28,7 +28,7 @@ from monokernel.backends.triton import layered, whole
 from monokernel.backends.triton.device import activation as device_activation
 from monokernel.backends.triton.elementwise import hinge_slopes
 from monokernel.backends.triton.launch import LaunchCount, interpreting
-from monokernel.problem import Hinge, Problem
+from monokernel.problem import Hinge, Mode, Problem
 from tests.gpu.cases import (
     TABLE,
     assert_as_precise_as_pytorch,
@@ -209,6 +209,46 @@ def test_nan_stays_nan(path: ModuleType) -> None:
         assert not t[:4].isnan().any()
     p = problem((3, 8, 2), "relu", 1, "tangent", Hinge((0,), margin=1.0))
     assert path.forward(p, x, None, params, False)[1] == 0
+
+
+@BOTH
+@pytest.mark.parametrize("mode", ["tangent", "adjoint"])
+def test_a_nan_of_output_or_slope_is_a_nan_of_the_penalty(path: ModuleType, mode: Mode) -> None:
+    odd = [float("inf"), float("-inf"), float("nan"), 1e300, -1e300, 1e160]
+    met = 0
+    for seed, kind in enumerate(("relu", "silu", "gelu", "elu", "tanh", "hardtanh")):
+        torch.manual_seed(seed)
+        p = problem((4, 6, 5, 2), kind, 2, mode, Hinge(margin=0.1, elementwise=True))
+        x, params = inputs(p, 20)
+        for t in [x] if seed % 2 else params:
+            assert t is not None
+            t.view(-1)[torch.randint(t.numel(), (1,))] = odd[seed]
+        y, J, _ = path.forward(p._replace(hinge=None), x, None, params, False)
+        penalty = path.forward(p, x, None, params, False)[1]
+        assert J[y.isnan()].isnan().all()
+        assert torch.equal(penalty.isnan(), J.isnan())
+        met += int(J.isnan().any())
+    assert met >= 2
+
+
+@BOTH
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("odd", [float("inf"), float("nan")])
+def test_what_violates_nothing_is_zero_whatever_its_weight(
+    path: ModuleType, squared: bool, odd: float
+) -> None:
+    p = problem((4, 8, 2), "silu", 2, "adjoint", Hinge(squared=squared, elementwise=True))
+    x, params = inputs(p, 30)
+    _, plain, saved = path.forward(p, x, None, params, True)
+    holds = plain == 0
+    assert holds.any()
+    assert not holds.all()
+    weight = torch.where(holds, odd, 1.0).double()
+    _, weighted, _ = path.forward(p, x, weight, params, True)
+    assert torch.equal(weighted, plain)
+    needs = [True] * 5
+    want = path.backward(p, None, torch.ones_like(plain), x, None, params, saved, needs)
+    assert_same(path.backward(p, None, weight, x, None, params, saved, needs), want)
 
 
 @BOTH

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..hinge import slope_weights
+from ..hinge import slope_cotangent, slope_weights
 from ..problem import Problem, accumulate_dtype, nan_rule
 from .reference import weight_of
 
@@ -175,7 +175,7 @@ def _slope_cotangent(
 ) -> Tensor | None:
     if gout is None or problem.hinge is None:
         return gout
-    return gout * saved[-1]
+    return slope_cotangent(gout, saved[-1])
 
 
 class _Gradients:

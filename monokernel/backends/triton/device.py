@@ -181,10 +181,14 @@ def activation_of(a, ACTS: tl.constexpr, l: tl.constexpr):
 
 @triton.jit
 def hinge(J, direction, weight, margin, SQUARED: tl.constexpr):
-    """w·h(margin - direction·J), its derivative in J. NaN is no r <= 0, so it stays a penalty."""
+    """w·h(margin - direction·J), its derivative in J. NaN is no r <= 0, so it stays a penalty.
+
+    Where nothing is violated both are 0 whatever the weight: the zero rule of ``hinge.py``.
+    """
     r = margin - direction * J
     free = (r <= 0) | (direction == 0)
     r = tl.where(free, tl.zeros_like(r), r)
+    weight = tl.where(free, tl.zeros_like(r), weight)
     if SQUARED:
         return weight * r * r, weight * (-2 * direction * r)
     else:
@@ -238,15 +242,16 @@ def hinge_epilogue(
 
 @triton.jit
 def slope_cotangent(gout, slopes, entry, mask, OUT: tl.constexpr):
-    """gJ = ∂loss/∂J at the offsets ``entry``: gout itself, or gout·∂penalty/∂J."""
+    """gJ = ∂loss/∂J at the offsets ``entry``: gout itself, or gout·∂penalty/∂J by the zero rule."""
     if OUT == JACOBIAN:
         return tl.load(gout + entry, mask=mask, other=0.0)
     else:
         S = tl.load(slopes + entry, mask=mask, other=0.0)
         if OUT == PENALTIES:
-            return S * tl.load(gout + entry, mask=mask, other=0.0)
+            g = tl.load(gout + entry, mask=mask, other=0.0)
         else:
-            return S * tl.load(gout)
+            g = tl.load(gout) + tl.zeros_like(S)
+        return tl.where(S == 0, tl.zeros_like(S), S * g)
 
 
 @triton.jit
