@@ -107,6 +107,11 @@ def fused_mono_penalty(
     Raises:
         ValueError, TypeError: one sentence naming the argument, what was expected and what came;
             also for a backend asked for by name that cannot serve.
+
+    Warns:
+        RuntimeWarning: once for each network that is not fused, of columns of x2 in which every
+            slope is exactly 0: behind an embedding or a rounding say, where no penalty can see
+            whether y rises.
     """
     mlp = unwrap(mlp)
     inputs = check_inputs(x1, x2)

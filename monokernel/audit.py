@@ -263,6 +263,7 @@ def _changes(mlp: nn.Module, x: Tensor, column: int) -> Tensor:
     rows = _spread(x, PROBED_ROWS)
     first = changed = None
     for value in torch.cat([even, _spread(values, PROBED_VALUES)]):
+        rows = rows.clone()  # the last y may be a view of them
         rows[:, column] = value
         try:
             y = unwrap(mlp)(rows).reshape(len(rows), -1)

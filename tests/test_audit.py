@@ -180,6 +180,15 @@ def test_an_output_without_any_gradient_is_no_all_clear(trained: bool) -> None:
     assert report.worst_slope[0, 1] == 0
 
 
+def test_an_output_that_is_a_view_of_the_input() -> None:
+    class View(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.detach()[..., -2:]
+
+    report = audit(View(), *points(50, 3, 2, torch.float32))
+    assert report.blind.tolist() == [[True, False], [False, True]]
+
+
 def test_only_what_is_constrained_and_hidden_is_blind() -> None:
     class Half(nn.Module):
         """The first output reads the column, the second its rounding, the third not at all."""

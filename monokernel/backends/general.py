@@ -11,12 +11,12 @@ a tangent of zero. A reverse pass is what every module that trains is known to d
 from __future__ import annotations
 
 import warnings
+import weakref
 from contextlib import AbstractContextManager, ExitStack
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ..arguments import Inputs
 from ..network import ending
@@ -28,7 +28,7 @@ WITHOUT_DERIVATIVE = "an embedding, a rounding, a step, detach, no_grad or a qua
 
 # The modules whose slopes were looked at; by identity and outside them, so that no copy, pickle or
 # state_dict knows of it.
-_judged = WeakIdKeyDictionary()
+_judged: dict[int, weakref.ref[nn.Module]] = {}
 
 
 def value_and_jacobian(
@@ -70,11 +70,11 @@ def _by_autograd(mlp: nn.Module, inputs: Inputs, audited: bool) -> tuple[Tensor,
                 "its slopes cannot be known"
             )
         found = [_gradient(out, x2, further) for out in _outputs(y, inputs).unbind(-1)]
-        # A leaf, so that a loss made of nothing else still has a backward.
-        none = torch.zeros_like(x2, requires_grad=further)
-        J = torch.stack([none if slopes is None else slopes for slopes in found], -2)
-    if not audited and mlp not in _judged:
-        _judge(mlp, y.detach(), J.detach(), reached=any(slopes is not None for slopes in found))
+        # Zeros that are a leaf, so that a loss made of nothing else still has a backward.
+        slopes = [torch.zeros_like(x2, requires_grad=further) if s is None else s for s in found]
+        J = torch.stack(slopes, -2)
+    if not audited and id(mlp) not in _judged:
+        _judge(mlp, y.detach(), J.detach(), reached=any(s is not None for s in found))
     return (y, J) if further else (y.detach(), J)
 
 
@@ -90,10 +90,10 @@ def _gradient(out: Tensor, x2: Tensor, further: bool) -> Tensor | None:
 def _judge(mlp: nn.Module, y: Tensor, J: Tensor, reached: bool) -> None:
     """Warns, once for each module, of columns of x2 in which every slope J (*batch, D, k) is 0.
 
-    That x2 is not ``reached`` at all the graph says only of a network that reads x1 and x2 apart:
-    where x1 takes a differentiable path out of cat[x1, x2], x2 gets zeros by it. So the slopes are
-    looked at, until for once they can be judged: rows that all have the same y (a last layer that
-    starts at 0) say nothing. On a GPU that waits for the device, in the first call alone.
+    The graph alone seldom tells that x2 is not ``reached``: where x1 takes a differentiable path
+    out of cat[x1, x2], x2 gets zeros by it. So the slopes are looked at, until for once they can be
+    judged: rows that all have the same y (a last layer that starts at 0) say nothing. On a GPU that
+    waits for the device, which is why it is done once.
     """
     if not J.numel() or not _readable(y, J):
         return
@@ -102,7 +102,8 @@ def _judge(mlp: nn.Module, y: Tensor, J: Tensor, reached: bool) -> None:
     rows = y.reshape(-1, D)
     if reached and dead.any() and not (rows != rows[0]).any():
         return
-    _judged[mlp] = True
+    key = id(mlp)
+    _judged[key] = weakref.ref(mlp, lambda _: _judged.pop(key, None))
     columns = dead.nonzero().flatten().tolist()
     if columns:
         warnings.warn(
