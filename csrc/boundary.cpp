@@ -84,7 +84,9 @@ int64_t extent(const Tensor& t) {
 }
 
 // As Python prints them.
-std::string dtype_name(at::ScalarType dtype) { return c10::getDtypeNames(dtype).first; }
+std::string dtype_name(at::ScalarType dtype) {
+  return std::string(c10::getDtypeNames(dtype).first);
+}
 std::string tuple(at::IntArrayRef sizes) {
   std::ostringstream text;
   text << '(';

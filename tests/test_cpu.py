@@ -25,6 +25,8 @@ from monokernel.function import FusedMonoPenalty
 from monokernel.problem import Hinge, Mode, Problem
 from tests.support import assert_same, mlp, points
 
+ROOT = Path(__file__).resolve().parent.parent
+
 pytestmark = pytest.mark.skipif(cpu.isa() is None, reason="the native kernel was not built")
 
 NUMBERS = {
@@ -369,6 +371,13 @@ def leaves(p: Problem, bias: bool = True) -> list[Tensor | None]:
     return [None if t is None else t.requires_grad_() for t in params]
 
 
+@pytest.mark.skipif(not (cpu._PACKAGE / cpu.LIBRARY).exists(), reason="built without a compiler")
+@pytest.mark.skipif(not (ROOT / ".venv" / ".ready").exists(), reason="not built by the Makefile")
+def test_the_boundary_was_built() -> None:
+    """Where the kernel was built against this PyTorch its operator was too, or fails to compile."""
+    assert (cpu._PACKAGE / cpu.BOUNDARY.format(*torch.__version__.split(".")[:2])).exists()
+
+
 @BOUNDARY
 @pytest.mark.parametrize("N", [0, 1, 300, 5000])  # the last saves in the library's pool
 @pytest.mark.parametrize(
@@ -451,8 +460,6 @@ def test_the_operator_serves_the_public_call(monkeypatch: pytest.MonkeyPatch) ->
 
 
 # --- the library ----------
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize("name", ["baseline", "avx2"])
