@@ -164,7 +164,8 @@ def check_weight(weight: Any, x: Tensor, D: int, k: int) -> Tensor | None:
     if weight is None:
         return None
     if isinstance(weight, (int, float)):
-        return torch.as_tensor(weight, dtype=x.dtype, device=x.device)
+        # A fill: a copy from the host would wait for the device.
+        return torch.full((), weight, dtype=x.dtype, device=x.device)
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: expected a number or a tensor, got {type(weight).__name__}")
     if not weight.dtype.is_floating_point:

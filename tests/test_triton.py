@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder
 
 import monokernel
 from monokernel.activations import KINDS, Activation
@@ -24,6 +26,7 @@ from monokernel.backends import handwritten
 from monokernel.backends import triton as backend
 from monokernel.backends.triton import layered, whole
 from monokernel.backends.triton.device import activation as device_activation
+from monokernel.backends.triton.elementwise import hinge_slopes
 from monokernel.backends.triton.launch import LaunchCount, interpreting
 from monokernel.problem import Hinge, Problem
 from tests.gpu.cases import (
@@ -259,6 +262,32 @@ def test_launches_do_not_depend_on_depth(mode, depth: int) -> None:
     assert _launches(p, 100) == (2, 2)
     p = problem((5, *(16,) * (depth - 1), 2), "silu", 2, mode, None)
     assert _launches(p, 100) == (1, 2)
+
+
+@BOTH
+@pytest.mark.parametrize("margin", [0.1, 1.0, float("inf")])
+def test_the_margin_in_full_precision(path: ModuleType, margin: float) -> None:
+    p = problem((5, 9, 2), "silu", 2, "tangent", Hinge(margin=margin, elementwise=True))
+    x, params = inputs(p, 40)
+    got, want = (b.forward(p, x, None, params, False)[1] for b in (path, handwritten))
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_slopes_far_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The columns of a large J lie further apart than 32 bits count. No memory is read here."""
+    apart, J = 2**30, torch.zeros(1)
+    seen: set[int] = set()
+
+    def on_load(self: Any, at: Any, mask: Any, other: Any, *rest: Any) -> Any:
+        seen.update((at.data[mask.data].astype("int64") - J.data_ptr()).tolist())
+        return other
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", on_load)
+    hinge_slopes[(1,)](
+        J, J, None, None, 0, 0.0, torch.empty(3), None, None, 1, 1, 1, apart,
+        D=1, K=3, OUT=0, SQUARED=False, SAVE=False, BM=16, BE=16, A=tl.float32,
+    )  # fmt: skip
+    assert {0, 4 * apart, 8 * apart} <= seen
 
 
 def test_narrow_networks_are_one_kernel_and_wide_ones_are_not() -> None:

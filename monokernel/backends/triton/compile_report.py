@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,9 @@ TARGETS = {
 }
 
 
+LINEAR = Hinge()
+
+
 @dataclass(frozen=True)
 class Case:
     """A network and a precision for which the path's kernels are compiled."""
@@ -68,7 +71,12 @@ class Case:
     dtype: torch.dtype
     precision: str = "highest"
     path: str = "whole"
-    summed: bool = True
+    hinge: Hinge | None = LINEAR
+    cotangents: str = "both"  # of y and the second output, or of "y" or the "slopes" alone
+    dx: bool = False
+    bias: bool = True
+    row_weight: bool = False  # a hinge weight for each row
+    N: int = 1024
 
     @property
     def name(self) -> str:
@@ -76,7 +84,34 @@ class Case:
         if self.dtype == torch.float32 and self.precision != "high":
             kind = "fp32" if self.precision == "highest" else self.precision
         shape = "-".join(map(str, self.widths))
-        return f"{shape} k{self.k} {self.mode} {self.kind} {kind} {self.path}"
+        hinge = self.hinge or LINEAR
+        special = {
+            "no hinge": self.hinge is None,
+            "squared": hinge.squared,
+            "none": hinge.elementwise,
+            "row weight": self.row_weight,
+            "no bias": not self.bias,
+            f"{self.cotangents} alone": self.cotangents != "both",
+            "dx": self.dx,
+            f"N={self.N}": self.N != 1024,
+        }
+        own = "".join(f", {what}" for what, present in special.items() if present)
+        return f"{shape} k{self.k} {self.mode} {self.kind} {kind} {self.path}{own}"
+
+    def variants(self) -> Iterator[Case]:
+        """The same network in every other kind of call: each compiles branches of its own."""
+        yield replace(self, hinge=None)
+        yield replace(
+            self, hinge=Hinge(squared=True, elementwise=True), row_weight=True, bias=False
+        )
+        yield replace(self, dx=True)
+        yield replace(self, dx=True, cotangents="slopes")
+        yield replace(self, cotangents="y")
+        yield replace(self, N=1)  # which Triton makes a compile-time constant
+
+
+# Outputs and columns for which either mode is the cheaper one.
+SIDES: tuple[tuple[int, int, Mode], ...] = ((1, 4, "adjoint"), (8, 1, "tangent"))
 
 
 def whole_cases() -> Iterator[Case]:
@@ -99,21 +134,34 @@ def whole_cases() -> Iterator[Case]:
     yield Case((8, *(64,) * 7, 1), "mish", 3, "adjoint", half)
     yield Case((8, *(128,) * 7, 1), "silu", 3, "adjoint", brain)
     yield Case((8, 64, 64, 100), "silu", 1, "tangent", brain)
+    for D, k, mode in SIDES:
+        yield from Case((8, 64, 64, 64, D), "silu", k, mode, half).variants()
+        yield Case((8, 64, 64, 64, D), "silu", k, mode, single, "high", dx=True)
+        yield Case((8, 128, 128, 128, D), "silu", k, mode, half, dx=True)
 
 
 def layered_cases() -> Iterator[Case]:
     """Wide networks in each precision, and the strict float32 that narrow ones take too."""
+    half, brain, single = torch.float16, torch.bfloat16, torch.float32
     wide = (8, 512, 512, 1)
-    yield Case(wide, "silu", 2, "adjoint", torch.float16, "highest", "layered")
-    yield Case(wide, "silu", 2, "adjoint", torch.float32, "high", "layered")
-    yield Case(wide, "silu", 2, "adjoint", torch.float32, "highest", "layered")
-    yield Case((8, 512, 512, 8), "silu", 2, "tangent", torch.bfloat16, "highest", "layered")
+    yield Case(wide, "silu", 2, "adjoint", half, "highest", "layered", dx=True)
+    yield Case(wide, "silu", 2, "adjoint", single, "high", "layered", dx=True)
+    yield Case(wide, "silu", 2, "adjoint", single, "highest", "layered", dx=True)
+    yield Case((8, 512, 512, 8), "silu", 2, "tangent", brain, "highest", "layered", dx=True)
+    for D, k, mode in SIDES:
+        yield from Case((8, 512, 512, D), "silu", k, mode, half, "highest", "layered").variants()
 
 
-QUICK = [
-    Case((8, 64, 64, 1), "silu", 1, "adjoint", torch.float16),
-    Case((8, 512, 512, 1), "silu", 2, "adjoint", torch.float16, "highest", "layered"),
-]
+def quick_cases() -> Iterator[Case]:
+    """What ``make test`` compiles."""
+    half = torch.float16
+    yield Case((8, 64, 64, 1), "silu", 1, "adjoint", half)
+    yield Case((8, 512, 512, 1), "silu", 2, "adjoint", half, "highest", "layered", dx=True)
+    for D, k, mode in SIDES:
+        for path in ("whole", "layered"):
+            small = Case((8, 32, D), "silu", k, mode, half, "highest", path)
+            yield replace(small, hinge=None)
+            yield replace(small, N=1)
 
 
 @dataclass(frozen=True)
@@ -146,25 +194,26 @@ def launches(case: Case, target: str) -> list[Launch]:
 
 
 def _step(case: Case) -> None:
-    L, N = len(case.widths) - 1, 1024
+    L, N = len(case.widths) - 1, case.N
     hidden = {"softplus": (1.0, 20.0), "elu": (1.0, 1.0, 1.0)}.get(case.kind, ())
     acts = (*(Activation(case.kind, *hidden),) * (L - 1), Activation("identity"))
-    hinge = Hinge(elementwise=not case.summed)
-    problem = Problem(case.widths, acts, case.k, case.mode, hinge)
+    problem = Problem(case.widths, acts, case.k, case.mode, case.hinge)
     params: list[Tensor | None] = []
     for rows, columns in zip(case.widths[1:], case.widths, strict=False):
         params += [
             torch.empty(rows, columns, dtype=case.dtype),
-            torch.empty(rows, dtype=case.dtype),
+            torch.empty(rows, dtype=case.dtype) if case.bias else None,
         ]
     x = torch.empty(N, case.widths[0], dtype=case.dtype)
+    weight = torch.empty(N, problem.D, problem.k) if case.row_weight else None
     path = layered if case.path == "layered" else whole
     if path.refuses(problem, x) is not None:
         return
-    y, out, saved = path.forward(problem, x, None, params, True)
-    # dx is one more product; wide networks show it, where it is a kernel of its own.
-    needs = [path is layered] + [True] * len(params)
-    path.backward(problem, y, out, x, None, params, saved, needs)
+    y, out, saved = path.forward(problem, x, weight, params, True)
+    gy = None if case.cotangents == "slopes" else y
+    gout = None if case.cotangents == "y" else out
+    needs = [case.dx, *(p is not None for p in params)]
+    path.backward(problem, gy, gout, x, weight, params, saved, needs)
 
 
 # --- one kernel, one target ---------------------------------------------------------------------
@@ -200,9 +249,14 @@ def source_of(call: Launch) -> tuple[ASTSource, dict[str, Any]]:
         if value is None:
             constants[at] = None
             return "constexpr"
-        if value == 1:  # as the launcher specialises it
+        if isinstance(value, float):
+            return "fp32"
+        assert isinstance(value, int)
+        if value == 1:
             constants[at] = 1
             return "constexpr"
+        if value % 16 == 0:
+            attributes[at] = [["tt.divisibility", 16]]
         return "i32"
 
     for i, name in enumerate(names):
@@ -311,7 +365,7 @@ def _output(*command: object) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, prog="compile_report")
-    parser.add_argument("--quick", action="store_true", help="two networks, sm_90 alone")
+    parser.add_argument("--quick", action="store_true", help="small networks, sm_90 alone")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--match", default="", help="only cases whose name has this in it")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
@@ -319,7 +373,7 @@ def main(arguments: list[str] | None = None) -> int:
     if launch.interpreting():
         print("TRITON_INTERPRET is set: nothing can be compiled", file=sys.stderr)
         return 1
-    cases = QUICK if options.quick else [*whole_cases(), *layered_cases()]
+    cases = [*quick_cases()] if options.quick else [*whole_cases(), *layered_cases()]
     targets = ["sm_90"] if options.quick else options.targets
     jobs = []
     seen: set[str] = set()

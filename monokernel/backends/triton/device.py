@@ -2,7 +2,12 @@
 
 The third spelling of ``monokernel/activations.py``. Only operations that Triton's interpreter knows
 are used (no libdevice, no inline assembly), so that the same source runs with and without a GPU.
+
+Triton compiles what follows a branch that returned, also where the compiler has resolved it: with
+pointers that are None there. So what a branch leaves to do stands under its ``else``.
 """
+
+# ruff: noqa: RET505 (for that reason)
 
 from __future__ import annotations
 
@@ -50,11 +55,12 @@ def expm1(x):
     direct = tl.exp(x) - 1
     if x.dtype == tl.float64:
         return direct
-    # Taylor to x^8: at |x| = 0.5 the first term left out is 5e-9 of the value.
-    p = 1 / 5040 + x * (1 / 40320)
-    p = 1 / 24 + x * (1 / 120 + x * (1 / 720 + x * p))
-    near = x * (1 + x * (1 / 2 + x * (1 / 6 + x * p)))
-    return tl.where(tl.abs(x) < 0.5, near, direct)
+    else:
+        # Taylor to x^8: at |x| = 0.5 the first term left out is 5e-9 of the value.
+        p = 1 / 5040 + x * (1 / 40320)
+        p = 1 / 24 + x * (1 / 120 + x * (1 / 720 + x * p))
+        near = x * (1 + x * (1 / 2 + x * (1 / 6 + x * p)))
+        return tl.where(tl.abs(x) < 0.5, near, direct)
 
 
 @triton.jit
@@ -64,8 +70,9 @@ def log1p_exp(x):
     direct = tl.log(1 + e)
     if x.dtype == tl.float64:
         return direct
-    near = e * (1 - e * (1 / 2 - e * (1 / 3 - e * (1 / 4))))
-    return tl.where(e < 0.02, near, direct)
+    else:
+        near = e * (1 - e * (1 / 2 - e * (1 / 3 - e * (1 / 4))))
+        return tl.where(e < 0.02, near, direct)
 
 
 @triton.jit
@@ -170,14 +177,16 @@ def activation_of(a, ACTS: tl.constexpr, l: tl.constexpr):
 
 
 @triton.jit
-def hinge(J, direction, weight, MARGIN: tl.constexpr, SQUARED: tl.constexpr):
+def hinge(J, direction, weight, margin, SQUARED: tl.constexpr):
     """w·h(margin - direction·J), its derivative in J. NaN is no r <= 0, so it stays a penalty."""
-    r = MARGIN - direction * J
+    r = margin - direction * J
     free = (r <= 0) | (direction == 0)
     r = tl.where(free, tl.zeros_like(r), r)
     if SQUARED:
         return weight * r * r, weight * (-2 * direction * r)
-    return weight * r, weight * tl.where(free, tl.zeros_like(r), -direction + tl.zeros_like(r))
+    else:
+        slope = tl.where(free, tl.zeros_like(r), -direction + tl.zeros_like(r))
+        return weight * r, weight * slope
 
 
 @triton.jit
@@ -191,11 +200,11 @@ def hinge_epilogue(
     direction,
     weight,
     weight_row,
+    margin,
     out,
     slopes,
     ENTRIES: tl.constexpr,
     OUT: tl.constexpr,
-    MARGIN: tl.constexpr,
     SQUARED: tl.constexpr,
     SAVE: tl.constexpr,
 ):
@@ -210,17 +219,18 @@ def hinge_epilogue(
     if OUT == JACOBIAN:
         tl.store(out + entry, J, mask=mask)
         return tl.zeros_like(J)
-    sign = tl.load(direction + at, mask=inside, other=0.0)[None, :]
-    if weight is None:
-        w = tl.zeros_like(J) + 1
     else:
-        w = tl.load(weight + n[:, None] * weight_row + at[None, :], mask=mask, other=0.0)
-    penalty, S = hinge(J, sign, w, MARGIN, SQUARED)
-    if OUT == PENALTIES:
-        tl.store(out + entry, penalty, mask=mask)
-    if SAVE:
-        tl.store(slopes + entry, S, mask=mask)
-    return tl.where(mask, penalty, tl.zeros_like(penalty))
+        sign = tl.load(direction + at, mask=inside, other=0.0)[None, :]
+        if weight is None:
+            w = tl.zeros_like(J) + 1
+        else:
+            w = tl.load(weight + n[:, None] * weight_row + at[None, :], mask=mask, other=0.0)
+        penalty, S = hinge(J, sign, w, margin, SQUARED)
+        if OUT == PENALTIES:
+            tl.store(out + entry, penalty, mask=mask)
+        if SAVE:
+            tl.store(slopes + entry, S, mask=mask)
+        return tl.where(mask, penalty, tl.zeros_like(penalty))
 
 
 @triton.jit
@@ -228,10 +238,12 @@ def slope_cotangent(gout, slopes, entry, mask, OUT: tl.constexpr):
     """gJ = ∂loss/∂J at the offsets ``entry``: gout itself, or gout·∂penalty/∂J."""
     if OUT == JACOBIAN:
         return tl.load(gout + entry, mask=mask, other=0.0)
-    S = tl.load(slopes + entry, mask=mask, other=0.0)
-    if OUT == PENALTIES:
-        return S * tl.load(gout + entry, mask=mask, other=0.0)
-    return S * tl.load(gout)
+    else:
+        S = tl.load(slopes + entry, mask=mask, other=0.0)
+        if OUT == PENALTIES:
+            return S * tl.load(gout + entry, mask=mask, other=0.0)
+        else:
+            return S * tl.load(gout)
 
 
 @triton.jit

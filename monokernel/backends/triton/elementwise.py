@@ -136,6 +136,7 @@ def hinge_slopes(
     direction,
     weight,
     weight_row,
+    margin,
     out,
     slopes,
     sums,
@@ -146,7 +147,6 @@ def hinge_slopes(
     D: tl.constexpr,
     K: tl.constexpr,
     OUT: tl.constexpr,
-    MARGIN: tl.constexpr,
     SQUARED: tl.constexpr,
     SAVE: tl.constexpr,
     BM: tl.constexpr,
@@ -162,12 +162,12 @@ def hinge_slopes(
             at = start + tl.arange(0, BE)
             inside = at < D * K
             mask = ok[:, None] & inside[None, :]
-            place = (at // K) * stride_d + (at % K) * stride_k
+            place = (at // K).to(tl.int64) * stride_d + (at % K).to(tl.int64) * stride_k
             value = tl.load(J + n[:, None] * stride_n + place[None, :], mask=mask, other=0.0).to(A)
             own = tl.load(y + n[:, None] * D + (at // K)[None, :], mask=mask, other=0.0).to(A)
             penalty = hinge_epilogue(
-                value, own, n, ok, at, inside, direction, weight, weight_row, out, slopes,
-                D * K, OUT, MARGIN, SQUARED, SAVE,
+                value, own, n, ok, at, inside, direction, weight, weight_row, margin, out, slopes,
+                D * K, OUT, SQUARED, SAVE,
             )  # fmt: skip
             total += tl.sum(penalty, 1)
     if OUT == PENALTY_SUM:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...problem import Problem, accumulate_dtype, direction_table
+from ...problem import Problem, accumulate_dtype, shared_direction_table
 from ..handwritten import kept_layers, saved_like
 from .config import ROWS, LayerConfig, layer_candidates, layer_config
 from .elementwise import hinge_slopes, layer_back, layer_down, layer_up
@@ -32,7 +32,7 @@ from .layer import pairs_down, pairs_up, pairs_weight
 from .pairs import count_pairs, gather_inputs, list_pairs, seed_cotangents
 from .reduce import reduce_sum
 from .tuning import choose, enabled
-from .whole import output_code
+from .whole import compiled, output_code
 
 __all__ = ["backward", "forward", "refuses", "saved_like"]
 
@@ -171,14 +171,15 @@ def _hinge(
     sums = y.new_empty(P, dtype=wide) if summed else None
     direction = None
     if hinge is not None:
-        direction = direction_table(hinge.direction, D, k, wide, y.device)
+        direction = shared_direction_table(hinge.direction, D, k, wide, y.device)
     launch(
         hinge_slopes, (P,), y, J, y, direction, weight,
         D * k if weight is not None and weight.dim() == 3 else 0,
+        0.0 if hinge is None else float(hinge.margin),
         None if summed else out, saved[-1] if saved and hinge is not None else None, sums, N,
         *J.stride(), D=D, K=k, OUT=output_code(problem),
-        MARGIN=0.0 if hinge is None else hinge.margin, SQUARED=hinge is not None and hinge.squared,
-        SAVE=bool(saved) and hinge is not None, BM=BM, BE=BE, A=accumulator(y.dtype),
+        SQUARED=hinge is not None and hinge.squared, SAVE=bool(saved) and hinge is not None,
+        BM=BM, BE=BE, A=accumulator(y.dtype),
     )  # fmt: skip
     if sums is not None:
         launch(reduce_sum, (1,), y, sums, out, P, BLOCK=1024)
@@ -201,7 +202,7 @@ def backward(
     config = _rule(x)
     if enabled(x.device) and x.shape[0] and gout is not None:
         config = choose(
-            ("pairs", problem, x.dtype, x.device, x.shape[0].bit_length(), tuple(needs)),
+            ("pairs", compiled(problem), x.dtype, x.device, x.shape[0].bit_length(), tuple(needs)),
             layer_candidates(config),
             lambda c: _backward(problem, gy, gout, x, params, saved, needs, c),
         )

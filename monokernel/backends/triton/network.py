@@ -5,7 +5,7 @@ layer's outputs are padded to PD. Padding costs nothing that is stored: weights 
 whatever σ(0) is in a padded unit meets a zero on its way on, and no cotangent comes back to it.
 """
 
-# ruff: noqa: RET505 (a branch that the compiler resolves must not be left by falling through)
+# ruff: noqa: RET505 (see ``device.py``)
 
 from __future__ import annotations
 

@@ -17,6 +17,8 @@ slice of ``partials``, and ``reduce.py`` adds the slices in order. Both stay in 
 registers they do not fit: with the sums there, width 64 spilled 464 bytes at 255 registers.)
 """
 
+# ruff: noqa: RET505 (see ``device.py``)
+
 from __future__ import annotations
 
 import triton
@@ -463,8 +465,9 @@ def tangent_of_input(
         inside = ok[:, None] & ((j >= 0) & (j < K))[None, :]
         at = n[:, None] * (D * K) + pair * K + j[None, :]
         return slope_cotangent(gout, slopes, at, inside, OUT).to(A)
-    chosen = ok[:, None] & (j == pair)[None, :]
-    return tl.where(chosen, tl.full(chosen.shape, 1, A), tl.zeros(chosen.shape, A))
+    else:
+        chosen = ok[:, None] & (j == pair)[None, :]
+        return tl.where(chosen, tl.full(chosen.shape, 1, A), tl.zeros(chosen.shape, A))
 
 
 # --- the program's slice of the partial sums, which stays in the L2 cache -----------------------

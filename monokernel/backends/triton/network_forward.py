@@ -45,13 +45,13 @@ def network_forward(
     scratch,
     N,
     weight_row,
+    margin,
     WIDTHS: tl.constexpr,
     ACTS: tl.constexpr,
     BIAS: tl.constexpr,
     K: tl.constexpr,
     ADJOINT: tl.constexpr,
     OUT: tl.constexpr,
-    MARGIN: tl.constexpr,
     SQUARED: tl.constexpr,
     SAVE: tl.constexpr,
     H: tl.constexpr,
@@ -87,15 +87,15 @@ def network_forward(
         if ADJOINT:
             total += adjoint_tile(
                 n, ok, x_, weight_, direction, ws, bs, y_, out_, slopes_, scratch, weight_row,
-                WIDTHS, ACTS, BIAS, K, OUT, MARGIN, SQUARED, SAVE, H, PD, PK, BK, INNER,
+                margin, WIDTHS, ACTS, BIAS, K, OUT, SQUARED, SAVE, H, PD, PK, BK, INNER,
                 C, A, PRECISION,
             )  # fmt: skip
         else:
             for c in tl.range(0, K, disable_licm=True):
                 total += tangent_tile(
                     n, ok, c, x_, weight_, direction, ws, bs, y_, out_, slopes_, scratch,
-                    weight_row,
-                    WIDTHS, ACTS, BIAS, K, OUT, MARGIN, SQUARED, SAVE, H, PD, BK, INNER,
+                    weight_row, margin,
+                    WIDTHS, ACTS, BIAS, K, OUT, SQUARED, SAVE, H, PD, BK, INNER,
                     C, A, PRECISION,
                 )  # fmt: skip
     if OUT == PENALTY_SUM:
@@ -104,9 +104,9 @@ def network_forward(
 
 @triton.jit
 def tangent_tile(
-    n, ok, c, x, weight, direction, ws, bs, y, out, slopes, scratch, weight_row,
+    n, ok, c, x, weight, direction, ws, bs, y, out, slopes, scratch, weight_row, margin,
     WIDTHS: tl.constexpr, ACTS: tl.constexpr, BIAS: tl.constexpr, K: tl.constexpr,
-    OUT: tl.constexpr, MARGIN: tl.constexpr, SQUARED: tl.constexpr, SAVE: tl.constexpr,
+    OUT: tl.constexpr, SQUARED: tl.constexpr, SAVE: tl.constexpr,
     H: tl.constexpr, PD: tl.constexpr, BK: tl.constexpr, INNER: tl.constexpr,
     C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -140,17 +140,17 @@ def tangent_tile(
     mask = ok[:, None] & (output[None, :] < D)
     tl.store(y + n[:, None] * D + output[None, :], h, mask=mask & (c == 0))
     penalty = hinge_epilogue(
-        h_dot, h, n, ok, output * K + c, output < D, direction, weight, weight_row, out, slopes,
-        D * K, OUT, MARGIN, SQUARED, SAVE,
+        h_dot, h, n, ok, output * K + c, output < D, direction, weight, weight_row, margin, out,
+        slopes, D * K, OUT, SQUARED, SAVE,
     )  # fmt: skip
     return tl.sum(penalty, 1)
 
 
 @triton.jit
 def adjoint_tile(
-    n, ok, x, weight, direction, ws, bs, y, out, slopes, scratch, weight_row,
+    n, ok, x, weight, direction, ws, bs, y, out, slopes, scratch, weight_row, margin,
     WIDTHS: tl.constexpr, ACTS: tl.constexpr, BIAS: tl.constexpr, K: tl.constexpr,
-    OUT: tl.constexpr, MARGIN: tl.constexpr, SQUARED: tl.constexpr, SAVE: tl.constexpr,
+    OUT: tl.constexpr, SQUARED: tl.constexpr, SAVE: tl.constexpr,
     H: tl.constexpr, PD: tl.constexpr, PK: tl.constexpr, BK: tl.constexpr, INNER: tl.constexpr,
     C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -194,7 +194,7 @@ def adjoint_tile(
         own = tl.sum(tl.where(chosen, h, tl.zeros_like(h)), 1)[:, None]
         penalty = hinge_epilogue(
             J, tl.broadcast_to(own, (BM, PK)), n, ok, column + e * K, column < K, direction, weight,
-            weight_row, out, slopes, D * K, OUT, MARGIN, SQUARED, SAVE,
+            weight_row, margin, out, slopes, D * K, OUT, SQUARED, SAVE,
         )  # fmt: skip
         total += tl.sum(penalty, 1)
     return total

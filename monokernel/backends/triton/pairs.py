@@ -5,7 +5,7 @@ adjoint mode output t (ẋ = gJ[n, t, :], s = e_t). Two launches, a count by blo
 order of the pairs is kept, so that two runs give the same bits.
 """
 
-# ruff: noqa: RET505 (a branch that the compiler resolves must not be left by falling through)
+# ruff: noqa: RET505 (see ``device.py``)
 
 from __future__ import annotations
 

@@ -12,6 +12,8 @@ from typing import TypeVar
 
 import torch
 
+from ...problem import capturing
+
 __all__ = ["choose", "enabled"]
 
 Config = TypeVar("Config")
@@ -24,7 +26,7 @@ def enabled(device: torch.device) -> bool:
     """Whether calls on the device are tuned: never inside a CUDA graph's capture."""
     if os.environ.get("MONOKERNEL_AUTOTUNE") != "1" or device.type != "cuda":
         return False
-    return not torch.cuda.is_current_stream_capturing()
+    return not capturing(device)
 
 
 def choose(

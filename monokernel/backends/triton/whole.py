@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...problem import Problem, accumulate_dtype, direction_table
+from ...problem import Problem, accumulate_dtype, shared_direction_table
 from .config import (
     DEEPEST,
     WIDEST,
@@ -98,6 +98,13 @@ def _shape(problem: Problem) -> dict[str, Any]:
     }
 
 
+def compiled(problem: Problem) -> Problem:
+    """The problem without the numbers that are arguments of a kernel."""
+    if problem.hinge is None:
+        return problem
+    return problem._replace(hinge=problem.hinge._replace(direction=(), margin=0.0))
+
+
 def output_code(problem: Problem) -> int:
     """JACOBIAN, PENALTIES or PENALTY_SUM of ``device.py``."""
     return 0 if problem.hinge is None else 1 if problem.hinge.elementwise else 2
@@ -132,7 +139,7 @@ def forward(
     )
     if enabled(x.device) and x.shape[0]:
         config = choose(
-            ("forward", problem, x.dtype, x.device, x.shape[0].bit_length(), save),
+            ("forward", compiled(problem), x.dtype, x.device, x.shape[0].bit_length(), save),
             candidates(config),
             lambda c: _forward(problem, x, weight, params, save, c),
         )
@@ -166,7 +173,7 @@ def _forward(
     ws, bs = _split(params)
     direction = None
     if hinge is not None:
-        direction = direction_table(hinge.direction, D, k, wide, x.device)
+        direction = shared_direction_table(hinge.direction, D, k, wide, x.device)
     launch(
         network_forward,
         (P,),
@@ -183,10 +190,10 @@ def _forward(
         scratch,
         N,
         D * k if weight is not None and weight.dim() == 3 else 0,
+        0.0 if hinge is None else float(hinge.margin),
         **shape,
         **_dtypes(x.dtype),
         BIAS=tuple(b is not None for b in bs),
-        MARGIN=0.0 if hinge is None else hinge.margin,
         SQUARED=hinge is not None and hinge.squared,
         SAVE=bool(saved),
         PK=power_of_two(k),
@@ -218,7 +225,14 @@ def backward(
     )
     if enabled(x.device) and x.shape[0]:
         config = choose(
-            ("backward", problem, x.dtype, x.device, x.shape[0].bit_length(), tuple(needs)),
+            (
+                "backward",
+                compiled(problem),
+                x.dtype,
+                x.device,
+                x.shape[0].bit_length(),
+                tuple(needs),
+            ),
             candidates(config),
             lambda c: _backward(problem, gy, gout, x, params, saved, needs, c),
         )

@@ -1,0 +1,236 @@
+"""What the host does in a call of the Triton kernels: it launches, and waits for nothing.
+
+A copy between the host and the device, or a value read from it, would stop the queue of kernels,
+and the capture of a CUDA graph refuses it. Tensors here lie on the meta device, which has no values
+to read, and kernels are written down in place of running.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+pytest.importorskip("triton")
+
+import monokernel
+from monokernel import problem as problems
+from monokernel.backends.triton import layered, whole
+from monokernel.backends.triton.launch import instead_of_launching, interpreting
+from monokernel.problem import Hinge, Mode, direction_table, shared_direction_table
+from tests.gpu.cases import inputs, problem
+from tests.support import mlp, points
+
+BOTH = pytest.mark.parametrize("path", [whole, layered], ids=["whole", "layered"])
+MODES = pytest.mark.parametrize("mode", ["tangent", "adjoint"])
+MIXED = (1, 0, -1, -1, 1, 0)
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+Launches = list[tuple[Any, tuple[object, ...], dict[str, object]]]
+
+
+@contextmanager
+def launches() -> Iterator[Launches]:
+    """Kernel, arguments and compile-time constants of what would be launched; nothing runs."""
+    seen: Launches = []
+    instead_of_launching.append(lambda *launch: seen.append(launch))
+    try:
+        yield seen
+    finally:
+        instead_of_launching.pop()
+
+
+# What makes a tensor of the host's numbers, or reads a tensor to the host.
+WAITING = {"tensor", "as_tensor", "asarray", "from_numpy", "cpu", "numpy", "tolist", "item"}
+WAITING |= {"nonzero", "masked_select", "unique", "__bool__", "__int__", "__float__", "__index__"}
+
+
+class Host(TorchFunctionMode):
+    """Writes down what would wait for the device, or for the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ in WAITING:
+            self.waits.append(func.__name__)
+        out = func(*args, **(kwargs or {}))
+        devices = {t.device for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)}
+        if len(devices) > 1:
+            self.waits.append(f"{func.__name__} from one device to the other")
+        return out
+
+
+@BOTH
+@MODES
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "hinge",
+    [None, Hinge(), Hinge(MIXED, 0.1, True, True)],
+    ids=["jacobian", "sum", "none"],
+)
+def test_kernels_wait_for_nothing(
+    path: ModuleType, mode: Mode, hinge: Hinge | None, bias: bool
+) -> None:
+    p = problem((5, 11, 11, 3), "gelu", 2, mode, hinge, "softplus")
+    x, params = inputs(p, 33, torch.float16, bias=bias)
+    x, params = x.to(META), [None if t is None else t.to(META) for t in params]
+    weight = torch.empty(33, 3, 2, device=META)
+
+    def step() -> Launches:
+        with launches() as seen:
+            y, out, saved = path.forward(p, x, weight, params, True)
+            needs = [True, *(t is not None for t in params)]
+            path.backward(p, y, out, x, weight, params, saved, needs)
+        return seen
+
+    step()
+    with Host() as host:
+        seen = step()
+    assert host.waits == []
+    handed_over = [t for _, args, _ in seen for t in tree_leaves(args) if isinstance(t, Tensor)]
+    assert len(handed_over) > 10
+    assert {t.device for t in handed_over} == {META}
+
+
+@pytest.mark.skipif(not interpreting(), reason="runs under TRITON_INTERPRET=1")
+@pytest.mark.parametrize("hidden", [(9, 7), (90, 70)], ids=["whole", "layered"])
+def test_the_public_calls_wait_for_nothing(hidden: tuple[int, ...]) -> None:
+    net = mlp(3, 2, 3, hidden, dtype=torch.float32)
+    x1, x2 = points(20, 3, 2, torch.float32)
+
+    def step() -> None:
+        y, penalty = monokernel.fused_mono_penalty(
+            net, x1, x2, direction=[1, -1], weight=0.3, return_output=True, backend="triton"
+        )
+        (y.sum() + penalty).backward()
+        y, J = monokernel.value_and_jacobian(net, x1, x2, backend="triton")
+        (y.sum() + J.sum()).backward()
+
+    with launches() as seen:
+        step()
+        with Host() as host:
+            step()
+    assert host.waits == []
+    assert len(seen) > 10
+
+
+def test_a_wait_would_be_seen() -> None:
+    with Host() as host:
+        two = torch.tensor([1.0, 2.0])
+        two.tolist()
+        two.nonzero()
+        assert two[0]
+        two.to(META)
+    seen = ["tensor", "tolist", "nonzero", "__bool__", "to from one device to the other"]
+    assert host.waits == seen
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.ones((), device=META).item()
+
+
+# --- the table of directions ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("direction", "want"),
+    [
+        ((-1,), [[-1, -1], [-1, -1], [-1, -1]]),
+        ((1, 0), [[1, 0], [1, 0], [1, 0]]),
+        ((1, 1), [[1, 1], [1, 1], [1, 1]]),
+        (MIXED, [[1, 0], [-1, -1], [1, 0]]),
+    ],
+)
+def test_direction_table(direction: tuple[int, ...], want: list[list[int]]) -> None:
+    for make in (direction_table, shared_direction_table):
+        table = make(direction, 3, 2, torch.float64, CPU)
+        assert table.tolist() == want
+        assert table.is_contiguous()
+    with Host() as host:
+        direction_table(direction, 3, 2, torch.float64, META)
+    assert host.waits == []
+
+
+def test_a_shared_table_is_never_dropped() -> None:
+    """A captured graph keeps its address."""
+    first = shared_direction_table((1, 0, 1), 1, 3, torch.float32, CPU)
+    for D in range(1, 400):
+        shared_direction_table((1, 0, 1), D, 3, torch.float32, CPU)
+    assert shared_direction_table((1, 0, 1), 1, 3, torch.float32, CPU) is first
+
+
+def test_a_table_made_in_a_capture_is_the_graphs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problems, "capturing", lambda device: True)
+    asked = (0, 1, 1, 0), 2, 2, torch.float32, CPU
+    own = shared_direction_table(*asked)
+    assert shared_direction_table(*asked) is not own
+    with Host() as host:
+        shared_direction_table((0, 1, 1, 0), 2, 2, torch.float32, META)
+    assert host.waits == []
+    monkeypatch.setattr(problems, "capturing", lambda device: False)
+    shared = shared_direction_table(*asked)
+    assert shared is not own
+    monkeypatch.setattr(problems, "capturing", lambda device: True)
+    assert shared_direction_table(*asked) is shared
+
+
+def test_no_mode_of_the_caller_reaches_a_shared_table() -> None:
+    with FakeTensorMode():
+        table = shared_direction_table((1, -1), 7, 2, torch.float32, CPU)
+    assert type(table) is Tensor
+    with torch.inference_mode():
+        table = shared_direction_table((1, -1), 8, 2, torch.float32, CPU)
+    assert not table.is_inference()
+
+
+# --- what is compiled -----------------------------------------------------------------------------
+
+
+@BOTH
+@MODES
+def test_a_margin_that_moves_is_not_tuned_again(
+    path: ModuleType, mode: Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned: list[Any] = []
+
+    def choose(key: Any, candidates: list[Any], run: Any) -> Any:
+        tuned.append(key)
+        return candidates[0]
+
+    monkeypatch.setattr(path, "enabled", lambda device: True)
+    monkeypatch.setattr(path, "choose", choose)
+    for margin in (0.3, 0.4):
+        p = problem((5, 9, 2), "silu", 2, mode, Hinge(margin=margin))
+        x, params = inputs(p, 40)
+        with launches():
+            y, out, saved = path.forward(p, x, None, params, True)
+            path.backward(p, y, out, x, None, params, saved, [True] * 5)
+    assert len(tuned) == 2 * len(set(tuned)) > 0
+
+
+@BOTH
+@MODES
+def test_a_margin_that_moves_compiles_nothing_again(path: ModuleType, mode: Mode) -> None:
+    def launched(margin: float) -> tuple[list[tuple[Any, dict[str, object]]], list[object]]:
+        p = problem((5, 9, 2), "silu", 2, mode, Hinge(margin=margin))
+        x, params = inputs(p, 40)
+        with launches() as seen:
+            path.forward(p, x, None, params, True)
+        numbers = [a for _, args, _ in seen for a in args if isinstance(a, (int, float))]
+        return [(kernel, options) for kernel, _, options in seen], numbers
+
+    compiled, numbers = launched(0.3)
+    for margin in (0.0, 1.0):  # integers equal to 1 would be compile-time constants
+        again, others = launched(margin)
+        assert again == compiled
+        assert [type(n) for n in others] == [type(n) for n in numbers]
+        assert [n for n in numbers if isinstance(n, float)] == [0.3]
+        assert [n for n in others if isinstance(n, float)] == [margin]
