@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import csv
+import multiprocessing.pool
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +17,7 @@ import torch
 
 pytest.importorskip("benchmarks", reason="the benchmarks are not part of the package")
 
-from benchmarks import pages, rivals, step
+from benchmarks import gpu, pages, rivals, step
 from benchmarks.cases import Case, Job
 from benchmarks.measure import interleave
 
@@ -163,3 +167,114 @@ def test_the_page_prefers_undisturbed_runs() -> None:
     rows = [{**case, "rival": "a", "date": date, "others": o} for date, o in others.items()]
     (found,) = pages.chosen(rows).values()
     assert found["a"]["date"] == "3"
+
+
+# --- the benchmark for a GPU, as far as it goes without one ---------------------------------------
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Stands for what has been compiled: a step that compiles adds to it."""
+    found: list[int] = []
+    monkeypatch.setattr(gpu, "compilations", lambda: len(found))
+    return found
+
+
+def _compiles_at(turns: tuple[int, ...], compiled: list[int], taken: list[int]) -> gpu.Step:
+    """A step that compiles at these of its turns."""
+
+    def step() -> None:
+        taken.append(len(taken) + 1)
+        if taken[-1] in turns:
+            compiled.append(taken[-1])
+
+    return step
+
+
+def test_gpu_contenders_settle_before_they_are_timed(compiled: list[int]) -> None:
+    """A compiler may look again at a later step: at the second, and after one that was quiet."""
+    taken: list[int] = []
+    step = _compiles_at((1, 2, 4), compiled, taken)
+    admitted, _ = gpu.admit(None, gpu.Contender("late", None, lambda job: step, False))  # type: ignore[arg-type]
+    assert admitted is step
+    assert compiled == [1, 2, 4]
+    assert taken[-1] == 6
+    times = gpu.interleaved({"late": step}, 0.0, False)
+    assert compiled == [1, 2, 4]
+    assert len(times["late"]) == 5
+
+
+def test_gpu_contender_that_never_settles_is_not_timed(compiled: list[int]) -> None:
+    step = _compiles_at(tuple(range(1000)), compiled, [])
+    admitted, why = gpu.admit(None, gpu.Contender("restless", None, lambda job: step, False))  # type: ignore[arg-type]
+    assert admitted is None
+    assert "compiled again" in why
+
+
+def test_gpu_step_that_compiles_while_timed_does_not_count(compiled: list[int]) -> None:
+    times = gpu.interleaved({"a": _compiles_at((6,), compiled, [])}, 0.0, False)
+    assert compiled == [6]
+    assert len(times["a"]) == 4
+
+
+def test_gpu_compilations_are_seen() -> None:
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    f = torch.compile(twice, backend="eager", dynamic=False)
+    seen = [gpu.compilations()]
+    for n in (3, 3, 4, 4):
+        f(torch.ones(n))
+        seen.append(gpu.compilations())
+    assert seen[0] < seen[1] == seen[2] < seen[3] == seen[4]
+    pytest.importorskip("triton")
+    from triton import knobs
+
+    gpu.listen_to_triton()
+    knobs.runtime.jit_post_compile_hook(key="", repr="", fn=None)
+    assert gpu.compilations() == seen[4] + 1
+
+
+def test_gpu_leaves_jax_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(gpu.small_cases())
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(gpu, "compile_ahead", lambda *_: None)
+    monkeypatch.setattr(gpu, "small_cases", lambda: [case])
+    asked: list[tuple[object, ...]] = []
+
+    class Child:
+        pool = multiprocessing.pool.ThreadPool(1)
+
+        def prepare(self, patience: float, *case: object) -> None:
+            asked.append(case)
+            raise RuntimeError("enough")
+
+    monkeypatch.setattr(gpu, "Child", Child)
+    found = []
+    for words in ("--device cpu", "--device cpu --no-jax"):
+        assert gpu.main(words.split()) == 0
+        _, _, thorough, jax = asked[-1]
+        job = gpu.Job(case, "cpu")
+        found.append([c.name for c in gpu.contenders(job, False, thorough, jax)])
+    assert found[0] == [*found[1], "JAX jit"]
+
+
+def test_gpu_rows_of_a_case() -> None:
+    case = next(gpu.small_cases())
+    rows = gpu.measure(gpu.prepare(case, "cpu", thorough=False, jax=False), 0.0)
+    names = [row["contender"] for row in rows]
+    assert names == ["plain, eager", "monokernel, eager", "sum of outputs"]
+    assert all(float(str(row["p50_ms"])) > 0 for row in rows)
+    assert not any("disagrees" in str(row["note"]) for row in rows)
+
+
+def test_another_tests_package_on_the_path_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    """Some distributions install their tests so: a folder without __init__.py would lose to it."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "__init__.py").touch()
+    subprocess.run(
+        [sys.executable, "-c", "import tests.gpu.cases"],
+        check=True,
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
