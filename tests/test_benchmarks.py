@@ -259,6 +259,30 @@ def test_gpu_leaves_jax_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found[0] == [*found[1], "JAX jit"]
 
 
+def test_gpu_rivals_that_compile_too_long_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    class Child:
+        pool = multiprocessing.pool.ThreadPool(1)
+
+        def prepare(self, patience: float, *case: object) -> None:
+            asked.append(case[2:])
+            if len(asked) == 1:
+                raise multiprocessing.TimeoutError
+
+        def measure(self, patience: float, seconds: float) -> list[gpu.Row]:
+            return [{"contender": "plain, eager", "p50_ms": "1.5", "share": "0.05", "note": ""}]
+
+    monkeypatch.setattr(gpu, "Child", Child)
+    monkeypatch.setattr(gpu, "compile_ahead", lambda *_: None)
+    monkeypatch.setattr(gpu, "small_cases", lambda: [gpu.Case("fp32", 64, 16, 1, 1, 0.05)])
+    assert gpu.main(["--device", "cpu"]) == 0
+    assert asked == [(True, True), (False, False)]
+    assert "took too long" in capsys.readouterr().out
+
+
 def test_gpu_rows_of_a_case() -> None:
     case = next(gpu.small_cases())
     rows = gpu.measure(gpu.prepare(case, "cpu", thorough=False, jax=False), 0.0)
