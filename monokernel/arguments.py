@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .problem import Hinge
+from .problem import Hinge, accumulate_dtype
 
 __all__ = [
     "BACKENDS",
@@ -165,7 +165,7 @@ def check_weight(weight: Any, x: Tensor, D: int, k: int) -> Tensor | None:
         return None
     if isinstance(weight, (int, float)):
         # A fill: a copy from the host would wait for the device.
-        return torch.full((), weight, dtype=x.dtype, device=x.device)
+        return torch.full((), weight, dtype=accumulate_dtype(x.dtype), device=x.device)
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: expected a number or a tensor, got {type(weight).__name__}")
     if not weight.dtype.is_floating_point:

@@ -82,3 +82,14 @@ def test_the_hinge_outside_a_band_around_its_kink(dtype: torch.dtype, backend: s
     assert outside.double().mean() > 0.5
     assert torch.equal((got > 0)[outside], (J < 0)[outside])
     assert (got[~outside] <= 2 * band).all()
+
+
+@pytest.mark.parametrize(("dtype", "backend"), CASES)
+def test_a_number_as_weight_is_not_rounded_to_half(dtype: torch.dtype, backend: str) -> None:
+    """Of bfloat16, 0.1 is 0.10009765625."""
+    net, (x1, x2) = mlp(D1, K, 2, (32, 32), dtype=dtype), points(N, D1, K, dtype)
+    got, whole = (
+        fused_mono_penalty(net, x1, x2, margin=1.0, weight=weight, backend=backend)
+        for weight in (0.1, None)
+    )
+    torch.testing.assert_close(got, 0.1 * whole, rtol=1e-5, atol=0.0)

@@ -348,7 +348,7 @@ def test_compile_trains_as_eager_does_and_a_changed_weight_is_no_new_graph() -> 
     ("values", "graphs", "call"),
     [
         ([0.1, 0.2, 0.3], 3, lambda mlp, x1, x2, v: fused_mono_penalty(mlp, x1, x2, margin=v)),
-        ([0.1, 0.2, 0.3], 3, lambda mlp, x1, x2, v: fused_mono_penalty(mlp, x1, x2, weight=v)),
+        ([0.1, 0.2, 0.3, 0.4], 2, lambda mlp, x1, x2, v: fused_mono_penalty(mlp, x1, x2, weight=v)),
         (
             [[1, -1], [1, 0], [1, -1]],
             2,
