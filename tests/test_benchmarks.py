@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from time import sleep
+from types import ModuleType
 
 import pytest
 import torch
@@ -302,3 +303,71 @@ def test_another_tests_package_on_the_path_is_not_taken_for_this_one(tmp_path: P
         cwd=Path(__file__).parent.parent,
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
     )
+
+
+# --- the first run on a card, under the interpreter -----------------------------------------------
+
+
+@pytest.fixture
+def two_trials(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    pytest.importorskip("triton")
+    from benchmarks import first_light
+
+    if not first_light.interpreting():
+        pytest.skip("runs under TRITON_INTERPRET=1")
+    two = [first_light.Trial(path, "fp16", 64, k=4, rows=(1, 70)) for path in first_light.PATHS]
+    monkeypatch.setattr(first_light, "trials", lambda: iter(two))
+    return first_light
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_first_light_smoke(
+    processes: int, two_trials: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["smoke", "--device", "cpu", "--processes", str(processes)]
+    assert two_trials.main(asked) == 0
+    lines = capsys.readouterr().out.splitlines()
+    whole, layered = ["ok", "whole"], ["ok", "layered"]
+    assert [line.split()[:2] for line in lines] == [whole, whole, layered, layered]
+
+
+def test_first_light_tells_a_wrong_kernel(
+    two_trials: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = two_trials.PATHS["whole"]
+
+    class Wrong(ModuleType):
+        refuses, forward = whole.refuses, whole.forward
+
+        def backward(self, *asked: object) -> list[torch.Tensor | None]:
+            return [None if g is None else 1.1 * g for g in whole.backward(*asked)]
+
+    trial = two_trials.Trial("whole", "fp16", 64, hinge=None, rows=(1, 70))
+    monkeypatch.setattr(two_trials, "trials", lambda: iter([trial]))
+    monkeypatch.setitem(two_trials.PATHS, "whole", Wrong("wrong"))
+    assert two_trials.main(["smoke", "--device", "cpu"]) == 1
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["BAD", "BAD"]
+
+
+@pytest.mark.parametrize(
+    ("part", "told"), [("stress", "0 of 1 runs differ"), ("one", "0 of 11 tensors not finite")]
+)
+def test_first_light_on_tiny_sizes(
+    part: str,
+    told: str,
+    two_trials: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for todo in ("STRESSED", "ONE"):
+        monkeypatch.setattr(two_trials, todo, getattr(two_trials, todo)[::5][:2])
+    assert two_trials.main([part, "--device", "cpu", "--rounds", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines
+    assert all(line.endswith(told) for line in lines)
+
+
+def test_first_light_needs_a_card_for_times(two_trials: ModuleType) -> None:
+    assert two_trials.main(["sweep", "--device", "cpu"]) == 2
+    if not torch.cuda.is_available():
+        assert two_trials.main(["smoke"]) == 2
