@@ -131,7 +131,7 @@ call("strict float32, tangent mode", dtype=torch.float32, D=2, k=1, σ=nn.ReLU()
 call("strict float32, gradients of the inputs", dtype=torch.float32, dx=True, last=nn.Softplus())
 call("strict float32, Jacobian", dtype=torch.float32, of=value_and_jacobian)
 call("wide", hidden=(144,), task=False, dx=True)
-call("wide, Jacobian in tangent mode", hidden=(144, 16), D=2, k=1, of=value_and_jacobian)
+call("wide, Jacobian in tangent mode", hidden=(144,), D=2, k=1, of=value_and_jacobian)
 
 
 def module(N: int, margin: float) -> None:

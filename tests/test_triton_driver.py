@@ -6,6 +6,7 @@ the CUDA driver (``stub_device.py``). What the kernels compute is the interprete
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import os
@@ -57,11 +58,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reports(library: Path, request: pytest.FixtureRequest) -> Reports:
     """What every call that a selected test asks for did, found by processes side by side."""
-    asked = {
-        item.callspec.params["case"]: None
-        for item in request.session.items
-        if item.path == request.path and hasattr(item, "callspec")
-    }
+    asked: dict[tuple[str, str], None] = {}
+    for item in request.session.items:
+        if item.path == request.path and "reports" in getattr(item, "fixturenames", ()):
+            asked[item.callspec.params["case"]] = None
     environment = os.environ | {
         "TRITON_CACHE_DIR": str(library.parent / "cache"),
         "CUDA_VISIBLE_DEVICES": "",
@@ -110,10 +110,52 @@ def test_other_rows_and_another_margin_compile_nothing(
     assert second["compiled"] == []
 
 
-@every_call
+@pytest.mark.parametrize(
+    "case",
+    [case for case in CASES if case[1] != "audit"],  # whose report is the host's
+    ids="-".join,
+)
 def test_the_host_neither_waits_nor_copies(case: tuple[str, str], reports: Reports) -> None:
-    if case[1] == "audit":
-        pytest.skip("a report for the host")
     second = reports[case]["second"]
     assert not second["error"], second["error"]
     assert second["host"] == []
+
+
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [(name, ctypes.c_uint) for name in ("x", "y", "z", "bx", "by", "bz", "shared")]
+    _fields_ += [("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p)]
+    _fields_ += [("count", ctypes.c_uint)]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "refused"),
+    [
+        ({}, False),
+        ({"x": 2**31 - 1, "shared": 1000}, False),
+        ({"x": 0}, True),
+        ({"x": 2**31}, True),
+        ({"y": 65_536}, True),
+        ({"z": 65_536}, True),
+        ({"bx": 2048}, True),
+        ({"shared": 1001}, True),
+    ],
+)
+def test_the_stub_refuses_what_a_driver_refuses(
+    library: Path, wrong: dict[str, int], refused: bool
+) -> None:
+    driver = ctypes.CDLL(str(library))
+    driver.stub_card(90, 1000, 1)
+    image = (ctypes.c_char * 64)(*b"no machine code")
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    assert driver.cuModuleLoadData(ctypes.byref(module), image) != 0
+    image[:4], image[18] = b"\x7fELF", 190
+    assert driver.cuModuleLoadData(ctypes.byref(module), image) == 0
+    assert driver.cuModuleGetFunction(ctypes.byref(function), module, b"kernel") == 0
+    config = LaunchConfig(**{"x": 1, "y": 1, "z": 1, "bx": 128, "by": 1, "bz": 1} | wrong)
+    params = (ctypes.c_void_p * 1)()
+    before = driver.stub_launches()
+    result = driver.cuLaunchKernelEx(ctypes.byref(config), function, params, None)
+    assert (result != 0) == refused
+    assert driver.stub_launches() - before == (not refused)
