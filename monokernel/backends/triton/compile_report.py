@@ -236,6 +236,7 @@ def source_of(call: Launch) -> tuple[ASTSource, dict[str, Any]]:
     options = {k: v for k, v in call.options.items() if k in COMPILER_OPTIONS}
     values |= {k: v for k, v in call.options.items() if k not in COMPILER_OPTIONS}
     constexprs = {p.name for p in call.kernel.params if p.is_constexpr}
+    general = {p.name for p in call.kernel.params if p.do_not_specialize}
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], object] = {}
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
@@ -263,6 +264,8 @@ def source_of(call: Launch) -> tuple[ASTSource, dict[str, Any]]:
         if name in constexprs:
             signature[name] = "constexpr"
             constants[(i,)] = values[name]
+        elif name in general:
+            signature[name] = "i32"
         else:
             signature[name] = describe(values[name], (i,))
     return ASTSource(call.kernel, signature, constants, attributes), options
@@ -382,13 +385,14 @@ def main(arguments: list[str] | None = None) -> int:
             continue  # Triton has no such products there, and ``whole.py`` asks for none
         if options.match in case.name:
             for index, call in enumerate(launches(case, target)):
-                source, _ = source_of(call)
-                kind = f"{target} {call.kernel.__name__} {source.signature} {call.options}"
+                source, chosen = source_of(call)
+                kind = f"{target} {source.hash()} {chosen}"
                 if kind not in seen:
                     seen.add(kind)
                     jobs.append((case, index, target))
     print(f"Triton {triton.__version__}: {len(jobs)} kernels")
-    head = f"{'network':52} {'kernel':18} {'target':7} reg stack  shared tmem  dots  mufu     s"
+    wide = max(len(case.name) for case, _, _ in jobs)
+    head = f"{'network':{wide}} {'kernel':18} {'target':7} reg stack  shared tmem  dots  mufu     s"
     print(head + "\n" + "-" * len(head))
     failed = 0
     # Not forked: PyTorch's threads do not survive that.
@@ -396,7 +400,7 @@ def main(arguments: list[str] | None = None) -> int:
     with ProcessPoolExecutor(options.jobs, mp_context=spawn) as pool:
         for row in pool.map(compile_one, *zip(*jobs, strict=True)):
             print(
-                f"{row.case:52} {row.kernel:18} {row.target:7} {row.registers:3} {row.stack:5} "
+                f"{row.case:{wide}} {row.kernel:18} {row.target:7} {row.registers:3} {row.stack:5} "
                 f"{row.shared:7} {row.tensor_memory:4} {row.tensor_core:5} {row.special:5} "
                 f"{row.seconds:5.1f}  {'; '.join(row.complaints)}".rstrip(),
                 flush=True,

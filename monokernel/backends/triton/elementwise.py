@@ -14,7 +14,7 @@ from .device import PENALTY_SUM, activation, bias_row, hinge_epilogue
 __all__ = ["hinge_slopes", "layer_back", "layer_down", "layer_up"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def layer_up(
     z,
     b,
@@ -57,7 +57,7 @@ def layer_up(
             tl.store(h_out + shift + at, slope * a_dot, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def layer_down(
     a,
     P,
@@ -100,7 +100,7 @@ def layer_down(
         tl.store(p_out + shift + at, slope * value, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def layer_back(
     a,
     P,
@@ -129,7 +129,7 @@ def layer_back(
         tl.store(h_out + at, h, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def hinge_slopes(
     J,
     y,

@@ -31,7 +31,7 @@ def forward_slots(acts):
     return len(acts) + 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def network_forward(
     x,
     weight,

@@ -38,7 +38,7 @@ def is_active(
     return (ok & active).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def count_pairs(
     gout, slopes, counts, N, D: tl.constexpr, K: tl.constexpr, ADJOINT: tl.constexpr,
     OUT: tl.constexpr, BLOCK: tl.constexpr,
@@ -50,7 +50,7 @@ def count_pairs(
     tl.store(counts + tl.program_id(0), tl.sum(active))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def list_pairs(
     gout, slopes, counts, rows, place, x_dot, seed, total, N,
     D: tl.constexpr, K: tl.constexpr, ADJOINT: tl.constexpr, OUT: tl.constexpr,
@@ -108,7 +108,7 @@ def seed_cotangents(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def gather_inputs(
     dx, part, place, N, d: tl.constexpr, T: tl.constexpr, FRESH: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, A: tl.constexpr,

@@ -8,7 +8,7 @@ import triton.language as tl
 __all__ = ["reduce_gradients", "reduce_sum"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def reduce_sum(sums, total, P, BLOCK: tl.constexpr):
     """total = Σ sums (P,), by one program."""
     part = tl.zeros((BLOCK,), sums.dtype.element_ty)
@@ -18,7 +18,7 @@ def reduce_sum(sums, total, P, BLOCK: tl.constexpr):
     tl.store(total, tl.sum(part))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def reduce_gradients(
     partials, grads, P, OFFSETS: tl.constexpr, BLOCK: tl.constexpr, SLICES: tl.constexpr
 ):
