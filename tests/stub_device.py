@@ -31,9 +31,10 @@ from tests.support import mlp, points
 __all__ = ["CALLS", "main"]
 
 Call = Callable[[int, float], None]  # N rows, a margin
-# The rows and the margin of the first and of the second call. Both numbers of rows are of one kind
-# to Triton, which compiles for 1, for multiples of 16, and for addresses that are.
-ROWS, MARGINS = (130, 1002), (0.0, 0.25)
+# The rows and the margin of the first call, and of those that must find everything compiled. Triton
+# by itself compiles again for 1, for multiples of 16, and for addresses that are no multiple of it.
+FIRST: list[tuple[int, float]] = [(130, 0.0)]
+AGAIN = [(1003, 0.25), (64, -0.5), (1, 1.0), (0, 0.0)]
 HALF = torch.float16
 
 
@@ -146,14 +147,8 @@ def audited(N: int, margin: float) -> None:
     audit(MODULE.mlp, *points(256 + N, 3, 2, HALF), margin=margin)
 
 
-def any_batch(N: int, margin: float) -> None:
-    """Batches of every kind that Triton tells apart, and of none; then any other is one of them."""
-    for rows in (0, 1, 16 * N, N):
-        CALLS["penalty and output"](rows, margin)
-
-
 MODULE = MonotonePenalty(mlp(3, 2, 1, (16,), dtype=HALF), weight=torch.ones(1, 2), direction=-1)
-CALLS |= {"module": module, "audit": audited, "any batch": any_batch}
+CALLS |= {"module": module, "audit": audited}
 
 
 # --- the device that is none --------------------------------------------------------------------
@@ -206,7 +201,7 @@ class FromTheHost(TorchDispatchMode):
 
 
 def report(driver: ctypes.CDLL, name: str) -> dict[str, Any]:
-    """What the first call and a second one did."""
+    """What the first call and the later ones did."""
     from triton import knobs
 
     compiled: list[str] = []
@@ -216,13 +211,14 @@ def report(driver: ctypes.CDLL, name: str) -> dict[str, Any]:
         compiled.append(fn.name)
 
     knobs.runtime.jit_post_compile_hook = note
-    for turn, N, margin in zip(("first", "second"), ROWS, MARGINS, strict=True):
+    for turn, calls in (("first", FIRST), ("again", AGAIN)):
         before = driver.stub_launches()
         compiled.clear()
         error = ""
         with FromTheHost() as host:
             try:
-                CALLS[name](N, margin)
+                for N, margin in calls:
+                    CALLS[name](N, margin)
             except Exception as failure:
                 error = _told(failure)
         launches = driver.stub_launches() - before
