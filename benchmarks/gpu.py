@@ -8,7 +8,9 @@ the roofline, of three ceilings (tensor cores, memory bandwidth, special functio
 binds. Before anything is timed a contender's loss and gradient are compared with float64.
 
 Compiling is most of the work: before the first case, processes on every core compile what will be
-timed, and what they find is in the caches of Triton and Inductor when its turn comes.
+timed, and what they find is in the caches of Triton and Inductor when its turn comes. Then each
+contender of a case takes steps until it compiles nothing more, and only then does the clock begin.
+``--no-jax`` leaves JAX out, which keeps no such cache.
 
 ``--device cpu --limit 20`` runs a few small cases without a GPU, to see that the program works; its
 numbers are printed and not kept.
@@ -31,6 +33,7 @@ from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
 from statistics import quantiles
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -299,12 +302,14 @@ def jax_step(job: Job) -> Step:
         return (jnp.square(y - t).sum() + jax.nn.relu(job.margin - slopes).sum()) / len(x2)
 
     fast = jax.jit(jax.value_and_grad(loss))
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: Compiled.note() if "compile" in event else None
+    )
 
     def step() -> object:
         with jax.default_matmul_precision(exact):  # part of what is compiled, so in every call
             return jax.block_until_ready(fast(params))
 
-    step()
     return step
 
 
@@ -318,7 +323,8 @@ class Contender:
     penalised: bool = True
 
 
-def contenders(job: Job, gpu: bool, thorough: bool) -> Iterator[Contender]:
+def contenders(job: Job, gpu: bool, thorough: bool, jax: bool) -> Iterator[Contender]:
+    """``gpu``: also as CUDA graphs; ``thorough``: what compiles for the shapes, JAX if ``jax``."""
     yield Contender("plain, eager", plain, lambda j: eager(j, plain), False)
     yield Contender("monokernel, eager", ours, lambda j: eager(j, ours))
     usual = sum_of_outputs if job.case.D == 1 else double_backward
@@ -332,8 +338,49 @@ def contenders(job: Job, gpu: bool, thorough: bool) -> Iterator[Contender]:
         yield Contender(
             "hand-written jvp, compiled", hand_written_jvp, lambda j: compiled(j, hand_written_jvp)
         )
-        if importlib.util.find_spec("jax"):
+        if jax and importlib.util.find_spec("jax"):
             yield Contender("JAX jit", None, jax_step)
+
+
+# --- compiling ------------------------------------------------------------------------------------
+
+QUIET = 2  # steps in a row without a compilation, after which a contender is ready
+RESTLESS = 20  # steps after which it will never be
+
+
+class Compiled:
+    """How much Triton's JIT and XLA have compiled in this process."""
+
+    total = 0
+
+    @classmethod
+    def note(cls, *_: object, **__: object) -> None:
+        cls.total += 1
+
+
+def listen_to_triton() -> None:
+    with contextlib.suppress(ImportError):
+        from triton import knobs
+
+        knobs.runtime.jit_post_compile_hook = Compiled.note
+
+
+def compilations() -> int:
+    """What has been compiled in this process, by Dynamo and all behind it, by Triton and by XLA."""
+    counters = torch._dynamo.utils.counters  # each compilation moves some of them, a step none
+    return Compiled.total + sum(sum(kind.values()) for kind in counters.values())
+
+
+def settle(step: Step) -> None:
+    """Steps until nothing is compiled any more."""
+    quiet = 0
+    for _ in range(RESTLESS):
+        before = compilations()
+        step()
+        quiet = quiet + 1 if compilations() == before else 0
+        if quiet == QUIET:
+            return
+    raise RuntimeError(f"something was compiled again in {RESTLESS} steps")
 
 
 # --- measuring ------------------------------------------------------------------------------------
@@ -402,27 +449,33 @@ def _seconds(step: Step, rounds: int) -> tuple[float, float, float]:
 
 
 def interleaved(steps: dict[str, Step], seconds: float, gpu: bool) -> dict[str, list[float]]:
-    """Seconds of each step by the wall, in turns, from the call to the device's end of it."""
+    """Seconds of each step by the wall, in turns, from the call to the device's end of it.
+
+    The steps have settled. One that compiles all the same does not count.
+    """
     sync = torch.cuda.synchronize if gpu else lambda: None
     times: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
-        for _ in range(3):
+        for _ in range(3):  # what lay in the caches is another contender's
             step()
     end = time.perf_counter() + seconds
     rounds = 0
     while rounds < 5 or (time.perf_counter() < end and rounds < 200):
         for name, step in steps.items():
+            before = compilations()
             sync()
             begin = time.perf_counter()
             step()
             sync()
-            times[name].append(time.perf_counter() - begin)
+            taken = time.perf_counter() - begin
+            if compilations() == before:
+                times[name].append(taken)
         rounds += 1
     return times
 
 
 def admit(job: Job, contender: Contender) -> tuple[Step | None, str]:
-    """The step, or why there is none."""
+    """The step, which compiles nothing any more, or why there is none."""
     try:
         error = ""
         if contender.loss is not None and contender.penalised:
@@ -435,7 +488,9 @@ def admit(job: Job, contender: Contender) -> tuple[Step | None, str]:
             error = f"error {off:.1e}"
             if off > TOLERANCE[job.case.precision]:
                 return None, f"disagrees with float64: {error}"
-        return contender.make(job), error
+        step = contender.make(job)
+        settle(step)
+        return step, error
     except Exception as failure:  # one contender's failure is a row of the table, not the end of it
         return None, f"{type(failure).__name__}: {str(failure).splitlines()[0][:120]}"
 
@@ -462,27 +517,48 @@ FIELDS = [
 Row = dict[str, object]
 
 
-def run_case(case: Case, device: str, thorough: bool, seconds: float) -> list[Row]:
-    """One row for each contender; ``thorough`` brings those that compile for the shapes."""
+@dataclass(frozen=True)
+class Prepared:
+    """A case whose contenders have compiled: their steps, and a row for each."""
+
+    job: Job
+    gpu: bool
+    rows: dict[str, Row]
+    steps: dict[str, Step]
+
+
+def prepare(case: Case, device: str, thorough: bool, jax: bool) -> Prepared:
+    """Everything that compiles; ``thorough`` and ``jax`` as for ``contenders``."""
     gpu = device == "cuda"
+    listen_to_triton()
     torch._dynamo.reset()
     gc.collect()  # the networks and graphs of the case before
     torch.set_float32_matmul_precision(PRECISIONS[case.precision][1])
-    limits = ceilings(case.precision, gpu)
+    ceilings(case.precision, gpu)
     job = Job(case, device)
     about = str(plan(job.net, job.x1, job.x2)).splitlines()[0]
     rows: dict[str, Row] = {}
     steps: dict[str, Step] = {}
-    for contender in contenders(job, gpu, thorough):
+    for contender in contenders(job, gpu, thorough, jax):
         step, note = admit(job, contender)
         rows[contender.name] = {"contender": contender.name, "note": note, "kernels": ""}
         if contender.name.startswith("monokernel"):
             rows[contender.name]["kernels"] = about
         if step is not None:
             steps[contender.name] = step
+    return Prepared(job, gpu, rows, steps)
+
+
+def measure(ready: Prepared, seconds: float) -> list[Row]:
+    """One row for each contender."""
+    job, case, gpu, rows, steps = ready.job, ready.job.case, ready.gpu, ready.rows, ready.steps
+    limits = ceilings(case.precision, gpu)
     times = interleaved(steps, seconds, gpu)
     least, bound = roofline(case, limits)
     for name, each in times.items():
+        if len(each) < 2:
+            rows[name]["note"] = "compiled in every step"
+            continue
         tenths = quantiles(each, n=10, method="inclusive")
         memory = float("nan") if "graph" in name or "JAX" in name else peak(steps[name], gpu)
         rows[name] |= {
@@ -540,6 +616,8 @@ def append(rows: list[Row]) -> None:
 
 # --- in processes of their own --------------------------------------------------------------------
 
+PATIENCE = 120.0  # seconds for the compilations of a case, and again for its times
+
 # Not forked: CUDA does not survive that.
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -563,11 +641,19 @@ def compile_ahead(todo: list[tuple[Case, bool]], device: str, seconds: float) ->
 def _take_a_step(case: Case, thorough: bool, device: str) -> None:
     torch.set_float32_matmul_precision(PRECISIONS[case.precision][1])
     job = Job(case, device)
-    for contender in contenders(job, False, thorough):
-        if contender.name != "JAX jit":  # it keeps nothing on disk
-            step, _ = admit(job, contender)
-            if step is not None:
-                step()
+    for contender in contenders(job, False, thorough, jax=False):  # JAX keeps nothing on disk
+        admit(job, contender)
+
+
+_ready: list[Prepared] = []  # the child's case
+
+
+def _prepare(*case: Any) -> None:
+    _ready[:] = [prepare(*case)]
+
+
+def _measure(seconds: float) -> list[Row]:
+    return measure(_ready.pop(), seconds)
 
 
 class Child:
@@ -576,9 +662,17 @@ class Child:
     def __init__(self) -> None:
         self.pool = SPAWN.Pool(1)
 
-    def run(self, patience: float, *case: object) -> list[Row]:
+    def prepare(self, patience: float, *case: object) -> None:
+        """``prepare`` in the child, which keeps the case for ``measure``."""
+        self._run(patience, _prepare, *case)
+
+    def measure(self, patience: float, seconds: float) -> list[Row]:
+        rows: list[Row] = self._run(patience, _measure, seconds)
+        return rows
+
+    def _run(self, patience: float, task: Callable[..., Any], *arguments: object) -> Any:
         try:
-            return self.pool.apply_async(run_case, case).get(patience)
+            return self.pool.apply_async(task, arguments).get(patience)
         except Exception:
             self.pool.terminate()
             self.pool = SPAWN.Pool(1)
@@ -599,6 +693,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--limit", type=float, default=440, help="seconds for everything")
     parser.add_argument("--seconds", type=float, default=1.5, help="seconds of timing for a case")
+    parser.add_argument("--no-jax", dest="jax", action="store_false", help="leave JAX out")
     options = parser.parse_args(arguments)
     gpu = options.device == "cuda"
     if gpu and not torch.cuda.is_available():
@@ -610,19 +705,31 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     compile_ahead(todo, options.device, options.limit / 3)
     print(f"compiled ahead, {end - time.perf_counter():.0f} s left", flush=True)
+
+    def left(keep: float = 0.0) -> float:
+        return max(1.0, min(PATIENCE, end - time.perf_counter() - keep))
+
     child, slowest = Child(), 0.0
     for i, (case, thorough) in enumerate(todo):
-        began = time.perf_counter()
-        if began + slowest > end:
+        if time.perf_counter() + slowest > end:
             print("\ntime is up: not measured are\n  " + "\n  ".join(str(c) for c, _ in todo[i:]))
             break
         try:
-            patience = min(120.0, end - began)
-            rows = child.run(patience, case, options.device, thorough, options.seconds)
+            # What compiles late takes the time of later cases, never that of measuring this one.
+            asked = case, options.device
+            try:
+                child.prepare(left(slowest) / (1 + thorough), *asked, thorough, options.jax)
+            except multiprocessing.TimeoutError:
+                if not thorough:
+                    raise
+                print(f"\n{case}   what compiles for its shapes took too long", flush=True)
+                child.prepare(left(slowest), *asked, False, False)
+            began = time.perf_counter()
+            rows = child.measure(left(), options.seconds)
+            slowest = max(slowest, time.perf_counter() - began)
         except Exception as failure:
             print(f"\n{case}   failed: {type(failure).__name__}: {failure}", flush=True)
             continue
-        slowest = max(slowest, time.perf_counter() - began) if i else 0.0
         if gpu:
             append(rows)
         print(f"\n{case}   share {rows[0]['share']}", flush=True)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import csv
+import multiprocessing.pool
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from time import sleep
+from types import ModuleType
 
 import pytest
 import torch
 
 pytest.importorskip("benchmarks", reason="the benchmarks are not part of the package")
 
-from benchmarks import pages, rivals, step
+from benchmarks import gpu, pages, rivals, step
 from benchmarks.cases import Case, Job
 from benchmarks.measure import interleave
 
@@ -163,3 +168,206 @@ def test_the_page_prefers_undisturbed_runs() -> None:
     rows = [{**case, "rival": "a", "date": date, "others": o} for date, o in others.items()]
     (found,) = pages.chosen(rows).values()
     assert found["a"]["date"] == "3"
+
+
+# --- the benchmark for a GPU, as far as it goes without one ---------------------------------------
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Stands for what has been compiled: a step that compiles adds to it."""
+    found: list[int] = []
+    monkeypatch.setattr(gpu, "compilations", lambda: len(found))
+    return found
+
+
+def _compiles_at(turns: tuple[int, ...], compiled: list[int], taken: list[int]) -> gpu.Step:
+    """A step that compiles at these of its turns."""
+
+    def step() -> None:
+        taken.append(len(taken) + 1)
+        if taken[-1] in turns:
+            compiled.append(taken[-1])
+
+    return step
+
+
+def test_gpu_contenders_settle_before_they_are_timed(compiled: list[int]) -> None:
+    """A compiler may look again at a later step: at the second, and after one that was quiet."""
+    taken: list[int] = []
+    step = _compiles_at((1, 2, 4), compiled, taken)
+    admitted, _ = gpu.admit(None, gpu.Contender("late", None, lambda job: step, False))  # type: ignore[arg-type]
+    assert admitted is step
+    assert compiled == [1, 2, 4]
+    assert taken[-1] == 6
+    times = gpu.interleaved({"late": step}, 0.0, False)
+    assert compiled == [1, 2, 4]
+    assert len(times["late"]) == 5
+
+
+def test_gpu_contender_that_never_settles_is_not_timed(compiled: list[int]) -> None:
+    step = _compiles_at(tuple(range(1000)), compiled, [])
+    admitted, why = gpu.admit(None, gpu.Contender("restless", None, lambda job: step, False))  # type: ignore[arg-type]
+    assert admitted is None
+    assert "compiled again" in why
+
+
+def test_gpu_step_that_compiles_while_timed_does_not_count(compiled: list[int]) -> None:
+    times = gpu.interleaved({"a": _compiles_at((6,), compiled, [])}, 0.0, False)
+    assert compiled == [6]
+    assert len(times["a"]) == 4
+
+
+def test_gpu_compilations_are_seen() -> None:
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    f = torch.compile(twice, backend="eager", dynamic=False)
+    seen = [gpu.compilations()]
+    for n in (3, 3, 4, 4):
+        f(torch.ones(n))
+        seen.append(gpu.compilations())
+    assert seen[0] < seen[1] == seen[2] < seen[3] == seen[4]
+    pytest.importorskip("triton")
+    from triton import knobs
+
+    gpu.listen_to_triton()
+    knobs.runtime.jit_post_compile_hook(key="", repr="", fn=None)
+    assert gpu.compilations() == seen[4] + 1
+
+
+def test_gpu_leaves_jax_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(gpu.small_cases())
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(gpu, "compile_ahead", lambda *_: None)
+    monkeypatch.setattr(gpu, "small_cases", lambda: [case])
+    asked: list[tuple[object, ...]] = []
+
+    class Child:
+        pool = multiprocessing.pool.ThreadPool(1)
+
+        def prepare(self, patience: float, *case: object) -> None:
+            asked.append(case)
+            raise RuntimeError("enough")
+
+    monkeypatch.setattr(gpu, "Child", Child)
+    found = []
+    for words in ("--device cpu", "--device cpu --no-jax"):
+        assert gpu.main(words.split()) == 0
+        _, _, thorough, jax = asked[-1]
+        job = gpu.Job(case, "cpu")
+        found.append([c.name for c in gpu.contenders(job, False, thorough, jax)])
+    assert found[0] == [*found[1], "JAX jit"]
+
+
+def test_gpu_rivals_that_compile_too_long_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    class Child:
+        pool = multiprocessing.pool.ThreadPool(1)
+
+        def prepare(self, patience: float, *case: object) -> None:
+            asked.append(case[2:])
+            if len(asked) == 1:
+                raise multiprocessing.TimeoutError
+
+        def measure(self, patience: float, seconds: float) -> list[gpu.Row]:
+            return [{"contender": "plain, eager", "p50_ms": "1.5", "share": "0.05", "note": ""}]
+
+    monkeypatch.setattr(gpu, "Child", Child)
+    monkeypatch.setattr(gpu, "compile_ahead", lambda *_: None)
+    monkeypatch.setattr(gpu, "small_cases", lambda: [gpu.Case("fp32", 64, 16, 1, 1, 0.05)])
+    assert gpu.main(["--device", "cpu"]) == 0
+    assert asked == [(True, True), (False, False)]
+    assert "took too long" in capsys.readouterr().out
+
+
+def test_gpu_rows_of_a_case() -> None:
+    case = next(gpu.small_cases())
+    rows = gpu.measure(gpu.prepare(case, "cpu", thorough=False, jax=False), 0.0)
+    names = [row["contender"] for row in rows]
+    assert names == ["plain, eager", "monokernel, eager", "sum of outputs"]
+    assert all(float(str(row["p50_ms"])) > 0 for row in rows)
+    assert not any("disagrees" in str(row["note"]) for row in rows)
+
+
+def test_another_tests_package_on_the_path_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    """Some distributions install their tests so: a folder without __init__.py would lose to it."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "__init__.py").touch()
+    subprocess.run(
+        [sys.executable, "-c", "import tests.gpu.cases"],
+        check=True,
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+
+
+# --- the first run on a card, under the interpreter -----------------------------------------------
+
+
+@pytest.fixture
+def two_trials(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    pytest.importorskip("triton")
+    from benchmarks import first_light
+
+    if not first_light.interpreting():
+        pytest.skip("runs under TRITON_INTERPRET=1")
+    two = [first_light.Trial(path, "fp16", 64, k=4, rows=(1, 70)) for path in first_light.PATHS]
+    monkeypatch.setattr(first_light, "trials", lambda: iter(two))
+    return first_light
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_first_light_smoke(
+    processes: int, two_trials: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["smoke", "--device", "cpu", "--processes", str(processes)]
+    assert two_trials.main(asked) == 0
+    lines = capsys.readouterr().out.splitlines()
+    whole, layered = ["ok", "whole"], ["ok", "layered"]
+    assert [line.split()[:2] for line in lines] == [whole, whole, layered, layered]
+
+
+def test_first_light_tells_a_wrong_kernel(
+    two_trials: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = two_trials.PATHS["whole"]
+
+    class Wrong(ModuleType):
+        refuses, forward = whole.refuses, whole.forward
+
+        def backward(self, *asked: object) -> list[torch.Tensor | None]:
+            return [None if g is None else 1.1 * g for g in whole.backward(*asked)]
+
+    trial = two_trials.Trial("whole", "fp16", 64, hinge=None, rows=(1, 70))
+    monkeypatch.setattr(two_trials, "trials", lambda: iter([trial]))
+    monkeypatch.setitem(two_trials.PATHS, "whole", Wrong("wrong"))
+    assert two_trials.main(["smoke", "--device", "cpu"]) == 1
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["BAD", "BAD"]
+
+
+@pytest.mark.parametrize(
+    ("part", "told"), [("stress", "0 of 1 runs differ"), ("one", "0 of 11 tensors not finite")]
+)
+def test_first_light_on_tiny_sizes(
+    part: str,
+    told: str,
+    two_trials: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for todo in ("STRESSED", "ONE"):
+        monkeypatch.setattr(two_trials, todo, getattr(two_trials, todo)[::5][:2])
+    assert two_trials.main([part, "--device", "cpu", "--rounds", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines
+    assert all(line.endswith(told) for line in lines)
+
+
+def test_first_light_needs_a_card_for_times(two_trials: ModuleType) -> None:
+    assert two_trials.main(["sweep", "--device", "cpu"]) == 2
+    if not torch.cuda.is_available():
+        assert two_trials.main(["smoke"]) == 2

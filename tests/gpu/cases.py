@@ -101,6 +101,34 @@ def errors(got: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
     return found
 
 
+def product_roundoff(dtype: torch.dtype, device: str) -> float:
+    """What one operand of a product may lose, relative to itself, at the precision in force.
+
+    float32 is multiplied in TF32 on a device unless PyTorch is told "highest": 10 bits of mantissa,
+    and wgmma cuts off the other 13 where cuBLAS may round. A cut takes up to 2^-10 of each of the
+    two operands, always towards zero, so that no sum averages it out. Emulated on the cases of
+    these tests (``test_tolerance.py``) the results are off by up to 1.9 · 2^-10.
+    """
+    if dtype == torch.float32 and device != "cpu":
+        return 2**-24 if torch.get_float32_matmul_precision() == "highest" else 2**-9
+    return torch.finfo(dtype).eps / 2
+
+
+def away_from_kinks(
+    p: Problem, x: Tensor, params: Sequence[Tensor | None], distance: float
+) -> Tensor:
+    """Rows (N) in which no σ' or σ'' of float64 ``x`` jumps within ``distance`` of a_l."""
+    h, away = x, torch.ones(len(x), dtype=torch.bool)
+    for l, σ in enumerate(p.activations):
+        W, b = params[2 * l], params[2 * l + 1]
+        assert W is not None
+        a = torch.nn.functional.linear(h, W, b)
+        for f in (σ.first, σ.second):
+            away &= ((f(a + distance) - f(a - distance)).abs() < 0.1).all(1)
+        h = σ.value(a)
+    return away
+
+
 def assert_as_precise_as_pytorch(
     backend: ModuleType,
     p: Problem,
@@ -108,16 +136,20 @@ def assert_as_precise_as_pytorch(
     dtype: torch.dtype,
     device: str = "cpu",
     factor: float = 2.0,
+    roundoff: float | None = None,
 ) -> None:
     """Error against float64 at most ``factor`` times that of PyTorch at the same precision.
 
-    Rows whose slope lies near the hinge's kink may fall on either side in low precision: the hinge
-    here has none within reach, since its margin is above every slope.
+    Rows near a kink may fall on either side of it in low precision. The hinge here has none within
+    reach, since its margin is above every slope; rows near an activation's are left out.
     """
-    truth = run(handwritten, p, *inputs(p, N))
+    roundoff = product_roundoff(dtype, device) if roundoff is None else roundoff
+    exact, exact_params = inputs(p, N)
+    away = away_from_kinks(p, exact, exact_params, 4 * roundoff)
+    truth = run(handwritten, p, exact[away], exact_params)
     x, params = inputs(p, N, dtype, device)
+    x = x[away.to(device)]
     ours = errors(run(backend, p, x, params), truth)
     torchs = errors(run(handwritten, p, x, params), truth)
-    floor = torch.finfo(dtype).eps / 2
     for i, (a, b) in enumerate(zip(ours, torchs, strict=True)):
-        assert a <= factor * b + floor, f"tensor {i}: error {a:.2e}, PyTorch's {b:.2e}"
+        assert a <= factor * b + roundoff, f"tensor {i}: error {a:.2e}, PyTorch's {b:.2e}"

@@ -1,0 +1,254 @@
+"""``python -m tests.stub_device``: every public call through Triton's own JIT and launcher, with no
+device.
+
+Triton specialises the arguments, compiles machine code, builds its launcher and fills its caches as
+it would on the card; the driver below it is a stub (``native/cuda_stub.c``) that runs nothing. The
+tensors are the CPU's, and what the kernels should have written is whatever was in memory, so no
+value means anything here. ``test_triton_driver.py`` starts this in a process of its own, since
+Triton's interpreter is chosen when the kernels are defined, and judges what it prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from monokernel import MonotonePenalty, audit, fused_mono_penalty, value_and_jacobian
+from tests.support import mlp, points
+
+__all__ = ["CALLS", "main"]
+
+Call = Callable[[int, float], None]  # N rows, a margin
+# The rows and the margin of the first call, and of those that must find everything compiled. Triton
+# by itself compiles again for 1, for multiples of 16, and for addresses that are no multiple of it.
+FIRST: list[tuple[int, float]] = [(130, 0.0)]
+AGAIN = [(1003, 0.25), (64, -0.5), (1, 1.0), (0, 0.0)]
+HALF = torch.float16
+
+
+# --- the calls ----------------------------------------------------------------------------------
+
+CALLS: dict[str, Call] = {}
+
+
+def call(name: str, **options: Any) -> None:
+    """Registers a step with the penalty under this name."""
+    CALLS[name] = _step(**options)
+
+
+def _step(
+    d1: int = 3,
+    k: int = 2,
+    D: int = 1,
+    hidden: tuple[int, ...] = (16,),
+    dtype: torch.dtype = HALF,
+    σ: nn.Module | None = None,
+    last: nn.Module | None = None,
+    bias: bool = True,
+    precision: str = "highest",
+    task: bool = True,
+    slopes: bool = True,
+    dx: bool = False,
+    frozen: bool = False,
+    autocast: bool = False,
+    weight: Callable[[int], Tensor | float] | None = None,
+    of: Callable[..., Any] = fused_mono_penalty,
+    **options: Any,
+) -> Call:
+    """Forward and backward. ``task`` and ``slopes`` say which of y and the penalty has a gradient,
+    ``dx`` whether the inputs have one, ``frozen`` that the first layer has none."""
+
+    def step(N: int, margin: float) -> None:
+        x1, x2 = points(N, d1, k, dtype)
+        if dx:
+            x1.requires_grad_()
+            x2.requires_grad_()
+        given = dict(options)
+        if of is fused_mono_penalty:
+            given |= {"margin": margin, "return_output": task}
+            if weight is not None:
+                given["weight"] = weight(N)
+        with _precision(precision), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = of(net, x1, x2, **given)
+            y, out = found if isinstance(found, tuple) else (None, found)
+            loss = torch.zeros((), dtype=torch.float32)
+            if task and y is not None:
+                loss = loss + y.float().square().sum()
+            if slopes:
+                loss = loss + out.float().sum()
+            loss.backward()
+
+    net = mlp(d1, k, D, hidden, σ, bias, last, dtype)
+    if frozen:
+        net[0].requires_grad_(False)
+    return step
+
+
+@contextmanager
+def _precision(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+# The whole network in one kernel.
+call("penalty alone", task=False, backend="triton")
+call("penalty and output")
+call("three layers", hidden=(16, 32))
+call("the hinge squared, the mean", hinge="squared", reduction="mean")
+call("each penalty", reduction="none", direction=(1, -1))
+call("a number as weight", weight=lambda N: 2.0)
+call("a weight for each constraint", weight=lambda N: torch.ones(1, 2))
+call("a weight for each row", weight=lambda N: torch.ones(N, 1, 2))
+call("a weight with a gradient", weight=lambda N: torch.ones(1, 2, requires_grad=True))
+call("no gradient through the slopes", slopes=False)
+call("gradients of the inputs", dx=True)
+call("a frozen layer, no bias", frozen=True, bias=False)
+call("tangent mode", D=2, k=1, mode="tangent")
+call("several outputs in adjoint mode", D=2, k=1, mode="adjoint", σ=nn.ReLU())
+call("one linear layer", hidden=())
+call("bfloat16", dtype=torch.bfloat16, hidden=(24,))
+call("autocast", dtype=torch.float32, autocast=True, hidden=(24,))
+call("TF32", dtype=torch.float32, precision="high")
+call("Jacobian", of=value_and_jacobian)
+call("Jacobian in tangent mode", D=2, k=1, of=value_and_jacobian)
+
+# Layer by layer.
+call("strict float32", dtype=torch.float32, hidden=(16, 16))
+call("strict float32, tangent mode", dtype=torch.float32, D=2, k=1, σ=nn.ReLU(), reduction="none")
+call("strict float32, gradients of the inputs", dtype=torch.float32, dx=True, last=nn.Softplus())
+call("strict float32, Jacobian", dtype=torch.float32, of=value_and_jacobian)
+call("wide", hidden=(144,), task=False, dx=True)
+call("wide, Jacobian in tangent mode", hidden=(144,), D=2, k=1, of=value_and_jacobian)
+
+
+def module(N: int, margin: float) -> None:
+    """The module, whose margin is a plain attribute that may move."""
+    MODULE.margin = margin
+    y, penalty = MODULE(*points(N, 3, 2, HALF))
+    (y.float().sum() + penalty).backward()
+
+
+def audited(N: int, margin: float) -> None:
+    """A first block of 256 rows, and one of N."""
+    audit(MODULE.mlp, *points(256 + N, 3, 2, HALF), margin=margin)
+
+
+MODULE = MonotonePenalty(mlp(3, 2, 1, (16,), dtype=HALF), weight=torch.ones(1, 2), direction=-1)
+CALLS |= {"module": module, "audit": audited}
+
+
+# --- the device that is none --------------------------------------------------------------------
+
+
+@contextmanager
+def stub_device(library: Path, target: str) -> Iterator[ctypes.CDLL]:
+    """CPU tensors count as a ``target``'s for Triton and for the package."""
+    driver = ctypes.CDLL(str(library))  # before Triton looks for libcuda.so.1
+    import triton
+    from triton import knobs
+    from triton.backends.nvidia.driver import CudaDriver
+
+    from monokernel import backends
+    from monokernel.backends.triton import compile_report, launch
+
+    card = compile_report.TARGETS[target]
+    capability = divmod(card.gpu.arch, 10)
+    driver.stub_card(card.gpu.arch, card.shared, 132)
+    knobs.nvidia.libcuda_path = str(library.parent)
+    with (
+        mock.patch.object(torch.cuda, "current_device", return_value=0),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=capability),
+        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", create=True, return_value=0),
+        mock.patch.object(launch, "instead_of_device", [card.products]),
+        mock.patch.object(backends.load("triton"), "interpreting", return_value=True),
+        mock.patch.dict(backends.DEVICES, {"triton": "cpu"}),
+    ):
+        triton.runtime.driver.set_active(CudaDriver())
+        yield driver
+
+
+class FromTheHost(TorchDispatchMode):
+    """Notes what would make the host wait for a device, or copy to it: tensors made of host data
+    and values read back."""
+
+    OPERATORS = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in self.OPERATORS:
+            here = [f"{f.filename}:{f.lineno}" for f in traceback.extract_stack()]
+            place = [at for at in here if "/monokernel/" in at][-1:]
+            self.seen.append(f"{name} {''.join(place)}")
+        return func(*args, **(kwargs or {}))
+
+
+def report(driver: ctypes.CDLL, name: str) -> dict[str, Any]:
+    """What the first call and the later ones did."""
+    from triton import knobs
+
+    compiled: list[str] = []
+    found: dict[str, Any] = {"name": name}
+
+    def note(*, fn: Any, **_: Any) -> None:
+        compiled.append(fn.name)
+
+    knobs.runtime.jit_post_compile_hook = note
+    for turn, calls in (("first", FIRST), ("again", AGAIN)):
+        before = driver.stub_launches()
+        compiled.clear()
+        error = ""
+        with FromTheHost() as host:
+            try:
+                for N, margin in calls:
+                    CALLS[name](N, margin)
+            except Exception as failure:
+                error = _told(failure)
+        launches = driver.stub_launches() - before
+        found[turn] = {
+            "error": error,
+            "launches": launches,
+            "compiled": list(compiled),
+            "host": host.seen,
+        }
+    return found
+
+
+def _told(failure: BaseException | None) -> str:
+    """The failure and what it came of; Triton says what is wrong with a kernel in the last."""
+    if failure is None:
+        return ""
+    return "".join(traceback.format_exception_only(failure)) + _told(failure.__cause__)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="tests.stub_device", description=__doc__)
+    parser.add_argument("library", type=Path, help="the stub, compiled as libcuda.so.1")
+    parser.add_argument("--target", default="sm_90", choices=["sm_80", "sm_90", "sm_100"])
+    parser.add_argument("--calls", nargs="+", default=list(CALLS), choices=list(CALLS))
+    options = parser.parse_args(arguments)
+    with stub_device(options.library, options.target) as driver:
+        for name in options.calls:
+            print(json.dumps(report(driver, name)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

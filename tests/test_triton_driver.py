@@ -1,0 +1,177 @@
+"""Every public call compiles, launches, and does so again without compiling or waiting.
+
+Triton's own JIT, argument specialisation, launcher and caches for a real target, above a stub of
+the CUDA driver (``stub_device.py``). What the kernels compute is the interpreter's to show.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+
+from monokernel.backends.triton import (
+    elementwise,
+    layer,
+    network_backward,
+    network_forward,
+    pairs,
+    reduce,
+)
+from tests.stub_device import CALLS
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "tests" / "native" / "cuda_stub.c"
+INCLUDE = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+# sm_80 multiplies in another way than sm_90: the kernels are others, the host code is the same.
+CASES = [("sm_90", name) for name in CALLS]
+CASES += [("sm_80", name) for name in ("gradients of the inputs", "Jacobian in tangent mode")]
+PROCESSES = 2
+# Compiled for the strides of J and for where it begins, which depend on the number of rows.
+STRIDED = {"hinge_slopes"}
+
+Turn = dict[str, Any]
+Reports = dict[tuple[str, str], dict[str, Turn]]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stub, compiled as Triton would compile its launcher."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("no C compiler, which Triton needs for its launcher too")
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        pytest.skip("no Python.h, which Triton needs for its launcher")
+    built = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
+    flags = ["-shared", "-fPIC", f"-Wl,-soname,{built.name}", "-Wall", "-Wextra", "-Werror"]
+    places = ["-isystem", str(INCLUDE), "-o", str(built)]
+    subprocess.run([compiler, *flags, *places, str(SOURCE)], check=True)
+    return built
+
+
+@pytest.fixture(scope="module")
+def reports(library: Path, request: pytest.FixtureRequest) -> Reports:
+    """What every call that a selected test asks for did, found by processes side by side."""
+    asked: dict[tuple[str, str], None] = {}
+    for item in request.session.items:
+        if item.path == request.path and "reports" in getattr(item, "fixturenames", ()):
+            callspec = getattr(item, "callspec", None)
+            asked |= dict.fromkeys([callspec.params["case"]] if callspec else CASES)
+    environment = os.environ | {
+        "TRITON_CACHE_DIR": str(library.parent / "cache"),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    environment.pop("TRITON_INTERPRET", None)
+
+    def ask(job: tuple[str, list[str]]) -> list[tuple[tuple[str, str], dict[str, Turn]]]:
+        target, names = job
+        command = [sys.executable, "-m", "tests.stub_device", str(library), "--target", target]
+        ran = subprocess.run(
+            [*command, "--calls", *names],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+        )
+        assert ran.returncode == 0, ran.stderr
+        found = [json.loads(line) for line in ran.stdout.splitlines()]
+        return [((target, report.pop("name")), report) for report in found]
+
+    jobs = []
+    for target in dict.fromkeys(target for target, _ in asked):
+        names = [name for t, name in asked if t == target]
+        jobs += [(target, names[i::PROCESSES]) for i in range(min(PROCESSES, len(names)))]
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        return dict(itertools.chain.from_iterable(pool.map(ask, jobs)))
+
+
+every_call = pytest.mark.parametrize("case", CASES, ids="-".join)
+
+
+@every_call
+def test_compiles_and_launches(case: tuple[str, str], reports: Reports) -> None:
+    for turn in reports[case].values():
+        assert not turn["error"], turn["error"]
+        assert turn["launches"] > 0
+
+
+@every_call
+def test_other_rows_and_another_margin_compile_nothing(
+    case: tuple[str, str], reports: Reports
+) -> None:
+    again = reports[case]["again"]
+    assert not again["error"], again["error"]
+    assert set(again["compiled"]) <= STRIDED
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case for case in CASES if case[1] != "audit"],  # whose report is the host's
+    ids="-".join,
+)
+def test_the_host_neither_waits_nor_copies(case: tuple[str, str], reports: Reports) -> None:
+    again = reports[case]["again"]
+    assert not again["error"], again["error"]
+    assert again["host"] == []
+
+
+def test_every_kernel_was_compiled(reports: Reports) -> None:
+    modules = network_forward, network_backward, reduce, elementwise, layer, pairs
+    kernels = {name for module in modules for name in module.__all__}
+    assert kernels == {name for turns in reports.values() for name in turns["first"]["compiled"]}
+
+
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [(name, ctypes.c_uint) for name in ("x", "y", "z", "bx", "by", "bz", "shared")]
+    _fields_ += [("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p)]
+    _fields_ += [("count", ctypes.c_uint)]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "refused"),
+    [
+        ({}, False),
+        ({"x": 2**31 - 1, "shared": 1000}, False),
+        ({"x": 0}, True),
+        ({"x": 2**31}, True),
+        ({"y": 65_536}, True),
+        ({"z": 65_536}, True),
+        ({"bx": 2048}, True),
+        ({"shared": 1001}, True),
+    ],
+)
+def test_the_stub_refuses_what_a_driver_refuses(
+    library: Path, wrong: dict[str, int], refused: bool
+) -> None:
+    driver = ctypes.CDLL(str(library))
+    driver.stub_card(90, 1000, 1)
+    image = (ctypes.c_char * 64)(*b"no machine code")
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    assert driver.cuModuleLoadData(ctypes.byref(module), image) != 0
+    image[:4], image[18] = b"\x7fELF", 190
+    assert driver.cuModuleLoadData(ctypes.byref(module), image) == 0
+    assert driver.cuModuleGetFunction(ctypes.byref(function), module, b"kernel") == 0
+    config = LaunchConfig(**{"x": 1, "y": 1, "z": 1, "bx": 128, "by": 1, "bz": 1} | wrong)
+    params = (ctypes.c_void_p * 1)()
+    before = driver.stub_launches()
+    result = driver.cuLaunchKernelEx(ctypes.byref(config), function, params, None)
+    assert (result != 0) == refused
+    assert driver.stub_launches() - before == (not refused)
