@@ -129,7 +129,10 @@ def layer_back(
         tl.store(h_out + at, h, mask=mask)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(
+    do_not_specialize=["N", "stride_n", "stride_d", "stride_k"],
+    do_not_specialize_on_alignment=["J"],
+)
 def hinge_slopes(
     J,
     y,
