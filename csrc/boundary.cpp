@@ -145,7 +145,8 @@ variable_list parameters(const PlanReference& plan, const Present& present,
   for (size_t i = 0; i < present.size(); ++i) {
     const int64_t l = int64_t(i) / 2;
     const bool bias = i % 2;
-    TORCH_CHECK(present[i] || bias, "params: expected a weight for layer ", l + 1, ", got None");
+    TORCH_CHECK(present[i] || bias, "mlp: the weight of linear layer ", l + 1,
+                ": expected a tensor, got None");
     if (!present[i]) continue;
     const int64_t size[] = {plan.shape.widths[l + 1], plan.shape.widths[l]};
     params[i] = operand(given[next++], {size, bias ? 1u : 2u}, plan.dtype(), [&] {

@@ -250,7 +250,7 @@ def _problem(
     """The problem, its rows x (N, d) and its parameters, in autocast's dtype where it is on."""
     chain = route.chain
     assert chain is not None
-    problem = Problem(chain.widths, chain.activations, inputs.k, route.mode, hinge)
+    problem = Problem(inputs.d, chain.nodes, inputs.k, route.mode, hinge)
     x = inputs.joined()
     params = chain.parameters(x)
     if x.dim() != 2:

@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from .backends import MODULES, load
 from .operands import check_forward, check_gradients, check_saved, dense, shapes_of
 from .problem import Problem, accumulate_dtype, pack, unpack
+from .program import parameter_count
 
 __all__ = ["FusedMonoPenalty", "evaluate", "operand_dtype", "transformed"]
 
@@ -95,7 +96,7 @@ class FusedMonoPenalty(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gy: Tensor | None, gout: Tensor | None) -> Any:
         x, weight, *rest = ctx.saved_tensors
-        count = 2 * ctx.problem.depth
+        count = parameter_count(ctx.problem.nodes)
         params, saved = rest[:count], rest[count:]
         if not _traced():
             check_saved(saved, ctx.shapes, x.device)
@@ -189,7 +190,8 @@ def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 # The problem as ``pack`` gives it, behind the backend's public name.
 _PROBLEM = (
-    "str backend, int[] widths, str[] kinds, float[] numbers, int k, str mode, bool penalised, "
+    "str backend, int d, str[] kinds, int[] shapes, float[] numbers, int k, str mode, "
+    "bool penalised, "
     "int[] direction, float margin, bool squared, bool elementwise"
 )
 _library = torch.library.Library("monokernel", "DEF")

@@ -19,6 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from .activations import Activation, of_module
 from .arguments import check_parameter
 from .operands import PLAIN, dense
+from .program import Node, nodes_of
 
 __all__ = ["Chain", "batch_coupling", "ending", "read", "sharded", "unwrap"]
 
@@ -27,8 +28,8 @@ class Chain(NamedTuple):
     """L linear layers and the activation that follows each (identity where none does)."""
 
     linears: tuple[nn.Linear, ...]
-    activations: tuple[Activation, ...]
     widths: tuple[int, ...]  # (d, H_1, …, D)
+    nodes: tuple[Node, ...]
 
     def parameters(self, x: Tensor) -> list[Tensor | None]:
         """[W_1, b_1 or None, W_2, …] for inputs x. Each is read once, as a plain forward would:
@@ -145,7 +146,8 @@ def read(mlp: nn.Module) -> Chain | str:
         return "it has no Linear layer"
     # A new identity each time: torch.compile would trace into a shared one.
     each = [σ or Activation("identity") for σ in activations]
-    return Chain(tuple(linears), tuple(each), tuple(map(int, widths)))
+    sizes = tuple(map(int, widths))
+    return Chain(tuple(linears), sizes, nodes_of(sizes, tuple(each)))
 
 
 @contextmanager

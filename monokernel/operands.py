@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .nodes import parameter_shapes
 from .problem import Problem, accumulate_dtype
+from .program import Node
 
 __all__ = [
     "PLAIN",
@@ -58,14 +59,14 @@ def check_forward(problem: Problem, x: Tensor, weight: Tensor | None, params: Pa
         shape = problem.D, problem.k
         full = shape if weight.dim() == 2 else (N, *shape)
         _check("weight", weight, full, accumulate_dtype(dtype), device)
-    shapes = _parameter_shapes(problem.widths)
-    if len(params) != len(shapes):
-        raise RuntimeError(f"params: expected {len(shapes)}, got {len(params)}")
-    for i, t in enumerate(params):
+    expected = _expected(problem.d, problem.nodes)
+    if len(params) != len(expected):
+        raise RuntimeError(f"params: expected {len(expected)}, got {len(params)}")
+    for t, (name, size, optional) in zip(params, expected, strict=True):
         if t is not None:
-            _check(i, t, shapes[i], dtype, device)
-        elif i % 2 == 0:
-            raise RuntimeError(f"params: expected a weight for layer {i // 2 + 1}, got None")
+            _check(name, t, (N, *size[1:]) if size[0] == -1 else size, dtype, device)
+        elif not optional:
+            raise RuntimeError(f"{name}: expected a tensor, got None")
 
 
 def check_gradients(problem: Problem, x: Tensor, gy: Tensor | None, gout: Tensor | None) -> None:
@@ -93,15 +94,24 @@ def check_saved(saved: Sequence[Tensor], shapes: Shapes, device: torch.device) -
 
 
 @lru_cache(maxsize=1024)
-def _parameter_shapes(widths: tuple[int, ...]) -> list[tuple[int, ...]]:
-    shapes: list[tuple[int, ...]] = []
-    for columns, rows in pairwise(widths):
-        shapes += [(rows, columns), (rows,)]
-    return shapes
+def _expected(d: int, nodes: tuple[Node, ...]) -> list[tuple[str, tuple[int, ...], bool]]:
+    """Name and shape of each parameter, and whether it may be None."""
+    shapes = parameter_shapes(d, nodes)
+    linears = [node for node in nodes if node.kind == "linear"]
+    expected = []
+    for place in range(len(shapes)):
+        node, shape = shapes[place]
+        if node.kind != "linear":
+            expected.append((f"mlp: the parameter of its {node.kind}", shape, False))
+            continue
+        bias = place == node.params[1]
+        name = f"mlp: the {'bias' if bias else 'weight'} of linear layer"
+        expected.append((f"{name} {linears.index(node) + 1}", shape, bias))
+    return expected
 
 
 def _check(
-    name: str | int, t: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    name: str, t: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> None:
     """Costs 0.6 µs: a step asks it of every operand twice."""
     if (
@@ -114,8 +124,6 @@ def _check(
         and t.untyped_storage().nbytes() >= _bytes(t)
     ):
         return
-    if isinstance(name, int):
-        name = f"mlp: the {'bias' if name % 2 else 'weight'} of linear layer {name // 2 + 1}"
     raise RuntimeError(
         f"{name}: expected {_dtype(dtype)} of shape {tuple(shape)} on {device} in memory of its "
         f"own, got {_describe(t)}"

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from . import network
-from .activations import Activation
 from .arguments import (
     BACKENDS,
     MODES,
@@ -24,6 +23,7 @@ from .backends import DEVICES, MODULES, refusal
 from .function import operand_dtype, transformed
 from .operands import has_memory
 from .problem import Mode, Problem, cheaper_mode
+from .program import Node
 
 __all__ = ["Plan", "Route", "choose", "plan"]
 
@@ -89,10 +89,10 @@ def choose(mlp: nn.Module, inputs: Inputs, mode: str, backend: str) -> Route:
         return _general(mlp, chain, mode, backend, functional)
     _check_chain(chain, inputs)
     x = inputs.x2
-    kinds = tuple([σ.kind for σ in chain.activations])
     name, chosen, refused = serving(
-        chain.widths, kinds, inputs.k, mode, backend, operand_dtype(x), x.device, functional
-    )
+        inputs.d, _constant(chain.nodes), inputs.k, mode, backend, operand_dtype(x), x.device,
+        functional,
+    )  # fmt: skip
     if not name:
         raise ValueError(f"backend: {backend!r} was asked for but cannot serve: {refused[0][1]}")
     return Route(name, chosen, chain, functional, refused)
@@ -102,8 +102,7 @@ def serving(*asked: Any) -> tuple[str, Mode, Refused]:
     """The backend and mode for such a problem, and why no earlier one; "" where the one asked for
     cannot serve. Arguments as ``_serving``, which is asked once for each.
 
-    Takes plain values (and not the activations' numbers, which torch.compile may make symbolic), so
-    that the compiler can treat the answer as a constant.
+    Takes plain values, so that the compiler can treat the answer as a constant.
     """
     return _serving(*asked)
 
@@ -112,10 +111,17 @@ def serving(*asked: Any) -> tuple[str, Mode, Refused]:
 serving._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _constant(nodes: tuple[Node, ...]) -> tuple[Node, ...]:
+    """Without their numbers where torch.compile may have made those symbolic."""
+    if not torch.compiler.is_compiling():
+        return nodes
+    return tuple([Node(n.kind, n.inputs, n.params, (), n.width) for n in nodes])
+
+
 @lru_cache(maxsize=1024)
 def _serving(
-    widths: tuple[int, ...],
-    kinds: tuple[str, ...],
+    d: int,
+    nodes: tuple[Node, ...],
     k: int,
     mode: str,
     backend: str,
@@ -123,8 +129,9 @@ def _serving(
     device: torch.device,
     functional: bool,
 ) -> tuple[str, Mode, Refused]:
-    chosen: Mode = cheaper_mode(widths[-1], k) if mode == "auto" else mode  # type: ignore[assignment]
-    problem = Problem(widths, tuple(Activation(kind) for kind in kinds), k, chosen, None)
+    automatic = cheaper_mode(nodes[-1].width, k)
+    chosen: Mode = automatic if mode == "auto" else mode  # type: ignore[assignment]
+    problem = Problem(d, nodes, k, chosen, None)
     refused: Refused = ()
     for name in MODULES if backend == "auto" else (backend,):
         if name == "reference":

@@ -1,7 +1,7 @@
 """What one call asks of a backend, as plain data.
 
-A :class:`Problem` holds every static fact of a call (shapes, activations, mode, hinge), no tensor.
-Every backend with a hand-written backward serves the same four functions of it (see
+A :class:`Problem` holds every static fact of a call (program, mode, hinge), no tensor. Every
+backend with a hand-written backward serves the same four functions of it (see
 ``backends/handwritten.py``, their readable twin). The letters are those of ``docs/mathematics.md``.
 """
 
@@ -15,7 +15,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .activations import ACTIVATIONS, Activation
+from .activations import Activation
+from .nodes import wrong_nodes
+from .program import Chain, Node, chain_of, nodes_of
 
 __all__ = [
     "Hinge",
@@ -24,6 +26,7 @@ __all__ = [
     "Problem",
     "accumulate_dtype",
     "capturing",
+    "chain_problem",
     "cheaper_mode",
     "direction_table",
     "nan_rule",
@@ -49,40 +52,68 @@ class Hinge(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """A chain of L linear layers, its mode and its hinge.
+    """A program over x (N, d) (see ``program.py``), its mode and its hinge.
 
-    ``widths`` is (d, H_1, …, D), L + 1 numbers; ``activations`` has one entry for each linear layer
-    (identity where none follows); the monotone inputs x2 are the last ``k`` columns of x (N, d).
-    With ``hinge`` None the second output is the Jacobian J (N, D, k) itself.
+    The monotone inputs x2 are the last ``k`` columns of x. With ``hinge`` None the second output is
+    the Jacobian J (N, D, k) itself.
     """
 
-    widths: tuple[int, ...]
-    activations: tuple[Activation, ...]
+    d: int
+    nodes: tuple[Node, ...]
     k: int
     mode: Mode
     hinge: Hinge | None
 
     @property
-    def d(self) -> int:
-        return self.widths[0]
-
-    @property
     def D(self) -> int:
-        return self.widths[-1]
+        return self.nodes[-1].width
 
     @property
-    def depth(self) -> int:
-        return len(self.activations)
+    def chain(self) -> Chain | None:
+        """The chain of layers that the program is, if it is one."""
+        return chain_of(self.d, self.nodes)
 
     @property
     def keeps_adjoint(self) -> bool:
         """Adjoint mode with one output: its chain is also the task loss's own backward."""
         return self.mode == "adjoint" and self.D == 1
 
+    # Of a chain, for the kernels that serve nothing else.
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return self._layers.widths
+
+    @property
+    def activations(self) -> tuple[Activation, ...]:
+        return self._layers.activations
+
+    @property
+    def depth(self) -> int:
+        return len(self._layers.activations)
+
+    @property
+    def _layers(self) -> Chain:
+        chain = self.chain
+        assert chain is not None
+        return chain
+
+
+def chain_problem(
+    widths: Sequence[int],
+    activations: Sequence[Activation],
+    k: int,
+    mode: Mode,
+    hinge: Hinge | None,
+) -> Problem:
+    """The problem of a chain: ``widths`` is (d, H_1, …, D), one activation for each layer."""
+    return Problem(widths[0], nodes_of(tuple(widths), tuple(activations)), k, mode, hinge)
+
 
 Packed = tuple[
-    tuple[int, ...],
+    int,
     tuple[str, ...],
+    tuple[int, ...],
     tuple[float, ...],
     int,
     Mode,
@@ -95,14 +126,22 @@ Packed = tuple[
 
 
 def pack(problem: Problem) -> Packed:
-    """The problem as plain numbers and strings: what a registered operator can take."""
+    """The problem as plain numbers and strings: what a registered operator can take.
+
+    The nodes are their kinds; for each node its width and its counts of inputs, parameters and
+    numbers, then the inputs and the parameters; all numbers in turn.
+    """
     hinge = problem.hinge or Hinge()
+    shapes: tuple[int, ...] = ()
     numbers: tuple[float, ...] = ()
-    for σ in problem.activations:
-        numbers += (σ.p, σ.q, σ.r)
+    for node in problem.nodes:
+        counts = node.width, len(node.inputs), len(node.params), len(node.numbers)
+        shapes += (*counts, *node.inputs, *node.params)
+        numbers += node.numbers
     return (
-        problem.widths,
-        tuple(σ.kind for σ in problem.activations),
+        problem.d,
+        tuple([node.kind for node in problem.nodes]),
+        shapes,
         numbers,
         problem.k,
         problem.mode,
@@ -115,8 +154,9 @@ def pack(problem: Problem) -> Packed:
 
 
 def unpack(
-    widths: Sequence[int],
+    d: int,
     kinds: Sequence[str],
+    shapes: Sequence[int],
     numbers: Sequence[float],
     k: int,
     mode: Mode,
@@ -127,26 +167,35 @@ def unpack(
     elementwise: bool,
 ) -> Problem:
     """The problem that ``pack`` made these of. Raises a ValueError where they make none."""
-    L, wrong = len(kinds), ""
-    if L < 1 or len(widths) != L + 1 or min(widths) < 0:
-        wrong = f"widths: expected {L + 1} sizes, one more than kinds, got {list(widths)}"
-    elif not set(kinds) <= ACTIVATIONS.keys():
-        wrong = f"kinds: expected names of the activation table, got {list(kinds)}"
-    elif len(numbers) != 3 * L:
-        wrong = f"numbers: expected three for each of {L} kinds, got {len(numbers)}"
-    elif not 1 <= k <= widths[0]:
-        wrong = f"k: expected 1 to {widths[0]}, the first of widths, got {k}"
-    elif mode not in ("tangent", "adjoint"):
+    nodes, at, taken = [], 0, 0
+    for i, kind in enumerate(kinds):
+        counts = shapes[at : at + 4]
+        if len(counts) < 4 or min(counts) < 0:
+            raise ValueError(f"shapes: expected four counts for node {i}, got {list(counts)}")
+        width, inputs, params, own = counts
+        at += 4
+        places = tuple(shapes[at : at + inputs + params])
+        at += len(places)
+        mine = tuple(numbers[taken : taken + own])
+        taken += own
+        if len(places) < inputs + params or len(mine) < own:
+            raise ValueError(f"shapes, numbers: expected more for node {i}, a {kind}")
+        nodes.append(Node(kind, places[:inputs], places[inputs:], mine, width))
+    wrong = wrong_nodes(d, tuple(nodes))
+    if at != len(shapes) or taken != len(numbers):
+        wrong = f"shapes, numbers: expected {at} and {taken}, got {len(shapes)} and {len(numbers)}"
+    elif not wrong and not 1 <= k <= d:
+        wrong = f"k: expected 1 to {d}, the columns of x, got {k}"
+    elif not wrong and mode not in ("tangent", "adjoint"):
         wrong = f"mode: expected 'tangent' or 'adjoint', got {mode!r}"
-    elif len(direction) not in (1, k, widths[-1] * k) or not set(direction) <= {-1, 0, 1}:
+    elif not wrong and (
+        len(direction) not in (1, k, nodes[-1].width * k) or not set(direction) <= {-1, 0, 1}
+    ):
         wrong = f"direction: expected 1, k or D·k of -1, 0, 1, got {list(direction)}"
     if wrong:
         raise ValueError(wrong)
-    activations = tuple(
-        Activation(kind, *numbers[3 * i : 3 * i + 3]) for i, kind in enumerate(kinds)
-    )
     hinge = Hinge(tuple(direction), margin, squared, elementwise) if penalised else None
-    return Problem(tuple(widths), activations, k, mode, hinge)
+    return Problem(d, tuple(nodes), k, mode, hinge)
 
 
 def cheaper_mode(D: int, k: int) -> Mode:

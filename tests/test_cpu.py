@@ -22,7 +22,7 @@ from monokernel.activations import KINDS, Activation
 from monokernel.backends import cpu, handwritten
 from monokernel.backends.cpu import Params
 from monokernel.function import FusedMonoPenalty
-from monokernel.problem import Hinge, Mode, Problem
+from monokernel.problem import Hinge, Mode, Problem, chain_problem
 from tests.support import assert_same, mlp, points
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +49,7 @@ def problem(
     last: bool = False,
 ) -> Problem:
     hidden = (σ,) * (len(widths) - 2)
-    return Problem(widths, (*hidden, σ if last else IDENTITY), k, mode, hinge)
+    return chain_problem(widths, (*hidden, σ if last else IDENTITY), k, mode, hinge)
 
 
 def parameters(p: Problem, dtype: torch.dtype, bias: bool = True) -> list[Tensor | None]:

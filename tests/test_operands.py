@@ -357,7 +357,10 @@ def traced_by_jit(backend: str) -> None:
 
 # --- the registered operators, called by anybody ----------
 
-PROBLEM: list[Any] = [[5, H], ["silu"], [0.0, 0.0, 0.0], 1, "adjoint", True, [1], 0.0, False, False]
+# One linear layer and SiLU: for each node its width and counts, what it reads, its parameters.
+SHAPES = [*(H, 1, 2, 0), 0, 0, 1, *(H, 1, 0, 3), 1]
+HINGE: list[Any] = [1, "adjoint", True, [1], 0.0, False, False]
+PROBLEM: list[Any] = [5, ["linear", "silu"], SHAPES, [0.0, 0.0, 0.0], *HINGE]
 
 
 def operator(backend: str, problem: list[Any] = PROBLEM, **changed: Any) -> None:
@@ -384,7 +387,7 @@ def an_operator_with_a_small_weight(backend: str) -> None:
     operator(backend, params=[torch.randn(1, 2), None])
 
 
-@ends_in(r"^RuntimeError: params: expected a weight for layer 1, got None$")
+@ends_in(r"^RuntimeError: mlp: the weight of linear layer 1: expected a tensor, got None$")
 def an_operator_without_a_weight(backend: str) -> None:
     operator(backend, params=[None, None])
 
@@ -412,12 +415,13 @@ def an_operator_of_no_backend(backend: str) -> None:
 @right
 def an_operator_with_a_false_problem(backend: str) -> None:
     wrong = {
-        0: [[5], [5, H, 1], [-5, H], []],
-        1: [["step"], []],
-        2: [[0.0]],
-        3: [0, 6],
-        4: ["both"],
-        6: [[1, 1], [2], []],
+        0: [-1, 0],
+        1: [["linear", "step"], [], ["silu", "linear"]],
+        2: [[], SHAPES[:-1], [*SHAPES, 0], [-H, *SHAPES[1:]], [*SHAPES[:-1], 2], [9, *SHAPES[1:]]],
+        3: [[0.0], [0.0] * 4],
+        4: [0, 6],
+        5: ["both"],
+        7: [[1, 1], [2], []],
     }
     for place, values in wrong.items():
         for value in values:

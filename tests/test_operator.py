@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from monokernel import MonotonePenalty, fused_mono_penalty, plan, value_and_jacobian
 from monokernel.activations import Activation
 from monokernel.function import _forward_op  # the eager implementation of the operator
-from monokernel.problem import Hinge, Problem, pack
+from monokernel.problem import Hinge, chain_problem, pack
 from tests.support import (
     HANDWRITTEN,
     assert_same,
@@ -116,7 +116,7 @@ def test_a_compiled_network_is_read_through() -> None:
 @pytest.mark.parametrize("D", [1, 2])
 def test_opcheck(D: int, mode: Any, backend: str) -> None:
     widths = (5, 6, D)
-    problem = Problem(
+    problem = chain_problem(
         widths,
         (Activation("silu"), Activation("softplus", 1.0, 20.0)),
         2,

@@ -49,6 +49,8 @@ def refuses(problem: Problem, x: Tensor) -> str | None:
         return f"it serves CPU tensors, got {x.device}"
     if x.dtype not in _DTYPES:
         return f"it serves float32 and float64, got {str(x.dtype).removeprefix('torch.')}"
+    if problem.chain is None:
+        return "it serves chains of linear layers and activations"
     if problem.depth > MAX_LAYERS:
         return f"it serves at most {MAX_LAYERS} layers, got {problem.depth}"
     found = _library()

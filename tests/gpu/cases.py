@@ -10,7 +10,7 @@ from torch import Tensor
 
 from monokernel.activations import KINDS, Activation
 from monokernel.backends import handwritten
-from monokernel.problem import Hinge, Mode, Problem
+from monokernel.problem import Hinge, Mode, Problem, chain_problem
 
 # The numbers of the kinds that have any: not the defaults.
 NUMBERS = {
@@ -37,7 +37,7 @@ def problem(
 ) -> Problem:
     σ = activation(σ) if isinstance(σ, str) else σ
     last = activation(last) if isinstance(last, str) else last
-    return Problem(tuple(widths), (*(σ,) * (len(widths) - 2), last), k, mode, hinge)
+    return chain_problem(tuple(widths), (*(σ,) * (len(widths) - 2), last), k, mode, hinge)
 
 
 def inputs(

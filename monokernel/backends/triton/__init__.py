@@ -29,6 +29,8 @@ def refuses(problem: Problem, x: Tensor) -> str | None:
         return "x is float64, for which there are no tensor-core kernels"
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return f"x is {x.dtype}; the Triton kernels serve float32, float16 and bfloat16"
+    if problem.chain is None:
+        return "the kernels serve chains of linear layers and activations"
     return None if whole.refuses(problem, x) is None else layered.refuses(problem, x)
 
 

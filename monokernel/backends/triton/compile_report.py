@@ -32,7 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ...activations import Activation
-from ...problem import Hinge, Mode, Problem
+from ...problem import Hinge, Mode, chain_problem
 from . import launch, layered, whole
 
 __all__ = ["main"]
@@ -197,7 +197,7 @@ def _step(case: Case) -> None:
     L, N = len(case.widths) - 1, case.N
     hidden = {"softplus": (1.0, 20.0), "elu": (1.0, 1.0, 1.0)}.get(case.kind, ())
     acts = (*(Activation(case.kind, *hidden),) * (L - 1), Activation("identity"))
-    problem = Problem(case.widths, acts, case.k, case.mode, case.hinge)
+    problem = chain_problem(case.widths, acts, case.k, case.mode, case.hinge)
     params: list[Tensor | None] = []
     for rows, columns in zip(case.widths[1:], case.widths, strict=False):
         params += [

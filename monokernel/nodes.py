@@ -1,0 +1,547 @@
+"""The table of nodes: what each kind says of its value, push, pull, curvature and parameters.
+
+A node is v = f(u; θ), u one or more inputs (..., H_i), v (..., H), along the last axis. For a
+tangent u̇ and a cotangent P its rule gives
+
+=============  ==================================================================================
+value          f(u; θ)
+push           f'(u) u̇, the tangent of v; an input's tangent is None where it is zero
+pull           f'(u)ᵀ P for each input
+curvature      ∇_u ⟨P, f'(u) u̇⟩ for each input, None where it is zero
+parameters     adds ∂/∂θ of ⟨g, f(u; θ)⟩ and of ⟨P, f'(u; θ) u̇⟩ to sums over the rows
+=============  ==================================================================================
+
+and nothing else in the package knows what a kind computes. Leading axes broadcast: tangents and
+cotangents may carry one more than the values. Value, push and pull are differentiable to all
+orders. Formulas and letters are those of ``docs/mathematics.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .activations import ACTIVATIONS, Activation
+from .program import Node
+
+__all__ = ["Rule", "Sums", "parameter_shapes", "rule", "wrong_nodes"]
+
+Tensors = Sequence[Tensor]
+Maybe = Sequence[Tensor | None]
+Shape = tuple[int, ...]
+
+
+class Sums(Protocol):
+    """Where gradients of parameters are added up; ``place`` is a parameter's among the call's."""
+
+    def product(self, place: int, left: Tensor, right: Tensor) -> None:
+        """Adds leftᵀ·right (out, in), left (..., out), right (..., in)."""
+
+    def rows(self, place: int, t: Tensor) -> None:
+        """Adds t (..., H), summed over every axis that the parameter has not."""
+
+
+class Rule:
+    """A kind whose Jacobian does not depend on u (no curvature) and that has no parameters."""
+
+    arity: int | None = 1  # None: any number of inputs, one or more
+    curved = False  # whether the curvature is not zero everywhere
+    per_row = False  # whether its parameters have a row for each row of x
+
+    def shapes(self, node: Node, H: Sequence[int]) -> tuple[Shape, ...]:
+        """The shapes of the node's parameters for inputs of widths H."""
+        return ()
+
+    def wrong(self, node: Node, H: Sequence[int]) -> bool:
+        """Whether inputs of widths H, the numbers or the node's width do not fit its kind."""
+        return node.width != H[0] or bool(node.numbers)
+
+    def value(self, node: Node, u: Tensors, θ: Maybe) -> Tensor:
+        raise NotImplementedError
+
+    def push(self, node: Node, u: Tensors, v: Tensor, u_dot: Maybe, θ: Maybe) -> Tensor:
+        """At least one of u̇ is not None."""
+        raise NotImplementedError
+
+    def pull(self, node: Node, u: Tensors, v: Tensor, P: Tensor, θ: Maybe) -> list[Tensor]:
+        raise NotImplementedError
+
+    def curvature(
+        self, node: Node, u: Tensors, v: Tensor, u_dot: Maybe, P: Tensor, θ: Maybe
+    ) -> list[Tensor | None]:
+        return [None] * len(u)
+
+    def parameters(self, node: Node, u: Tensors, g: Tensor, θ: Maybe, sums: Sums) -> None:
+        """∂/∂θ of ⟨g, f(u; θ)⟩."""
+
+    def slope_parameters(
+        self, node: Node, u: Tensors, u_dot: Maybe, P: Tensor, θ: Maybe, sums: Sums
+    ) -> None:
+        """∂/∂θ of ⟨P, f'(u; θ) u̇⟩."""
+
+
+def _given(t: Tensor | None) -> Tensor:
+    assert t is not None
+    return t
+
+
+class Linear(Rule):
+    """v = W u + b; θ = W (H, H_0), b (H,) or None."""
+
+    def shapes(self, node: Node, H: Sequence[int]) -> tuple[Shape, ...]:
+        return (node.width, H[0]), (node.width,)
+
+    def wrong(self, node: Node, H: Sequence[int]) -> bool:
+        return node.width < 0 or bool(node.numbers)
+
+    def value(self, node: Node, u: Tensors, θ: Maybe) -> Tensor:
+        return F.linear(u[0], _given(θ[0]), θ[1])
+
+    def push(self, node: Node, u: Tensors, v: Tensor, u_dot: Maybe, θ: Maybe) -> Tensor:
+        return _given(u_dot[0]) @ _given(θ[0]).mT
+
+    def pull(self, node: Node, u: Tensors, v: Tensor, P: Tensor, θ: Maybe) -> list[Tensor]:
+        return [P @ _given(θ[0])]
+
+    def parameters(self, node: Node, u: Tensors, g: Tensor, θ: Maybe, sums: Sums) -> None:
+        sums.product(node.params[0], g, u[0])
+        if θ[1] is not None:
+            sums.rows(node.params[1], g)
+
+    def slope_parameters(
+        self, node: Node, u: Tensors, u_dot: Maybe, P: Tensor, θ: Maybe, sums: Sums
+    ) -> None:
+        sums.product(node.params[0], P, _given(u_dot[0]))
+
+
+class Elementwise(Rule):
+    """v = σ(u), a kind of the activation table."""
+
+    def __init__(self, kind: str) -> None:
+        self.curved = not ACTIVATIONS[kind].piecewise_linear
+
+    def wrong(self, node: Node, H: Sequence[int]) -> bool:
+        return node.width != H[0] or len(node.numbers) != 3
+
+    def value(self, node: Node, u: Tensors, θ: Maybe) -> Tensor:
+        return _σ(node).value(u[0])
+
+    def push(self, node: Node, u: Tensors, v: Tensor, u_dot: Maybe, θ: Maybe) -> Tensor:
+        return _σ(node).first(u[0]) * _given(u_dot[0])
+
+    def pull(self, node: Node, u: Tensors, v: Tensor, P: Tensor, θ: Maybe) -> list[Tensor]:
+        return [_σ(node).first(u[0]) * P]
+
+    def curvature(
+        self, node: Node, u: Tensors, v: Tensor, u_dot: Maybe, P: Tensor, θ: Maybe
+    ) -> list[Tensor | None]:
+        if not self.curved:
+            return [None]
+        return [_σ(node).second(u[0]) * _given(u_dot[0]) * P]
+
+
+def _σ(node: Node) -> Activation:
+    return Activation(node.kind, *node.numbers)
+
+
+class PReLU(Rule):
+    """v = u where u > 0, else θ∘u; θ (H,) or (1,)."""
+
+    def shapes(self, node: Node, H: Sequence[int]) -> tuple[Shape, ...]:
+        return ((H[0],),)
+
+    def value(self, node: Node, u: Tensors, θ: Maybe) -> Tensor:
+        return torch.where(u[0] > 0, u[0], _given(θ[0]) * u[0])
+
+    def push(self, node: Node, u: Tensors, v: Tensor, u_dot: Maybe, θ: Maybe) -> Tensor:
+        return torch.where(u[0] > 0, _given(u_dot[0]), _given(θ[0]) * _given(u_dot[0]))
+
+    def pull(self, node: Node, u: Tensors, v: Tensor, P: Tensor, θ: Maybe) -> list[Tensor]:
+        return [torch.where(u[0] > 0, P, _given(θ[0]) * P)]
+
+    def parameters(self, node: Node, u: Tensors, g: Tensor, θ: Maybe, sums: Sums) -> None:
+        sums.rows(node.params[0], torch.where(u[0] > 0, 0.0, u[0]) * g)
+
+    def slope_parameters(
+        self, node: Node, u: Tensors, u_dot: Maybe, P: Tensor, θ: Maybe, sums: Sums
+    ) -> None:
+        sums.rows(node.params[0], torch.where(u[0] > 0, 0.0, _given(u_dot[0])) * P)
+
+
+class Scale(Rule):
+    """v = θ∘u; θ (H,) or (1,)."""
+
+    def shapes(self, node: Node, H: Sequence[int]) -> tuple[Shape, ...]:
+        return ((H[0],),)
+
+    def value(self, node: Node, u: Tensors, θ: Maybe) -> Tensor:
+        return u[0] * _given(θ[0])
+
+    def push(self, node: Node, u: Tensors, v: Tensor, u_dot: Maybe, θ: Maybe) -> Tensor:
+        return _given(u_dot[0]) * _given(θ[0])
+
+    def pull(self, node: Node, u: Tensors, v: Tensor, P: Tensor, θ: Maybe) -> list[Tensor]:
+        return [P * _given(θ[0])]
+
+    def parameters(self, node: Node, u: Tensors, g: Tensor, θ: Maybe, sums: Sums) -> None:
+        sums.rows(node.params[0], g * u[0])
+
+    def slope_parameters(
+        self, node: Node, u: Tensors, u_dot: Maybe, P: Tensor, θ: Maybe, sums: Sums
+    ) -> None:
+        sums.rows(node.params[0], P * _given(u_dot[0]))
+
+
+class Mask(Scale):
+    """v = θ∘u with a row of θ (N, H) for each row of x: the mask of an active dropout."""
+
+    per_row = True
+
+    def parameters(self, node: Node, u: Tensors, g: Tensor, θ: Maybe, sums: Sums) -> None:
+        """A mask is drawn, not trained."""
+
+    def slope_parameters(
+        self, node: Node, u: Tensors, u_dot: Maybe, P: Tensor, θ: Maybe, sums: Sums
+    ) -> None:
+        """A mask is drawn, not trained."""
+
+
+class Shift(Rule):
+    """v = u + θ; θ (H,) or (1,)."""
+
+    def shapes(self, node: Node, H: Sequence[int]) -> tuple[Shape, ...]:
+        return ((H[0],),)
+
+    def value(self, node: Node, u: Tensors, θ: Maybe) -> Tensor:
+        return u[0] + _given(θ[0])
+
+    def push(self, node: Node, u: Tensors, v: Tensor, u_dot: Maybe, θ: Maybe) -> Tensor:
+        return _given(u_dot[0])
+
+    def pull(self, node: Node, u: Tensors, v: Tensor, P: Tensor, θ: Maybe) -> list[Tensor]:
+        return [P]
+
+    def parameters(self, node: Node, u: Tensors, g: Tensor, θ: Maybe, sums: Sums) -> None:
+        sums.rows(node.params[0], g)
+
+
+class Line(Rule):
+    """v = p·u + q, numbers p and q."""
+
+    def wrong(self, node: Node, H: Sequence[int]) -> bool:
+        return node.width != H[0] or len(node.numbers) != 2
+
+    def value(self, node: Node, u: Tensors, θ: Maybe) -> Tensor:
+        p, q = node.numbers
+        v = u[0] if p == 1 else p * u[0]
+        return v + q if q else v
+
+    def push(self, node: Node, u: Tensors, v: Tensor, u_dot: Maybe, θ: Maybe) -> Tensor:
+        return node.numbers[0] * _given(u_dot[0])
+
+    def pull(self, node: Node, u: Tensors, v: Tensor, P: Tensor, θ: Maybe) -> list[Tensor]:
+        return [node.numbers[0] * P]
+
+
+class Sum(Rule):
+    """v = Σ c_i u_i, numbers c: add, subtract, residual connections."""
+
+    arity = None
+
+    def wrong(self, node: Node, H: Sequence[int]) -> bool:
+        return set(H) != {node.width} or len(node.numbers) != len(H)
+
+    def value(self, node: Node, u: Tensors, θ: Maybe) -> Tensor:
+        return _combination(node.numbers, u)
+
+    def push(self, node: Node, u: Tensors, v: Tensor, u_dot: Maybe, θ: Maybe) -> Tensor:
+        moving = [(c, t) for c, t in zip(node.numbers, u_dot, strict=True) if t is not None]
+        return _combination([c for c, _ in moving], [t for _, t in moving])
+
+    def pull(self, node: Node, u: Tensors, v: Tensor, P: Tensor, θ: Maybe) -> list[Tensor]:
+        return [P if c == 1 else c * P for c in node.numbers]
+
+
+def _combination(c: Sequence[float], t: Tensors) -> Tensor:
+    total = t[0] if c[0] == 1 else c[0] * t[0]
+    for factor, term in zip(c[1:], t[1:], strict=True):
+        total = torch.add(total, term, alpha=factor)
+    return total
+
+
+class Product(Rule):
+    """v = u∘w: gates, GLU, cross layers."""
+
+    arity = 2
+    curved = True
+
+    def wrong(self, node: Node, H: Sequence[int]) -> bool:
+        return set(H) != {node.width} or bool(node.numbers)
+
+    def value(self, node: Node, u: Tensors, θ: Maybe) -> Tensor:
+        return u[0] * u[1]
+
+    def push(self, node: Node, u: Tensors, v: Tensor, u_dot: Maybe, θ: Maybe) -> Tensor:
+        if u_dot[0] is None:
+            return u[0] * _given(u_dot[1])
+        first = u_dot[0] * u[1]
+        return first if u_dot[1] is None else first + u[0] * u_dot[1]
+
+    def pull(self, node: Node, u: Tensors, v: Tensor, P: Tensor, θ: Maybe) -> list[Tensor]:
+        return [P * u[1], P * u[0]]
+
+    def curvature(
+        self, node: Node, u: Tensors, v: Tensor, u_dot: Maybe, P: Tensor, θ: Maybe
+    ) -> list[Tensor | None]:
+        return [None if t is None else P * t for t in (u_dot[1], u_dot[0])]
+
+
+class Expand(Rule):
+    """v = u·1ᵀ, one column repeated H times."""
+
+    def wrong(self, node: Node, H: Sequence[int]) -> bool:
+        return H[0] != 1 or bool(node.numbers)
+
+    def value(self, node: Node, u: Tensors, θ: Maybe) -> Tensor:
+        return u[0].expand(*u[0].shape[:-1], node.width)
+
+    def push(self, node: Node, u: Tensors, v: Tensor, u_dot: Maybe, θ: Maybe) -> Tensor:
+        t = _given(u_dot[0])
+        return t.expand(*t.shape[:-1], node.width)
+
+    def pull(self, node: Node, u: Tensors, v: Tensor, P: Tensor, θ: Maybe) -> list[Tensor]:
+        return [P.sum(-1, keepdim=True)]
+
+
+class Total(Rule):
+    """v = Σ_j u_j, one column."""
+
+    def wrong(self, node: Node, H: Sequence[int]) -> bool:
+        return node.width != 1 or bool(node.numbers)
+
+    def value(self, node: Node, u: Tensors, θ: Maybe) -> Tensor:
+        return u[0].sum(-1, keepdim=True)
+
+    def push(self, node: Node, u: Tensors, v: Tensor, u_dot: Maybe, θ: Maybe) -> Tensor:
+        return _given(u_dot[0]).sum(-1, keepdim=True)
+
+    def pull(self, node: Node, u: Tensors, v: Tensor, P: Tensor, θ: Maybe) -> list[Tensor]:
+        return [P.expand(*P.shape[:-1], u[0].shape[-1])]
+
+
+class Concat(Rule):
+    """v = [u_1, u_2, …]."""
+
+    arity = None
+
+    def wrong(self, node: Node, H: Sequence[int]) -> bool:
+        return node.width != sum(H) or bool(node.numbers)
+
+    def value(self, node: Node, u: Tensors, θ: Maybe) -> Tensor:
+        return torch.cat(list(u), -1)
+
+    def push(self, node: Node, u: Tensors, v: Tensor, u_dot: Maybe, θ: Maybe) -> Tensor:
+        moving = next(t for t in u_dot if t is not None)
+        parts = [
+            moving.new_zeros(*moving.shape[:-1], a.shape[-1]) if t is None else t
+            for a, t in zip(u, u_dot, strict=True)
+        ]
+        return torch.cat(parts, -1)
+
+    def pull(self, node: Node, u: Tensors, v: Tensor, P: Tensor, θ: Maybe) -> list[Tensor]:
+        return list(P.split([a.shape[-1] for a in u], -1))
+
+
+class Columns(Rule):
+    """v = u[start], u[start + step], …: slices, chunks, splits. Numbers start and step."""
+
+    def wrong(self, node: Node, H: Sequence[int]) -> bool:
+        if len(node.numbers) != 2 or node.numbers[0] < 0 or node.numbers[1] < 1:
+            return True
+        start, step = map(int, node.numbers)
+        return node.width > 0 and start + step * (node.width - 1) >= H[0]
+
+    def value(self, node: Node, u: Tensors, θ: Maybe) -> Tensor:
+        return u[0][..., _columns(node)]
+
+    def push(self, node: Node, u: Tensors, v: Tensor, u_dot: Maybe, θ: Maybe) -> Tensor:
+        return _given(u_dot[0])[..., _columns(node)]
+
+    def pull(self, node: Node, u: Tensors, v: Tensor, P: Tensor, θ: Maybe) -> list[Tensor]:
+        start, step = map(int, node.numbers)
+        width = u[0].shape[-1]
+        if step == 1:
+            return [F.pad(P, (start, width - start - node.width))]
+        spread = P.new_zeros(*P.shape[:-1], width)
+        return [torch.slice_scatter(spread, P, -1, start, start + step * node.width, step)]
+
+
+def _columns(node: Node) -> slice:
+    start, step = map(int, node.numbers)
+    return slice(start, start + step * node.width, step)
+
+
+class _Normalised(Rule):
+    """x̂ = r·c(u), c(u) the centred u or u itself, r = 1/sqrt(mean c(u)² + ε); the number is ε.
+
+    Its Jacobian r·(C - x̂x̂ᵀ/H) is symmetric (C centres). With a = C P, b = C u̇, α = ⟨x̂, a⟩ and
+    β = ⟨x̂, b⟩ the curvature is -(r²/H)·C(α b + β a + x̂·(⟨a, b⟩ - 3αβ/H)).
+    """
+
+    curved = True
+    centres: bool
+
+    def wrong(self, node: Node, H: Sequence[int]) -> bool:
+        return node.width != H[0] or len(node.numbers) != 1 or H[0] == 0
+
+    def _centred(self, t: Tensor) -> Tensor:
+        return t - t.mean(-1, keepdim=True) if self.centres else t
+
+    def _r(self, node: Node, u: Tensor) -> Tensor:
+        square = self._centred(u).square().mean(-1, keepdim=True)
+        return torch.rsqrt(square + node.numbers[0])
+
+    def value(self, node: Node, u: Tensors, θ: Maybe) -> Tensor:
+        return self._centred(u[0]) * self._r(node, u[0])
+
+    def _jacobian(self, node: Node, u: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        b = self._centred(t)
+        return self._r(node, u) * (b - v * (v * b).mean(-1, keepdim=True))
+
+    def push(self, node: Node, u: Tensors, v: Tensor, u_dot: Maybe, θ: Maybe) -> Tensor:
+        return self._jacobian(node, u[0], v, _given(u_dot[0]))
+
+    def pull(self, node: Node, u: Tensors, v: Tensor, P: Tensor, θ: Maybe) -> list[Tensor]:
+        return [self._jacobian(node, u[0], v, P)]
+
+    def curvature(
+        self, node: Node, u: Tensors, v: Tensor, u_dot: Maybe, P: Tensor, θ: Maybe
+    ) -> list[Tensor | None]:
+        a, b = self._centred(P), self._centred(_given(u_dot[0]))
+        α, β = (v * a).mean(-1, keepdim=True), (v * b).mean(-1, keepdim=True)
+        bent = α * b + β * a + v * ((a * b).mean(-1, keepdim=True) - 3 * α * β)
+        return [-self._r(node, u[0]).square() * bent]
+
+
+class Normalise(_Normalised):
+    """LayerNorm without its scale and shift."""
+
+    centres = True
+
+
+class RootMeanSquare(_Normalised):
+    """RMSNorm without its scale."""
+
+    centres = False
+
+
+class Softmax(Rule):
+    """v_i = exp(u_i) / Σ_j exp(u_j)."""
+
+    curved = True
+
+    def value(self, node: Node, u: Tensors, θ: Maybe) -> Tensor:
+        return torch.softmax(u[0], -1)
+
+    def push(self, node: Node, u: Tensors, v: Tensor, u_dot: Maybe, θ: Maybe) -> Tensor:
+        return _softmax_jacobian(v, _given(u_dot[0]))
+
+    def pull(self, node: Node, u: Tensors, v: Tensor, P: Tensor, θ: Maybe) -> list[Tensor]:
+        return [_softmax_jacobian(v, P)]
+
+    def curvature(
+        self, node: Node, u: Tensors, v: Tensor, u_dot: Maybe, P: Tensor, θ: Maybe
+    ) -> list[Tensor | None]:
+        t = _given(u_dot[0])
+        α, β = (v * P).sum(-1, keepdim=True), (v * t).sum(-1, keepdim=True)
+        return [_softmax_jacobian(v, P * t - β * P - α * t)]
+
+
+def _softmax_jacobian(v: Tensor, t: Tensor) -> Tensor:
+    return v * (t - (v * t).sum(-1, keepdim=True))
+
+
+class LogSoftmax(Rule):
+    """v_i = u_i - log Σ_j exp(u_j)."""
+
+    curved = True
+
+    def value(self, node: Node, u: Tensors, θ: Maybe) -> Tensor:
+        return torch.log_softmax(u[0], -1)
+
+    def push(self, node: Node, u: Tensors, v: Tensor, u_dot: Maybe, θ: Maybe) -> Tensor:
+        t = _given(u_dot[0])
+        return t - (v.exp() * t).sum(-1, keepdim=True)
+
+    def pull(self, node: Node, u: Tensors, v: Tensor, P: Tensor, θ: Maybe) -> list[Tensor]:
+        return [P - v.exp() * P.sum(-1, keepdim=True)]
+
+    def curvature(
+        self, node: Node, u: Tensors, v: Tensor, u_dot: Maybe, P: Tensor, θ: Maybe
+    ) -> list[Tensor | None]:
+        return [-P.sum(-1, keepdim=True) * _softmax_jacobian(v.exp(), _given(u_dot[0]))]
+
+
+RULES: dict[str, Rule] = {
+    "linear": Linear(),
+    "prelu": PReLU(),
+    "scale": Scale(),
+    "mask": Mask(),
+    "shift": Shift(),
+    "line": Line(),
+    "sum": Sum(),
+    "product": Product(),
+    "expand": Expand(),
+    "total": Total(),
+    "concat": Concat(),
+    "columns": Columns(),
+    "normalise": Normalise(),
+    "root_mean_square": RootMeanSquare(),
+    "softmax": Softmax(),
+    "log_softmax": LogSoftmax(),
+    **{kind: Elementwise(kind) for kind in ACTIVATIONS},
+}
+
+
+def rule(node: Node) -> Rule:
+    """The node's row of the table."""
+    return RULES[node.kind]
+
+
+def wrong_nodes(d: int, nodes: tuple[Node, ...]) -> str:
+    """One sentence saying what makes the nodes no program over d columns, or ""."""
+    if not nodes or d < 0:
+        return f"nodes: expected one or more over d >= 0 columns, got {len(nodes)} over {d}"
+    widths = [d]
+    for i, node in enumerate(nodes):
+        of = RULES.get(node.kind)
+        if of is None:
+            return f"kinds: expected names of the table of nodes, got {node.kind!r}"
+        inputs = node.inputs
+        if not inputs or (of.arity is not None and len(inputs) != of.arity):
+            return (
+                f"nodes: expected {of.arity or 'some'} inputs of a {node.kind}, got {len(inputs)}"
+            )
+        if min(inputs) < 0 or max(inputs) > i or min(node.params, default=0) < 0:
+            return f"nodes: expected node {i} to read values 0 to {i}, got {inputs}"
+        H = [widths[v] for v in inputs]
+        if of.wrong(node, H) or len(node.params) != len(of.shapes(node, H)):
+            return f"nodes: expected what fits a {node.kind} on widths {H}, got {node}"
+        widths.append(node.width)
+    return ""
+
+
+def parameter_shapes(d: int, nodes: tuple[Node, ...]) -> dict[int, tuple[Node, Shape]]:
+    """For each place the node that reads it and the shape that it expects: (N, H) is written
+    (-1, H), and a scale, shift or PReLU of H columns may be one number (1,) too."""
+    widths, found = [d], {}
+    for node in nodes:
+        H = [widths[v] for v in node.inputs]
+        for place, shape in zip(node.params, rule(node).shapes(node, H), strict=True):
+            found[place] = node, (-1, *shape) if rule(node).per_row else shape
+        widths.append(node.width)
+    return found
