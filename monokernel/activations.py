@@ -1,8 +1,8 @@
-"""The activation table: σ, σ' and σ'' of every element-wise activation that the kernels fuse.
+"""The activation table: σ, σ' and σ'' of every element-wise kind.
 
-This is the one place where PyTorch's modules are mapped to the 14 kinds the kernels know. Each kind
-is spelled here in PyTorch, in ``backends/triton`` for the GPU and in ``csrc`` for the CPU; one test
-holds the spellings equal. Conventions at a kink are PyTorch's: σ'(0) of ReLU is 0.
+This is the one place where PyTorch's modules are mapped to kinds. Each is spelled here in PyTorch;
+the 14 of ``KINDS`` also in ``backends/triton`` for the GPU and in ``csrc`` for the CPU, and one
+test holds the spellings equal. Conventions at a kink are PyTorch's: σ'(0) of ReLU is 0.
 """
 
 from __future__ import annotations
@@ -43,6 +43,14 @@ class Activation(NamedTuple):
     softsign                a / (1 + |a|)
     tanh, sigmoid           as named
     logsigmoid              log(sigmoid(a))
+    hardsigmoid, hardswish  m(a) = min(max(a/6 + 1/2, 0), 1), and a·m(a)
+    softshrink              a - p if a > p, a + p if a < -p, else 0
+    hardshrink              0 if -p <= a <= p, else a
+    threshold               a if a > p, else q
+    tanhshrink              a - tanh(a)
+    abs, square, sqrt       as named
+    exp, log, reciprocal    as named
+    sin, cos                as named
     ======================  =====================================================================
     """
 
@@ -53,7 +61,7 @@ class Activation(NamedTuple):
 
     @property
     def code(self) -> int:
-        """The index of the kind in the table: what the compiled kernels switch on."""
+        """The index of the kind in ``KINDS``. A ValueError where no compiled kernel knows it."""
         return KINDS.index(self.kind)
 
     @property
@@ -194,14 +202,27 @@ def _logsigmoid_second(a: Tensor, _: Activation) -> Tensor:
     return -s * (1 - s)
 
 
+def _hardswish_first(a: Tensor, _: Activation) -> Tensor:
+    return torch.where(a <= -3, 0.0, torch.where(a < 3, a / 3 + 0.5, 1.0))
+
+
+def _outside(a: Tensor, s: Activation) -> Tensor:
+    """1 where a is not in [-p, p], a NaN included."""
+    return (~((a >= -s.p) & (a <= s.p))).to(a.dtype)
+
+
+def _tanhshrink_second(a: Tensor, s: Activation) -> Tensor:
+    return -_tanh_second(a, s)
+
+
 def _by_first(g: Tensor, a: Tensor, s: Activation) -> Tensor:
     return s.first(a).mul_(g)
 
 
 _aten = torch.ops.aten
 
-# The order is the code that the compiled kernels switch on: append, never reorder.
-ACTIVATIONS: dict[str, Spelling] = {
+# What the compiled kernels know. The order is the code they switch on: append, never reorder.
+_COMPILED: dict[str, Spelling] = {
     "identity": Spelling(
         lambda a, s: a, lambda a, s: torch.ones_like(a), _zero, lambda g, a, s: g, True
     ),
@@ -282,7 +303,90 @@ ACTIVATIONS: dict[str, Spelling] = {
         _by_first,
     ),
 }
-KINDS: tuple[str, ...] = tuple(ACTIVATIONS)
+KINDS: tuple[str, ...] = tuple(_COMPILED)
+
+# What is computed by PyTorch alone.
+_OTHERS: dict[str, Spelling] = {
+    # PyTorch's own has no second derivative, and 1/6 in float32 whatever the dtype.
+    "hardsigmoid": Spelling(
+        lambda a, s: F.hardtanh(a, -3, 3) / 6 + 0.5,
+        lambda a, s: ((a > -3) & (a < 3)).to(a.dtype) / 6,
+        _zero,
+        _by_first,
+        True,
+    ),
+    "hardswish": Spelling(
+        lambda a, s: F.hardswish(a),
+        _hardswish_first,
+        lambda a, s: ((a > -3) & (a < 3)).to(a.dtype) / 3,
+        lambda g, a, s: _aten.hardswish_backward.default(g, a),
+    ),
+    "softshrink": Spelling(
+        lambda a, s: F.softshrink(a, s.p),
+        _outside,
+        _zero,
+        lambda g, a, s: _aten.softshrink_backward.default(g, a, s.p),
+        True,
+    ),
+    "hardshrink": Spelling(
+        lambda a, s: F.hardshrink(a, s.p),
+        _outside,
+        _zero,
+        lambda g, a, s: _aten.hardshrink_backward.default(g, a, s.p),
+        True,
+    ),
+    "threshold": Spelling(
+        lambda a, s: F.threshold(a, s.p, s.q),
+        lambda a, s: (~(a <= s.p)).to(a.dtype),
+        _zero,
+        lambda g, a, s: _aten.threshold_backward.default(g, a, s.p),
+        True,
+    ),
+    "tanhshrink": Spelling(
+        lambda a, s: F.tanhshrink(a),
+        lambda a, s: torch.tanh(a).square(),
+        _tanhshrink_second,
+        _by_first,
+    ),
+    "abs": Spelling(lambda a, s: torch.abs(a), lambda a, s: torch.sign(a), _zero, _by_first, True),
+    "square": Spelling(
+        lambda a, s: torch.square(a),
+        lambda a, s: 2 * a,
+        lambda a, s: torch.full_like(a, 2),
+        _by_first,
+    ),
+    "sqrt": Spelling(
+        lambda a, s: torch.sqrt(a),
+        lambda a, s: 0.5 * torch.rsqrt(a),
+        lambda a, s: -0.25 * torch.rsqrt(a) / a,
+        _by_first,
+    ),
+    "exp": Spelling(
+        lambda a, s: torch.exp(a), lambda a, s: torch.exp(a), lambda a, s: torch.exp(a), _by_first
+    ),
+    "log": Spelling(
+        lambda a, s: torch.log(a),
+        lambda a, s: 1 / a,
+        lambda a, s: -1 / a.square(),
+        lambda g, a, s: g / a,
+    ),
+    "reciprocal": Spelling(
+        lambda a, s: 1 / a, lambda a, s: -1 / a.square(), lambda a, s: 2 / a**3, _by_first
+    ),
+    "sin": Spelling(
+        lambda a, s: torch.sin(a),
+        lambda a, s: torch.cos(a),
+        lambda a, s: -torch.sin(a),
+        _by_first,
+    ),
+    "cos": Spelling(
+        lambda a, s: torch.cos(a),
+        lambda a, s: -torch.sin(a),
+        lambda a, s: -torch.cos(a),
+        _by_first,
+    ),
+}
+ACTIVATIONS: dict[str, Spelling] = _COMPILED | _OTHERS
 IDENTITY = Activation("identity")
 
 # PyTorch's modules, by exact type: a subclass may compute anything.
