@@ -96,7 +96,7 @@ class Linear(Rule):
         return (node.width, H[0]), (node.width,)
 
     def wrong(self, node: Node, H: Sequence[int]) -> bool:
-        return node.width < 0 or bool(node.numbers)
+        return bool(node.numbers)
 
     def value(self, node: Node, u: Tensors, θ: Maybe) -> Tensor:
         return F.linear(u[0], _given(θ[0]), θ[1])
@@ -360,10 +360,11 @@ class Columns(Rule):
     """v = u[start], u[start + step], …: slices, chunks, splits. Numbers start and step."""
 
     def wrong(self, node: Node, H: Sequence[int]) -> bool:
-        if len(node.numbers) != 2 or node.numbers[0] < 0 or node.numbers[1] < 1:
+        if len(node.numbers) != 2 or not all(float(number).is_integer() for number in node.numbers):
             return True
         start, step = map(int, node.numbers)
-        return node.width > 0 and start + step * (node.width - 1) >= H[0]
+        last = start + step * (node.width - 1)
+        return start < 0 or step < 1 or (node.width > 0 and last >= H[0])
 
     def value(self, node: Node, u: Tensors, θ: Maybe) -> Tensor:
         return u[0][..., _columns(node)]
@@ -529,9 +530,12 @@ def wrong_nodes(d: int, nodes: tuple[Node, ...]) -> str:
         if min(inputs) < 0 or max(inputs) > i or min(node.params, default=0) < 0:
             return f"nodes: expected node {i} to read values 0 to {i}, got {inputs}"
         H = [widths[v] for v in inputs]
-        if of.wrong(node, H) or len(node.params) != len(of.shapes(node, H)):
+        if node.width < 0 or of.wrong(node, H) or len(node.params) != len(of.shapes(node, H)):
             return f"nodes: expected what fits a {node.kind} on widths {H}, got {node}"
         widths.append(node.width)
+    places = sorted({place for node in nodes for place in node.params})
+    if places != list(range(len(places))):
+        return f"nodes: expected parameters 0 to {len(places) - 1} to be read, got {places}"
     return ""
 
 

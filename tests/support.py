@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import monokernel
-from monokernel.activations import _MODULES
+from monokernel.activations import _MODULES, Activation, of_module
 
 # One module per line of the activation table, with numbers that are not the defaults.
 ACTIVATION_MODULES: dict[str, nn.Module] = {
@@ -37,6 +37,45 @@ ACTIVATION_MODULES: dict[str, nn.Module] = {
     "Identity": nn.Identity(),
 }
 assert {type(m) for m in ACTIVATION_MODULES.values()} == set(_MODULES)
+
+Function = Callable[[Tensor], Tensor]
+
+
+def hardsigmoid(a: Tensor, inplace: bool = False) -> Tensor:
+    """``F.hardsigmoid`` with a second derivative, which PyTorch's own lacks, and 1/6 in float64."""
+    return F.hardtanh(a, -3, 3) / 6 + 0.5
+
+
+# The kinds that no module of PyTorch's has: written as functions.
+WRITTEN: dict[str, tuple[Activation, Function]] = {
+    "hardsigmoid": (Activation("hardsigmoid"), hardsigmoid),
+    "hardswish": (Activation("hardswish"), F.hardswish),
+    "softshrink": (Activation("softshrink", 0.7), lambda a: F.softshrink(a, 0.7)),
+    "hardshrink": (Activation("hardshrink", 0.8), lambda a: F.hardshrink(a, 0.8)),
+    "threshold": (Activation("threshold", 0.3, -0.4), lambda a: F.threshold(a, 0.3, -0.4)),
+    "tanhshrink": (Activation("tanhshrink"), F.tanhshrink),
+    "abs": (Activation("abs"), torch.abs),
+    "square": (Activation("square"), torch.square),
+    "sqrt": (Activation("sqrt"), torch.sqrt),
+    "exp": (Activation("exp"), torch.exp),
+    "log": (Activation("log"), torch.log),
+    "reciprocal": (Activation("reciprocal"), torch.reciprocal),
+    "sin": (Activation("sin"), torch.sin),
+    "cos": (Activation("cos"), torch.cos),
+}
+
+
+def _elementwise() -> dict[str, tuple[Activation, Function]]:
+    cases = dict(WRITTEN)
+    for name, module in ACTIVATION_MODULES.items():
+        entry = of_module(module)
+        assert entry is not None
+        cases[name] = entry, module
+    return cases
+
+
+# Every line of the activation table: its entry and how PyTorch is told to compute it.
+ELEMENTWISE = _elementwise()
 
 
 def mlp(
@@ -120,11 +159,6 @@ def quantized(layers: Collection[Any]) -> nn.Module:
 
 def points(N: int, d1: int, k: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     return torch.randn(N, d1, dtype=dtype), torch.randn(N, k, dtype=dtype)
-
-
-def hardsigmoid(a: Tensor, inplace: bool = False) -> Tensor:
-    """``F.hardsigmoid`` with a second derivative, which PyTorch's own lacks, and 1/6 in float64."""
-    return F.hardtanh(a, -3, 3) / 6 + 0.5
 
 
 def oracle(net: nn.Module, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:

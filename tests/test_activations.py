@@ -2,48 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from monokernel.activations import ACTIVATIONS, KINDS, Activation, of_module
-from tests.support import ACTIVATION_MODULES, assert_same, hardsigmoid
+from monokernel.activations import ACTIVATIONS, KINDS, Activation
+from tests.support import ELEMENTWISE, assert_same, hardsigmoid
 
-Function = Callable[[Tensor], Tensor]
-
-# The kinds that have no module of PyTorch's: written as functions.
-FUNCTIONS: dict[str, tuple[Activation, Function]] = {
-    "hardsigmoid": (Activation("hardsigmoid"), hardsigmoid),
-    "hardswish": (Activation("hardswish"), F.hardswish),
-    "softshrink": (Activation("softshrink", 0.7), lambda a: F.softshrink(a, 0.7)),
-    "hardshrink": (Activation("hardshrink", 0.8), lambda a: F.hardshrink(a, 0.8)),
-    "threshold": (Activation("threshold", 0.3, -0.4), lambda a: F.threshold(a, 0.3, -0.4)),
-    "tanhshrink": (Activation("tanhshrink"), F.tanhshrink),
-    "abs": (Activation("abs"), torch.abs),
-    "square": (Activation("square"), torch.square),
-    "sqrt": (Activation("sqrt"), torch.sqrt),
-    "exp": (Activation("exp"), torch.exp),
-    "log": (Activation("log"), torch.log),
-    "reciprocal": (Activation("reciprocal"), torch.reciprocal),
-    "sin": (Activation("sin"), torch.sin),
-    "cos": (Activation("cos"), torch.cos),
-}
-
-
-def _cases() -> dict[str, tuple[Activation, Function]]:
-    cases = dict(FUNCTIONS)
-    for name, module in ACTIVATION_MODULES.items():
-        entry = of_module(module)
-        assert entry is not None
-        cases[name] = entry, module
-    return cases
-
-
-CASES = _cases()
-EVERY = pytest.mark.parametrize("name", CASES)
+EVERY = pytest.mark.parametrize("name", ELEMENTWISE)
 
 POINTS = torch.cat(
     [torch.linspace(-9, 9, 721, dtype=torch.float64), torch.tensor([-40.0, 40.0]).double()]
@@ -64,7 +31,7 @@ def points(name: str) -> Tensor:
 
 
 def test_every_kind_is_reached() -> None:
-    assert {σ.kind for σ, _ in CASES.values()} == set(ACTIVATIONS)
+    assert {σ.kind for σ, _ in ELEMENTWISE.values()} == set(ACTIVATIONS)
 
 
 def test_compiled_kinds_are_those_with_a_code() -> None:
@@ -87,7 +54,7 @@ def test_hardsigmoid_is_pytorchs() -> None:
 
 @EVERY
 def test_value_and_derivatives_are_autograds(name: str) -> None:
-    (σ, f), a = CASES[name], points(name).requires_grad_()
+    (σ, f), a = ELEMENTWISE[name], points(name).requires_grad_()
     y = f(a)
     (first,) = torch.autograd.grad(y.sum(), a, create_graph=True)
     assert_same([σ.value(a), σ.first(a)], [y, first], 1e-13)
@@ -100,7 +67,7 @@ def test_value_and_derivatives_are_autograds(name: str) -> None:
 
 @EVERY
 def test_derivatives_are_differentiable_to_all_orders(name: str) -> None:
-    σ, a = CASES[name][0], points(name).requires_grad_()
+    σ, a = ELEMENTWISE[name][0], points(name).requires_grad_()
     for lower, upper in ((σ.value, σ.first), (σ.first, σ.second)):
         out = lower(a)
         got = torch.zeros_like(a)
@@ -111,7 +78,7 @@ def test_derivatives_are_differentiable_to_all_orders(name: str) -> None:
 
 @EVERY
 def test_pull_is_the_first_derivative_times_g(name: str) -> None:
-    σ, a = CASES[name][0], points(name)
+    σ, a = ELEMENTWISE[name][0], points(name)
     g = torch.randn_like(a)
     assert_same([σ.pull(g, a)], [σ.first(a) * g], 1e-13)
     k = 3  # as tangent mode calls it, one pre-activation for k tangents
@@ -121,7 +88,7 @@ def test_pull_is_the_first_derivative_times_g(name: str) -> None:
 
 @EVERY
 def test_kinks_follow_pytorch(name: str) -> None:
-    σ, f = CASES[name]
+    σ, f = ELEMENTWISE[name]
     a = torch.tensor([*KINKS, σ.p, σ.q, -σ.p, -σ.q], dtype=torch.float64)
     a = a[(a >= 0) | torch.tensor(name not in DOMAINS)].requires_grad_()
     (first,) = torch.autograd.grad(f(a).sum(), a)
@@ -133,7 +100,7 @@ def test_higher_derivatives_stay_finite_far_out(name: str) -> None:
     if name in UNBOUNDED:
         pytest.skip("it is not finite far out itself")
     a = torch.tensor([-800.0, -90.0, 90.0, 800.0], dtype=torch.float64).requires_grad_()
-    σ = CASES[name][0]
+    σ = ELEMENTWISE[name][0]
     for derivative in (σ.first, σ.second):
         out = derivative(a)
         assert out.isfinite().all()
