@@ -27,6 +27,7 @@ from .launch import (
     dot_precision,
     launch,
     processors,
+    register_limit,
 )
 from .layer import pairs_down, pairs_up, pairs_weight
 from .pairs import count_pairs, gather_inputs, list_pairs, seed_cotangents
@@ -337,7 +338,10 @@ class _Pairs:
             seed=x.new_empty(M, D),
             config=config,
         )
-        shape = {"D": D, "K": k, "ADJOINT": adjoint, "OUT": output_code(problem), "BLOCK": BLOCK}
+        shape = {
+            "D": D, "K": k, "ADJOINT": adjoint, "OUT": output_code(problem), "BLOCK": BLOCK,
+            **register_limit(x.device),
+        }  # fmt: skip
         counts = x.new_empty(blocks, dtype=torch.int32)
         launch(count_pairs, (blocks,), x, gout, S, counts, N, **shape)
         launch(
