@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .operands import dense
 from .problem import Hinge, accumulate_dtype
 
 __all__ = [
@@ -48,7 +47,7 @@ class Inputs(NamedTuple):
 
     def joined(self) -> Tensor:
         """cat[x1, x2], the network's input (*batch, d)."""
-        return torch.cat((self.x1, self.x2), -1) if self.d > self.k else dense(self.x2)
+        return torch.cat((self.x1, self.x2), -1) if self.d > self.k else self.x2
 
 
 def check_module(mlp: Any) -> None:

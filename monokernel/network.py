@@ -18,7 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from .activations import Activation, of_module
 from .arguments import check_parameter
-from .operands import PLAIN, dense
+from .operands import PLAIN
 from .program import Node, nodes_of
 
 __all__ = ["Chain", "batch_coupling", "ending", "read", "sharded", "unwrap"]
@@ -59,7 +59,7 @@ class Chain(NamedTuple):
                 f"{tuple(t.shape)}"
             )
         check_parameter(t, x)
-        return dense(t)
+        return t
 
 
 def unwrap(mlp: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from .activations import IDENTITY, KINDS, Activation
 
-__all__ = ["Chain", "Node", "chain_of", "nodes_of", "parameter_count"]
+__all__ = ["Chain", "Node", "chain_of", "nodes_of"]
 
 
 class Node(NamedTuple):
@@ -67,8 +67,3 @@ def chain_of(d: int, nodes: tuple[Node, ...]) -> Chain | None:
         else:
             return None
     return Chain(tuple(widths), tuple(activations)) if activations else None
-
-
-def parameter_count(nodes: tuple[Node, ...]) -> int:
-    """How many parameters a call of the program takes."""
-    return 1 + max((p for node in nodes for p in node.params), default=-1)
