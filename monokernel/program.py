@@ -38,6 +38,7 @@ class Chain(NamedTuple):
     activations: tuple[Activation, ...]
 
 
+@lru_cache(maxsize=1024)
 def nodes_of(widths: tuple[int, ...], activations: tuple[Activation, ...]) -> tuple[Node, ...]:
     """The chain's program. Its parameters are W_1, b_1 (or None), W_2, …"""
     nodes: list[Node] = []
