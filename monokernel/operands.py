@@ -115,15 +115,14 @@ def _expected(d: int, nodes: tuple[Node, ...]) -> list[tuple[str, tuple[int, ...
 def _operand(
     name: str, t: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Costs 0.6 µs: a step asks it of every operand twice."""
+    """Costs 1.3 µs: a step asks it of every operand twice."""
     if (
         t.dtype is dtype
         and t.shape == shape
         and t.device == device
-        and has_memory(t)
+        and (type(t) in PLAIN or has_memory(t))
         and not t.is_neg()
-        and (t.data_ptr() or not t.numel())
-        and t.untyped_storage().nbytes() >= _bytes(t)
+        and _holds(t)
     ):
         return t
     if has_memory(t) and (t.is_neg() or t._is_zerotensor()):
@@ -132,6 +131,14 @@ def _operand(
         f"{name}: expected {_dtype(dtype)} of shape {tuple(shape)} on {device} in memory of its "
         f"own, got {_describe(t)}"
     )
+
+
+def _holds(t: Tensor) -> bool:
+    """Whether its storage reaches to its last element."""
+    held = t.untyped_storage().nbytes()
+    if t.is_contiguous() and t.storage_offset() == 0:  # the usual case, at once
+        return held >= t.nbytes and (held == 0 or t.data_ptr() != 0)
+    return held >= _bytes(t) and (t.numel() == 0 or t.data_ptr() != 0)
 
 
 def _bytes(t: Tensor) -> int:
