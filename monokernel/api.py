@@ -270,7 +270,7 @@ def _kernel_weight(weight: Tensor | None, inputs: Inputs, problem: Problem) -> T
     weight = weight.to(device=inputs.x2.device, dtype=dtype)
     if weight.dim() <= 2:
         return weight.expand(D, k).contiguous()
-    return weight.expand(*inputs.batch, D, k).reshape(-1, D, k).contiguous()
+    return weight.expand(*inputs.batch, D, k).reshape(inputs.batch.numel(), D, k).contiguous()
 
 
 def _leading(t: Tensor, inputs: Inputs) -> Tensor:

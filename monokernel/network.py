@@ -64,8 +64,10 @@ class Chain(NamedTuple):
 
 def unwrap(mlp: nn.Module) -> nn.Module:
     """The module inside a ``torch.compile(mlp)``, whose compiled form has no second derivative."""
-    modules = mlp._modules if isinstance(mlp, nn.Module) else {}
-    return modules.get("_orig_mod") or mlp
+    # A scripted module has a mapping of its own here, which knows no ``get``.
+    if isinstance(mlp, nn.Module) and "_orig_mod" in mlp._modules:
+        return mlp._modules["_orig_mod"] or mlp
+    return mlp
 
 
 def read(mlp: nn.Module) -> Chain | str:

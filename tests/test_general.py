@@ -295,6 +295,40 @@ def test_outputs_of_other_shapes() -> None:
         fused_mono_penalty(Tuple(), x1, x2)
 
 
+@pytest.mark.parametrize("net", [mlp(D1, K, 0), nn.Sequential(mlp(D1, K, 0), nn.Flatten())])
+def test_a_network_without_outputs(net: nn.Module) -> None:
+    x1, x2 = points(7, D1, K)
+    fused = isinstance(net[-1], nn.Linear)
+    for backend in BACKENDS if fused else ["reference"]:
+        for mode in ("tangent", "adjoint") if fused else ["auto"]:
+            for weight in (None, torch.rand(7, 1, 1), torch.rand(7, 1, 1, requires_grad=True)):
+                y, penalty = fused_mono_penalty(
+                    net, x1, x2, weight=weight, return_output=True, mode=mode, backend=backend
+                )
+                (y.sum() + penalty).backward()
+                assert (y.shape, penalty.item()) == ((7, 0), 0)
+            _, J = value_and_jacobian(net, x1, x2, mode=mode, backend=backend)
+            assert J.shape == (7, 0, K)
+    _, J = torch.func.vmap(partial(value_and_jacobian, net))(x1[None], x2[None])
+    assert J.shape == (1, 7, 0, K)
+    report = audit(net, x1, x2, sample=3)
+    assert report.rate.shape == (0, K)
+    assert report.violation_rate != report.violation_rate
+
+
+def test_scripted_and_traced_networks() -> None:
+    net, (x1, x2) = mlp(D1, K, 2), points(7, D1, K)
+    x = torch.cat([x1, x2], -1)
+    want = value_and_jacobian(net, x1, x2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch means to retire them
+        found = [torch.jit.script(net), torch.jit.trace(net, x)]
+    for scripted in found:
+        assert_same(value_and_jacobian(scripted, x1, x2), want)
+        assert plan(scripted, x1, x2).backend == "reference"
+        assert audit(scripted, x1, x2).rate.tolist() == audit(net, x1, x2).rate.tolist()
+
+
 def test_a_detached_output_is_no_zero_slope() -> None:
     class Detached(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def kept_layers(problem: Problem) -> int:
 def _blocks(problem: Problem, x: Tensor) -> Iterator[slice]:
     fan = problem.k if problem.mode == "tangent" else problem.D
     budget = BLOCK_ELEMENTS.get(x.device.type, BLOCK_ELEMENTS_ELSEWHERE)
-    size = max(256, budget // (fan * max(problem.widths)))
+    size = max(256, budget // max(1, fan * max(problem.widths)))
     for start in range(0, x.shape[0], size):
         yield slice(start, min(start + size, x.shape[0]))
 
