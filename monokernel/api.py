@@ -15,10 +15,10 @@ from .arguments import (
     check_inputs,
     check_weight,
 )
-from .backends import general, reference
+from .backends import WIDENS, general, reference
 from .function import evaluate, operand_dtype
 from .network import unwrap
-from .operands import dense, has_memory
+from .operands import has_memory
 from .planning import Route, choose
 from .problem import Hinge, Problem, accumulate_dtype
 
@@ -236,6 +236,8 @@ def _fused(
     problem, x, params = _problem(inputs, route, hinge)
     kernel_weight = None if outside is not None else _kernel_weight(weight, inputs, problem)
     y, out = evaluate(problem, route.backend, x, kernel_weight, params)
+    if torch.is_autocast_enabled(x.device.type):  # the backend may have computed in a wider one
+        y = y.to(operand_dtype(inputs.x2))
     y = _leading(y, inputs)
     if out.dim():
         out = _leading(out, inputs)
@@ -247,7 +249,8 @@ def _fused(
 def _problem(
     inputs: Inputs, route: Route, hinge: Hinge | None
 ) -> tuple[Problem, Tensor, list[Tensor | None]]:
-    """The problem, its rows x (N, d) and its parameters, in autocast's dtype where it is on."""
+    """The problem, its rows x (N, d) and its parameters, under autocast in the dtype in which the
+    backend computes: autocast's own, or wider."""
     chain = route.chain
     assert chain is not None
     problem = Problem(inputs.d, chain.nodes, inputs.k, route.mode, hinge)
@@ -257,6 +260,8 @@ def _problem(
         x = x.reshape(-1, inputs.d)
     if torch.is_autocast_enabled(x.device.type):  # without it all dtypes are known to be equal
         dtype = operand_dtype(x)
+        if route.backend in WIDENS:
+            dtype = accumulate_dtype(dtype)
         x, params = x.to(dtype), [None if p is None else p.to(dtype) for p in params]
     return problem, x, params
 
@@ -267,10 +272,10 @@ def _kernel_weight(weight: Tensor | None, inputs: Inputs, problem: Problem) -> T
         return None
     D, k = problem.D, problem.k
     dtype = accumulate_dtype(inputs.x2.dtype)
-    weight = dense(weight.to(device=inputs.x2.device, dtype=dtype))
+    weight = weight.to(device=inputs.x2.device, dtype=dtype)
     if weight.dim() <= 2:
         return weight.expand(D, k).contiguous()
-    return weight.expand(*inputs.batch, D, k).reshape(-1, D, k).contiguous()
+    return weight.expand(*inputs.batch, D, k).reshape(inputs.batch.numel(), D, k).contiguous()
 
 
 def _leading(t: Tensor, inputs: Inputs) -> Tensor:

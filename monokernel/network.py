@@ -18,7 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from .activations import Activation, of_module
 from .arguments import check_parameter
-from .operands import PLAIN, dense
+from .operands import PLAIN
 from .program import Node, nodes_of
 
 __all__ = ["Chain", "batch_coupling", "ending", "read", "sharded", "unwrap"]
@@ -59,13 +59,15 @@ class Chain(NamedTuple):
                 f"{tuple(t.shape)}"
             )
         check_parameter(t, x)
-        return dense(t)
+        return t
 
 
 def unwrap(mlp: nn.Module) -> nn.Module:
     """The module inside a ``torch.compile(mlp)``, whose compiled form has no second derivative."""
-    modules = mlp._modules if isinstance(mlp, nn.Module) else {}
-    return modules.get("_orig_mod") or mlp
+    # A scripted module has a mapping of its own here, which knows no ``get``.
+    if isinstance(mlp, nn.Module) and "_orig_mod" in mlp._modules:
+        return mlp._modules["_orig_mod"] or mlp
+    return mlp
 
 
 def read(mlp: nn.Module) -> Chain | str:
@@ -92,6 +94,8 @@ def read(mlp: nn.Module) -> Chain | str:
             return f"{_where(mlp, m)} has hooks"
         if "forward" in own:
             return f"{_where(mlp, m)} has a forward of its own"
+        if kind.__call__ is not nn.Module.__call__:
+            return f"{_where(mlp, m)} has a call of its own"
         # A parametrized Linear is a subclass whose forward is still nn.Linear's.
         if isinstance(m, nn.Linear) and kind.forward is nn.Linear.forward:
             weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
@@ -127,7 +131,11 @@ def read(mlp: nn.Module) -> Chain | str:
             if before is not None:
                 return f"two activations ({before.kind}, {activation.kind}) follow each other"
             activations[-1] = activation
-        elif isinstance(m, nn.Sequential) and kind.forward is nn.Sequential.forward:
+        elif (
+            isinstance(m, nn.Sequential)
+            and kind.forward is nn.Sequential.forward
+            and type(m).__iter__ is nn.Sequential.__iter__
+        ):
             # ``m`` lies within those whose place, which their parts took over, is not below it.
             while entered and entered[-1][0] > len(left):
                 entered.pop()

@@ -7,6 +7,7 @@ import gc
 import pickle
 import warnings
 import weakref
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -293,6 +294,63 @@ def test_outputs_of_other_shapes() -> None:
 
     with pytest.raises(TypeError, match="mlp: expected to return a tensor, got tuple"):
         fused_mono_penalty(Tuple(), x1, x2)
+
+
+@pytest.mark.parametrize("net", [mlp(D1, K, 0), nn.Sequential(mlp(D1, K, 0), nn.Flatten())])
+def test_a_network_without_outputs(net: nn.Module) -> None:
+    x1, x2 = points(7, D1, K)
+    fused = isinstance(net[-1], nn.Linear)
+    for backend in BACKENDS if fused else ["reference"]:
+        for mode in ("tangent", "adjoint") if fused else ["auto"]:
+            for weight in (None, torch.rand(7, 1, 1), torch.rand(7, 1, 1, requires_grad=True)):
+                y, penalty = fused_mono_penalty(
+                    net, x1, x2, weight=weight, return_output=True, mode=mode, backend=backend
+                )
+                (y.sum() + penalty).backward()
+                assert (y.shape, penalty.item()) == ((7, 0), 0)
+            _, J = value_and_jacobian(net, x1, x2, mode=mode, backend=backend)
+            assert J.shape == (7, 0, K)
+    _, J = torch.func.vmap(partial(value_and_jacobian, net))(x1[None], x2[None])
+    assert J.shape == (1, 7, 0, K)
+    report = audit(net, x1, x2, sample=3)
+    assert report.rate.shape == (0, K)
+    assert report.violation_rate != report.violation_rate
+
+
+class Negated(nn.Linear):
+    def __call__(self, x: Tensor) -> Tensor:
+        return -super().__call__(x)
+
+
+class Reversed(nn.Sequential):
+    def __iter__(self) -> Iterator[nn.Module]:
+        return reversed(list(self._modules.values()))
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        Negated(D1 + K, 2),
+        nn.Sequential(Negated(D1 + K, 4), nn.Tanh(), nn.Linear(4, 2)),
+        Reversed(nn.Linear(D1 + K, D1 + K), nn.Tanh()),
+    ],
+)
+def test_a_subclass_that_is_not_called_as_its_base(net: nn.Module) -> None:
+    net, (x1, x2) = net.double(), points(7, D1, K)
+    assert_same(value_and_jacobian(net, x1, x2), oracle(net, x1, x2))
+
+
+def test_scripted_and_traced_networks() -> None:
+    net, (x1, x2) = mlp(D1, K, 2), points(7, D1, K)
+    x = torch.cat([x1, x2], -1)
+    want = value_and_jacobian(net, x1, x2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch means to retire them
+        found = [torch.jit.script(net), torch.jit.trace(net, x)]
+    for scripted in found:
+        assert_same(value_and_jacobian(scripted, x1, x2), want)
+        assert plan(scripted, x1, x2).backend == "reference"
+        assert audit(scripted, x1, x2).rate.tolist() == audit(net, x1, x2).rate.tolist()
 
 
 def test_a_detached_output_is_no_zero_slope() -> None:
