@@ -1169,7 +1169,7 @@ def _program(tape: Tape, y: int) -> tuple[list[Step], list[Tensor | float]]:
                 continue
         if step.kind == "linear":
             # The values below lie last among those kept, for nothing else reads them.
-            while u == len(kept) > 0 and once[u] and _folds(kept, u):
+            while u == len(kept) > 0 and once[u] and _folds(kept, u, bool(offsets)):
                 step = _before(kept.pop(), step)
                 once.pop()
                 (u,) = step.inputs
@@ -1186,16 +1186,17 @@ def _offset(step: Step) -> Tensor | float | None:
     return _tensor(step) if step.kind == "shift" else None
 
 
-def _folds(kept: list[Step], u: int) -> bool:
-    """Whether value u can go into the linear layer that reads it. What is taken from raw inputs,
-    a mean far from 0 say, is better taken before the product than after it."""
+def _folds(kept: list[Step], u: int, centred: bool) -> bool:
+    """Whether value u can go into the linear layer that reads it. What is taken from inputs that
+    are not ``centred``, a mean far from 0 say, is better taken before the product than after it."""
     step = kept[u - 1]
     if step.kind not in LINES:
         return False
     shifts = step.kind == "shift" or (step.kind == "line" and step.numbers[1] != 0)
-    while shifts and u and kept[u - 1].kind in (*LINES, "columns"):
-        (u,) = kept[u - 1].inputs
-    return not shifts or u > 0
+    if shifts and not centred:
+        while u and kept[u - 1].kind in (*LINES, "columns"):
+            (u,) = kept[u - 1].inputs
+    return u > 0
 
 
 def _tensor(step: Step) -> Tensor:
