@@ -62,8 +62,9 @@ def check_forward(problem: Problem, x: Tensor, weight: Tensor | None, params: Pa
     expected = _expected(problem.d, problem.nodes)
     if len(params) != len(expected):
         raise RuntimeError(f"params: expected {len(expected)}, got {len(params)}")
-    for t, (name, size, optional) in zip(params, expected, strict=True):
+    for t, (name, sizes, optional) in zip(params, expected, strict=True):
         if t is not None:
+            size = sizes[-1] if t.shape == sizes[-1] else sizes[0]
             _check(name, t, (N, *size[1:]) if size[0] == -1 else size, dtype, device)
         elif not optional:
             raise RuntimeError(f"{name}: expected a tensor, got None")
@@ -94,19 +95,23 @@ def check_saved(saved: Sequence[Tensor], shapes: Shapes, device: torch.device) -
 
 
 @lru_cache(maxsize=1024)
-def _expected(d: int, nodes: tuple[Node, ...]) -> list[tuple[str, tuple[int, ...], bool]]:
-    """Name and shape of each parameter, and whether it may be None."""
+def _expected(
+    d: int, nodes: tuple[Node, ...]
+) -> list[tuple[str, tuple[tuple[int, ...], ...], bool]]:
+    """Name and shapes (one or two) of each parameter, and whether it may be None."""
     shapes = parameter_shapes(d, nodes)
     linears = [node for node in nodes if node.kind == "linear"]
     expected = []
     for place in range(len(shapes)):
-        node, shape = shapes[place]
+        node, either = shapes[place]
+        if not either:
+            raise RuntimeError(f"mlp: expected layers that share a {node.kind} to be of one width")
         if node.kind != "linear":
-            expected.append((f"mlp: the parameter of its {node.kind}", shape, False))
+            expected.append((f"mlp: the parameter of its {node.kind}", either, False))
             continue
         bias = place == node.params[1]
         name = f"mlp: the {'bias' if bias else 'weight'} of linear layer"
-        expected.append((f"{name} {linears.index(node) + 1}", shape, bias))
+        expected.append((f"{name} {linears.index(node) + 1}", either, bias))
     return expected
 
 

@@ -10,54 +10,78 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from ..nodes import moving, rule, used
 from ..problem import Problem, accumulate_dtype, nan_rule
 
 __all__ = ["value_and_jacobian"]
 
+Params = Sequence[Tensor | None]
 
-def value_and_jacobian(
-    problem: Problem, x: Tensor, params: Sequence[Tensor | None]
-) -> tuple[Tensor, Tensor]:
+
+def value_and_jacobian(problem: Problem, x: Tensor, params: Params) -> tuple[Tensor, Tensor]:
     """The output y (N, D) and its slopes J (N, D, k) in the last k columns of x (N, d).
 
-    ``params`` is [W_1, b_1 or None, W_2, …], W_l of shape (H_l, H_{l-1}).
+    ``params`` are those of the program's nodes, each at its place.
     """
-    layers = [(weight_of(params, l), params[2 * l + 1]) for l in range(problem.depth)]
-    run = _tangent if problem.mode == "tangent" else _adjoint
-    y, J = run(problem, x, layers)
+    nodes = problem.nodes
+    values = {0: x}
+    for i in used(nodes):
+        θ = [params[place] for place in nodes[i].params]
+        values[i + 1] = rule(nodes[i]).value(nodes[i], [values[v] for v in nodes[i].inputs], θ)
+    y = values[len(nodes)]
+    J = (_tangent if problem.mode == "tangent" else _adjoint)(problem, values, params)
+    if J is None:
+        J = y.new_zeros(())
+    J = J.expand(x.shape[0], problem.D, problem.k)
     return y, nan_rule(y, J.to(accumulate_dtype(J.dtype)))
 
 
-def weight_of(params: Sequence[Tensor | None], l: int) -> Tensor:
-    """W_{l+1}: never None, unlike a bias."""
-    W = params[2 * l]
-    assert W is not None
-    return W
+def _tangent(problem: Problem, values: dict[int, Tensor], params: Params) -> Tensor | None:
+    """J (N or 1, D, k), or None where x2 does not reach y."""
+    d, k, nodes = problem.d, problem.k, problem.nodes
+    moves, dots = moving(d, k, nodes), dict[int, Tensor]()  # (k, N or 1, H)
+    dots[0] = _one_hot(values[0], d)[d - k :]
+    for i in used(nodes):
+        node = nodes[i]
+        if not moves[i + 1]:
+            continue
+        θ = [params[place] for place in node.params]
+        if node.kind == "linear" and node.inputs == (0,):
+            W = θ[0]
+            assert W is not None
+            dots[i + 1] = W[:, d - k :].mT.unsqueeze(1)  # no product by a one-hot
+        else:
+            u, u_dot = [values[v] for v in node.inputs], [dots.get(v) for v in node.inputs]
+            dots[i + 1] = rule(node).push(node, u, values[i + 1], u_dot, θ)
+    y_dot = dots.get(len(nodes))
+    return None if y_dot is None else y_dot.permute(1, 2, 0)
 
 
-Layers = list[tuple[Tensor, Tensor | None]]
+def _adjoint(problem: Problem, values: dict[int, Tensor], params: Params) -> Tensor | None:
+    """J (N or 1, D, k), or None where x2 does not reach y."""
+    d, k, nodes = problem.d, problem.k, problem.nodes
+    moves, P = moving(d, k, nodes), dict[int, Tensor]()  # (D, N or 1, H), of x2 alone for x
+    P[len(nodes)] = _one_hot(values[len(nodes)], problem.D)
+    for i in reversed(used(nodes)):
+        node = nodes[i]
+        if not moves[i + 1]:
+            continue
+        θ = [params[place] for place in node.params]
+        if node.kind == "linear" and node.inputs == (0,):
+            W = θ[0]
+            assert W is not None
+            pulled = [P[i + 1] @ W[:, d - k :]]
+        else:
+            u = [values[v] for v in node.inputs]
+            pulled = rule(node).pull(node, u, values[i + 1], P[i + 1], θ)
+            pulled = [t if v else t[..., d - k :] for v, t in zip(node.inputs, pulled, strict=True)]
+        for v, t in zip(node.inputs, pulled, strict=True):
+            P[v] = P[v] + t if v in P else t
+    x_bar = P.get(0)
+    return None if x_bar is None else x_bar.transpose(0, 1)
 
 
-def _tangent(problem: Problem, x: Tensor, layers: Layers) -> tuple[Tensor, Tensor]:
-    h = x
-    h_dot = x.new_zeros(0)
-    for l, ((W, b), σ) in enumerate(zip(layers, problem.activations, strict=True)):
-        a = F.linear(h, W, b)
-        a_dot = F.linear(h_dot, W) if l else W[:, problem.d - problem.k :].mT.unsqueeze(1)
-        h, h_dot = σ.value(a), σ.first(a) * a_dot  # (N, H), (k, N, H)
-    return h, h_dot.permute(1, 2, 0)
-
-
-def _adjoint(problem: Problem, x: Tensor, layers: Layers) -> tuple[Tensor, Tensor]:
-    h, a = x, []
-    for (W, b), σ in zip(layers, problem.activations, strict=True):
-        a.append(F.linear(h, W, b))
-        h = σ.value(a[-1])
-    P = torch.eye(problem.D, dtype=h.dtype, device=h.device)  # P_L: one row per output
-    for l in range(problem.depth - 1, -1, -1):
-        p = problem.activations[l].first(a[l]).unsqueeze(1) * P  # (N, D, H_l)
-        W = layers[l][0]
-        P = p @ (W if l else W[:, problem.d - problem.k :])
-    return h, P
+def _one_hot(like: Tensor, n: int) -> Tensor:
+    """(n, 1, n): row c is e_c, for every row of a batch."""
+    return torch.eye(n, dtype=like.dtype, device=like.device).unsqueeze(1)

@@ -33,7 +33,7 @@ class NetworkConfig:
     ``in_registers``: the forward keeps what it needs again in registers, else in scratch slots.
     ``inner``: products take their left operand by way of a scratch slot, ``inner`` columns at a
     time; 0 if it stays in registers.
-    ``chunk``: input columns, and columns of a weight gradient, at a time.
+    ``chunk``: input columns (of the forward), and columns of a weight gradient, at a time.
     """
 
     rows: int
@@ -66,8 +66,9 @@ def forward_config(
     return NetworkConfig(64, 4, 2, in_registers=kept <= (384 if shared else 0))
 
 
-def backward_config(width: int, products: str, split: bool) -> NetworkConfig:
-    if split or products != "wgmma":
+def backward_config(width: int, itemsize: int, products: str, split: bool) -> NetworkConfig:
+    # Whole TF32 products at width 64 spill up to 568 bytes in Triton 3.6, with dx of 40 inputs.
+    if split or products != "wgmma" or (itemsize == 4 and width > 32):
         return in_steps(width, products, split)
     if width <= 32:
         return NetworkConfig(64, 4, 2, chunk=16)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ...problem import Problem, accumulate_dtype, shared_direction_table
-from ..handwritten import kept_layers, saved_like
 from .config import ROWS, LayerConfig, layer_candidates, layer_config
 from .elementwise import hinge_slopes, layer_back, layer_down, layer_up
 from .launch import (
@@ -27,6 +26,7 @@ from .launch import (
     dot_precision,
     launch,
     processors,
+    register_limit,
 )
 from .layer import pairs_down, pairs_up, pairs_weight
 from .pairs import count_pairs, gather_inputs, list_pairs, seed_cotangents
@@ -38,6 +38,26 @@ __all__ = ["backward", "forward", "refuses", "saved_like"]
 
 Params = Sequence[Tensor | None]
 BLOCK = 1024  # pairs that one program lists
+
+
+def saved_like(problem: Problem, x: Tensor) -> list[Tensor]:
+    """Uninitialised buffers for what the backward needs again, in the order the forward fills them:
+
+    a_l (N, H_l) for each layer whose value is not y itself, P_l (N, H_l) of the hidden layers when
+    the adjoint chain is kept, ∂penalty/∂J (N, D, k) when there is a hinge.
+    """
+    N, widths = x.shape[0], problem.widths
+    saved = [x.new_empty(N, H) for H in widths[1 : kept_layers(problem) + 1]]
+    if problem.keeps_adjoint:
+        saved += [x.new_empty(N, H) for H in widths[1:-1]]
+    if problem.hinge is not None:
+        saved.append(x.new_empty(N, problem.D, problem.k, dtype=accumulate_dtype(x.dtype)))
+    return saved
+
+
+def kept_layers(problem: Problem) -> int:
+    """The number of layers whose a_l is saved: all, but the last where y is a_L."""
+    return problem.depth - (problem.activations[-1].kind == "identity")
 
 
 def refuses(problem: Problem, x: Tensor) -> str | None:
@@ -337,7 +357,10 @@ class _Pairs:
             seed=x.new_empty(M, D),
             config=config,
         )
-        shape = {"D": D, "K": k, "ADJOINT": adjoint, "OUT": output_code(problem), "BLOCK": BLOCK}
+        shape = {
+            "D": D, "K": k, "ADJOINT": adjoint, "OUT": output_code(problem), "BLOCK": BLOCK,
+            **register_limit(x.device),
+        }  # fmt: skip
         counts = x.new_empty(blocks, dtype=torch.int32)
         launch(count_pairs, (blocks,), x, gout, S, counts, N, **shape)
         launch(

@@ -2,7 +2,8 @@
 
 A pair is number t·N + n: row n and, in tangent mode, column t (ẋ = e_t, s = gJ[n, :, t]), in
 adjoint mode output t (ẋ = gJ[n, t, :], s = e_t). Two launches, a count by block and a list: the
-order of the pairs is kept, so that two runs give the same bits.
+order of the pairs is kept, so that two runs give the same bits. There are less than 2^31 of them
+(``layered.refuses``): a division by N in 64 bits is a call.
 """
 
 # ruff: noqa: RET505 (see ``device.py``)
@@ -44,9 +45,10 @@ def count_pairs(
     OUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """counts[block] = how many of the block's pairs are active."""
-    pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    ok = pair < tl.full((), 1, tl.int64) * N * (D if ADJOINT else K)
-    active = is_active(gout, slopes, pair % N, pair // N, ok, D, K, ADJOINT, OUT)
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = pair < N * (D if ADJOINT else K)
+    n = (pair % N).to(tl.int64)
+    active = is_active(gout, slopes, n, pair // N, ok, D, K, ADJOINT, OUT)
     tl.store(counts + tl.program_id(0), tl.sum(active))
 
 
@@ -65,9 +67,9 @@ def list_pairs(
     for start in range(0, block, BLOCK):
         i = start + tl.arange(0, BLOCK)
         before += tl.sum(tl.load(counts + i, mask=i < block, other=0))
-    pair = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    ok = pair < tl.full((), 1, tl.int64) * N * (D if ADJOINT else K)
-    n = pair % N
+    pair = block * BLOCK + tl.arange(0, BLOCK)
+    ok = pair < N * (D if ADJOINT else K)
+    n = (pair % N).to(tl.int64)
     t = pair // N
     active = is_active(gout, slopes, n, t, ok, D, K, ADJOINT, OUT)
     i = before + tl.cumsum(active, 0) - 1

@@ -221,7 +221,10 @@ def backward(
 ) -> list[Tensor | None]:
     shape = _shape(problem)
     config = backward_config(
-        max(shape["H"], shape["PD"]), products(x.device), _precision(x.dtype) == "tf32x3"
+        max(shape["H"], shape["PD"]),
+        x.element_size(),
+        products(x.device),
+        _precision(x.dtype) == "tf32x3",
     )
     if enabled(x.device) and x.shape[0]:
         config = choose(
@@ -290,8 +293,9 @@ def _backward(
         BIAS=tuple(b is not None for b in bs),
         NEEDS=wanted,
         OFFSETS=offsets,
-        # With chunks of 32 input columns width 128 spills 8 bytes on sm_80.
-        BK=min(power_of_two(problem.d), 16 if config.inner else config.chunk),
+        # With 32 input columns at a time, 40 inputs with dx at width 64 spill up to 424 bytes in
+        # Triton 3.6.
+        BK=16,
         INNER=config.inner,
         BM=BM,
         SCAN=max(BM, 256),
