@@ -586,15 +586,15 @@ def _addmm(t: Any, v: Any, W: Any, *, beta: float = 1, alpha: float = 1) -> Valu
 def _einsum(equation: str, *operands: Any) -> Value:
     """A linear layer written with letters, "...i,oi->...o"."""
     found = re.fullmatch(r"(\.{3}|\w*)(\w),(\w)(\w)->(\.{3}|\w*)(\w)", equation.replace(" ", ""))
-    v, W = operands
-    if found is not None and (v := _columns(v)):
+    v, W = _columns(operands[0]), _plain(operands[1])
+    if found is not None and len(operands) == 2:
         rows, i, first, second, again, o = found.groups()
         letters = v.tape.lead + 2 if rows != "..." else 2
-        if rows == again and len({*rows, i, o} - {"."}) == letters and i != o:
+        if rows == again and i != o and len({*rows, i, o} - {"."}) == letters:
             if (first, second) == (o, i):
                 return _linear(v, W)
             if (first, second) == (i, o):
-                return _linear(v, _plain(W).mT)
+                return _linear(v, W.mT)
     raise Unreadable(f"has the equation {equation!r}")
 
 
