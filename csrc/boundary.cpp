@@ -65,7 +65,8 @@ void check(int status) {
 // --- operands -------------------------------------------------------------------------------------
 
 // Tensors that are no plain memory: subclasses that decide themselves what an operation does,
-// functorch's and functionalization's wrappers; and those whose memory is not their value.
+// functorch's and functionalization's wrappers. And those whose memory is not their value: views to
+// be negated when they are read, zeros without any.
 constexpr c10::DispatchKeySet wrapped({c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
                                        c10::DispatchKey::FuncTorchBatched,
                                        c10::DispatchKey::FuncTorchGradWrapper,
@@ -102,8 +103,6 @@ std::string describe(const Tensor& t) {
     text << ", " << t.layout();
   } else if (t.key_set().has_any(wrapped)) {
     text << ", a subclass or wrapper of a tensor";
-  } else if (t.key_set().has_any(lazy)) {
-    text << (t.is_neg() ? ", a view to be negated when it is read" : ", zeros without memory");
   } else {
     const int64_t bytes = extent(t) * int64_t(t.element_size());
     const int64_t held = t.storage().data() ? int64_t(t.storage().nbytes()) : 0;
@@ -114,14 +113,17 @@ std::string describe(const Tensor& t) {
 
 bool readable(const Tensor& t, at::IntArrayRef sizes, at::ScalarType dtype) {
   if (!t.device().is_cpu() || t.layout() != at::kStrided || t.scalar_type() != dtype) return false;
-  if (t.key_set().has_any(wrapped | lazy) || t.sizes() != sizes) return false;
+  if (t.key_set().has_any(wrapped) || t.sizes() != sizes) return false;
   if (t.numel() == 0) return true;
   return t.storage().data() && extent(t) * int64_t(t.element_size()) <= int64_t(t.storage().nbytes());
 }
 
-// `t` in contiguous memory, once it is known to be readable.
+// `given` in contiguous memory, once it is known to be readable.
 template <class Name>
-Tensor operand(const Tensor& t, at::IntArrayRef sizes, at::ScalarType dtype, const Name& name) {
+Tensor operand(const Tensor& given, at::IntArrayRef sizes, at::ScalarType dtype,
+               const Name& name) {
+  const bool copied = given.key_set().has_any(lazy) && !given.key_set().has_any(wrapped);
+  const Tensor t = copied ? given.clone() : given;
   TORCH_CHECK(readable(t, sizes, dtype), name(), ": expected ", dtype_name(dtype),
               " of shape ", tuple(sizes), " on cpu in memory of its own, got ", describe(t));
   return t.contiguous();
@@ -156,12 +158,11 @@ variable_list parameters(const PlanReference& plan, const Present& present,
   return params;
 }
 
-// A gradient from outside, which may come without memory, or undefined.
+// A gradient from outside, which may be undefined.
 Tensor cotangent(const PlanReference& plan, const Tensor& g, at::IntArrayRef sizes,
                  const char* name) {
   if (!g.defined()) return g;
-  const Tensor dense = g.key_set().has_any(lazy) ? g.clone() : g;
-  return operand(dense, sizes, plan.dtype(), [&] { return name; });
+  return operand(g, sizes, plan.dtype(), [&] { return name; });
 }
 
 // --- memory ---------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from .arguments import (
 from .backends import general, reference
 from .function import evaluate, operand_dtype
 from .network import unwrap
-from .operands import dense, has_memory
+from .operands import has_memory
 from .planning import Route, choose
 from .problem import Hinge, Problem, accumulate_dtype
 
@@ -264,10 +264,10 @@ def _kernel_weight(weight: Tensor | None, inputs: Inputs, problem: Problem) -> T
         return None
     D, k = problem.D, problem.k
     dtype = accumulate_dtype(inputs.x2.dtype)
-    weight = dense(weight.to(device=inputs.x2.device, dtype=dtype))
+    weight = weight.to(device=inputs.x2.device, dtype=dtype)
     if weight.dim() <= 2:
         return weight.expand(D, k).contiguous()
-    return weight.expand(*inputs.batch, D, k).reshape(-1, D, k).contiguous()
+    return weight.expand(*inputs.batch, D, k).reshape(inputs.batch.numel(), D, k).contiguous()
 
 
 def _output(y: Tensor, inputs: Inputs, route: Route) -> Tensor:

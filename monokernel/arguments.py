@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .operands import dense
 from .problem import Hinge, accumulate_dtype
 
 __all__ = [
@@ -22,10 +21,12 @@ __all__ = [
     "Direction",
     "Inputs",
     "check_choice",
+    "check_count",
     "check_direction",
     "check_hinge",
     "check_inputs",
     "check_module",
+    "check_number",
     "check_parameter",
     "check_weight",
 ]
@@ -48,7 +49,7 @@ class Inputs(NamedTuple):
 
     def joined(self) -> Tensor:
         """cat[x1, x2], the network's input (*batch, d)."""
-        return torch.cat((self.x1, self.x2), -1) if self.d > self.k else dense(self.x2)
+        return torch.cat((self.x1, self.x2), -1) if self.d > self.k else self.x2
 
 
 def check_module(mlp: Any) -> None:
@@ -63,6 +64,7 @@ def check_inputs(x1: Any, x2: Any) -> Inputs:
             raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
         if not t.dtype.is_floating_point:
             raise TypeError(f"{name}: expected a floating-point tensor, got {_dtype(t)}")
+        _check_dense(name, t)
     free, monotone = x1.shape, x2.shape
     if not free:
         raise ValueError("x1: expected shape (..., d1), got a tensor with no dimension")
@@ -127,7 +129,7 @@ def check_direction(direction: Any, k: int) -> Direction:
             f"direction: expected a scalar, (k,) = ({k},) or (D, k) = (D, {k}), got shape {shape}"
         )
     for v in values:
-        if v not in (-1, 0, 1):
+        if isinstance(v, complex) or v not in (-1, 0, 1):
             raise ValueError(f"direction: expected entries in {{-1, 0, 1}}, got {v}")
     return Direction(tuple(int(v) for v in values), shape)
 
@@ -150,8 +152,7 @@ def _numbers(direction: Any) -> tuple[list[Any], tuple[int, ...]]:
 
 def check_hinge(direction: tuple[int, ...], margin: Any, hinge: Any, reduction: Any) -> Hinge:
     """The static part of the penalty; ``direction`` as ``Direction.for_network`` gives it."""
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)):
-        raise TypeError(f"margin: expected a number, got {type(margin).__name__}")
+    check_number("margin", margin)
     check_choice("hinge", hinge, HINGES)
     check_choice("reduction", reduction, REDUCTIONS)
     return Hinge(direction, float(margin), hinge == "squared", reduction == "none")
@@ -160,6 +161,16 @@ def check_hinge(direction: tuple[int, ...], margin: Any, hinge: Any, reduction: 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
+def check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name}: expected a number of points >= 0, got {value!r}")
 
 
 def check_weight(weight: Any, x: Tensor, D: int, k: int) -> Tensor | None:
@@ -173,6 +184,7 @@ def check_weight(weight: Any, x: Tensor, D: int, k: int) -> Tensor | None:
         raise TypeError(f"weight: expected a number or a tensor, got {type(weight).__name__}")
     if not weight.dtype.is_floating_point:
         raise TypeError(f"weight: expected a floating-point tensor, got {_dtype(weight)}")
+    _check_dense("weight", weight)
     if weight.device != x.device and weight.dim():
         raise ValueError(f"weight: expected on the device of x1, {x.device}, got {weight.device}")
     full = (*x.shape[:-1], D, k)
@@ -183,6 +195,12 @@ def check_weight(weight: Any, x: Tensor, D: int, k: int) -> Tensor | None:
             f"{tuple(full)}, got {tuple(weight.shape)}"
         )
     return weight
+
+
+def _check_dense(name: str, t: Tensor) -> None:
+    if t.layout is not torch.strided or t.is_nested:
+        came = "a nested one" if t.is_nested else t.layout
+        raise TypeError(f"{name}: expected a dense tensor, got {came}")
 
 
 def _dtype(t: Tensor) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .api import slopes
-from .arguments import Direction, check_direction, check_inputs
+from .arguments import Direction, check_count, check_direction, check_inputs, check_number
 from .backends import general
 from .network import ending, unwrap
 from .planning import choose
@@ -163,6 +163,8 @@ def audit(
     """
     inputs = check_inputs(x1, x2)
     signs = check_direction(direction, inputs.k)
+    check_number("margin", margin)
+    check_count("sample", sample)
     x = inputs.joined().reshape(-1, inputs.d)
     with evaluating(mlp):
         sampled = None
@@ -199,7 +201,7 @@ def slopes_in_direction(
         table = direction_table(signs.for_network(D), D, k, J.dtype, J.device)
         yield table * J, table
         start += size
-        size = min(ROWS_AT_A_TIME, max(1, SLOPES_AT_A_TIME // (D * k)))
+        size = min(ROWS_AT_A_TIME, max(1, SLOPES_AT_A_TIME // max(1, D * k)))
 
 
 def _slopes(mlp: nn.Module, x1: Tensor, x2: Tensor) -> Tensor:

@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backends import MODULES, load
-from .operands import check_forward, check_gradients, check_saved, dense, shapes_of
+from .operands import check_forward, check_gradients, check_saved, shapes_of
 from .problem import Problem, accumulate_dtype, pack, unpack
-from .program import parameter_count
 
 __all__ = ["FusedMonoPenalty", "evaluate", "operand_dtype", "transformed"]
 
@@ -88,7 +87,8 @@ class FusedMonoPenalty(torch.autograd.Function):
         *params: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         y, out, saved = _forward(problem, backend, x, weight, params, save=True)
-        ctx.problem, ctx.backend, ctx.shapes = problem, backend, shapes_of(saved)
+        ctx.problem, ctx.backend = problem, backend
+        ctx.count, ctx.shapes = len(params), shapes_of(saved)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, *params, *saved)
         return y, out
@@ -96,8 +96,7 @@ class FusedMonoPenalty(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gy: Tensor | None, gout: Tensor | None) -> Any:
         x, weight, *rest = ctx.saved_tensors
-        count = parameter_count(ctx.problem.nodes)
-        params, saved = rest[:count], rest[count:]
+        params, saved = rest[: ctx.count], rest[ctx.count :]
         if not _traced():
             check_saved(saved, ctx.shapes, x.device)
         needs = ctx.needs_input_grad[3:]
@@ -150,7 +149,7 @@ def _forward(
             x, weight, list(params), save, backend, *pack(problem)
         )
         return y, out, saved
-    check_forward(problem, x, weight, params)
+    x, weight, params = check_forward(problem, x, weight, params)
     with _no_autocast(x):
         return load(backend).forward(problem, x, weight, params, save)
 
@@ -172,9 +171,8 @@ def _backward(
         )
         present = iter(found)
         return [next(present) if need else None for need in needs]
-    gy, gout = None if gy is None else dense(gy), None if gout is None else dense(gout)
-    check_forward(problem, x, weight, params)
-    check_gradients(problem, x, gy, gout)
+    x, weight, params = check_forward(problem, x, weight, params)
+    gy, gout = check_gradients(problem, x, gy, gout)
     with _no_autocast(x):
         return load(backend).backward(problem, gy, gout, x, weight, params, saved, needs)
 
@@ -211,7 +209,7 @@ def _forward_op(
     x: Tensor, weight: Tensor | None, params: Params, save: bool, backend: str, *packed: Any
 ) -> list[Tensor]:
     problem = _problem(backend, packed, x)
-    check_forward(problem, x, weight, params)
+    x, weight, params = check_forward(problem, x, weight, params)
     with _no_autocast(x):
         y, out, saved = load(backend).forward(problem, x, weight, params, save)
     return [y, out, *saved]
@@ -254,8 +252,8 @@ def _backward_op(
     *packed: Any,
 ) -> list[Tensor]:
     problem = _problem(backend, packed, x)
-    check_forward(problem, x, weight, params)
-    check_gradients(problem, x, gy, gout)
+    x, weight, params = check_forward(problem, x, weight, params)
+    gy, gout = check_gradients(problem, x, gy, gout)
     like = load(backend).saved_like(problem, x.new_empty(x.shape, device="meta"))
     check_saved(saved, shapes_of(like), x.device)
     if len(needs) != 1 + len(params):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_choice
+from .arguments import check_choice, check_number
 
 __all__ = ["Multipliers"]
 
@@ -58,8 +58,11 @@ class Multipliers(nn.Module):
         most: float = math.inf,
     ) -> None:
         super().__init__()
+        if not isinstance(shape, Sequence) or not all(isinstance(n, int) for n in shape):
+            raise TypeError(f"shape: expected (D, k), got {shape!r}")
         check_choice("measure", measure, MEASURES)
         for name, value in (("target", target), ("lr", lr), ("initial", initial), ("most", most)):
+            check_number(name, value)
             if not value >= 0:
                 raise ValueError(f"{name}: expected a number >= 0, got {value}")
         self.target, self.measure, self.lr, self.most = target, measure, lr, most
@@ -97,6 +100,8 @@ class Multipliers(nn.Module):
 
     def _rows(self, violations: Tensor) -> Tensor:
         """The violations as (N, D, k)."""
+        if not isinstance(violations, Tensor):
+            raise TypeError(f"violations: expected a tensor, got {type(violations).__name__}")
         constraints = violations.shape[-2:]
         try:
             fits = torch.broadcast_shapes(self.weight.shape, constraints) == constraints

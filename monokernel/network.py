@@ -18,7 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from .activations import Activation, of_module
 from .arguments import check_parameter
-from .operands import PLAIN, dense
+from .operands import PLAIN
 from .program import Node, nodes_of
 
 __all__ = [
@@ -79,13 +79,15 @@ class Chain(NamedTuple):
                 f"{tuple(t.shape)}"
             )
         check_parameter(t, x)
-        return dense(t)
+        return t
 
 
 def unwrap(mlp: nn.Module) -> nn.Module:
     """The module inside a ``torch.compile(mlp)``, whose compiled form has no second derivative."""
-    modules = mlp._modules if isinstance(mlp, nn.Module) else {}
-    return modules.get("_orig_mod") or mlp
+    # A scripted module has a mapping of its own here, which knows no ``get``.
+    if isinstance(mlp, nn.Module) and "_orig_mod" in mlp._modules:
+        return mlp._modules["_orig_mod"] or mlp
+    return mlp
 
 
 def read(mlp: nn.Module) -> Chain | str:

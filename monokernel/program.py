@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from .activations import IDENTITY, KINDS, Activation
 
-__all__ = ["Chain", "Node", "chain_of", "nodes_of", "parameter_count"]
+__all__ = ["Chain", "Node", "chain_of", "nodes_of"]
 
 
 class Node(NamedTuple):
@@ -38,6 +38,7 @@ class Chain(NamedTuple):
     activations: tuple[Activation, ...]
 
 
+@lru_cache(maxsize=1024)
 def nodes_of(widths: tuple[int, ...], activations: tuple[Activation, ...]) -> tuple[Node, ...]:
     """The chain's program. Its parameters are W_1, b_1 (or None), W_2, …"""
     nodes: list[Node] = []
@@ -67,8 +68,3 @@ def chain_of(d: int, nodes: tuple[Node, ...]) -> Chain | None:
         else:
             return None
     return Chain(tuple(widths), tuple(activations)) if activations else None
-
-
-def parameter_count(nodes: tuple[Node, ...]) -> int:
-    """How many parameters a call of the program takes."""
-    return 1 + max((p for node in nodes for p in node.params), default=-1)

@@ -30,7 +30,7 @@ from .activations import SELU_ALPHA, SELU_SCALE
 from .arguments import Inputs
 from .function import operand_dtype
 from .network import global_hooks, hooked, where
-from .operands import PLAIN, dense
+from .operands import PLAIN
 from .problem import capturing
 from .program import Node, chain_of
 
@@ -323,7 +323,8 @@ def _view(v: Value, flat: bool) -> Value:
 def _plain(t: Any) -> Tensor:
     if type(t) not in PLAIN or t.layout is not torch.strided:
         raise Unreadable(f"takes a {type(t).__name__}, which is no plain tensor")
-    return t if type(t) is nn.Parameter else dense(t)
+    plain: Tensor = t
+    return plain
 
 
 def _constant(v: Value, t: Any) -> tuple[Value, Tensor]:
@@ -555,8 +556,10 @@ def _linear(v: Any, weight: Any, bias: Any = None) -> Value:
     tape, W = _columns(v).tape, _plain(weight)
     b = None if bias is None else _plain(bias)
     size = W.shape
-    if len(size) != 2 or size[1] != v.width or (b is not None and b.shape != size[:1]):
+    if len(size) != 2 or size[1] != v.width:
         raise Unreadable(f"does not fit {v.width} columns")
+    if b is not None and b.shape != size[:1]:
+        raise Unreadable("has a bias of another size than its weight")
     for t in (W,) if b is None else (W, b):
         if t.dtype != tape.dtype and not (tape.casts and t.dtype.is_floating_point):
             raise Unreadable(f"takes {t.dtype} to rows of {tape.dtype}")
@@ -1364,11 +1367,11 @@ def _parts(mlp: nn.Module) -> list[nn.Module] | str:
         return "a global module hook is registered"
     found, seen = [mlp], {id(mlp)}
     for m in found:  # grows on the way
-        if hooked(m):
-            return f"{where(mlp, m)} has hooks"
         nature = _nature(type(m).__mro__)
         if nature == "opaque" or "_compiled_call_impl" in m.__dict__:
             return f"{where(mlp, m)} is compiled, distributed or quantised"
+        if hooked(m):
+            return f"{where(mlp, m)} has hooks"
         if nature == "batch" and (m.training or m.running_mean is None):
             return f"{where(mlp, m)} normalises with the statistics of the batch"
         for part in m._modules.values():

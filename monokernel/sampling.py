@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .arguments import check_choice
+from .arguments import check_choice, check_count, check_number
 
 __all__ = ["STRATEGIES", "sample_points"]
 
@@ -43,7 +43,7 @@ def sample_points(
     Returns:
         Points (n, d) of the dtype and on the device of x, without a gradient.
     """
-    rows = _check(x, n, strategy, bounds, noise)
+    rows, box = _check(x, n, strategy, bounds, noise)
     N, d = rows.shape
 
     def pick() -> Tensor:
@@ -56,11 +56,6 @@ def sample_points(
         return pick()
     if strategy == "mixup":
         return torch.lerp(pick(), pick(), share(n, 1))
-    box = (
-        None
-        if bounds is None
-        else tuple(torch.as_tensor(b, dtype=x.dtype, device=x.device).expand(d) for b in bounds)
-    )
     if strategy == "uniform":
         low, high = box or (rows.amin(0), rows.amax(0))
         return torch.lerp(low.expand(n, d), high.expand(n, d), share(n, d))
@@ -69,27 +64,42 @@ def sample_points(
     return points if box is None else points.clamp(*box)
 
 
-def _check(x: Tensor, n: int, strategy: str, bounds: Bounds | None, noise: float) -> Tensor:
-    """x as rows (N, d)."""
+def _check(
+    x: Tensor, n: int, strategy: str, bounds: Bounds | None, noise: float
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """x as rows (N, d), and the bounds as a box ((d,), (d,)) if there are any."""
     if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
         came = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x: expected a floating-point tensor, got {came.removeprefix('torch.')}")
     if x.dim() < 2:
         raise ValueError(f"x: expected shape (..., d) with rows, got {tuple(x.shape)}")
-    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-        raise ValueError(f"n: expected a number of points >= 0, got {n!r}")
+    check_count("n", n)
     check_choice("strategy", strategy, STRATEGIES)
-    if noise < 0:
+    check_number("noise", noise)
+    if not noise >= 0:
         raise ValueError(f"noise: expected a standard deviation >= 0, got {noise}")
     d = x.shape[-1]
-    for b in bounds or ():
-        if isinstance(b, Tensor) and b.dim() and b.shape != (d,):
-            raise ValueError(f"bounds: expected numbers or shape ({d},), got {tuple(b.shape)}")
-    if bounds is not None:
-        low, high = (torch.as_tensor(b).cpu() for b in bounds)
-        if (low > high).any():
-            raise ValueError("bounds: expected low <= high in every column")
+    if d == 0:
+        raise ValueError(f"x: expected at least one column, got shape {tuple(x.shape)}")
+    box = None if bounds is None else _box(bounds, x)
     rows = x.detach().reshape(-1, d)
     if n and not rows.shape[0] and (bounds is None or strategy != "uniform"):
         raise ValueError(f"x: expected at least one row for strategy {strategy!r}, got none")
-    return rows
+    return rows, box
+
+
+def _box(bounds: Bounds, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Both bounds as (d,)."""
+    d, box = x.shape[-1], []
+    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+        raise TypeError(f"bounds: expected (low, high), got {bounds!r}")
+    for b in bounds:
+        try:
+            box.append(torch.as_tensor(b, dtype=x.dtype, device=x.device).expand(d))
+        except (TypeError, ValueError, RuntimeError):
+            came = tuple(b.shape) if isinstance(b, Tensor) else repr(b)
+            raise ValueError(f"bounds: expected numbers or shape ({d},), got {came}") from None
+    low, high = box
+    if not x.is_meta and not (low <= high).all():
+        raise ValueError("bounds: expected low <= high in every column")
+    return low, high

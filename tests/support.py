@@ -53,6 +53,7 @@ WRITTEN: dict[str, tuple[Activation, Function]] = {
     "softshrink": (Activation("softshrink", 0.7), lambda a: F.softshrink(a, 0.7)),
     "hardshrink": (Activation("hardshrink", 0.8), lambda a: F.hardshrink(a, 0.8)),
     "threshold": (Activation("threshold", 0.3, -0.4), lambda a: F.threshold(a, 0.3, -0.4)),
+    "clamp": (Activation("clamp", -0.6, 0.9), lambda a: a.clamp(-0.6, 0.9)),
     "tanhshrink": (Activation("tanhshrink"), F.tanhshrink),
     "abs": (Activation("abs"), torch.abs),
     "square": (Activation("square"), torch.square),

@@ -103,6 +103,16 @@ def test_bad_options(options: dict[str, object], sentence: str) -> None:
         Multipliers((1, 1), **options)  # type: ignore[arg-type]
 
 
+def test_arguments_of_another_type() -> None:
+    with pytest.raises(TypeError, match="target: expected a number, got str"):
+        Multipliers((1, 1), target="0.1")  # type: ignore[arg-type]
+    for shape in (3, "ab", (1.0, 2)):
+        with pytest.raises(TypeError, match=r"shape: expected \(D, k\), got"):
+            Multipliers(shape)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="violations: expected a tensor, got NoneType"):
+        Multipliers((1, 1)).update(None)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("shape", [(), (4,), (5, 3, 2), (5, 1, 2)])
 def test_reduced_or_foreign_penalties_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="violations: expected the penalties"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import re
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -426,9 +427,7 @@ def test_what_is_no_row_wise_program_is_not_read_and_named(name: str) -> None:
     found = reading(net, torch.randn(7, D, dtype=torch.float64))
     assert isinstance(found, str)
     assert found.startswith("mlp")
-    pytest.raises(AssertionError, values, found, torch.empty(0))
-    with pytest.raises(ValueError, match=sentence):
-        raise ValueError(found)
+    assert re.search(sentence, found), found
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -118,6 +120,32 @@ def test_noise_is_in_units_of_each_columns_deviation() -> None:
             lambda: sample_points(rows(), 1, bounds=(torch.zeros(2), 1.0)),
             ValueError,
             r"bounds: expected numbers or shape \(3,\), got \(2,\)",
+        ),
+        (
+            lambda: sample_points(rows(), 1, bounds=([0.0, 0.0], 1.0)),  # type: ignore[arg-type]
+            ValueError,
+            r"bounds: expected numbers or shape \(3,\), got \[0.0, 0.0\]",
+        ),
+        (
+            lambda: sample_points(rows(), 1, bounds=3),  # type: ignore[arg-type]
+            TypeError,
+            r"bounds: expected \(low, high\), got 3",
+        ),
+        (lambda: sample_points(rows(), 1, bounds=(math.nan, 1.0)), ValueError, "low <= high"),
+        (
+            lambda: sample_points(rows(), 1, "noise", noise="a"),  # type: ignore[arg-type]
+            TypeError,
+            "noise: expected a number, got str",
+        ),
+        (
+            lambda: sample_points(rows(), 1, "noise", noise=math.nan),
+            ValueError,
+            "noise: expected a standard deviation >= 0, got nan",
+        ),
+        (
+            lambda: sample_points(rows()[:, :0], 1),
+            ValueError,
+            r"x: expected at least one column, got shape \(\d+, 0\)",
         ),
     ],
 )

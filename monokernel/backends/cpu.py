@@ -102,7 +102,7 @@ def backward(
 ) -> list[Tensor | None]:
     """The gradients of x and of every parameter, None where ``needs`` is false."""
     plan = _plan(problem, x.dtype)
-    x, params = x.contiguous(), _contiguous(params)
+    x, params, saved = x.contiguous(), _contiguous(params), [t.contiguous() for t in saved]
     grads: list[Tensor | None] = [
         torch.empty_like(t) if need and t is not None else None
         for t, need in zip((x, *params), needs, strict=True)

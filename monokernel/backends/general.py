@@ -72,7 +72,7 @@ def _by_autograd(mlp: nn.Module, inputs: Inputs, audited: bool) -> tuple[Tensor,
         found = [_gradient(out, x2, further) for out in _outputs(y, inputs).unbind(-1)]
         # Zeros that are a leaf, so that a loss made of nothing else still has a backward.
         slopes = [torch.zeros_like(x2, requires_grad=further) if s is None else s for s in found]
-        J = torch.stack(slopes, -2)
+        J = _stacked(slopes, x2)
     if not audited and id(mlp) not in _judged:
         _judge(mlp, y.detach(), J.detach(), reached=any(s is not None for s in found))
     return (y, J) if further else (y.detach(), J)
@@ -133,7 +133,12 @@ def _by_func(mlp: nn.Module, inputs: Inputs) -> tuple[Tensor, Tensor]:
         e = torch.zeros_like(out)
         e[..., d] = 1
         slopes.append(pull(e.reshape(y.shape))[0])
-    return y, torch.stack(slopes, -2)
+    return y, _stacked(slopes, inputs.x2)
+
+
+def _stacked(slopes: list[Tensor], x2: Tensor) -> Tensor:
+    """J (*batch, D, k) of the slopes (*batch, k) of each output; there may be none."""
+    return torch.stack(slopes, -2) if slopes else x2.unsqueeze(-2)[..., :0, :]
 
 
 def _call(mlp: nn.Module, inputs: Inputs, x2: Tensor) -> Tensor:
