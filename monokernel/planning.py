@@ -72,16 +72,19 @@ def plan(
     other. ``x1`` (..., d1), ``x2`` (..., k) as there.
 
     Runs nothing of a chain of layers; a forward of one's own it runs once, on symbols in the place
-    of numbers."""
+    of numbers, and puts back the attributes, buffers and random generators that this changed.
+    """
     inputs = check_inputs(x1, x2)
-    route = choose(network.unwrap(mlp), inputs, mode, backend, anew=True)
+    route = choose(network.unwrap(mlp), inputs, mode, backend, rehearsal=True)
     kernel = KERNELS["general" if route.network is None else route.backend]
     return Plan(route.backend, route.mode, kernel, dict(route.refused))
 
 
-def choose(mlp: nn.Module, inputs: Inputs, mode: str, backend: str, anew: bool = False) -> Route:
-    """The route of a call; raises where ``backend`` was asked for by name and cannot serve. With
-    ``anew`` it also looks at a network that was found unreadable before."""
+def choose(
+    mlp: nn.Module, inputs: Inputs, mode: str, backend: str, rehearsal: bool = False
+) -> Route:
+    """The route of a call; raises where ``backend`` was asked for by name and cannot serve. A
+    ``rehearsal`` leaves no trace of that."""
     check_choice("mode", mode, MODES)
     check_choice("backend", backend, BACKENDS)
     check_module(mlp)
@@ -93,7 +96,7 @@ def choose(mlp: nn.Module, inputs: Inputs, mode: str, backend: str, anew: bool =
     elif isinstance(found, network.Chain):
         _check_chain(found, inputs)
     elif not (functional or torch.compiler.is_compiling()):
-        found = reading.read(mlp, inputs, anew)
+        found = reading.read(mlp, inputs, rehearsal)
     if isinstance(found, str):
         return _general(mlp, found, mode, backend, functional)
     x = inputs.x2

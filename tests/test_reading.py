@@ -399,6 +399,10 @@ MIXING: dict[str, tuple[Forward, str]] = {
     "reentrant checkpoint": (lambda n, x: checkpoint(n.a, x, use_reentrant=True), "isinstance"),
     "autograd.Function": (lambda n, x: Reversed.apply(n.a(x)), "autograd.Function"),
     "autograd.Function in two": (lambda n, x: ReversedInTwo.apply(n.a(x)), "autograd.Function"),
+    "a compiled function": (
+        lambda n, x: torch.compile(F.silu, backend="eager")(n.a(x)),
+        "isinstance",
+    ),
     "a hook on x": (lambda n, x: n.a(x).register_hook(lambda g: -g) and x, "register_hook"),
     "kept by the module": (keeping, "isinstance"),
     "kept elsewhere": (keeping_outside, "keeps a tensor that depends on its input"),
@@ -410,6 +414,8 @@ MIXING: dict[str, tuple[Forward, str]] = {
     "dtype": (lambda n, x: x.float().double(), "changes the dtype"),
     "half precision in between": (lambda n, x: x.to(torch.bfloat16).double(), "moves or converts"),
     "another dtype": (lambda n, x: x.mul(torch.ones(D)), "tensor of torch.float32"),
+    "a copy of its own": (lambda n, x: copy.copy(n.a(x)), "Tensor.__copy__"),
+    "weights from the rows": (lambda n, x: F.layer_norm(x, (D,), x), "layer_norm takes a Value"),
     "rows one by one": (own_loop, "Tensor.__iter__"),
     "exception swallowed": (swallowed, "torch.cumsum"),
     "constant output": (lambda n, x: n.p.expand(7, D), "depends on its input"),
@@ -709,6 +715,19 @@ def test_the_forward_takes_effect_exactly_once_a_call(readable: bool) -> None:
         twin = copy.deepcopy(net)
         torch.manual_seed(call)
         assert_same([y], [twin(torch.cat([x1, x2], -1))])
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_a_plan_leaves_no_trace(readable: bool) -> None:
+    net, (x1, x2) = Counting(readable), points(7, D1, K)
+    fused_mono_penalty(net, x1, x2, backend="reference")
+    before, numbers = copy.deepcopy(net), torch.get_rng_state()
+    plan(net, x1, x2)
+    assert net.calls == 1
+    assert net.count.item() == 1
+    assert before.trace is not None
+    assert torch.equal(net.trace, before.trace)  # type: ignore[arg-type]
+    assert torch.equal(torch.get_rng_state(), numbers)
 
 
 def test_an_unreadable_forward_is_not_tried_again_but_by_plan() -> None:
