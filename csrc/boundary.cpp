@@ -51,7 +51,12 @@ struct PlanReference : torch::CustomClassHolder {
 
   int64_t D() const { return shape.widths[shape.L]; }
   int64_t row_size() const { return shape.saved[0] + shape.saved[1] + shape.saved[2]; }
+  // What it computes in; a network in half precision is converted to it on entry.
   at::ScalarType dtype() const { return shape.is_double ? at::kDouble : at::kFloat; }
+  bool serves(at::ScalarType network) const {
+    if (network == at::kHalf || network == at::kBFloat16) return dtype() == at::kFloat;
+    return network == dtype();
+  }
 
   int64_t handle;
   mk_shape shape;
@@ -118,27 +123,29 @@ bool readable(const Tensor& t, at::IntArrayRef sizes, at::ScalarType dtype) {
   return t.storage().data() && extent(t) * int64_t(t.element_size()) <= int64_t(t.storage().nbytes());
 }
 
-// `given` in contiguous memory, once it is known to be readable.
+// `given` in contiguous memory and the plan's dtype, once it is known to be readable.
 template <class Name>
-Tensor operand(const Tensor& given, at::IntArrayRef sizes, at::ScalarType dtype,
-               const Name& name) {
+Tensor operand(const PlanReference& plan, const Tensor& given, at::IntArrayRef sizes,
+               at::ScalarType dtype, const Name& name) {
   const bool copied = given.key_set().has_any(lazy) && !given.key_set().has_any(wrapped);
   const Tensor t = copied ? given.clone() : given;
   TORCH_CHECK(readable(t, sizes, dtype), name(), ": expected ", dtype_name(dtype),
               " of shape ", tuple(sizes), " on cpu in memory of its own, got ", describe(t));
-  return t.contiguous();
+  return t.to(plan.dtype()).contiguous();
 }
 
+// The network's dtype is that of x.
 Tensor inputs(const PlanReference& plan, const Tensor& x) {
   TORCH_CHECK(x.dim() == 2, "x1, x2: expected two dimensions, got ", x.dim());
-  return operand(x, {x.size(0), plan.shape.widths[0]}, plan.dtype(), [] { return "x1, x2"; });
+  const at::ScalarType network = plan.serves(x.scalar_type()) ? x.scalar_type() : plan.dtype();
+  return operand(plan, x, {x.size(0), plan.shape.widths[0]}, network, [] { return "x1, x2"; });
 }
 
 // Where the parameters that are there lie among W1, b1, ...
 using Present = std::vector<bool>;
 
 // W1, b1, ..., undefined where a layer has no bias; `given` are those that are there.
-variable_list parameters(const PlanReference& plan, const Present& present,
+variable_list parameters(const PlanReference& plan, at::ScalarType network, const Present& present,
                          const variable_list& given) {
   TORCH_CHECK(int64_t(present.size()) == 2 * plan.shape.L, "params: expected ", 2 * plan.shape.L,
               ", got ", present.size());
@@ -151,7 +158,7 @@ variable_list parameters(const PlanReference& plan, const Present& present,
                 ": expected a tensor, got None");
     if (!present[i]) continue;
     const int64_t size[] = {plan.shape.widths[l + 1], plan.shape.widths[l]};
-    params[i] = operand(given[next++], {size, bias ? 1u : 2u}, plan.dtype(), [&] {
+    params[i] = operand(plan, given[next++], {size, bias ? 1u : 2u}, network, [&] {
       return c10::str("mlp: the ", bias ? "bias" : "weight", " of linear layer ", l + 1);
     });
   }
@@ -160,9 +167,9 @@ variable_list parameters(const PlanReference& plan, const Present& present,
 
 // A gradient from outside, which may be undefined.
 Tensor cotangent(const PlanReference& plan, const Tensor& g, at::IntArrayRef sizes,
-                 const char* name) {
+                 at::ScalarType dtype, const char* name) {
   if (!g.defined()) return g;
-  return operand(g, sizes, plan.dtype(), [&] { return name; });
+  return operand(plan, g, sizes, dtype, [&] { return name; });
 }
 
 // --- memory ---------------------------------------------------------------------------------------
@@ -192,13 +199,15 @@ Outputs run(const PlanReference& plan, const Tensor& given, const std::optional<
             const Present& present, const variable_list& given_params, bool save) {
   const mk_shape& shape = plan.shape;
   const Tensor x = inputs(plan, given);
+  const at::ScalarType network = given.scalar_type();
   const int64_t N = x.size(0), D = plan.D();
-  const variable_list params = parameters(plan, present, given_params);
+  const variable_list params = parameters(plan, network, present, given_params);
   Tensor w;
   const bool per_row = weight && weight->dim() == 3;
   if (weight) {
     const int64_t size[] = {N, D, shape.k};
-    w = operand(*weight, {size + !per_row, 2u + per_row}, plan.dtype(), [] { return "weight"; });
+    w = operand(plan, *weight, {size + !per_row, 2u + per_row}, plan.dtype(),
+                [] { return "weight"; });
   }
   Outputs o;
   o.y = at::empty({N, D}, x.options());
@@ -211,6 +220,7 @@ Outputs run(const PlanReference& plan, const Tensor& given, const std::optional<
   check(kernel.forward(plan.handle, N, at::get_num_threads(), x.data_ptr(), address(w), per_row,
                        pointers.data(), o.y.data_ptr(), o.out.data_ptr(),
                        save ? at.data() : nullptr));
+  o.y = o.y.to(network);
   return o;
 }
 
@@ -274,17 +284,18 @@ struct Step : torch::autograd::Function<Step> {
     const at::NoGradGuard no_grad;
     const mk_shape& shape = plan.shape;
     const Tensor x = inputs(plan, saved[0]);
+    const at::ScalarType network = saved[0].scalar_type();
     const int64_t N = x.size(0), D = plan.D();
     const variable_list params =
-        parameters(plan, present, {saved.begin() + 1, saved.end() - 1});
+        parameters(plan, network, present, {saved.begin() + 1, saved.end() - 1});
     Tensor buffers = saved.back();
     if (buffers.defined()) {
-      buffers = operand(buffers, {N * plan.row_size()}, plan.dtype(),
+      buffers = operand(plan, buffers, {N * plan.row_size()}, plan.dtype(),
                         [] { return "a tensor saved for the backward"; });
     }
-    const Tensor gy = cotangent(plan, outer[0], {N, D}, "gradient of y");
+    const Tensor gy = cotangent(plan, outer[0], {N, D}, network, "gradient of y");
     const int64_t each[] = {N, D, shape.k};
-    const Tensor gout = cotangent(plan, outer[1], {each, shape.summed ? 0u : 3u},
+    const Tensor gout = cotangent(plan, outer[1], {each, shape.summed ? 0u : 3u}, plan.dtype(),
                                   "gradient of the penalty");
     variable_list grads(saved.size() - 1);
     size_t next = weighted ? 1 : 0;  // among the inputs that are tensors
@@ -302,6 +313,9 @@ struct Step : torch::autograd::Function<Step> {
     const std::array<void*, 3> at = places(shape, buffers, N);
     check(kernel.backward(plan.handle, N, at::get_num_threads(), x.data_ptr(), pointers.data(),
                           address(gy), address(gout), at.data(), address(grads[0]), to.data()));
+    for (Tensor& g : grads) {
+      if (g.defined()) g = g.to(network);
+    }
     return grads;
   }
 

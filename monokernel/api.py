@@ -15,7 +15,7 @@ from .arguments import (
     check_inputs,
     check_weight,
 )
-from .backends import general, reference
+from .backends import WIDENS, general, reference
 from .function import evaluate, operand_dtype
 from .network import unwrap
 from .operands import has_memory
@@ -236,6 +236,8 @@ def _fused(
     problem, x, params = _problem(inputs, route, hinge)
     kernel_weight = None if outside is not None else _kernel_weight(weight, inputs, problem)
     y, out = evaluate(problem, route.backend, x, kernel_weight, params)
+    if torch.is_autocast_enabled(x.device.type):  # the backend may have computed in a wider one
+        y = y.to(operand_dtype(inputs.x2))
     y = _output(y, inputs, route)
     if out.dim():
         out = _leading(out, inputs)
@@ -247,13 +249,16 @@ def _fused(
 def _problem(
     inputs: Inputs, route: Route, hinge: Hinge | None
 ) -> tuple[Problem, Tensor, list[Tensor | None]]:
-    """The problem, its rows x (N, d) and its parameters, in autocast's dtype where it is on."""
+    """The problem, its rows x (N, d) and its parameters, under autocast in the dtype in which the
+    backend computes: autocast's own, or wider."""
     network = route.network
     assert network is not None
     problem = Problem(inputs.d, network.nodes, inputs.k, route.mode, hinge)
     x, params = network.operands(inputs.joined())
     if torch.is_autocast_enabled(x.device.type):  # without it all dtypes are known to be equal
         dtype = operand_dtype(x)
+        if route.backend in WIDENS:
+            dtype = accumulate_dtype(dtype)
         x, params = x.to(dtype), [None if p is None else p.to(dtype) for p in params]
     return problem, x, params
 

@@ -109,6 +109,8 @@ def read(mlp: nn.Module) -> Chain | str:
             return f"{where(mlp, m)} has hooks"
         if "forward" in own:
             return f"{where(mlp, m)} has a forward of its own"
+        if kind.__call__ is not nn.Module.__call__:
+            return f"{where(mlp, m)} has a call of its own"
         # A parametrized Linear is a subclass whose forward is still nn.Linear's.
         if isinstance(m, nn.Linear) and kind.forward is nn.Linear.forward:
             weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
@@ -144,7 +146,11 @@ def read(mlp: nn.Module) -> Chain | str:
             if before is not None:
                 return f"two activations ({before.kind}, {activation.kind}) follow each other"
             activations[-1] = activation
-        elif isinstance(m, nn.Sequential) and kind.forward is nn.Sequential.forward:
+        elif (
+            isinstance(m, nn.Sequential)
+            and kind.forward is nn.Sequential.forward
+            and type(m).__iter__ is nn.Sequential.__iter__
+        ):
             # ``m`` lies within those whose place, which their parts took over, is not below it.
             while entered and entered[-1][0] > len(left):
                 entered.pop()

@@ -3,6 +3,7 @@ against float64, its threads, its instruction sets. The public call is in test_p
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import subprocess
@@ -17,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from monokernel import function, fused_mono_penalty
+from monokernel import function, fused_mono_penalty, plan, value_and_jacobian
 from monokernel.activations import KINDS, Activation
 from monokernel.backends import cpu, handwritten
 from monokernel.backends.cpu import Params
@@ -37,6 +38,7 @@ NUMBERS = {
 }
 TABLE = [Activation(kind, *NUMBERS.get(kind, ())) for kind in KINDS]
 IDENTITY = TABLE[0]
+HALF = [torch.bfloat16, torch.float16]
 EVERY_ACTIVATION = pytest.mark.parametrize("σ", TABLE, ids=KINDS)
 
 
@@ -72,7 +74,7 @@ def run(
     y, out, saved = backend.forward(p, x, weight, params, True)  # type: ignore[attr-defined]
     noise = torch.Generator().manual_seed(3)
     gy = torch.randn(y.shape, dtype=torch.float64, generator=noise).to(y.dtype)
-    gout = torch.randn(out.shape, dtype=torch.float64, generator=noise).to(y.dtype)
+    gout = torch.randn(out.shape, dtype=torch.float64, generator=noise).to(out.dtype)
     needs = [True] + [q is not None for q in params]
     grads = backend.backward(  # type: ignore[attr-defined]
         p, gy if task else None, gout, x, weight, params, saved, needs
@@ -183,6 +185,75 @@ def test_float32_is_as_exact_as_pytorch(σ: Activation, mode: Mode) -> None:
         error, its = ((t.double() - w).square().mean().sqrt() for t in (g, f))
         # Of a single number PyTorch's error may happen to be next to nothing.
         assert error <= 2 * its + (2e-7 if w.numel() > 8 else 1e-6) * w.abs().max()
+
+
+# --- half precision: float32 inside, rounded once ----------
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("N", [0, 1, 300])
+@pytest.mark.parametrize(("D", "mode"), [(1, "adjoint"), (3, "tangent")])
+@pytest.mark.parametrize("hinge", [None, Hinge(margin=0.2)], ids=["slopes", "penalty"])
+def test_half_precision_is_float32_rounded_once(
+    hinge: Hinge | None, D: int, mode: Mode, N: int, dtype: torch.dtype
+) -> None:
+    p = problem((5, 24, 20, D), TABLE[7], 2, mode, hinge)
+    x, params = torch.randn(5, N).to(dtype).t(), parameters(p, dtype)
+    wide = [None if t is None else t.float() for t in params]
+    y, out, saved = cpu.forward(p, x, None, params, True)
+    wide_y, wide_out, wide_saved = cpu.forward(p, x.float(), None, wide, True)
+    assert y.dtype == dtype
+    assert torch.equal(y, wide_y.to(dtype))
+    assert torch.equal(out, wide_out)
+    assert all(map(torch.equal, saved, wide_saved))
+    needs = [True, False, True, True, True, True, True]
+    got = cpu.backward(p, y, out, x, None, params, saved, needs)
+    want = cpu.backward(p, y.float(), out, x.float(), None, wide, saved, needs)
+    for g, w in zip(got, want, strict=True):
+        assert (g is None) == (w is None)
+        assert g is None or (g.dtype == dtype and torch.equal(g, w.to(dtype)))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("boundary", ["1", "0"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_autocast_takes_the_weights_as_they_are(
+    dtype: torch.dtype, boundary: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits as without autocast but for y and its gradient, which are in autocast's dtype:
+    weights that were rounded first give other slopes."""
+    monkeypatch.setenv("MONOKERNEL_BOUNDARY", boundary)
+    function._step.cache_clear()
+    net, (x1, x2) = mlp(3, 2, 2, dtype=torch.float32), points(50, 3, 2, torch.float32)
+    net[2].requires_grad_(False)
+    params = [t for t in net.parameters() if t.requires_grad]
+    with torch.autocast("cpu", dtype=dtype):
+        y, J = value_and_jacobian(net, x1, x2, backend="cpu")
+        assert plan(net, x1, x2).backend == "cpu"
+    assert (y.dtype, J.dtype) == (dtype, torch.float32)
+    got = torch.autograd.grad([y, J], params, [torch.ones_like(y), torch.ones_like(J)])
+    wide, same_J = value_and_jacobian(net, x1, x2, backend="cpu")
+    want = torch.autograd.grad([wide, same_J], params, [torch.ones_like(wide), torch.ones_like(J)])
+    assert torch.equal(y, wide.to(dtype))
+    assert torch.equal(J, same_J)
+    assert all(map(torch.equal, got, want))
+    net.to(dtype)
+    rounded = value_and_jacobian(net, x1.to(dtype), x2.to(dtype), backend="cpu")[1]
+    assert (rounded - J).abs().max() > 10 * torch.finfo(torch.float32).eps * J.abs().max()
+    monkeypatch.undo()
+    function._step.cache_clear()
+
+
+def test_autocast_brings_dtypes_together() -> None:
+    """A network of two dtypes, as PyTorch runs it under autocast: each has gradients of its own."""
+    net, (x1, x2) = mlp(3, 2, 2, dtype=torch.float32), points(50, 3, 2, torch.bfloat16)
+    net[2].bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, J = value_and_jacobian(net, x1, x2, backend="cpu")
+    assert (y.dtype, J.dtype) == (torch.bfloat16, torch.float32)
+    grads = torch.autograd.grad(y.sum() + J.sum(), list(net.parameters()))
+    assert [g.dtype for g in grads] == [t.dtype for t in net.parameters()]
+    wide = copy.deepcopy(net).float()
+    assert torch.equal(value_and_jacobian(wide, x1.float(), x2.float(), backend="cpu")[1], J)
 
 
 # --- activations ----------
@@ -366,8 +437,10 @@ def by_operator(p: Problem, x: Tensor, weight: Tensor | None, params: Params) ->
     return step(p, x, weight, params)
 
 
-def leaves(p: Problem, bias: bool = True) -> list[Tensor | None]:
-    params = parameters(p, torch.float32, bias)
+def leaves(
+    p: Problem, bias: bool = True, dtype: torch.dtype = torch.float32
+) -> list[Tensor | None]:
+    params = parameters(p, dtype, bias)
     return [None if t is None else t.requires_grad_() for t in params]
 
 
@@ -379,6 +452,7 @@ def test_the_boundary_was_built() -> None:
 
 
 @BOUNDARY
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("N", [0, 1, 300, 5000])  # the last saves in the library's pool
 @pytest.mark.parametrize(
     ("hinge", "weighted"),
@@ -391,14 +465,14 @@ def test_the_boundary_was_built() -> None:
 )
 @pytest.mark.parametrize(("D", "mode"), [(1, "adjoint"), (3, "tangent")])
 def test_the_operator_does_what_the_function_does(
-    D: int, mode: Mode, hinge: Hinge | None, weighted: bool, N: int
+    D: int, mode: Mode, hinge: Hinge | None, weighted: bool, N: int, dtype: torch.dtype
 ) -> None:
     p = problem((5, 24, 20, D), TABLE[7], 2, mode, hinge)
-    params = leaves(p, bias=N != 1)
+    params = leaves(p, N != 1, dtype)
     first = params[0]
     assert first is not None
     first.requires_grad_(N != 300)  # one that is frozen
-    x = torch.randn(5, N).t().requires_grad_(N == 300)  # and one that is not contiguous
+    x = torch.randn(5, N).to(dtype).t().requires_grad_(N == 300)  # and one that is not contiguous
     weight = torch.rand(N, D, 2) if weighted else None
     wanted = [t for t in (x, *params) if t is not None and t.requires_grad]
     found = []
@@ -407,8 +481,25 @@ def test_the_operator_does_what_the_function_does(
         both = torch.autograd.grad([y, out], wanted, [y, out], retain_graph=True)
         one = torch.autograd.grad(out, wanted, torch.ones_like(out), retain_graph=True)
         other = torch.autograd.grad(y[:, 0].sum(), wanted)
+        assert [g.dtype for g in (y, *both)] == [dtype] * (1 + len(wanted))
+        assert out.dtype == torch.float32
         found.append([y, out, *both, *one, *other])
     assert all(map(torch.equal, *found))
+
+
+@BOUNDARY
+def test_the_operator_says_which_dtype_it_expected() -> None:
+    p = problem((5, 24, 1), TABLE[7], 2, "adjoint")
+    step = torch.ops.monokernel.cpu_step
+    for own, came in [
+        (torch.float32, torch.float64),
+        (torch.float32, torch.int64),
+        (torch.float64, torch.float32),
+        (torch.float64, torch.bfloat16),
+    ]:
+        expected = f"x1, x2: expected {own} .* got {came} ".replace("torch.", "")
+        with pytest.raises(RuntimeError, match=expected):
+            step(cpu._plan(p, own).handle, torch.ones(3, 5, dtype=came), None, parameters(p, own))
 
 
 @BOUNDARY
@@ -484,7 +575,8 @@ if cpu.isa() == {name!r}:
 def test_refuses_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     p = problem((4, 10, 1), TABLE[1], 2, "adjoint")
     assert cpu.refuses(p, torch.empty(0, 4)) is None
-    assert "float16" in (cpu.refuses(p, torch.empty(0, 4, dtype=torch.float16)) or "")
+    assert cpu.refuses(p, torch.empty(0, 4, dtype=torch.float16)) is None
+    assert "got float8" in (cpu.refuses(p, torch.empty(0, 4, dtype=torch.float8_e5m2)) or "")
     deep = problem((4,) * 200, TABLE[1], 2, "tangent")
     assert "128 layers" in (cpu.refuses(deep, torch.empty(0, 4)) or "")
     monkeypatch.setenv("MONOKERNEL_LIBRARY", str(tmp_path / "none.so"))

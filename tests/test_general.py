@@ -7,6 +7,7 @@ import gc
 import pickle
 import warnings
 import weakref
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -325,6 +326,29 @@ def test_a_network_without_outputs(net: nn.Module) -> None:
     report = audit(net, x1, x2, sample=3)
     assert report.rate.shape == (0, K)
     assert report.violation_rate != report.violation_rate
+
+
+class Negated(nn.Linear):
+    def __call__(self, x: Tensor) -> Tensor:
+        return -super().__call__(x)
+
+
+class Reversed(nn.Sequential):
+    def __iter__(self) -> Iterator[nn.Module]:
+        return reversed(list(self._modules.values()))
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        Negated(D1 + K, 2),
+        nn.Sequential(Negated(D1 + K, 4), nn.Tanh(), nn.Linear(4, 2)),
+        Reversed(nn.Linear(D1 + K, D1 + K), nn.Tanh()),
+    ],
+)
+def test_a_subclass_that_is_not_called_as_its_base(net: nn.Module) -> None:
+    net, (x1, x2) = net.double(), points(7, D1, K)
+    assert_same(value_and_jacobian(net, x1, x2), oracle(net, x1, x2))
 
 
 def test_scripted_and_traced_networks() -> None:

@@ -51,9 +51,9 @@ def network() -> nn.Sequential:
     )
 
 
-def data() -> tuple[Tensor, Tensor]:
+def data(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     torch.manual_seed(1)
-    return torch.randn(N, D1), torch.randn(N, 1)
+    return torch.randn(N, D1).to(dtype), torch.randn(N, 1).to(dtype)
 
 
 def loss(net: nn.Module, x1: Tensor, x2: Tensor, backend: str, **options: Any) -> Tensor:
@@ -63,7 +63,7 @@ def loss(net: nn.Module, x1: Tensor, x2: Tensor, backend: str, **options: Any) -
 
 def monotone_in_all(net: nn.Module, x: Tensor, backend: str) -> Tensor:
     """The loss with no free input, so that x itself is what the kernel reads."""
-    return loss(net, torch.empty(*x.shape[:-1], 0), x, backend)
+    return loss(net, torch.empty(*x.shape[:-1], 0, dtype=x.dtype), x, backend)
 
 
 def same(got: Tensor, want: Tensor) -> None:
@@ -142,6 +142,38 @@ def a_hook_that_saves_one_number(backend: str) -> None:
     net = network()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.flatten()[:1].clone(), lambda t: t):
         total = loss(net, *data(), backend)
+    total.backward()
+
+
+@ends_in(r"^RuntimeError: mlp: the weight of linear layer 1: expected bfloat16 .* got float32 of")
+def a_half_network_made_float(backend: str) -> None:
+    net = network().to(torch.bfloat16)
+    total = loss(net, *data(torch.bfloat16), backend)
+    net.float()
+    total.backward()
+
+
+@ends_in(r"^RuntimeError: mlp: the weight of linear layer 1: expected bfloat16 .* got float16 of")
+def a_network_of_the_other_half(backend: str) -> None:
+    net = network().to(torch.bfloat16)
+    total = loss(net, *data(torch.bfloat16), backend)
+    net.half()
+    total.backward()
+
+
+@ends_in(MEMORY + r"shape \(64, 64\) on cpu with 8 of its 8192 bytes$")
+def a_half_weight_that_shrank(backend: str) -> None:
+    net = network().to(torch.float16)
+    total = loss(net, *data(torch.float16), backend)
+    net[2].weight.untyped_storage().resize_(8)
+    total.backward()
+
+
+@ends_in(r"^RuntimeError: x1, x2: .* with 0 of its 640 bytes$")
+def half_inputs_freed(backend: str) -> None:
+    net, x = network().to(torch.bfloat16), torch.randn(N, D1 + 1).bfloat16()
+    total = monotone_in_all(net, x, backend)
+    x.untyped_storage().resize_(0)
     total.backward()
 
 
@@ -413,6 +445,11 @@ def the_operators(backend: str) -> None:
 @ends_in(MEMORY + r"shape \(1, 2\) on cpu$")
 def an_operator_with_a_small_weight(backend: str) -> None:
     operator(backend, params=[torch.randn(1, 2), None])
+
+
+@ends_in(r"^RuntimeError: mlp: the weight of linear layer 1: expected float16 .* got float32 of")
+def an_operator_of_two_dtypes(backend: str) -> None:
+    operator(backend, x=torch.randn(4, 5).half())
 
 
 @ends_in(r"^RuntimeError: mlp: the weight of linear layer 1: expected a tensor, got None$")

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from monokernel import MonotonePenalty, fused_mono_penalty, plan, value_and_jacobian
 from monokernel.activations import Activation
 from monokernel.function import _forward_op  # the eager implementation of the operator
-from monokernel.problem import Hinge, chain_problem, pack
+from monokernel.problem import Hinge, accumulate_dtype, chain_problem, pack
 from tests.support import (
     HANDWRITTEN,
     assert_same,
@@ -112,9 +112,23 @@ def test_a_compiled_network_is_read_through() -> None:
 
 
 @pytest.mark.parametrize("backend", HANDWRITTEN)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_compiled_half_precision_is_the_eager_one(dtype: torch.dtype, backend: str) -> None:
+    net = mlp(3, 2, 3, dtype=dtype)
+    x1, x2 = points(12, 3, 2, dtype)
+    run = step(net, backend=backend, margin=0.5)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    want, got = run(x1, x2), compiled(x1, x2)
+    assert torch.equal(got, want)
+    params = list(net.parameters())
+    assert all(map(torch.equal, gradients(got, *params), gradients(want, *params)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", HANDWRITTEN)
 @pytest.mark.parametrize("mode", ["tangent", "adjoint"])
 @pytest.mark.parametrize("D", [1, 2])
-def test_opcheck(D: int, mode: Any, backend: str) -> None:
+def test_opcheck(D: int, mode: Any, backend: str, dtype: torch.dtype) -> None:
     widths = (5, 6, D)
     problem = chain_problem(
         widths,
@@ -123,9 +137,10 @@ def test_opcheck(D: int, mode: Any, backend: str) -> None:
         mode,
         Hinge((1,), 0.5, elementwise=True),
     )
-    x = torch.randn(7, 5, dtype=torch.float64)
-    params = [torch.randn(6, 5).double(), None, torch.randn(D, 6).double(), torch.randn(D).double()]
-    weight = torch.rand(D, 2, dtype=torch.float64)
+    x = torch.randn(7, 5, dtype=dtype)
+    params = [torch.randn(6, 5), None, torch.randn(D, 6), torch.randn(D)]
+    params = [None if t is None else t.to(dtype) for t in params]
+    weight = torch.rand(D, 2, dtype=accumulate_dtype(dtype))
     arguments = (x, weight, params, True, backend, *pack(problem))
     torch.library.opcheck(torch.ops.monokernel.forward.default, arguments)
     y, out, *saved = _forward_op(*arguments)

@@ -70,6 +70,32 @@ def test_error_is_at_most_twice_pytorchs(
         assert ours <= 2 * max(theirs, floor), f"tensor {i}: {ours:.2e}, PyTorch {theirs:.2e}"
 
 
+@pytest.mark.parametrize("mode", ["tangent", "adjoint"])
+@pytest.mark.parametrize("D", [1, 3])
+@pytest.mark.parametrize(("dtype", "backend"), [case for case in CASES if case[0] != torch.float32])
+def test_error_under_autocast(dtype: torch.dtype, backend: str, D: int, mode: str) -> None:
+    """At most twice PyTorch's; the native kernel does not round the weights first."""
+    net = mlp(D1, K, D, (32, 32), dtype=torch.float32)
+    x1, x2 = points(N, D1, K, torch.float32)
+    with torch.autocast("cpu", dtype=dtype):
+        own = results(net, x1, x2, oracle, 1)
+        got = results(
+            net,
+            x1,
+            x2,
+            lambda *a: value_and_jacobian(*a, mode=mode, backend=backend),
+            1,
+        )
+    net, x1, x2 = net.double(), x1.double(), x2.double()
+    truth = results(net, x1, x2, oracle, 1)
+    floor = torch.finfo(dtype).eps
+    for i, (g, o, t) in enumerate(zip(got, own, truth, strict=True)):
+        theirs, ours = rms(o.double() - t) / rms(t), rms(g.double() - t) / rms(t)
+        assert ours <= 2 * max(theirs, floor), f"tensor {i}: {ours:.2e}, PyTorch {theirs:.2e}"
+    if backend == "cpu":  # the slopes, in float32
+        assert rms(got[1].double() - truth[1]) / rms(truth[1]) <= 8 * torch.finfo(torch.float32).eps
+
+
 @pytest.mark.parametrize(("dtype", "backend"), CASES)
 def test_the_hinge_outside_a_band_around_its_kink(dtype: torch.dtype, backend: str) -> None:
     """Inside the band a slope's sign may flip; outside, the same rows are penalised."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..problem import Problem
 
-__all__ = ["DEVICES", "MODULES", "Backend", "load", "refusal"]
+__all__ = ["DEVICES", "MODULES", "WIDENS", "Backend", "load", "refusal"]
 
 # Public name -> module, imported when first asked for: Triton must not be paid for on a CPU.
 MODULES = {"triton": ".triton", "cpu": ".cpu", "torch": ".handwritten"}
@@ -25,6 +25,10 @@ MODULES = {"triton": ".triton", "cpu": ".cpu", "torch": ".handwritten"}
 # Where ``auto`` looks for it (AMD's GPUs are "cuda" too). Asked for by name it answers for itself:
 # under its interpreter Triton serves CPU tensors.
 DEVICES = {"triton": "cuda", "cpu": "cpu"}
+
+# Computes in ``accumulate_dtype`` whatever it reads: under autocast it takes the weights as they
+# are, for to round them first would only lose digits.
+WIDENS = frozenset({"cpu"})
 
 Params = Sequence[Tensor | None]
 

@@ -4,6 +4,9 @@ The library is plain C to the outside and is opened with ctypes, which releases 
 pointers and runs on PyTorch's own thread pool through ``torch_parallel_for`` of LibTorch's stable C
 interface. So one binary serves every Python and every PyTorch from 2.10 on.
 
+It computes in float32 or float64. Of a network in half precision it reads operands converted to
+float32, and y and the gradients are rounded once, to the network's dtype, on the way out.
+
 Where ``csrc/boundary.cpp`` was built for this PyTorch, eager steps go through its one operator
 instead (``step``), autograd included, which saves small steps 30 µs. ``docs/native.md`` has the
 measurements behind these choices.
@@ -25,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..activations import Activation
-from ..problem import Hinge, Problem
+from ..problem import Hinge, Problem, accumulate_dtype
 
 __all__ = ["activation", "backward", "forward", "isa", "refuses", "saved_like", "step", "switch"]
 
@@ -40,7 +43,7 @@ BOUNDARY = "_boundary_{}_{}.so"  # for PyTorch's major and minor version
 POOL_FROM = 1 << 18
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-_DTYPES = (torch.float32, torch.float64)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def refuses(problem: Problem, x: Tensor) -> str | None:
@@ -48,7 +51,8 @@ def refuses(problem: Problem, x: Tensor) -> str | None:
     if x.device.type != "cpu":
         return f"it serves CPU tensors, got {x.device}"
     if x.dtype not in _DTYPES:
-        return f"it serves float32 and float64, got {str(x.dtype).removeprefix('torch.')}"
+        came = str(x.dtype).removeprefix("torch.")
+        return f"it serves float32, float64, bfloat16 and float16, got {came}"
     if problem.chain is None:
         return "it serves chains of linear layers and activations"
     if problem.depth > MAX_LAYERS:
@@ -59,8 +63,8 @@ def refuses(problem: Problem, x: Tensor) -> str | None:
 
 def saved_like(problem: Problem, x: Tensor) -> list[Tensor]:
     """One uninitialised buffer, flat: the a_l, the P_l and ∂penalty/∂J (see ``csrc/net.h``)."""
-    size = _plan(problem, x.dtype).row_size
-    return [x.new_empty(x.shape[0] * size)] if size else []
+    plan = _plan(problem, x.dtype)
+    return [x.new_empty(x.shape[0] * plan.row_size, dtype=plan.dtype)] if plan.row_size else []
 
 
 def forward(
@@ -68,11 +72,11 @@ def forward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """y (N, D), the penalty (or J where there is no hinge), and what the backward needs."""
     plan = _plan(problem, x.dtype)
-    N = x.shape[0]
+    N, dtype = x.shape[0], x.dtype
+    x, params = plan.operand(x), plan.operands(params)
     y = x.new_empty(N, problem.D)
     out = x.new_empty(() if plan.summed else (N, problem.D, problem.k))
     saved = plan.buffers(x) if save else []
-    x, params = x.contiguous(), _contiguous(params)
     weight = None if weight is None else weight.contiguous()
     status = plan.library.mk_forward(
         plan.handle,
@@ -87,7 +91,7 @@ def forward(
         plan.places(saved, N) if save else None,
     )
     _check(status)
-    return y, out, saved
+    return y.to(dtype), out, saved
 
 
 def backward(
@@ -102,12 +106,14 @@ def backward(
 ) -> list[Tensor | None]:
     """The gradients of x and of every parameter, None where ``needs`` is false."""
     plan = _plan(problem, x.dtype)
-    x, params, saved = x.contiguous(), _contiguous(params), [t.contiguous() for t in saved]
+    dtype = x.dtype
+    x, params = plan.operand(x), plan.operands(params)
+    saved = [t.contiguous() for t in saved]
     grads: list[Tensor | None] = [
         torch.empty_like(t) if need and t is not None else None
         for t, need in zip((x, *params), needs, strict=True)
     ]
-    gy = None if gy is None else gy.contiguous()
+    gy = None if gy is None else plan.operand(gy)
     gout = None if gout is None else gout.contiguous()
     status = plan.library.mk_backward(
         plan.handle,
@@ -122,7 +128,7 @@ def backward(
         plan.pointers(grads[1:]),
     )
     _check(status)
-    return grads
+    return [None if g is None else g.to(dtype) for g in grads]
 
 
 Step = Callable[[Problem, Tensor, Tensor | None, Params], tuple[Tensor, Tensor]]
@@ -265,13 +271,6 @@ def _check(status: int) -> None:
         raise MemoryError("monokernel: no memory for the native kernel's scratch buffers")
 
 
-def _contiguous(params: Params) -> Params:
-    for p in params:
-        if p is not None and not p.is_contiguous():
-            return [None if p is None else p.contiguous() for p in params]
-    return params
-
-
 # --- plans ----------
 
 
@@ -289,13 +288,16 @@ class _Shape(ctypes.Structure):
 
 
 class _Plan:
-    """A problem as the library knows it, and the shapes of its calls."""
+    """A problem on operands of one dtype as the library knows it, and the shapes of its calls.
 
-    def __init__(self, library: ctypes.CDLL, problem: Problem, dtype: torch.dtype) -> None:
-        self.library = library
+    ``dtype`` is what it computes in, and what every pointer it is given points to.
+    """
+
+    def __init__(self, library: ctypes.CDLL, problem: Problem, operands: torch.dtype) -> None:
+        self.library, self.dtype = library, accumulate_dtype(operands)
         L, D, k, hinge = problem.depth, problem.D, problem.k, problem.hinge
         flags = (
-            dtype == torch.float64,
+            self.dtype == torch.float64,
             problem.mode == "adjoint",
             hinge is not None,
             hinge is not None and hinge.squared,
@@ -319,7 +321,7 @@ class _Plan:
         library.mk_plan_shape(self.handle, ctypes.byref(shape))
         a, P, derivative = shape.saved
         self.summed, self.row_size = bool(shape.summed), a + P + derivative
-        self.dtype, self.itemsize = dtype, dtype.itemsize
+        self.itemsize = self.dtype.itemsize
         self._P, self._derivative = a * self.itemsize, (a + P) * self.itemsize
         self._pointers = c_void_p * (2 * L)
         self._places = c_void_p * 3
@@ -328,8 +330,16 @@ class _Plan:
         if getattr(self, "handle", None):
             self.library.mk_plan_drop(self.handle)
 
+    def operand(self, t: Tensor) -> Tensor:
+        """The tensor as the kernel reads it: contiguous and of the plan's dtype."""
+        return t.to(self.dtype).contiguous()
+
+    def operands(self, params: Params) -> Params:
+        return [None if t is None else self.operand(t) for t in params]
+
     def buffers(self, x: Tensor) -> list[Tensor]:
-        """``saved_like`` in real memory; a large buffer comes from the library's pool."""
+        """``saved_like`` in real memory, of the dtype of x, which is the plan's; a large buffer
+        comes from the library's pool."""
         if self.row_size == 0:
             return []
         n = x.shape[0] * self.row_size
