@@ -82,7 +82,9 @@ def fused_mono_penalty(
 
     Args:
         mlp: called as ``mlp(torch.cat([x1, x2], -1))``, output (..., D). Chains of Linear layers
-            and element-wise activations are fused, every other module takes the general path.
+            and element-wise activations are fused. A forward of one's own is run on symbols and
+            served as the program of row-wise operations that it is; what is none takes the general
+            path.
         x1: the free inputs (..., d1), floating point; d1 may be 0.
         x2: the monotone inputs (..., k), or (...,) read as k = 1; shape, dtype and device go with
             x1.
@@ -109,7 +111,7 @@ def fused_mono_penalty(
             also for a backend asked for by name that cannot serve.
 
     Warns:
-        RuntimeWarning: once for each network that is not fused, of columns of x2 in which every
+        RuntimeWarning: once for each network on the general path, of columns of x2 in which every
             slope is exactly 0: behind an embedding or a rounding say, where no penalty can see
             whether y rises.
     """
