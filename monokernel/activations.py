@@ -47,6 +47,7 @@ class Activation(NamedTuple):
     softshrink              a - p if a > p, a + p if a < -p, else 0
     hardshrink              0 if -p <= a <= p, else a
     threshold               a if a > p, else q
+    clamp                   min(max(a, p), q), with slope 1 also where a is p or q
     tanhshrink              a - tanh(a)
     abs, square, sqrt       as named
     exp, log, reciprocal    as named
@@ -340,6 +341,13 @@ _OTHERS: dict[str, Spelling] = {
         lambda a, s: (~(a <= s.p)).to(a.dtype),
         _zero,
         lambda g, a, s: _aten.threshold_backward.default(g, a, s.p),
+        True,
+    ),
+    "clamp": Spelling(
+        lambda a, s: a.clamp(s.p, s.q),
+        lambda a, s: ((a >= s.p) & (a <= s.q)).to(a.dtype),
+        _zero,
+        _by_first,
         True,
     ),
     "tanhshrink": Spelling(

@@ -82,7 +82,9 @@ def fused_mono_penalty(
 
     Args:
         mlp: called as ``mlp(torch.cat([x1, x2], -1))``, output (..., D). Chains of Linear layers
-            and element-wise activations are fused, every other module takes the general path.
+            and element-wise activations are fused. A forward of one's own is run on symbols and
+            served as the program of row-wise operations that it is; what is none takes the general
+            path.
         x1: the free inputs (..., d1), floating point; d1 may be 0.
         x2: the monotone inputs (..., k), or (...,) read as k = 1; shape, dtype and device go with
             x1.
@@ -109,7 +111,7 @@ def fused_mono_penalty(
             also for a backend asked for by name that cannot serve.
 
     Warns:
-        RuntimeWarning: once for each network that is not fused, of columns of x2 in which every
+        RuntimeWarning: once for each network on the general path, of columns of x2 in which every
             slope is exactly 0: behind an embedding or a rounding say, where no penalty can see
             whether y rises.
     """
@@ -118,8 +120,8 @@ def fused_mono_penalty(
     signs = check_direction(direction, inputs.k)
     static = check_hinge(signs.flat, margin, hinge, reduction)
     route = choose(mlp, inputs, mode, backend)
-    if route.chain is None or route.backend == "reference":
-        y, J = _slopes(mlp, inputs, route)
+    if route.network is None or route.backend == "reference":
+        y, J = slopes(mlp, inputs, route)
         N, (D, k) = inputs.batch.numel(), J.shape[-2:]
         signs.for_network(D)
         factor = check_weight(weight, inputs.x2, D, k)
@@ -127,7 +129,7 @@ def fused_mono_penalty(
         if reduction != "none":
             penalty = penalty.sum()
     else:
-        D, k, N = route.chain.widths[-1], inputs.k, inputs.batch.numel()
+        D, k, N = route.network.nodes[-1].width, inputs.k, inputs.batch.numel()
         signs.for_network(D)
         factor = check_weight(weight, inputs.x2, D, k)
         y, penalty = _fused(inputs, route, static, factor)
@@ -151,9 +153,7 @@ def value_and_jacobian(
     mlp = unwrap(mlp)
     inputs = check_inputs(x1, x2)
     route = choose(mlp, inputs, mode, backend)
-    if route.chain is None or route.backend == "reference":
-        return _slopes(mlp, inputs, route)
-    return _fused(inputs, route, None, None)
+    return slopes(mlp, inputs, route)
 
 
 class MonotonePenalty(nn.Module):
@@ -213,13 +213,15 @@ class MonotonePenalty(nn.Module):
         return f"direction={self.direction}, margin={self.margin}, hinge={self.hinge!r}"
 
 
-def _slopes(mlp: nn.Module, inputs: Inputs, route: Route) -> tuple[Tensor, Tensor]:
-    """y (..., D) and J (..., D, k) by autograd alone."""
-    if route.chain is None:
+def slopes(mlp: nn.Module, inputs: Inputs, route: Route) -> tuple[Tensor, Tensor]:
+    """y (..., D), or as ``mlp`` squeezes it, and J (..., D, k) by the backend of the route."""
+    if route.network is None:
         return general.value_and_jacobian(mlp, inputs, route.transformed)
+    if route.backend != "reference":
+        return _fused(inputs, route, None, None)
     problem, x, params = _problem(inputs, route, None)
     y, J = reference.value_and_jacobian(problem, x, params)
-    return _leading(y, inputs), _leading(J, inputs)
+    return _output(y, inputs, route), _leading(J, inputs)
 
 
 def _fused(
@@ -238,7 +240,7 @@ def _fused(
     y, out = evaluate(problem, route.backend, x, kernel_weight, params)
     if torch.is_autocast_enabled(x.device.type):  # the backend may have computed in a wider one
         y = y.to(operand_dtype(inputs.x2))
-    y = _leading(y, inputs)
+    y = _output(y, inputs, route)
     if out.dim():
         out = _leading(out, inputs)
     if outside is not None:
@@ -251,13 +253,10 @@ def _problem(
 ) -> tuple[Problem, Tensor, list[Tensor | None]]:
     """The problem, its rows x (N, d) and its parameters, under autocast in the dtype in which the
     backend computes: autocast's own, or wider."""
-    chain = route.chain
-    assert chain is not None
-    problem = Problem(inputs.d, chain.nodes, inputs.k, route.mode, hinge)
-    x = inputs.joined()
-    params = chain.parameters(x)
-    if x.dim() != 2:
-        x = x.reshape(-1, inputs.d)
+    network = route.network
+    assert network is not None
+    problem = Problem(inputs.d, network.nodes, inputs.k, route.mode, hinge)
+    x, params = network.operands(inputs.joined())
     if torch.is_autocast_enabled(x.device.type):  # without it all dtypes are known to be equal
         dtype = operand_dtype(x)
         if route.backend in WIDENS:
@@ -276,6 +275,12 @@ def _kernel_weight(weight: Tensor | None, inputs: Inputs, problem: Problem) -> T
     if weight.dim() <= 2:
         return weight.expand(D, k).contiguous()
     return weight.expand(*inputs.batch, D, k).reshape(inputs.batch.numel(), D, k).contiguous()
+
+
+def _output(y: Tensor, inputs: Inputs, route: Route) -> Tensor:
+    """y (N, D) in the shape that ``mlp`` gives it."""
+    y = _leading(y, inputs)
+    return y.squeeze(-1) if route.network is not None and route.network.squeezed else y
 
 
 def _leading(t: Tensor, inputs: Inputs) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .api import value_and_jacobian
+from .api import slopes
 from .arguments import Direction, check_count, check_direction, check_inputs, check_number
 from .backends import general
 from .network import ending, unwrap
@@ -207,9 +207,9 @@ def slopes_in_direction(
 def _slopes(mlp: nn.Module, x1: Tensor, x2: Tensor) -> Tensor:
     mlp, inputs = unwrap(mlp), check_inputs(x1, x2)
     route = choose(mlp, inputs, "auto", "auto")
-    if route.chain is None:
+    if route.network is None:
         return general.value_and_jacobian(mlp, inputs, route.transformed, audited=True)[1]
-    return value_and_jacobian(mlp, x1, x2)[1]
+    return slopes(mlp, inputs, route)[1]
 
 
 def _measure(

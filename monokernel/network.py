@@ -21,7 +21,17 @@ from .arguments import check_parameter
 from .operands import PLAIN
 from .program import Node, nodes_of
 
-__all__ = ["Chain", "batch_coupling", "ending", "read", "sharded", "unwrap"]
+__all__ = [
+    "Chain",
+    "batch_coupling",
+    "ending",
+    "global_hooks",
+    "hooked",
+    "read",
+    "sharded",
+    "unwrap",
+    "where",
+]
 
 
 class Chain(NamedTuple):
@@ -30,6 +40,16 @@ class Chain(NamedTuple):
     linears: tuple[nn.Linear, ...]
     widths: tuple[int, ...]  # (d, H_1, …, D)
     nodes: tuple[Node, ...]
+
+    @property
+    def squeezed(self) -> bool:
+        """Its output is (*batch, D), never (*batch,)."""
+        return False
+
+    def operands(self, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """The rows (N, d) and the parameters of the program, for the input x (*batch, d)."""
+        params = self.parameters(x)
+        return x if x.dim() == 2 else x.reshape(-1, self.widths[0]), params
 
     def parameters(self, x: Tensor) -> list[Tensor | None]:
         """[W_1, b_1 or None, W_2, …] for inputs x. Each is read once, as a plain forward would:
@@ -75,7 +95,7 @@ def read(mlp: nn.Module) -> Chain | str:
 
     Raises ValueError for an ``nn.Sequential`` inside itself, which has no end.
     """
-    if _global_hooks():
+    if global_hooks():
         return "a global module hook is registered"
     linears: list[nn.Linear] = []
     activations: list[Activation | None] = []
@@ -85,17 +105,12 @@ def read(mlp: nn.Module) -> Chain | str:
     while left:
         m = left.pop()
         own, kind = m.__dict__, type(m)
-        if (
-            own["_forward_hooks"]
-            or own["_forward_pre_hooks"]
-            or own["_backward_hooks"]
-            or own["_backward_pre_hooks"]
-        ):
-            return f"{_where(mlp, m)} has hooks"
+        if hooked(m):
+            return f"{where(mlp, m)} has hooks"
         if "forward" in own:
-            return f"{_where(mlp, m)} has a forward of its own"
+            return f"{where(mlp, m)} has a forward of its own"
         if kind.__call__ is not nn.Module.__call__:
-            return f"{_where(mlp, m)} has a call of its own"
+            return f"{where(mlp, m)} has a call of its own"
         # A parametrized Linear is a subclass whose forward is still nn.Linear's.
         if isinstance(m, nn.Linear) and kind.forward is nn.Linear.forward:
             weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
@@ -104,17 +119,17 @@ def read(mlp: nn.Module) -> Chain | str:
             if weight is None:
                 weight = own.get("weight")
                 if weight is None and not hasattr(kind, "weight"):  # nor a parametrization's
-                    return f"{_where(mlp, m)} has no weight"
+                    return f"{where(mlp, m)} has no weight"
             for t in (weight, bias):
                 if t is not None and not (type(t) in PLAIN and t.layout is torch.strided):
-                    return f"{_where(mlp, m)} has a weight that is no plain tensor"
+                    return f"{where(mlp, m)} has a weight that is no plain tensor"
             # The layer's own weight may have been replaced by one of another size.
             size = (m.out_features, m.in_features) if weight is None else weight.shape
             if len(size) != 2:
-                return f"{_where(mlp, m)} has a weight of {len(size)} dimensions"
+                return f"{where(mlp, m)} has a weight of {len(size)} dimensions"
             out, inputs = size
             if bias is not None and bias.shape != (out,):
-                return f"{_where(mlp, m)} has a bias of another size than its weight"
+                return f"{where(mlp, m)} has a bias of another size than its weight"
             if not widths:
                 widths.append(inputs)
             elif widths[-1] != inputs:
@@ -141,15 +156,15 @@ def read(mlp: nn.Module) -> Chain | str:
                 entered.pop()
             for _, outer in entered:
                 if outer is m:
-                    part = _where(mlp, m)
+                    part = where(mlp, m)
                     raise ValueError(f"mlp: expected layers that end, got {part} inside itself")
             entered.append((len(left), m))
             left += reversed(own["_modules"].values())
         elif isinstance(m, _DropoutNd) and kind.__module__ == _DropoutNd.__module__:
             if m.training and m.p > 0:
-                return f"{_where(mlp, m)} is active"
+                return f"{where(mlp, m)} is active"
         else:
-            return f"{_where(mlp, m)} is not a layer that is fused"
+            return f"{where(mlp, m)} is not a layer that is fused"
     if not linears:
         return "it has no Linear layer"
     # A new identity each time: torch.compile would trace into a shared one.
@@ -187,12 +202,25 @@ def sharded(mlp: nn.Module) -> str | None:
     return None
 
 
-def _where(root: nn.Module, m: nn.Module) -> str:
+def where(root: nn.Module, m: nn.Module) -> str:
+    """The path of a part from ``mlp`` on, and its class."""
     name = next(name for name, part in root.named_modules() if part is m)
     return f"mlp{'.' if name else ''}{name} ({type(m).__name__})"
 
 
-def _global_hooks() -> bool:
+def hooked(m: nn.Module) -> bool:
+    """Whether the module itself has hooks of any kind."""
+    own = m.__dict__
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+    )
+
+
+def global_hooks() -> bool:
+    """Whether every module has them."""
     return bool(
         _module._global_forward_hooks
         or _module._global_forward_pre_hooks

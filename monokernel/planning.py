@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import network
+from . import network, reading
 from .arguments import (
     BACKENDS,
     MODES,
@@ -31,11 +31,11 @@ Refused = tuple[tuple[str, str], ...]  # a backend's name and the reason
 
 
 class Route(NamedTuple):
-    """The decision for one call. ``chain`` is None on the general path."""
+    """The decision for one call. ``network`` is None on the general path."""
 
     backend: str
     mode: Mode
-    chain: network.Chain | None
+    network: network.Chain | reading.Reading | None
     transformed: bool
     refused: Refused
 
@@ -69,33 +69,44 @@ def plan(
     mlp: nn.Module, x1: Tensor, x2: Tensor, *, mode: str = "auto", backend: str = "auto"
 ) -> Plan:
     """Which backend, mode and kernel would serve ``fused_mono_penalty(mlp, x1, x2)``, and why no
-    other. Runs nothing of the network. ``x1`` (..., d1), ``x2`` (..., k) as there."""
+    other. ``x1`` (..., d1), ``x2`` (..., k) as there.
+
+    Runs nothing of a chain of layers; a forward of one's own it runs once, on symbols in the place
+    of numbers, and puts back the attributes, buffers and random generators that this changed.
+    """
     inputs = check_inputs(x1, x2)
-    route = choose(network.unwrap(mlp), inputs, mode, backend)
-    kernel = KERNELS["general" if route.chain is None else route.backend]
+    route = choose(network.unwrap(mlp), inputs, mode, backend, rehearsal=True)
+    kernel = KERNELS["general" if route.network is None else route.backend]
     return Plan(route.backend, route.mode, kernel, dict(route.refused))
 
 
-def choose(mlp: nn.Module, inputs: Inputs, mode: str, backend: str) -> Route:
-    """The route of a call; raises where ``backend`` was asked for by name and cannot serve."""
+def choose(
+    mlp: nn.Module, inputs: Inputs, mode: str, backend: str, rehearsal: bool = False
+) -> Route:
+    """The route of a call; raises where ``backend`` was asked for by name and cannot serve. A
+    ``rehearsal`` leaves no trace of that."""
     check_choice("mode", mode, MODES)
     check_choice("backend", backend, BACKENDS)
     check_module(mlp)
     functional = transformed()
-    chain = network.read(mlp)
-    if not isinstance(chain, str):
-        chain = _wrapped(inputs) or chain
-    if isinstance(chain, str):
-        return _general(mlp, chain, mode, backend, functional)
-    _check_chain(chain, inputs)
+    found: network.Chain | reading.Reading | str = network.read(mlp)
+    wrapped = _wrapped(inputs)
+    if wrapped is not None:
+        found = wrapped if isinstance(found, network.Chain) else found
+    elif isinstance(found, network.Chain):
+        _check_chain(found, inputs)
+    elif not (functional or torch.compiler.is_compiling()):
+        found = reading.read(mlp, inputs, rehearsal)
+    if isinstance(found, str):
+        return _general(mlp, found, mode, backend, functional)
     x = inputs.x2
     name, chosen, refused = serving(
-        inputs.d, _constant(chain.nodes), inputs.k, mode, backend, operand_dtype(x), x.device,
+        inputs.d, _constant(found.nodes), inputs.k, mode, backend, operand_dtype(x), x.device,
         functional,
     )  # fmt: skip
     if not name:
         raise ValueError(f"backend: {backend!r} was asked for but cannot serve: {refused[0][1]}")
-    return Route(name, chosen, chain, functional, refused)
+    return Route(name, chosen, found, functional, refused)
 
 
 def serving(*asked: Any) -> tuple[str, Mode, Refused]:

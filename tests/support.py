@@ -54,6 +54,7 @@ def hardsigmoid(a: Tensor, inplace: bool = False) -> Tensor:
 
 # The kinds that no module of PyTorch's has: written as functions.
 WRITTEN: dict[str, tuple[Activation, Function]] = {
+    "clamp": (Activation("clamp", -0.6, 0.9), lambda a: a.clamp(-0.6, 0.9)),
     "abs": (Activation("abs"), torch.abs),
     "square": (Activation("square"), torch.square),
     "sqrt": (Activation("sqrt"), torch.sqrt),

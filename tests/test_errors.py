@@ -271,7 +271,7 @@ def test_plan_names_the_layer_without_a_weight() -> None:
     for replace in (registered_none, removed, attribute(None)):
         net = mlp(3, 2, 2, dtype=torch.float32)
         replace(net[2])
-        assert plan(net, X1, X2).refused["torch"] == "mlp.2 (Linear) has no weight"
+        assert plan(net, X1, X2).refused["torch"].startswith("mlp.2 (Linear)")
 
 
 @pytest.mark.parametrize(

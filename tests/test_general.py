@@ -130,6 +130,13 @@ MODULES = {
 }
 
 
+# Those of which every operation is a node: they are served as programs.
+PROGRAMS = {
+    "layer-norm", "batch-norm-eval", "residual", "one-output", "sequential-subclass",
+    "activation-first", "two-activations", "layer-norm-last",
+}  # fmt: skip
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("mode", ["auto", "adjoint"])
 @pytest.mark.parametrize("name", MODULES)
@@ -149,6 +156,9 @@ def test_against_the_oracle(name: str, mode: str) -> None:
         gradients((got_y * task).sum() + got, *inputs), gradients((y * task).sum() + want, *inputs)
     )
     chosen = plan(net, x1, x2)
+    if name in PROGRAMS:
+        assert chosen.backend in HANDWRITTEN
+        return
     assert chosen.backend == "reference"
     assert set(chosen.refused) == {"triton", "cpu", "torch"}
     for backend in HANDWRITTEN:
@@ -172,18 +182,19 @@ def test_gradcheck_of_normalisations(name: str) -> None:
 
 
 def test_tangent_mode_is_refused_and_says_why() -> None:
-    with pytest.raises(ValueError, match=r"mode: 'tangent' was asked for .* \(LayerNorm\)"):
-        fused_mono_penalty(MODULES["layer-norm"]().double(), *points(4, D1, K), mode="tangent")
+    with pytest.raises(ValueError, match=r"mode: 'tangent' was asked for .* \(Unflatten\)"):
+        fused_mono_penalty(MODULES["instance-norm"]().double(), *points(4, D1, K), mode="tangent")
 
 
 def test_plan_names_the_part_that_is_not_fused() -> None:
     x1, x2 = points(4, D1, K)
-    reasons = {name: plan(MODULES[name]().double(), x1, x2).refused["torch"] for name in MODULES}
-    assert reasons["layer-norm"] == "mlp.1 (LayerNorm) is not a layer that is fused"
+    others = set(MODULES) - PROGRAMS
+    reasons = {name: plan(MODULES[name]().double(), x1, x2).refused["torch"] for name in others}
     assert reasons["hooks"] == "mlp.1 (SiLU) has hooks"
-    assert reasons["residual"] == "mlp.1 (Residual) is not a layer that is fused"
-    assert "before the first Linear" in reasons["activation-first"]
-    assert "follow each other" in reasons["two-activations"]
+    unknown = "is not known as a row-wise node"
+    assert reasons["instance-norm"] == f"mlp.1 (Unflatten): Tensor.unflatten {unknown}"
+    assert reasons["handwritten"] == f"mlp (Handwritten): Tensor.prod {unknown}"
+    assert reasons["attention"] == "mlp (Attention): Tensor.unsqueeze makes another axis"
 
 
 def test_replaced_weights_of_another_size() -> None:
@@ -197,7 +208,7 @@ def test_replaced_weights_of_another_size() -> None:
     for backend in ("reference", *HANDWRITTEN):
         assert_same(value_and_jacobian(net, x1, x2, backend=backend), want)
     net[2].bias = nn.Parameter(net[2].bias[:1].detach())  # PyTorch broadcasts it
-    reason = "mlp.2 (Linear) has a bias of another size than its weight"
+    reason = "mlp.2 (Linear): F.linear has a bias of another size than its weight"
     assert plan(net, x1, x2).refused["torch"] == reason
     assert_same(value_and_jacobian(net, x1, x2), oracle(net, x1, x2))
 
@@ -247,7 +258,7 @@ def test_active_dropout_has_one_mask_for_value_and_slopes() -> None:
     y, J = value_and_jacobian(net, x1, x2)
     assert_same([J.sum(-1)], [y])
     assert 0 < (J == 0).double().mean() < 1
-    assert "Dropout) is active" in plan(net, x1, x2).refused["torch"]
+    assert plan(net, x1, x2).backend == "torch"
     assert plan(net.eval(), x1, x2).backend != "reference"
     assert plan(nn.Sequential(nn.Dropout(0.0), linear).train(), x1, x2).backend != "reference"
 
@@ -371,8 +382,7 @@ def test_a_network_blind_to_x2_has_zero_slopes() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.net(x[..., :D1])
 
-    with pytest.warns(RuntimeWarning, match="^x2: in columns 0, 1 every slope of mlp .Blind. is"):
-        _, J = value_and_jacobian(Blind(), *points(7, D1, K))
+    _, J = value_and_jacobian(Blind(), *points(7, D1, K))
     assert J.shape == (7, 3, K)
     assert not J.any()
 

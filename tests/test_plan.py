@@ -31,14 +31,36 @@ def test_auto_prefers_the_native_kernel_on_the_cpu() -> None:
     assert str(chosen).startswith(f"backend {chosen.backend}, mode adjoint: ")
 
 
-def test_plan_runs_nothing() -> None:
-    class Bomb(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            raise AssertionError("called")
+class Bomb(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("called")
 
+
+def test_plan_runs_a_forward_of_one_s_own_on_symbols_alone() -> None:
+    seen = []
+
+    class Looks(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(type(x))
+            return x * 2
+
+    assert plan(Looks(), *points(4, 3, 1)).backend == "torch"
+    assert len(seen) == 1
+    assert seen[0] is not torch.Tensor
     chosen = plan(Bomb(), *points(4, 3, 1))
     assert (chosen.backend, chosen.mode) == ("reference", "adjoint")
-    assert chosen.refused["cpu"] == "mlp (Bomb) is not a layer that is fused"
+    assert chosen.refused["cpu"] == (
+        "mlp (Bomb): its forward does not run on symbols (AssertionError('called'))"
+    )
+
+
+def test_plan_says_who_serves_a_program_and_why_no_other() -> None:
+    net = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 2)).double()
+    chosen = plan(net, *points(4, 3, 1))
+    assert chosen.backend == "torch"
+    assert chosen.kernel == "hand-written backward in PyTorch operations"
+    assert "chains of linear layers" in chosen.refused["cpu"]
+    assert plan(net, *points(4, 3, 1), mode="tangent", backend="reference").mode == "tangent"
 
 
 def test_nested_sequentials_and_inactive_dropout_are_fused() -> None:
@@ -47,8 +69,8 @@ def test_nested_sequentials_and_inactive_dropout_are_fused() -> None:
     net = net.double().eval()
     chosen = plan(net, *points(4, 3, 1))
     assert chosen.backend in HANDWRITTEN
-    net.train()
-    assert plan(net, *points(4, 3, 1)).refused["torch"] == "mlp.1.0.1 (Dropout) is active"
+    net.train()  # a mask in it, which the native kernel does not know
+    assert plan(net, *points(4, 3, 1)).backend == "torch"
 
 
 def test_import_is_light() -> None:

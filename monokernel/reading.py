@@ -1,0 +1,309 @@
+"""Reads a forward of one's own: what it does to the rows, as a program.
+
+The forward runs once in each call, on a ``Value`` in the place of x (see ``symbols.py``), while
+parameters and buffers are the real tensors. What happens to a ``Value`` is written down as nodes;
+what the forward computes of parameters alone (a weight norm, ``self.log_scale.exp()``) PyTorch
+computes, under autograd, and the result is a parameter of the program. Written down anew in every
+call, it cannot be stale, so nothing of it is guarded. Whatever is not known to treat each row by
+itself, to leave the numbers unread and to have the derivative that the table of nodes gives it
+makes the network unreadable; the general path then calls the module as it is.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable
+from functools import lru_cache
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .arguments import Inputs
+from .network import global_hooks, hooked, where
+from .problem import capturing
+from .program import Node, chain_of
+from .symbols import Mask, Param, Step, Tape, Value, place, said
+
+__all__ = ["Reading", "read"]
+
+
+class Reading(NamedTuple):
+    """The program of one call. ``offsets`` are added to x before it, ``squeezed`` says that y is
+    (*batch,), and ``params`` are θ in the order of their places."""
+
+    d: int
+    nodes: tuple[Node, ...]
+    params: tuple[Param, ...]
+    offsets: tuple[Tensor | float, ...]
+    squeezed: bool
+
+    def operands(self, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """The program's rows (N, d) and its parameters, for the network's input x (*batch, d)."""
+        x = x if x.dim() == 2 else x.reshape(-1, self.d)
+        params = [p.drawn(x) if type(p) is Mask else p for p in self.params]
+        for offset in self.offsets:
+            x = x + offset
+        return x, params  # type: ignore[return-value]  # no Mask is left
+
+
+# --- from steps to a program ---------------------------------------------------------------------
+
+LINES = ("scale", "shift", "line")
+
+
+def _program(tape: Tape, y: int) -> tuple[list[Step], list[Tensor | float]]:
+    """The steps that y needs, renumbered, with neighbours of linear layers folded into them; and
+    what is added to x before them."""
+    steps = tape.steps
+    uses = [0] * (len(steps) + 1)
+    uses[y] = 1
+    for i in range(y - 1, -1, -1):
+        if uses[i + 1]:
+            for u in steps[i].inputs:
+                uses[u] += 1
+    kept: list[Step] = []
+    offsets: list[Tensor | float] = []
+    at = [0] * (len(steps) + 1)  # where each value is among those kept
+    once = [uses[0] == 1]  # whether each kept value is read once
+    for i, step in enumerate(steps[:y]):
+        if not uses[i + 1]:
+            continue
+        inputs = tuple([at[u] for u in step.inputs])
+        if inputs != step.inputs:
+            step = step._replace(inputs=inputs)
+        u = inputs[0]
+        if step.kind in LINES and once[u]:
+            if u == 0 and (c := _offset(step)) is not None:
+                offsets.append(c)
+                at[i + 1], once[0] = 0, uses[i + 1] == 1
+                continue
+            if u and kept[u - 1].kind == "linear":
+                kept[u - 1] = _after(kept[u - 1], step)
+                at[i + 1], once[u] = u, uses[i + 1] == 1
+                continue
+        if step.kind == "linear":
+            # Only what lies last among those kept: no place of another value changes.
+            while u == len(kept) > 0 and once[u] and _folds(kept, u, bool(offsets)):
+                step = _before(kept.pop(), step)
+                once.pop()
+                (u,) = step.inputs
+        kept.append(step)
+        once.append(uses[i + 1] == 1)
+        at[i + 1] = len(kept)
+    return kept, offsets
+
+
+def _offset(step: Step) -> Tensor | float | None:
+    """What is added to x, by which no slope changes."""
+    if step.kind == "line":
+        return step.numbers[1] if step.numbers[0] == 1 else None
+    return _tensor(step) if step.kind == "shift" else None
+
+
+def _folds(kept: list[Step], u: int, centred: bool) -> bool:
+    """Whether value u can go into the linear layer that reads it. What is taken from inputs that
+    are not ``centred``, a mean far from 0 say, is better taken before the product than after it."""
+    step = kept[u - 1]
+    if step.kind not in LINES:
+        return False
+    shifts = step.kind == "shift" or (step.kind == "line" and step.numbers[1] != 0)
+    if shifts and not centred:
+        while u and kept[u - 1].kind in (*LINES, "columns"):
+            (u,) = kept[u - 1].inputs
+    return u > 0
+
+
+def _tensor(step: Step) -> Tensor:
+    t = step.params[0]
+    assert isinstance(t, Tensor)
+    return t
+
+
+def _after(linear: Step, step: Step) -> Step:
+    """The linear layer W u + b with p∘(W u + b) + q behind it."""
+    W, b = linear.params
+    assert isinstance(W, Tensor)
+    assert b is None or isinstance(b, Tensor)
+    if step.kind == "scale":
+        s = _tensor(step)
+        W, b = W * s.unsqueeze(-1), None if b is None else b * s
+    elif step.kind == "shift":
+        t = _tensor(step)
+        b = t.expand(linear.width).contiguous() if b is None else b + t
+    else:
+        p, q = step.numbers
+        W, b = (W, b) if p == 1 else (W * p, None if b is None else b * p)
+        if q:
+            b = W.new_full((linear.width,), q) if b is None else b + q
+    return linear._replace(params=(W, b))
+
+
+def _before(step: Step, linear: Step) -> Step:
+    """The linear layer with p∘u + q before it."""
+    W, b = linear.params
+    assert isinstance(W, Tensor)
+    assert b is None or isinstance(b, Tensor)
+    if step.kind == "scale":
+        W = W * _tensor(step)
+    elif step.kind == "shift":
+        more = W @ _tensor(step).expand(step.width)
+        b = more if b is None else b + more
+    else:
+        p, q = step.numbers
+        if q:
+            more = q * W.sum(-1)
+            b = more if b is None else b + more
+        W = W if p == 1 else W * p
+    return linear._replace(inputs=step.inputs, params=(W, b))
+
+
+# --- the whole reading ---------------------------------------------------------------------------
+
+
+def read(mlp: nn.Module, inputs: Inputs, rehearsal: bool = False) -> Reading | str:
+    """The program that the module's forward is for these inputs, or one sentence naming what is
+    not known as a row-wise node.
+
+    Runs the forward once. Where that turns out unreadable, the attributes, buffers and random
+    generators that it changed are put back, since the general path runs it once more, and it is not
+    tried again in later calls. A ``rehearsal`` tries all the same, and leaves no trace either way.
+    """
+    parts = _parts(mlp)
+    if isinstance(parts, str):
+        return parts
+    if inputs.x2.device.type == "meta" or torch._C._get_tracing_state() is not None:
+        return "its inputs have no numbers"
+    forward = mlp.__dict__.get("forward", type(mlp).forward)
+    few = any(n < 2 for n in inputs.batch)  # so few rows may be squeezed, or tell no shape
+    key = mlp.training, len(inputs.batch), few, id(forward)
+    known = _known.get(id(mlp))
+    before: str | None = None if known is None else known[1].get(key)
+    if before and not rehearsal:
+        return before
+    state = _State(parts, inputs.x2.device) if before is None or rehearsal else None
+    if torch.is_grad_enabled():
+        found = _record(mlp, inputs)
+    else:
+        with torch.enable_grad():
+            found = _record(mlp, inputs)
+    if state is not None and (rehearsal or isinstance(found, str)):
+        state.restore()
+    if known is None:
+        _known[id(mlp)] = known = weakref.ref(mlp, _forgets(id(mlp))), {}
+    known[1][key] = found if isinstance(found, str) else ""
+    return found
+
+
+# Of each module, by identity, what was found of it in each mode: "" or why it is unreadable.
+_known: dict[int, tuple[weakref.ref[nn.Module], dict[tuple[Any, ...], str]]] = {}
+
+
+def _forgets(key: int) -> Callable[[Any], None]:
+    return lambda _: _known.pop(key, None)  # type: ignore[return-value]
+
+
+def _record(mlp: nn.Module, inputs: Inputs) -> Reading | str:
+    tape = Tape(mlp, inputs)
+    try:
+        y = mlp(tape.value(0, inputs.d, flat=False, shared=True))
+    except Exception as error:  # whatever it is, the general path meets it if it is a real one
+        part = place(mlp, _innermost(error))
+        return tape.sentence or f"{part}: its forward does not run on symbols ({said(error)})"
+    if not tape.sentence and (type(y) is not Value or y.tape is not tape):
+        tape.refuse("its output", "is no tensor that depends on its input")
+    if tape.sentence:
+        return tape.sentence
+    at, squeezed = y.at, y.flat
+    del y
+    tape.value(0, 0, flat=False)  # which nobody else holds
+    *holders, nobody = [sys.getrefcount(v) for v in tape.values]
+    if any(n != nobody for n in holders):
+        tape.refuse("its forward", "keeps a tensor that depends on its input")
+        return tape.sentence
+    steps, offsets = _program(tape, at)
+    steps = steps or [Step("identity", (0,), inputs.d, (0.0, 0.0, 0.0), ())]
+    nodes, params = [], list[Param]()
+    for step in steps:
+        places = tuple(range(len(params), len(params) + len(step.params)))
+        params += step.params
+        nodes.append(Node(step.kind, step.inputs, places, step.numbers, step.width))
+    program = tuple(nodes)
+    if tape.casts and not (chain_of(inputs.d, program) and _bare(tape)):
+        return "under autocast only chains of linear layers and activations are fused"
+    return Reading(inputs.d, program, tuple(params), tuple(offsets), squeezed)
+
+
+def _bare(tape: Tape) -> bool:
+    """Whether nothing was folded into a layer."""
+    return not any(step.kind in LINES for step in tape.steps)
+
+
+def _innermost(error: Exception) -> FrameType | None:
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return None if traceback is None else traceback.tb_frame
+
+
+class _State:
+    """What a forward may change."""
+
+    def __init__(self, parts: list[nn.Module], device: torch.device) -> None:
+        attributes = [d for m in parts for d in (m.__dict__, m._parameters, m._buffers, m._modules)]
+        self.attributes = [(d, dict(d)) for d in attributes]
+        buffers = [b for m in parts for b in m._buffers.values() if b is not None]
+        self.buffers = [(b, b._version, b.clone()) for b in buffers if not b.is_inference()]
+        generators = [torch.default_generator]
+        if device.type == "cuda" and not capturing(device):
+            index = torch.cuda.current_device() if device.index is None else device.index
+            generators.append(torch.cuda.default_generators[index])
+        self.generators = [(g, g.get_state()) for g in generators]
+
+    def restore(self) -> None:
+        for now, before in self.attributes:
+            for name in [name for name in now if name not in before]:
+                del now[name]
+            for name, held in before.items():
+                if name not in now or now[name] is not held:
+                    now[name] = held
+        with torch.no_grad():
+            for buffer, version, value in self.buffers:
+                if buffer._version != version:
+                    buffer.copy_(value)
+        for generator, state in self.generators:
+            generator.set_state(state)
+
+
+def _parts(mlp: nn.Module) -> list[nn.Module] | str:
+    """Every module in it, or the sentence on one that is more than Python around functions."""
+    if global_hooks():
+        return "a global module hook is registered"
+    found, seen = [mlp], {id(mlp)}
+    for m in found:  # grows on the way
+        nature = _nature(type(m).__mro__)
+        if nature == "opaque" or "_compiled_call_impl" in m.__dict__:
+            return f"{where(mlp, m)} is compiled, distributed or quantised"
+        if hooked(m):
+            return f"{where(mlp, m)} has hooks"
+        if nature == "batch" and (m.training or m.running_mean is None):
+            return f"{where(mlp, m)} normalises with the statistics of the batch"
+        for part in m._modules.values():
+            if part is not None and id(part) not in seen:
+                seen.add(id(part))
+                found.append(part)
+    return found
+
+
+OPAQUE = ("torch.jit", "torch._dynamo", "torch.distributed", "torch.nn.parallel", "torch.ao")
+
+
+@lru_cache(maxsize=1024)
+def _nature(mro: tuple[type, ...]) -> str:
+    """ "opaque", "batch" for a batch normalisation, or "", by the classes that a module has."""
+    if any(base.__module__.startswith(OPAQUE) for base in mro):
+        return "opaque"
+    return "batch" if _BatchNorm in mro else ""
