@@ -56,7 +56,6 @@ def compare(
     weight: Tensor,
     more: tuple[Tensor, ...] = (),
     tolerance: float = 1e-10,
-    run: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> None:
     """Values and gradients of a task loss and a penalty that all slopes would have by the margin,
     against the oracle."""
@@ -64,13 +63,18 @@ def compare(
     y, J = oracle(net, x1, x2)
     want = oracle_penalties(J, 1.0, 50.0, weight=weight).sum()
     task = torch.randn_like(y)
-    run = run or fused_mono_penalty
+    expected: list[Tensor] = []
+    if inputs:
+        loss = (y * task).sum() + want
+        expected += torch.autograd.grad(loss, inputs, retain_graph=True, materialize_grads=True)
     if isinstance(net, Counts):
         net.rows.clear()
-    got_y, got = run(net, x1, x2, margin=50.0, weight=weight, return_output=True)
+    got_y, got = fused_mono_penalty(
+        net, x1, x2, margin=50.0, weight=weight, return_output=True
+    )
     assert_same([got_y, got], [y, want], tolerance)
-    got_gradients = gradients((got_y * task).sum() + got, *inputs)
-    assert_same(got_gradients, gradients((y * task).sum() + want, *inputs), tolerance)
+    loss = (got_y * task).sum() + got
+    assert_same(gradients(loss, *inputs) if inputs else [], expected, tolerance)
 
 
 def inputs(rows: int = N) -> tuple[Tensor, Tensor]:
@@ -197,9 +201,7 @@ def test_directions_weights_and_hinges() -> None:
         expected = torch.autograd.grad(
             reduced.sum(), leaves, retain_graph=True, materialize_grads=True
         )
-        # No pair of which the weight is 0 is active, and the zero rule has no gradient there.
-        expected[2][weight == 0] = 0
-        assert_same(gradients(penalty.sum(), *leaves), expected)
+        assert_same(gradients(penalty.sum(), *leaves), list(expected))
     assert net.rows == [N, 10, N, 10, N, 10]
 
 
@@ -366,15 +368,16 @@ def test_hooks_of_parameters_fire_once_with_the_whole_gradient() -> None:
 
 def test_all_orders_of_derivative() -> None:
     """With ``create_graph=True`` all rows are differentiated."""
-    net = Counts(normed())
+    net = Counts(Gated().double())
     x1, x2 = (t.requires_grad_() for t in points(9, D1, K))
     weight = few(9, 2)
 
     def f(x1: Tensor, x2: Tensor, p: Tensor) -> Tensor:
-        return fused_mono_penalty(net, x1, x2, margin=50.0, hinge="squared", weight=weight)
+        return fused_mono_penalty(net, x1, x2, margin=3.0, hinge="squared", weight=weight)
 
-    assert torch.autograd.gradgradcheck(f, (x1, x2, next(net.parameters())))
-    penalty = f(x1, x2, x1)
+    weights = next(net.parameters())
+    assert torch.autograd.gradgradcheck(f, (x1, x2, weights))
+    penalty = f(x1, x2, weights)
     net.rows.clear()
     torch.autograd.grad(penalty, x1, create_graph=True)
     assert net.rows == []
@@ -545,18 +548,6 @@ def test_weights_that_others_computed() -> None:
     assert_same(got, gradients(loss, x1, x2, source))
 
 
-@contextmanager
-def other_parameters(net: nn.Module, rows: list[int]) -> Iterator[Any]:
-    """``functional_call``: gone when the backward comes."""
-    values = {n: torch.randn_like(p).requires_grad_() for n, p in net.named_parameters()}
-
-    def call(**options: Any) -> Any:
-        return torch.func.functional_call(MonotonePenalty(net, **options), values, (x1, x2))
-
-    x1, x2 = points(N, D1, K)
-    yield call
-
-
 def test_parameters_that_are_gone_when_the_backward_comes() -> None:
     net, (x1, x2) = normed(), points(N, D1, K)
     values = {n: torch.randn_like(p).requires_grad_() for n, p in net.named_parameters()}
@@ -601,7 +592,8 @@ def test_a_network_that_changed_before_the_backward_is_differentiated_as_it_was(
     else:
         net.requires_grad_(False)
     (y.sum() + penalty).backward()
-    assert_same([t.grad for t in leaves], want)  # type: ignore[misc]
+    got = leaves[:2] if change == "frozen" else leaves  # PyTorch then gives parameters none
+    assert_same([t.grad for t in got], want[: len(got)])  # type: ignore[misc]
     assert torch.equal(torch.get_rng_state(), seed)
 
 
