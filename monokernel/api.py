@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import hinge as hinges
 from .arguments import (
+    Direction,
     Inputs,
     check_direction,
     check_hinge,
@@ -121,7 +122,7 @@ def fused_mono_penalty(
     static = check_hinge(signs.flat, margin, hinge, reduction)
     route = choose(mlp, inputs, mode, backend)
     if route.network is None or route.backend == "reference":
-        y, J = slopes(mlp, inputs, route)
+        y, J = slopes(mlp, inputs, route, _violations(signs, static, weight, inputs))
         N, (D, k) = inputs.batch.numel(), J.shape[-2:]
         signs.for_network(D)
         factor = check_weight(weight, inputs.x2, D, k)
@@ -213,15 +214,34 @@ class MonotonePenalty(nn.Module):
         return f"direction={self.direction}, margin={self.margin}, hinge={self.hinge!r}"
 
 
-def slopes(mlp: nn.Module, inputs: Inputs, route: Route) -> tuple[Tensor, Tensor]:
+def slopes(
+    mlp: nn.Module, inputs: Inputs, route: Route, violations: general.Violations | None = None
+) -> tuple[Tensor, Tensor]:
     """y (..., D), or as ``mlp`` squeezes it, and J (..., D, k) by the backend of the route."""
     if route.network is None:
-        return general.value_and_jacobian(mlp, inputs, route.transformed)
+        return general.value_and_jacobian(mlp, inputs, route.transformed, violations=violations)
     if route.backend != "reference":
         return _fused(inputs, route, None, None)
     problem, x, params = _problem(inputs, route, None)
     y, J = reference.value_and_jacobian(problem, x, params)
     return _output(y, inputs, route), _leading(J, inputs)
+
+
+def _violations(
+    signs: Direction, hinge: Hinge, weight: Tensor | float | None, inputs: Inputs
+) -> general.Violations:
+    """Which slopes (..., k) of output d of D have a penalty."""
+
+    def violate(S: Tensor, d: int, D: int) -> Tensor:
+        k, flat = inputs.k, signs.for_network(D)
+        own = hinge._replace(direction=flat[d * k : d * k + k] if len(flat) > k else flat)
+        factor = check_weight(weight, inputs.x2, D, k)
+        if factor is not None:
+            factor = factor.detach().expand(*inputs.batch, D, k)[..., d : d + 1, :]
+        J = S.detach().unsqueeze(-2)
+        return hinges.penalties(J, own, factor).squeeze(-2) != 0
+
+    return violate
 
 
 def _fused(
