@@ -43,6 +43,7 @@ Values = dict[int, Tensor]  # by number: 0 is x, i + 1 what node i made
 # cache through a layer's element-wise passes; elsewhere only the temporaries' size is bounded.
 BLOCK_ELEMENTS = {"cpu": 1 << 18}
 BLOCK_ELEMENTS_ELSEWHERE = 1 << 26
+FEWEST_ROWS = 256
 
 
 def refuses(problem: Problem, x: Tensor) -> str | None:
@@ -73,6 +74,9 @@ class _Facts(NamedTuple):
     kept: tuple[bool, ...]  # whether g = gy∘P + q is what the backward has of it
     saved: tuple[int, ...]  # values of linear nodes, but for y
     pulled: tuple[int, ...]  # kept values to which linear nodes pull a P of N rows
+    # By node. What is done with is let go at once: the next result then lies in warm memory.
+    spent: tuple[tuple[int, ...], ...]  # the values that no later node reads
+    read: tuple[bool, ...]  # by value: whether slopes read it, and not linear nodes alone
 
 
 def _facts_of(problem: Problem) -> _Facts:
@@ -95,6 +99,16 @@ def _facts(d: int, nodes: tuple[Node, ...], k: int, keeps_adjoint: bool) -> _Fac
                 uniform[v] = False
             if node.kind == "linear" and kept[v] and not uniform[i + 1]:
                 pulled.add(v)
+    spent: list[tuple[int, ...]] = [()] * y
+    read, seen = [False] * (y + 1), set[int]()
+    for i in reversed(needed):
+        node, inputs = nodes[i], set(nodes[i].inputs)
+        spent[i] = tuple(inputs - seen)
+        seen |= inputs
+        if node.kind != "linear":
+            for v in inputs:
+                read[v] = True
+        read[i + 1] |= rule(node).reads_v
     return _Facts(
         (d, *[node.width for node in nodes]),
         needed,
@@ -103,13 +117,15 @@ def _facts(d: int, nodes: tuple[Node, ...], k: int, keeps_adjoint: bool) -> _Fac
         tuple(kept),
         tuple([i + 1 for i in needed if nodes[i].kind == "linear" and i + 1 < y]),
         tuple(sorted(pulled)),
+        tuple(spent),
+        tuple(read),
     )
 
 
 def _blocks(problem: Problem, x: Tensor) -> Iterator[slice]:
     fan = problem.k if problem.mode == "tangent" else problem.D
     budget = BLOCK_ELEMENTS.get(x.device.type, BLOCK_ELEMENTS_ELSEWHERE)
-    size = max(256, budget // max(1, fan * max(_facts_of(problem).widths)))
+    size = max(FEWEST_ROWS, budget // max(1, fan * max(_facts_of(problem).widths)))
     for start in range(0, x.shape[0], size):
         yield slice(start, min(start + size, x.shape[0]))
 
@@ -131,8 +147,9 @@ class _Cotangents:
     A sum is written in place only where its memory is known to be no one else's.
     """
 
-    def __init__(self, start: Values) -> None:
-        self.of, self.own = start, set[int]()
+    def __init__(self) -> None:
+        self.of: Values = {}
+        self.own = set[int]()
 
     def add(self, v: int, t: Tensor, own: bool) -> None:
         """Adds t, whose memory is new if ``own``."""
@@ -196,7 +213,8 @@ def forward(
 def _values(problem: Problem, x: Tensor, θ: Sequence[Params], buffers: Values, y: Tensor) -> Values:
     """The values of a block, those of linear nodes in ``buffers`` if given; the outputs in y."""
     values, last = {0: x}, len(problem.nodes) - 1
-    for i in _facts_of(problem).used:
+    facts = _facts_of(problem)
+    for i in facts.used:
         node = problem.nodes[i]
         if node.kind == "linear":
             out = y if i == last else buffers.get(i + 1)
@@ -204,6 +222,9 @@ def _values(problem: Problem, x: Tensor, θ: Sequence[Params], buffers: Values, 
         else:
             u = [values[v] for v in node.inputs]
             values[i + 1] = rule(node).value_now(node, u, θ[i])
+        for v in facts.spent[i]:
+            if not facts.read[v]:
+                del values[v]
     if problem.nodes[last].kind != "linear":
         y.copy_(values[last + 1])
     return values
@@ -236,8 +257,11 @@ def _tangent_slopes(problem: Problem, values: Values, θ: Sequence[Params]) -> T
         else:
             if 0 in node.inputs and 0 not in dots:
                 dots[0] = _one_hot(values[0], d)[d - k :]
-            at, u_dot = [values[v] for v in node.inputs], [dots.get(v) for v in node.inputs]
-            dots[i + 1] = rule(node).push_now(node, at, values[i + 1], u_dot, θ[i])
+            of, at = rule(node), [values[v] for v in node.inputs]
+            v, u_dot = values[i + 1] if of.reads_v else at[0], [dots.get(v) for v in node.inputs]
+            dots[i + 1] = of.push_now(node, at, v, u_dot, θ[i])
+        for u in facts.spent[i]:
+            dots.pop(u, None)
     y_dot = dots.get(len(nodes))
     return None if y_dot is None else y_dot.permute(1, 2, 0)
 
@@ -252,7 +276,7 @@ def _adjoint_slopes(
     d, k, nodes, facts = problem.d, problem.k, problem.nodes, _facts_of(problem)
     wanted = facts.kept if save and problem.keeps_adjoint else facts.moving
     last = len(nodes) - 1
-    P, filled = _Cotangents({}), set[int]()  # (D, n or 1, H), of x2 alone for x
+    P, filled = _Cotangents(), set[int]()  # (D, n or 1, H), of x2 alone for x
     if nodes[last].kind != "linear":
         P.add(last + 1, _one_hot(values[last + 1], problem.D), True)
     for i in reversed(facts.used):
@@ -261,23 +285,27 @@ def _adjoint_slopes(
             continue
         if i + 1 in pulled:
             P.add(i + 1, pulled[i + 1].unsqueeze(0), False)
-        if node.kind == "linear":
-            u, W = node.inputs[0], _weight(θ[i])
-            if not u:
-                W = W[:, d - k :]
-            if i == last:  # P of y is the identity
-                P.add(u, W.unsqueeze(1), False)
-            elif u in pulled and not facts.uniform[i + 1]:
-                p, out = P.of[i + 1].squeeze(0), pulled[u]
-                _ = out.addmm_(p, W) if u in filled else torch.mm(p, W, out=out)
-                filled.add(u)
-            elif wanted[u] or not u:
-                P.add_product(u, P.of[i + 1], W)
+        p = P.of.pop(i + 1, None)
+        if node.kind != "linear":
+            assert p is not None
+            of, at = rule(node), [values[v] for v in node.inputs]
+            v = values[i + 1] if of.reads_v else at[0]
+            for u, t in zip(node.inputs, of.pull_now(node, at, v, p, θ[i]), strict=True):
+                P.add(u, t if u else t[..., d - k :], of.varies)
             continue
-        of, at = rule(node), [values[v] for v in node.inputs]
-        down = of.pull_now(node, at, values[i + 1], P.of[i + 1], θ[i])
-        for v, t in zip(node.inputs, down, strict=True):
-            P.add(v, t if v else t[..., d - k :], of.varies)
+        u, W = node.inputs[0], _weight(θ[i])
+        if u and not wanted[u]:
+            continue
+        W = W if u else W[:, d - k :]
+        if p is None:  # of y, the identity
+            P.add(u, W.unsqueeze(1), False)
+        elif facts.uniform[i + 1] or u not in pulled:
+            P.add_product(u, p, W)
+        elif u in filled:
+            pulled[u].addmm_(p.squeeze(0), W)
+        else:
+            torch.mm(p.squeeze(0), W, out=pulled[u])
+            filled.add(u)
     slopes = P.of.get(0)
     return None if slopes is None else slopes.transpose(0, 1)
 
@@ -346,7 +374,7 @@ def _way_down(
             raise RuntimeError(f"mlp: expected a {node.kind} that is drawn, got one to be trained")
         linear = node.kind == "linear"
         if trained[i] or not linear:
-            values.update(node.inputs if linear else (*node.inputs, i + 1))
+            values.update((*node.inputs, i + 1) if of.reads_v else node.inputs)
         if facts.moving[i + 1] and (trained[i] or of.curved):
             tangents.update(node.inputs)
     for i in reversed(facts.used):
@@ -355,7 +383,9 @@ def _way_down(
         if i + 1 in tangents and facts.moving[i + 1]:
             tangents.update(nodes[i].inputs)
             if nodes[i].kind != "linear":
-                values.update((*nodes[i].inputs, i + 1))
+                values.update(nodes[i].inputs)
+                if rule(nodes[i]).reads_v:
+                    values.add(i + 1)
     again = [i for i in facts.used if i + 1 in values and nodes[i].kind != "linear"]
     dots = [i for i in facts.used if i + 1 in tangents and facts.moving[i + 1]]
     return _WayDown(tuple(wanted), tuple(trained), tuple(down), tuple(again), tuple(dots))
@@ -427,7 +457,7 @@ class _Block:
         self.θ = _parameters(problem, params, self.rows)
         self.values: Values = {0: x[self.rows]}
         # The cotangents g of values, and P (n or 1, H) of those that have g = gy∘P + q.
-        self.g, self.P = _Cotangents({}), _Cotangents({})
+        self.g, self.P = _Cotangents(), _Cotangents()
         for v, t in zip(self.facts.saved, saved, strict=False):
             self.values[v] = t[self.rows]
         for v, t in zip(self.facts.pulled, saved[len(self.facts.saved) :], strict=False):
@@ -451,16 +481,16 @@ class _Block:
             self.pairs.run_tangent(self)
         for i in self.way.nodes:
             (self._linear if self.nodes[i].kind == "linear" else self._light)(i, grads)
+            self.values.pop(i + 1, None)
         dx = self.g.of.get(0)
         if grads.dx is not None and dx is not None:
             grads.dx[self.rows] = dx
 
-    def _cotangent(self, v: int) -> Tensor | None:
-        """g of value v, once all nodes that read it are done."""
+    def _cotangent(self, v: int, P: Tensor | None, passed: Tensor | None) -> Tensor | None:
+        """g of value v, from its P and q where it is kept by those."""
         if not self.facts.kept[v]:
-            return self.g.of.get(v)
-        g = None if self.gy is None else self.gy * self.P.of[v]
-        return self._join(g, None if self.pairs is None else self.pairs.chain.of.get(v))
+            return self.g.of.pop(v, None)
+        return self._join(None if self.gy is None or P is None else self.gy * P, passed)
 
     def _join(self, g: Tensor | None, q: Tensor | None) -> Tensor | None:
         """g + q, of the block and of its pairs, in the memory of g."""
@@ -477,41 +507,43 @@ class _Block:
         node, θ, v, facts = self.nodes[i], self.θ[i], i + 1, self.facts
         u, trained = node.inputs[0], self.way.trained[i]
         wanted, kept = self.way.wanted[u], facts.kept[u]
-        g = self._cotangent(v) if trained or (wanted and not kept) else None
-        if trained and g is not None:
-            grads.product(node.params[0], g, self.values[u])
-            if θ[1] is not None:
-                grads.rows(node.params[1], g)
-        if self.pairs is not None:
-            self.pairs.linear(self, i, grads)
-        if not wanted:
-            return
-        if not kept:
+        P = self.P.of.pop(v, None)
+        passed = None if self.pairs is None else self.pairs.linear(self, i, P, grads)
+        if trained or (wanted and not kept):
+            g = self._cotangent(v, P, passed)
             if g is not None:
-                self.g.add_product(u, g, _weight(θ))
-        elif facts.uniform[v]:  # else it was saved
-            self.P.add_product(u, self.P.of[v], _weight(θ))
+                if trained:
+                    grads.product(node.params[0], g, self.values[u])
+                    if θ[1] is not None:
+                        grads.rows(node.params[1], g)
+                if wanted and not kept:
+                    self.g.add_product(u, g, _weight(θ))
+        if wanted and kept and P is not None and facts.uniform[v]:  # else it was saved
+            self.P.add_product(u, P, _weight(θ))
 
     def _light(self, i: int, grads: _Gradients) -> None:
         node, θ, v, of = self.nodes[i], self.θ[i], i + 1, rule(self.nodes[i])
         trained, wanted = self.way.trained[i], self.way.wanted
         kept = [wanted[j] and self.facts.kept[j] for j in node.inputs]  # these by P and q,
         whole = [wanted[j] and not self.facts.kept[j] for j in node.inputs]  # these by g
-        u, value = [self.values[j] for j in node.inputs], self.values[v]
-        g = self._cotangent(v) if trained or any(whole) else None
-        if trained and g is not None:
-            of.parameters(node, u, g, θ, grads)
+        u = [self.values[j] for j in node.inputs]
+        value = self.values[v] if of.reads_v else u[0]
+        P = self.P.of.pop(v, None)
+        passed: Tensor | None = None
         curvature: list[Tensor | None] = [None] * len(u)
         if self.pairs is not None:
-            curvature = self.pairs.light(self, i, grads)
-        if any(whole):
-            down = curvature if g is None else of.pull_now(node, u, value, g, θ)
+            passed, curvature = self.pairs.light(self, i, P, grads)
+        if trained or any(whole):
+            g = self._cotangent(v, P, passed)
+            if trained and g is not None:
+                of.parameters(node, u, g, θ, grads)
+            down = [None] * len(u) if g is None else of.pull_now(node, u, value, g, θ)
             for j, mine, t, c in zip(node.inputs, whole, down, curvature, strict=True):
-                joined = self._join(None if g is None else t, c) if mine else None
-                if joined is not None:
-                    self.g.add(j, joined, of.varies)
-        if any(kept):
-            pulled = of.pull_now(node, u, value, self.P.of[v], θ)
+                t = self._join(t, c) if mine else None
+                if t is not None:
+                    self.g.add(j, t, of.varies)
+        if P is not None and any(kept):
+            pulled = of.pull_now(node, u, value, P, θ)
             for j, mine, p in zip(node.inputs, kept, pulled, strict=True):
                 if mine:
                     self.P.add(j, p, of.varies)
@@ -532,7 +564,7 @@ class _Pairs:
         self.everything = everything  # one group, all rows: nothing to gather
         self.values: Values = {}
         self.dots: Values = {}
-        self.chain = _Cotangents({})
+        self.chain = _Cotangents()
 
     @classmethod
     def of(cls, problem: Problem, gJ: Tensor, dtype: torch.dtype) -> _Pairs | None:
@@ -578,65 +610,68 @@ class _Pairs:
         if block.facts.moving[y] and not block.facts.kept[y]:
             self.chain.add(y, self.seed, False)
 
-    def linear(self, block: _Block, i: int, grads: _Gradients) -> None:
-        """The slopes' part in dW; the chain goes down the node."""
-        node, v = block.nodes[i], i + 1
-        u, W = node.inputs[0], _weight(block.θ[i])
+    def linear(self, block: _Block, i: int, P: Tensor | None, grads: _Gradients) -> Tensor | None:
+        """The slopes' part in dW. The chain, which goes down the node, as it arrived."""
+        node, passed = block.nodes[i], self.chain.of.pop(i + 1, None)
+        u = node.inputs[0]
         if block.way.trained[i]:
-            P = self._seeds(block, v)
-            if P is not None and u:
-                grads.product(node.params[0], P, self.dots[u])
-            elif P is not None:
-                grads.product(node.params[0], P, self.x_dot, slice(-self.x_dot.shape[1], None))
-        passed = self.chain.of.get(v)
+            p = self._seeds(block, i + 1, P, passed)
+            if p is not None and u:
+                grads.product(node.params[0], p, self.dots[u])
+            elif p is not None:
+                grads.product(node.params[0], p, self.x_dot, slice(-self.x_dot.shape[1], None))
         if passed is not None and self._goes_on(block, u):
-            self.chain.add_product(u, passed, W)
+            self.chain.add_product(u, passed, _weight(block.θ[i]))
+        return passed
 
-    def light(self, block: _Block, i: int, grads: _Gradients) -> list[Tensor | None]:
-        """The slopes' part in dθ; the chain goes down the node. Its curvature in each input."""
+    def light(
+        self, block: _Block, i: int, P: Tensor | None, grads: _Gradients
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """The slopes' part in dθ. The chain, which goes down the node, as it arrived; the node's
+        curvature in each of its inputs."""
         node, of, trained = block.nodes[i], rule(block.nodes[i]), block.way.trained[i]
-        goes_on = [self._goes_on(block, u) for u in node.inputs]
-        passed = self.chain.of.get(i + 1) if any(goes_on) else None
-        P = self._seeds(block, i + 1) if trained or of.curved else None
-        curvature: list[Tensor | None] = [None] * len(goes_on)
-        if passed is None and P is None:
-            return curvature
+        passed = self.chain.of.pop(i + 1, None)
+        p = self._seeds(block, i + 1, P, passed) if trained or of.curved else None
+        curvature: list[Tensor | None] = [None] * len(node.inputs)
+        if passed is None and p is None:
+            return None, curvature
         at, value, θ = self._operands(block, i)
-        if P is not None:
+        if p is not None:
             u_dot = [self._dot(block, v) for v in node.inputs]
             if trained:
-                of.slope_parameters(node, at, u_dot, P, θ, grads)
+                of.slope_parameters(node, at, u_dot, p, θ, grads)
             if of.curved:
-                curvature = of.curvature(node, at, value, u_dot, P, θ)
-        if passed is not None:
-            for u, mine, p in zip(
-                node.inputs, goes_on, of.pull_now(node, at, value, passed, θ), strict=True
-            ):
+                curvature = of.curvature(node, at, value, u_dot, p, θ)
+        goes_on = [self._goes_on(block, u) for u in node.inputs]
+        if passed is not None and any(goes_on):
+            down = of.pull_now(node, at, value, passed, θ)
+            for u, mine, t in zip(node.inputs, goes_on, down, strict=True):
                 if mine:
-                    self.chain.add(u, p, of.varies)
-        for u, c in zip(node.inputs, curvature, strict=True):
-            if c is not None and block.way.wanted[u] and block.facts.kept[u]:
+                    self.chain.add(u, t, of.varies)
+        for u, mine, c in zip(node.inputs, goes_on, curvature, strict=True):
+            if mine and c is not None and block.facts.kept[u]:
                 self.chain.add(u, c, True)
-        return curvature
+        return passed, curvature
 
     def _goes_on(self, block: _Block, u: int) -> bool:
         """Whether the chain has to go down to value u."""
         return block.way.wanted[u] and (block.facts.kept[u] or (u > 0 and block.facts.moving[u]))
 
-    def _seeds(self, block: _Block, v: int) -> Tensor | None:
-        """P (m, H) of value v; None where x2 does not reach it."""
+    def _seeds(
+        self, block: _Block, v: int, P: Tensor | None, passed: Tensor | None
+    ) -> Tensor | None:
+        """The pairs' own P (m, H) of value v; None where x2 does not reach it."""
         if not block.facts.moving[v]:
             return None
-        if not block.facts.kept[v]:
-            return self.chain.of[v]
-        P = block.P.of[v]
+        if P is None:
+            return passed
         return P.expand(len(self.row), -1) if block.facts.uniform[v] else self.take(P)
 
     def _operands(self, block: _Block, i: int) -> tuple[list[Tensor], Tensor, Params]:
         """u, v and θ of a light node for the pairs: rows of those alone that the node reads."""
         node, of, θ = block.nodes[i], rule(block.nodes[i]), block.θ[i]
         u = [self._value(block, v) if of.varies else block.values[v] for v in node.inputs]
-        value = self._value(block, i + 1) if of.reads_v else block.values[i + 1]
+        value = self._value(block, i + 1) if of.reads_v else u[0]
         if of.per_row:
             θ = [t if t is None else self.take(t) for t in θ]
         return u, value, θ
