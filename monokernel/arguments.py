@@ -17,6 +17,7 @@ from .problem import Hinge, accumulate_dtype
 
 __all__ = [
     "BACKENDS",
+    "BATCH_STATS",
     "MODES",
     "REDUCTIONS",
     "Direction",
@@ -34,6 +35,7 @@ MODES = ("auto", "tangent", "adjoint")
 BACKENDS = ("auto", "triton", "cpu", "torch", "reference")
 REDUCTIONS = ("sum", "mean", "none")
 HINGES = ("linear", "squared")
+BATCH_STATS = ("error", "running")
 
 
 class Inputs(NamedTuple):

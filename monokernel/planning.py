@@ -13,6 +13,7 @@ from . import network
 from .activations import Activation
 from .arguments import (
     BACKENDS,
+    BATCH_STATS,
     MODES,
     Inputs,
     check_choice,
@@ -31,13 +32,15 @@ Refused = tuple[tuple[str, str], ...]  # a backend's name and the reason
 
 
 class Route(NamedTuple):
-    """The decision for one call. ``chain`` is None on the general path."""
+    """The decision for one call. ``chain`` is None on the general path, where ``running`` says that
+    batch normalisations are in training mode and their slopes go by the running statistics."""
 
     backend: str
     mode: Mode
     chain: network.Chain | None
     transformed: bool
     refused: Refused
+    running: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,27 +69,36 @@ KERNELS = {
 
 
 def plan(
-    mlp: nn.Module, x1: Tensor, x2: Tensor, *, mode: str = "auto", backend: str = "auto"
+    mlp: nn.Module,
+    x1: Tensor,
+    x2: Tensor,
+    *,
+    mode: str = "auto",
+    backend: str = "auto",
+    batch_stats: str = "error",
 ) -> Plan:
     """Which backend, mode and kernel would serve ``fused_mono_penalty(mlp, x1, x2)``, and why no
-    other. Runs nothing of the network. ``x1`` (..., d1), ``x2`` (..., k) as there."""
+    other. Runs nothing of the network. All arguments as there."""
     inputs = check_inputs(x1, x2)
-    route = choose(network.unwrap(mlp), inputs, mode, backend)
+    route = choose(network.unwrap(mlp), inputs, mode, backend, batch_stats)
     kernel = KERNELS["general" if route.chain is None else route.backend]
     return Plan(route.backend, route.mode, kernel, dict(route.refused))
 
 
-def choose(mlp: nn.Module, inputs: Inputs, mode: str, backend: str) -> Route:
+def choose(
+    mlp: nn.Module, inputs: Inputs, mode: str, backend: str, batch_stats: str = "error"
+) -> Route:
     """The route of a call; raises where ``backend`` was asked for by name and cannot serve."""
     check_choice("mode", mode, MODES)
     check_choice("backend", backend, BACKENDS)
+    check_choice("batch_stats", batch_stats, BATCH_STATS)
     check_module(mlp)
     functional = transformed()
     chain = network.read(mlp)
     if not isinstance(chain, str):
         chain = _wrapped(inputs) or chain
     if isinstance(chain, str):
-        return _general(mlp, chain, mode, backend, functional)
+        return _general(mlp, chain, mode, backend, functional, batch_stats)
     _check_chain(chain, inputs)
     x = inputs.x2
     kinds = tuple([σ.kind for σ in chain.activations])
@@ -141,14 +153,19 @@ def _serving(
     return "reference" if backend == "auto" else "", chosen, refused
 
 
-def _general(mlp: nn.Module, reason: str, mode: str, backend: str, functional: bool) -> Route:
+def _general(
+    mlp: nn.Module, reason: str, mode: str, backend: str, functional: bool, batch_stats: str
+) -> Route:
     if backend not in ("auto", "reference"):
         raise ValueError(f"backend: {backend!r} was asked for but cannot serve: {reason}")
     coupled = network.batch_coupling(mlp)
-    if coupled is not None:
+    unknown = _without_statistics(mlp) if coupled else None
+    if coupled and (unknown or batch_stats == "error"):
         raise ValueError(
-            f"mlp: {coupled} normalises with the statistics of the batch, so a row has no slope of "
-            "its own; expected evaluation mode (.eval()) with running statistics, got training mode"
+            f"mlp: {unknown or coupled} normalises with the statistics of the batch, so a row has "
+            "no slope of its own; expected evaluation mode (.eval()) with running statistics, or "
+            "batch_stats='running' for slopes by the running statistics while training, got "
+            + ("a layer that keeps none" if unknown else "training mode")
         )
     part = network.sharded(mlp)
     if part is not None:
@@ -164,7 +181,15 @@ def _general(mlp: nn.Module, reason: str, mode: str, backend: str, functional: b
         )
     functional = functional or torch.compiler.is_compiling()
     refused = tuple((name, reason) for name in MODULES) if backend == "auto" else ()
-    return Route("reference", "adjoint", None, functional, refused)
+    return Route("reference", "adjoint", None, functional, refused, coupled is not None)
+
+
+def _without_statistics(mlp: nn.Module) -> str | None:
+    """A batch normalisation that keeps no running statistics."""
+    for name, m in mlp.named_modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None:
+            return f"{name or 'mlp'} ({type(m).__name__})"
+    return None
 
 
 def _wrapped(inputs: Inputs) -> str | None:
