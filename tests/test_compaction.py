@@ -6,9 +6,7 @@ How many rows the module was given tells whether its backward was compacted.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from monokernel import MonotonePenalty, fused_mono_penalty, value_and_jacobian
-from tests.support import assert_same, gradients, mlp, oracle, oracle_penalties, points
+from tests.support import assert_same, gradients, oracle, oracle_penalties, points
 
 D1, K, D, N = 3, 2, 3, 40
 
@@ -69,9 +67,7 @@ def compare(
         expected += torch.autograd.grad(loss, inputs, retain_graph=True, materialize_grads=True)
     if isinstance(net, Counts):
         net.rows.clear()
-    got_y, got = fused_mono_penalty(
-        net, x1, x2, margin=50.0, weight=weight, return_output=True
-    )
+    got_y, got = fused_mono_penalty(net, x1, x2, margin=50.0, weight=weight, return_output=True)
     assert_same([got_y, got], [y, want], tolerance)
     loss = (got_y * task).sum() + got
     assert_same(gradients(loss, *inputs) if inputs else [], expected, tolerance)
@@ -182,7 +178,7 @@ def test_directions_weights_and_hinges() -> None:
     weight[::9] = 0.7
     weight.requires_grad_()
     leaves = [x1, x2, weight, *net.parameters()]
-    y, J = oracle(net, x1, x2)
+    _, J = oracle(net, x1, x2)
     net.rows.clear()
     want = oracle_penalties(J, torch.tensor(signs), 50.0, "squared", weight)
     for reduction in ("none", "sum", "mean"):
@@ -212,9 +208,7 @@ def test_the_jacobian_itself_by_its_cotangent() -> None:
     for gJ, rows in ((few(), [N, 6]), (torch.ones(N, D, K).double(), [N])):
         want = gradients((J * gJ).sum() + y.sum(), *leaves) if rows == [N] else None
         if want is None:
-            want = list(
-                torch.autograd.grad((J * gJ).sum() + y.sum(), leaves, retain_graph=True)
-            )
+            want = list(torch.autograd.grad((J * gJ).sum() + y.sum(), leaves, retain_graph=True))
         net.rows.clear()
         got_y, got = value_and_jacobian(net, x1, x2)
         assert_same([got_y, got], [y, J])
@@ -341,9 +335,7 @@ def test_saved_tensor_hooks_and_a_second_backward() -> None:
     net, (x1, x2) = Counts(normed()), inputs()
     leaves = [x1, x2, *net.parameters()]
     with torch.autograd.graph.save_on_cpu():
-        y, penalty = fused_mono_penalty(
-            net, x1, x2, margin=50.0, weight=few(), return_output=True
-        )
+        y, penalty = fused_mono_penalty(net, x1, x2, margin=50.0, weight=few(), return_output=True)
     loss = y.sum() + penalty
     first = torch.autograd.grad(loss, leaves, retain_graph=True)
     assert_same(gradients(loss, *leaves), list(first))

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..arguments import Inputs
 from ..network import ending
@@ -40,6 +42,7 @@ def value_and_jacobian(
     mlp: nn.Module,
     inputs: Inputs,
     transformed: bool,
+    running: bool = False,
     *,
     audited: bool = False,
     violations: Violations | None = None,
@@ -48,6 +51,10 @@ def value_and_jacobian(
 
     ``transformed`` says that a functorch transform or torch.compile is at work, where
     ``torch.autograd.grad`` is not available and ``torch.func.vjp`` does the same.
+
+    With ``running`` batch normalisations in training mode give y by the statistics of the batch
+    and J, in a second call, by the running statistics after this call's update, which are those
+    that evaluation mode would use.
 
     ``violations`` says of the slopes (*batch, k) of output d of D which the loss will see: where
     they are few, J is given without a graph of all rows, and its backward is compacted. Without
@@ -61,17 +68,22 @@ def value_and_jacobian(
     ):  # its tensors can take no part in autograd
         with torch.inference_mode(False), torch.no_grad():
             copies = inputs._replace(x1=inputs.x1.clone(), x2=inputs.x2.clone())
-            return value_and_jacobian(mlp, copies, transformed, audited=audited)
-    with _twice_differentiable(mlp):
-        if transformed:
-            y, J = _by_func(mlp, inputs)
-        else:
-            y, J = _by_autograd(mlp, inputs, audited, violations)
-    return y, nan_rule(y.reshape(J.shape[:-1]), J.to(accumulate_dtype(J.dtype)))
+            return value_and_jacobian(mlp, copies, transformed, running, audited=audited)
+    trained = _call(mlp, inputs.joined()) if running else None
+    if transformed:
+        y, J = _by_func(mlp, inputs, running)
+    else:
+        y, J = _by_autograd(mlp, inputs, running, audited, violations)
+    J = nan_rule(y.reshape(J.shape[:-1]), J.to(accumulate_dtype(J.dtype)))
+    return y if trained is None else trained, J
 
 
 def _by_autograd(
-    mlp: nn.Module, inputs: Inputs, audited: bool, violations: Violations | None
+    mlp: nn.Module,
+    inputs: Inputs,
+    running: bool,
+    audited: bool,
+    violations: Violations | None,
 ) -> tuple[Tensor, Tensor]:
     further = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -80,15 +92,16 @@ def _by_autograd(
         x1 = inputs.x1.view_as(inputs.x1) if wanted[0] else inputs.x1.detach()
         x2 = inputs.x2.view_as(inputs.x2) if wanted[1] else inputs.x2.detach().requires_grad_()
         x = inputs._replace(x1=x1, x2=x2).joined()
+        module = partial(_call, mlp, running=running)
         call = Call(mlp, x) if further and _readable(x) else None
         with ending():
-            y = _call(mlp, x, inputs.batch)
+            y = module(x)
         if not (y.requires_grad or audited):
             raise ValueError(
                 "mlp: its output has no gradient (it was detached, or computed under no_grad), so "
                 "its slopes cannot be known"
             )
-        repeat = call.repeat(partial(_again, mlp), y, (x1, x2), wanted) if call else None
+        repeat = call.repeat(module, y, (x1, x2), wanted) if call else None
         few = _while_few(y, x2, inputs, violations) if repeat and violations else None
         found = few or [_slope(y, x2, inputs, d, further) for d in range(_width(y, inputs))]
         # Zeros that are a leaf, so that a loss made of nothing else still has a backward.
@@ -165,10 +178,10 @@ def _readable(*tensors: Tensor) -> bool:
     return not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _by_func(mlp: nn.Module, inputs: Inputs) -> tuple[Tensor, Tensor]:
+def _by_func(mlp: nn.Module, inputs: Inputs, running: bool) -> tuple[Tensor, Tensor]:
     # Numbers cannot be read here, so slopes that are all 0 go without the warning.
     def call(x2: Tensor) -> Tensor:
-        return _call(mlp, inputs._replace(x2=x2).joined(), inputs.batch)
+        return _call(mlp, inputs._replace(x2=x2).joined(), running)
 
     y, pull, *_ = torch.func.vjp(call, inputs.x2)
     out = _outputs(y, inputs)
@@ -185,8 +198,10 @@ def _stacked(slopes: list[Tensor], x2: Tensor) -> Tensor:
     return torch.stack(slopes, -2) if slopes else x2.unsqueeze(-2)[..., :0, :]
 
 
-def _call(mlp: nn.Module, x: Tensor, batch: torch.Size) -> Tensor:
-    y = mlp(x)
+def _call(mlp: nn.Module, x: Tensor, running: bool = False) -> Tensor:
+    batch = x.shape[:-1]
+    with _twice_differentiable(mlp), _by_running_statistics(mlp) if running else nullcontext():
+        y = mlp(x)
     if not isinstance(y, Tensor):
         raise TypeError(f"mlp: expected to return a tensor, got {type(y).__name__}")
     if y.shape != batch and (y.dim() == 0 or y.shape[:-1] != batch):
@@ -197,12 +212,6 @@ def _call(mlp: nn.Module, x: Tensor, batch: torch.Size) -> Tensor:
     return y
 
 
-def _again(mlp: nn.Module, x: Tensor) -> Tensor:
-    """The same call in the backward, on rows x (*batch, d)."""
-    with _twice_differentiable(mlp):
-        return _call(mlp, x, x.shape[:-1])
-
-
 def _outputs(y: Tensor, inputs: Inputs) -> Tensor:
     """y as (*batch, D); a network that squeezes its one output has D = 1."""
     return y.unsqueeze(-1) if y.shape == inputs.batch else y
@@ -210,6 +219,21 @@ def _outputs(y: Tensor, inputs: Inputs) -> Tensor:
 
 def _width(y: Tensor, inputs: Inputs) -> int:
     return _outputs(y, inputs).shape[-1]
+
+
+@contextmanager
+def _by_running_statistics(mlp: nn.Module) -> Iterator[None]:
+    """Batch normalisations in evaluation mode. They get copies of their statistics: autograd keeps
+    what they used, and the next training step must not change that under a backward to come."""
+    layers = [m for m in mlp.modules() if isinstance(m, _BatchNorm) and m.training]
+    kept: list[Any] = [(m.running_mean, m.running_var) for m in layers]  # planning saw to it
+    try:
+        for m, (mean, var) in zip(layers, kept, strict=True):
+            m.training, m.running_mean, m.running_var = False, mean.clone(), var.clone()
+        yield
+    finally:
+        for m, (mean, var) in zip(layers, kept, strict=True):
+            m.training, m.running_mean, m.running_var = True, mean, var
 
 
 def _twice_differentiable(mlp: nn.Module) -> AbstractContextManager[object]:
