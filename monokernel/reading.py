@@ -209,6 +209,13 @@ def _forgets(key: int) -> Callable[[Any], None]:
 def _record(mlp: nn.Module, inputs: Inputs) -> Reading | str:
     tape = Tape(mlp, inputs)
     try:
+        return _recorded(tape, mlp, inputs)
+    finally:
+        tape.end()
+
+
+def _recorded(tape: Tape, mlp: nn.Module, inputs: Inputs) -> Reading | str:
+    try:
         y = mlp(tape.value(0, inputs.d, flat=False, shared=True))
     except Exception as error:  # whatever it is, the general path meets it if it is a real one
         part = place(mlp, _innermost(error))
