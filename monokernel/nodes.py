@@ -140,7 +140,8 @@ class Elementwise(Rule):
     """v = σ(u), a kind of the activation table."""
 
     def __init__(self, kind: str) -> None:
-        self.curved = not ACTIVATIONS[kind].piecewise_linear
+        self.spelling = ACTIVATIONS[kind]
+        self.curved = not self.spelling.piecewise_linear
         self.varies = kind != "identity"
 
     def wrong(self, node: Node, H: Sequence[int]) -> bool:
@@ -169,7 +170,7 @@ class Elementwise(Rule):
         return self.pull_now(node, u, v, _given(u_dot[0]), θ)[0]
 
     def pull_now(self, node: Node, u: Tensors, v: Tensor, P: Tensor, θ: Maybe) -> list[Tensor]:
-        return [_σ(node).pull(*_alike(P, u[0])) if self.varies else P]
+        return [self.spelling.pull(*_alike(P, u[0]), _σ(node)) if self.varies else P]
 
 
 def _σ(node: Node) -> Activation:

@@ -76,7 +76,7 @@ def check(
     slopes: bool = True,
     tolerance: float = 1e-10,
 ) -> None:
-    """Both backends: y, the penalty (or J), and the gradient of every operand that ``needs`` one."""
+    """Both backends: y, the penalty (or J), and every gradient that is needed (x first)."""
     operands = [
         None if t is None else t.detach().clone().requires_grad_(need)
         for t, need in zip((x, *params), needs, strict=True)
