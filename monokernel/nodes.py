@@ -59,7 +59,7 @@ class Rule:
     # Whether the Jacobian depends on u. Then push, pull and curvature read u, and ``pull_now``
     # makes new memory; else they ask of u the number of columns alone, and may hand on P itself.
     varies = False
-    reads_v = False  # whether they read v
+    reads_v = False  # whether they read v: for the others anything may stand in its place
 
     def shapes(self, node: Node, H: Sequence[int]) -> tuple[Shape, ...]:
         """The shapes of the node's parameters for inputs of widths H."""
@@ -140,7 +140,8 @@ class Elementwise(Rule):
     """v = σ(u), a kind of the activation table."""
 
     def __init__(self, kind: str) -> None:
-        self.curved = not ACTIVATIONS[kind].piecewise_linear
+        self.spelling = ACTIVATIONS[kind]
+        self.curved = not self.spelling.piecewise_linear
         self.varies = kind != "identity"
 
     def wrong(self, node: Node, H: Sequence[int]) -> bool:
@@ -166,10 +167,10 @@ class Elementwise(Rule):
         return [bent]
 
     def push_now(self, node: Node, u: Tensors, v: Tensor, u_dot: Maybe, θ: Maybe) -> Tensor:
-        return _σ(node).pull(*_alike(_given(u_dot[0]), u[0]))
+        return self.pull_now(node, u, v, _given(u_dot[0]), θ)[0]
 
     def pull_now(self, node: Node, u: Tensors, v: Tensor, P: Tensor, θ: Maybe) -> list[Tensor]:
-        return [_σ(node).pull(*_alike(P, u[0]))]
+        return [self.spelling.pull(*_alike(P, u[0]), _σ(node)) if self.varies else P]
 
 
 def _σ(node: Node) -> Activation:

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..hinge import slope_cotangent, slope_weights
-from ..nodes import moving, rule, used
+from ..nodes import Rule, moving, rule, used
 from ..problem import Problem, accumulate_dtype, nan_rule
 from ..program import Node
 
@@ -43,6 +43,7 @@ Values = dict[int, Tensor]  # by number: 0 is x, i + 1 what node i made
 # cache through a layer's element-wise passes; elsewhere only the temporaries' size is bounded.
 BLOCK_ELEMENTS = {"cpu": 1 << 18}
 BLOCK_ELEMENTS_ELSEWHERE = 1 << 26
+FEWEST_ROWS = 256
 
 
 def refuses(problem: Problem, x: Tensor) -> str | None:
@@ -56,23 +57,43 @@ def saved_like(problem: Problem, x: Tensor) -> list[Tensor]:
     the values (N, H) of linear nodes but for y itself, the cotangents (N, H) that they pull where
     the adjoint chain is kept, ∂penalty/∂J (N, D, k) when there is a hinge.
     """
-    N, facts = x.shape[0], _facts_of(problem)
+    return _saved_like(problem, _facts_of(problem), x)
+
+
+def _saved_like(problem: Problem, facts: _Facts, x: Tensor) -> list[Tensor]:
+    N = x.shape[0]
     saved = [x.new_empty(N, facts.widths[v]) for v in (*facts.saved, *facts.pulled)]
     if problem.hinge is not None:
         saved.append(x.new_empty(N, problem.D, problem.k, dtype=accumulate_dtype(x.dtype)))
     return saved
 
 
-class _Facts(NamedTuple):
-    """What a program says of itself whatever its operands. Flags are by value."""
+# --- what a program says of itself ---------------------------------------------------------------
 
-    widths: tuple[int, ...]  # columns of each value
-    used: tuple[int, ...]  # the nodes that y depends on
+
+class _Step(NamedTuple):
+    """A node that y depends on; it makes value v."""
+
+    v: int
+    node: Node
+    rule: Rule
+    linear: bool
+    # The values that no later node reads. What is done with is let go at once: the next result
+    # then lies in warm memory.
+    spent: tuple[int, ...]
+
+
+class _Facts(NamedTuple):
+    """What a program says of itself whatever its operands; the flags are by value."""
+
+    widths: tuple[int, ...]
+    steps: tuple[_Step, ...]  # from x up
     moving: tuple[bool, ...]  # whether x2 reaches it
     uniform: tuple[bool, ...]  # whether its P is the same in every row
-    kept: tuple[bool, ...]  # whether g = gy∘P + q is what the backward has of it
-    saved: tuple[int, ...]  # values of linear nodes, but for y
-    pulled: tuple[int, ...]  # kept values to which linear nodes pull a P of N rows
+    kept: tuple[bool, ...]  # whether the backward has its g as gy∘P + q
+    read: tuple[bool, ...]  # whether slopes read it: not where linear nodes alone do
+    saved: tuple[int, ...]  # the values of linear nodes, but for y
+    pulled: tuple[int, ...]  # the kept values to which linear nodes pull a P of N rows
 
 
 def _facts_of(problem: Problem) -> _Facts:
@@ -81,35 +102,95 @@ def _facts_of(problem: Problem) -> _Facts:
 
 @lru_cache(maxsize=1024)
 def _facts(d: int, nodes: tuple[Node, ...], k: int, keeps_adjoint: bool) -> _Facts:
-    needed, moves, y = used(nodes), moving(d, k, nodes), len(nodes)
+    moves, y = moving(d, k, nodes), len(nodes)
     trains = [False]  # whether there is a parameter at the value or below it
     for node in nodes:
         trains.append(bool(node.params) or any(trains[v] for v in node.inputs))
     # Below the lowest parameter only x wants a gradient, which nobody knows while the forward runs.
     kept = [keeps_adjoint and v > 0 and (moves[v] or trains[v]) for v in range(y + 1)]
-    uniform, pulled = [True] * (y + 1), set[int]()
-    for i in reversed(needed):
-        node, of = nodes[i], rule(nodes[i])
+    uniform, read = [True] * (y + 1), [False] * (y + 1)
+    pulled, seen, steps = set[int](), set[int](), list[_Step]()
+    for i in reversed(used(nodes)):
+        node, of, linear = nodes[i], rule(nodes[i]), nodes[i].kind == "linear"
+        steps.insert(0, _Step(i + 1, node, of, linear, tuple(set(node.inputs) - seen)))
+        seen.update(node.inputs)
+        read[i + 1] |= of.reads_v
         for v in node.inputs:
-            if not uniform[i + 1] or of.varies or of.per_row:
-                uniform[v] = False
-            if node.kind == "linear" and kept[v] and not uniform[i + 1]:
+            uniform[v] &= uniform[i + 1] and not (of.varies or of.per_row)
+            read[v] |= not linear
+            if linear and kept[v] and not uniform[i + 1]:
                 pulled.add(v)
     return _Facts(
-        (d, *[node.width for node in nodes]),
-        needed,
-        moves,
-        tuple(uniform),
-        tuple(kept),
-        tuple([i + 1 for i in needed if nodes[i].kind == "linear" and i + 1 < y]),
-        tuple(sorted(pulled)),
+        widths=(d, *[node.width for node in nodes]),
+        steps=tuple(steps),
+        moving=moves,
+        uniform=tuple(uniform),
+        kept=tuple(kept),
+        read=tuple(read),
+        saved=tuple([step.v for step in steps if step.linear and step.v < y]),
+        pulled=tuple(sorted(pulled)),
     )
 
 
-def _blocks(problem: Problem, x: Tensor) -> Iterator[slice]:
+class _Down(NamedTuple):
+    """A node on the way down from y. The flags of its inputs are in their order."""
+
+    step: _Step
+    trained: bool  # whether its own parameters want a gradient
+    direct: tuple[bool, ...]  # whether a gradient is wanted of the input, by its cotangent g,
+    kept: tuple[bool, ...]  # or by gy∘P + q
+    by_pairs: tuple[bool, ...]  # whether the pairs' chain goes on to it
+
+
+class _WayDown(NamedTuple):
+    """What the backward walks over for the gradients that it is asked for."""
+
+    nodes: tuple[_Down, ...]  # those at or below which a gradient is wanted, from y down
+    again: tuple[_Step, ...]  # light nodes whose values are computed again, from x up
+    tangents: tuple[_Step, ...]  # nodes whose tangents the pairs need, from x up
+
+
+@lru_cache(maxsize=1024)
+def _way_down(
+    d: int, nodes: tuple[Node, ...], k: int, keeps_adjoint: bool, needs: tuple[bool, ...]
+) -> _WayDown:
+    facts = _facts(d, nodes, k, keeps_adjoint)
+    wanted = [needs[0]]  # of each value, whether a gradient is wanted at it or below
+    for node in nodes:
+        own = any(needs[1 + place] for place in node.params)
+        wanted.append(own or any(wanted[v] for v in node.inputs))
+    down, values, dots = list[_Down](), set[int](), set[int]()
+    for step in reversed(facts.steps):
+        v, node, of = step.v, step.node, step.rule
+        trained = any(needs[1 + place] for place in node.params)
+        if of.per_row and trained:
+            raise RuntimeError(f"mlp: expected a {node.kind} that is drawn, got one to be trained")
+        moves = facts.moving[v]
+        if wanted[v]:
+            direct = tuple([wanted[u] and not facts.kept[u] for u in node.inputs])
+            kept = tuple([wanted[u] and facts.kept[u] for u in node.inputs])
+            by_pairs = tuple(
+                [wanted[u] and (facts.kept[u] or (u > 0 and facts.moving[u])) for u in node.inputs]
+            )
+            down.append(_Down(step, trained, direct, kept, by_pairs))
+            if moves and (trained or of.curved):
+                dots.update(node.inputs)
+        if moves and v in dots:
+            dots.update(node.inputs)
+        used_on_the_way = wanted[v] if not step.linear else trained
+        if used_on_the_way or (not step.linear and (v in values or v in dots)):
+            values.update((*node.inputs, v) if of.reads_v else node.inputs)
+    return _WayDown(
+        nodes=tuple(down),
+        again=tuple([s for s in facts.steps if s.v in values and not s.linear]),
+        tangents=tuple([s for s in facts.steps if s.v in dots and facts.moving[s.v]]),
+    )
+
+
+def _blocks(problem: Problem, facts: _Facts, x: Tensor) -> Iterator[slice]:
     fan = problem.k if problem.mode == "tangent" else problem.D
     budget = BLOCK_ELEMENTS.get(x.device.type, BLOCK_ELEMENTS_ELSEWHERE)
-    size = max(256, budget // max(1, fan * max(_facts_of(problem).widths)))
+    size = max(FEWEST_ROWS, budget // max(1, fan * max(facts.widths)))
     for start in range(0, x.shape[0], size):
         yield slice(start, min(start + size, x.shape[0]))
 
@@ -117,12 +198,19 @@ def _blocks(problem: Problem, x: Tensor) -> Iterator[slice]:
 def _parameters(
     problem: Problem, params: Params, rows: slice | Tensor
 ) -> list[list[Tensor | None]]:
-    """θ of each node, of a block's rows where a parameter has one for each."""
-    found: list[list[Tensor | None]] = []
+    """θ of each value's node, of a block's rows where a parameter has one for each."""
+    found: list[list[Tensor | None]] = [[]]
     for node in problem.nodes:
         θ = [params[place] for place in node.params]
         found.append([t if t is None else t[rows] for t in θ] if rule(node).per_row else θ)
     return found
+
+
+def _weight(θ: Params) -> Tensor:
+    """W of a linear node: never None, unlike a bias."""
+    W = θ[0]
+    assert W is not None
+    return W
 
 
 class _Cotangents:
@@ -131,8 +219,9 @@ class _Cotangents:
     A sum is written in place only where its memory is known to be no one else's.
     """
 
-    def __init__(self, start: Values) -> None:
-        self.of, self.own = start, set[int]()
+    def __init__(self) -> None:
+        self.of: Values = {}
+        self.own = set[int]()
 
     def add(self, v: int, t: Tensor, own: bool) -> None:
         """Adds t, whose memory is new if ``own``."""
@@ -152,14 +241,18 @@ class _Cotangents:
     def add_product(self, v: int, g: Tensor, W: Tensor) -> None:
         """Adds g W."""
         held = self.of.get(v)
-        if held is None or held.shape[:-1] != g.shape[:-1]:
-            self.add(v, g @ W, True)
-        elif v in self.own:
-            held.view(-1, held.shape[-1]).addmm_(g.reshape(-1, g.shape[-1]), W)
-        else:
-            total = torch.addmm(held.reshape(-1, held.shape[-1]), g.reshape(-1, g.shape[-1]), W)
-            self.of[v] = total.view(held.shape)
+        if held is None:
+            self.of[v] = g @ W
             self.own.add(v)
+        elif held.shape[:-1] != g.shape[:-1]:
+            self.add(v, g @ W, True)
+        else:
+            flat, g = held.reshape(-1, held.shape[-1]), g.reshape(-1, g.shape[-1])
+            if v in self.own:
+                flat.addmm_(g, W)
+            else:
+                self.of[v] = torch.addmm(flat, g, W).view(held.shape)
+                self.own.add(v)
 
 
 # --- forward ------------------------------------------------------------------------------------
@@ -170,19 +263,20 @@ def forward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """y (N, D), the penalty (or J where there is no hinge), and what the backward needs."""
     N, D, k, facts = x.shape[0], problem.D, problem.k, _facts_of(problem)
-    saved = saved_like(problem, x) if save else []
-    kept = saved[len(facts.saved) :]
+    saved = _saved_like(problem, facts, x) if save else []
     y = x.new_empty(N, D)
     J = x.new_empty(N, D, k, dtype=accumulate_dtype(x.dtype))
-    for rows in _blocks(problem, x):
+    for rows in _blocks(problem, facts, x):
         θ = _parameters(problem, params, rows)
         buffers = {v: t[rows] for v, t in zip(facts.saved, saved, strict=False)}
-        values = _values(problem, x[rows], θ, buffers, y[rows])
+        values = _values(facts, x[rows], θ, buffers, y[rows])
         if problem.mode == "tangent":
-            slopes = _tangent_slopes(problem, values, θ)
+            slopes = _tangent_slopes(facts, k, values, θ)
         else:
-            pulled = {v: t[rows] for v, t in zip(facts.pulled, kept, strict=False)}
-            slopes = _adjoint_slopes(problem, values, θ, pulled, save)
+            rest = zip(facts.pulled, saved[len(facts.saved) :], strict=False)
+            pulled = {v: t[rows] for v, t in rest}
+            wanted = facts.kept if save and problem.keeps_adjoint else facts.moving
+            slopes = _adjoint_slopes(facts, k, values, θ, wanted, pulled)
         J[rows] = 0.0 if slopes is None else slopes
     J = nan_rule(y, J)
     if problem.hinge is None:
@@ -193,19 +287,20 @@ def forward(
     return y, penalty if problem.hinge.elementwise else penalty.sum(), saved
 
 
-def _values(problem: Problem, x: Tensor, θ: Sequence[Params], buffers: Values, y: Tensor) -> Values:
-    """The values of a block, those of linear nodes in ``buffers`` if given; the outputs in y."""
-    values, last = {0: x}, len(problem.nodes) - 1
-    for i in _facts_of(problem).used:
-        node = problem.nodes[i]
-        if node.kind == "linear":
-            out = y if i == last else buffers.get(i + 1)
-            values[i + 1] = _linear(values[node.inputs[0]], θ[i], out)
+def _values(facts: _Facts, x: Tensor, θ: Sequence[Params], buffers: Values, y: Tensor) -> Values:
+    """The values of a block that its slopes read, those of linear nodes in ``buffers`` if given;
+    the outputs in y."""
+    values, last = {0: x}, facts.steps[-1].v
+    for v, node, of, linear, spent in facts.steps:
+        if linear:
+            values[v] = _linear(values[node.inputs[0]], θ[v], y if v == last else buffers.get(v))
         else:
-            u = [values[v] for v in node.inputs]
-            values[i + 1] = rule(node).value_now(node, u, θ[i])
-    if problem.nodes[last].kind != "linear":
-        y.copy_(values[last + 1])
+            values[v] = of.value_now(node, [values[u] for u in node.inputs], θ[v])
+        for u in spent:
+            if not facts.read[u]:
+                del values[u]
+    if not facts.steps[-1].linear:
+        y.copy_(values[last])
     return values
 
 
@@ -214,70 +309,70 @@ def _linear(h: Tensor, θ: Params, out: Tensor | None) -> Tensor:
     return torch.mm(h, W.t(), out=out) if b is None else torch.addmm(b, h, W.t(), out=out)
 
 
-def _weight(θ: Params) -> Tensor:
-    """W of a linear node: never None, unlike a bias."""
-    W = θ[0]
-    assert W is not None
-    return W
-
-
-def _tangent_slopes(problem: Problem, values: Values, θ: Sequence[Params]) -> Tensor | None:
+def _tangent_slopes(facts: _Facts, k: int, values: Values, θ: Sequence[Params]) -> Tensor | None:
     """J (n or 1, D, k) of a block, all k tangents side by side; None where x2 does not reach y."""
-    d, k, nodes, facts = problem.d, problem.k, problem.nodes, _facts_of(problem)
+    d = facts.widths[0]
     dots: Values = {}  # (k, n or 1, H)
-    for i in facts.used:
-        node = nodes[i]
-        if not facts.moving[i + 1]:
+    for v, node, of, linear, spent in facts.steps:
+        if not facts.moving[v]:
             continue
-        if node.kind == "linear":
-            u, W = node.inputs[0], _weight(θ[i])
+        if linear:
+            u, W = node.inputs[0], _weight(θ[v])
             # A one-hot times W is a choice of its columns, not a product.
-            dots[i + 1] = dots[u] @ W.t() if u else W[:, d - k :].t().unsqueeze(1)
+            dots[v] = dots[u] @ W.t() if u else W[:, d - k :].t().unsqueeze(1)
         else:
             if 0 in node.inputs and 0 not in dots:
                 dots[0] = _one_hot(values[0], d)[d - k :]
-            at, u_dot = [values[v] for v in node.inputs], [dots.get(v) for v in node.inputs]
-            dots[i + 1] = rule(node).push_now(node, at, values[i + 1], u_dot, θ[i])
-    y_dot = dots.get(len(nodes))
+            at, u_dot = [values[u] for u in node.inputs], [dots.get(u) for u in node.inputs]
+            dots[v] = of.push_now(node, at, values[v] if of.reads_v else at[0], u_dot, θ[v])
+        for u in spent:
+            dots.pop(u, None)
+    y_dot = dots.get(facts.steps[-1].v)
     return None if y_dot is None else y_dot.permute(1, 2, 0)
 
 
 def _adjoint_slopes(
-    problem: Problem, values: Values, θ: Sequence[Params], pulled: Values, save: bool
+    facts: _Facts,
+    k: int,
+    values: Values,
+    θ: Sequence[Params],
+    wanted: Sequence[bool],
+    pulled: Values,
 ) -> Tensor | None:
     """J (n or 1, D, k) of a block, all D chains side by side; None where x2 does not reach y.
 
-    Fills ``pulled`` with what linear nodes pull.
+    P runs down to the values that are ``wanted``; ``pulled`` is filled with what linear nodes pull.
     """
-    d, k, nodes, facts = problem.d, problem.k, problem.nodes, _facts_of(problem)
-    wanted = facts.kept if save and problem.keeps_adjoint else facts.moving
-    last = len(nodes) - 1
-    P, filled = _Cotangents({}), set[int]()  # (D, n or 1, H), of x2 alone for x
-    if nodes[last].kind != "linear":
-        P.add(last + 1, _one_hot(values[last + 1], problem.D), True)
-    for i in reversed(facts.used):
-        node = nodes[i]
-        if not wanted[i + 1]:
+    x2, last, filled = slice(facts.widths[0] - k, None), facts.steps[-1], set[int]()
+    P = _Cotangents()  # (D, n or 1, H), of x2 alone for x
+    if not last.linear:
+        P.add(last.v, _one_hot(values[last.v], last.node.width), True)
+    for v, node, of, linear, _ in reversed(facts.steps):
+        if not wanted[v]:
             continue
-        if i + 1 in pulled:
-            P.add(i + 1, pulled[i + 1].unsqueeze(0), False)
-        if node.kind == "linear":
-            u, W = node.inputs[0], _weight(θ[i])
-            if not u:
-                W = W[:, d - k :]
-            if i == last:  # P of y is the identity
-                P.add(u, W.unsqueeze(1), False)
-            elif u in pulled and not facts.uniform[i + 1]:
-                p, out = P.of[i + 1].squeeze(0), pulled[u]
-                _ = out.addmm_(p, W) if u in filled else torch.mm(p, W, out=out)
-                filled.add(u)
-            elif wanted[u] or not u:
-                P.add_product(u, P.of[i + 1], W)
+        if v in pulled:
+            P.add(v, pulled[v].unsqueeze(0), False)
+        p = P.of.pop(v, None)
+        if not linear:
+            assert p is not None
+            at = [values[u] for u in node.inputs]
+            down = of.pull_now(node, at, values[v] if of.reads_v else at[0], p, θ[v])
+            for u, t in zip(node.inputs, down, strict=True):
+                P.add(u, t if u else t[..., x2], of.varies)
             continue
-        of, at = rule(node), [values[v] for v in node.inputs]
-        down = of.pull_now(node, at, values[i + 1], P.of[i + 1], θ[i])
-        for v, t in zip(node.inputs, down, strict=True):
-            P.add(v, t if v else t[..., d - k :], of.varies)
+        u, W = node.inputs[0], _weight(θ[v])
+        if u and not wanted[u]:
+            continue
+        W = W if u else W[:, x2]
+        if p is None:  # of y, the identity
+            P.add(u, W.unsqueeze(1), False)
+        elif facts.uniform[v] or u not in pulled:
+            P.add_product(u, p, W)
+        elif u in filled:
+            pulled[u].addmm_(p.squeeze(0), W)
+        else:
+            torch.mm(p.squeeze(0), W, out=pulled[u])
+            filled.add(u)
     slopes = P.of.get(0)
     return None if slopes is None else slopes.transpose(0, 1)
 
@@ -301,13 +396,14 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients of x and of every parameter, None where not needed (``needs``, x first)."""
-    grads = _Gradients(problem, x, params, needs)
+    grads = _Gradients(x, params, needs)
     gJ = _slope_cotangent(problem, gout, saved)
     if gy is None and gJ is None:
         return grads.result()
+    facts = _facts_of(problem)
     way = _way_down(problem.d, problem.nodes, problem.k, problem.keeps_adjoint, tuple(needs))
-    for rows in _blocks(problem, x):
-        _Block(problem, way, x, params, saved, gy, gJ, rows).add_to(grads)
+    for rows in _blocks(problem, facts, x):
+        _Block(problem, facts, way, x, params, saved, gy, gJ, rows).add_to(grads)
     return grads.result()
 
 
@@ -319,87 +415,63 @@ def _slope_cotangent(
     return slope_cotangent(gout, saved[-1])
 
 
-class _WayDown(NamedTuple):
-    """What the backward walks over for the gradients that it is asked for."""
-
-    wanted: tuple[bool, ...]  # of each value, whether a gradient is wanted at it or below
-    trained: tuple[bool, ...]  # of each node, whether its own parameters want one
-    nodes: tuple[int, ...]  # those whose value is wanted, from y down
-    again: tuple[int, ...]  # light nodes whose values are computed again, from x up
-    tangents: tuple[int, ...]  # nodes whose tangents pairs need, from x up
-
-
-@lru_cache(maxsize=1024)
-def _way_down(
-    d: int, nodes: tuple[Node, ...], k: int, keeps_adjoint: bool, needs: tuple[bool, ...]
-) -> _WayDown:
-    facts = _facts(d, nodes, k, keeps_adjoint)
-    trained = [any(needs[1 + place] for place in node.params) for node in nodes]
-    wanted = [needs[0]]
-    for node, own in zip(nodes, trained, strict=True):
-        wanted.append(own or any(wanted[v] for v in node.inputs))
-    down = [i for i in reversed(facts.used) if wanted[i + 1]]
-    values, tangents = set[int](), set[int]()
-    for i in down:
-        node, of = nodes[i], rule(nodes[i])
-        if of.per_row and trained[i]:
-            raise RuntimeError(f"mlp: expected a {node.kind} that is drawn, got one to be trained")
-        linear = node.kind == "linear"
-        if trained[i] or not linear:
-            values.update(node.inputs if linear else (*node.inputs, i + 1))
-        if facts.moving[i + 1] and (trained[i] or of.curved):
-            tangents.update(node.inputs)
-    for i in reversed(facts.used):
-        if i + 1 in values and nodes[i].kind != "linear":
-            values.update(nodes[i].inputs)
-        if i + 1 in tangents and facts.moving[i + 1]:
-            tangents.update(nodes[i].inputs)
-            if nodes[i].kind != "linear":
-                values.update((*nodes[i].inputs, i + 1))
-    again = [i for i in facts.used if i + 1 in values and nodes[i].kind != "linear"]
-    dots = [i for i in facts.used if i + 1 in tangents and facts.moving[i + 1]]
-    return _WayDown(tuple(wanted), tuple(trained), tuple(down), tuple(again), tuple(dots))
-
-
 class _Gradients:
-    """The accumulators, in the accumulation dtype: ``Sums`` of the table of nodes."""
+    """The sums of the gradients, in the accumulation dtype: ``Sums`` of the table of nodes.
 
-    def __init__(self, problem: Problem, x: Tensor, params: Params, needs: Sequence[bool]) -> None:
+    What is first added to a sum begins it, if it covers the parameter.
+    """
+
+    def __init__(self, x: Tensor, params: Params, needs: Sequence[bool]) -> None:
         self.params = params
         self.dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if needs[0] else None
-        self.d: list[Tensor | None] = [
-            p.new_zeros(p.shape, dtype=accumulate_dtype(p.dtype))
-            if need and p is not None
-            else None
-            for p, need in zip(params, needs[1:], strict=True)
-        ]
+        self.wanted = needs[1:]
+        self.sums: dict[int, Tensor] = {}
 
-    def product(
-        self, place: int, left: Tensor, right: Tensor, columns: slice = slice(None)
-    ) -> None:
-        """dW[:, columns] += leftᵀ right."""
-        dW = self.d[place]
-        if dW is None:
+    def product(self, place: int, left: Tensor, right: Tensor) -> None:
+        """dW += leftᵀ right."""
+        if not self.wanted[place]:
             return
-        dW = dW[:, columns]
-        if dW.dtype == left.dtype:
+        dW = self.sums.get(place)
+        if dW is not None and dW.dtype == left.dtype:
             dW.addmm_(left.t(), right)
         else:
-            dW.add_(left.t() @ right)
+            self._add(place, left.t() @ right)
+
+    def product_of_x2(self, place: int, left: Tensor, right: Tensor) -> None:
+        """The same in the last columns of dW alone, as many as right (m, k) has."""
+        if self.wanted[place]:
+            if place not in self.sums:
+                self.sums[place] = self._zeros(place)
+            self.sums[place][:, -right.shape[1] :].add_(left.t() @ right)
 
     def rows(self, place: int, t: Tensor) -> None:
         """dθ += the sum of t (m, H) over its rows, and over its columns where θ is one number."""
-        dθ = self.d[place]
-        if dθ is not None:
-            axes = (0,) if dθ.shape == t.shape[1:] else (0, 1)
-            dθ.add_(t.sum(axes, dtype=dθ.dtype))
+        θ = self.params[place]
+        if self.wanted[place] and θ is not None:
+            axes = (0,) if θ.shape == t.shape[1:] else (0, 1)
+            self._add(place, t.sum(axes, dtype=accumulate_dtype(θ.dtype)).view(θ.shape))
+
+    def _add(self, place: int, t: Tensor) -> None:
+        found = self.sums.get(place)
+        if found is None:
+            self.sums[place] = t.to(accumulate_dtype(t.dtype))
+        else:
+            found.add_(t)
+
+    def _zeros(self, place: int) -> Tensor:
+        θ = self.params[place]
+        assert θ is not None
+        return θ.new_zeros(θ.shape, dtype=accumulate_dtype(θ.dtype))
 
     def result(self) -> list[Tensor | None]:
-        cast = [
-            d if d is None or p is None else d.to(p.dtype)
-            for d, p in zip(self.d, self.params, strict=True)
-        ]
-        return [self.dx, *cast]
+        """The gradients in their parameters' dtypes, x first: zeros where nothing was added."""
+        found: list[Tensor | None] = [self.dx]
+        for place, (θ, wanted) in enumerate(zip(self.params, self.wanted, strict=True)):
+            d = self.sums.get(place)
+            if d is None and wanted and θ is not None:
+                d = self._zeros(place)
+            found.append(d if d is None or θ is None else d.to(θ.dtype))
+        return found
 
 
 class _Block:
@@ -408,6 +480,7 @@ class _Block:
     def __init__(
         self,
         problem: Problem,
+        facts: _Facts,
         way: _WayDown,
         x: Tensor,
         params: Params,
@@ -416,7 +489,7 @@ class _Block:
         gJ: Tensor | None,
         rows: slice,
     ) -> None:
-        self.nodes, self.way, self.facts = problem.nodes, way, _facts_of(problem)
+        self.facts, self.way = facts, way
         self.rows: slice | Tensor = rows
         gJ = None if gJ is None else gJ[rows]
         if gy is None and gJ is not None:
@@ -427,40 +500,39 @@ class _Block:
         self.θ = _parameters(problem, params, self.rows)
         self.values: Values = {0: x[self.rows]}
         # The cotangents g of values, and P (n or 1, H) of those that have g = gy∘P + q.
-        self.g, self.P = _Cotangents({}), _Cotangents({})
-        for v, t in zip(self.facts.saved, saved, strict=False):
+        self.g, self.P = _Cotangents(), _Cotangents()
+        for v, t in zip(facts.saved, saved, strict=False):
             self.values[v] = t[self.rows]
-        for v, t in zip(self.facts.pulled, saved[len(self.facts.saved) :], strict=False):
+        for v, t in zip(facts.pulled, saved[len(facts.saved) :], strict=False):
             self.P.add(v, t[self.rows], False)
 
     def add_to(self, grads: _Gradients) -> None:
         """Adds what the block's rows give to the gradients."""
         if self.gy is None and self.pairs is None:
             return
-        values = self.values
-        for i in self.way.again:
-            node = self.nodes[i]
-            u = [values[v] for v in node.inputs]
-            values[i + 1] = rule(node).value_now(node, u, self.θ[i])
-        y = len(self.nodes)
+        values, y = self.values, self.facts.steps[-1].v
+        for v, node, of, *_ in self.way.again:
+            values[v] = of.value_now(node, [values[u] for u in node.inputs], self.θ[v])
         if self.facts.kept[y]:
             self.P.add(y, values[0].new_ones(1, 1), False)
         elif self.gy is not None:
             self.g.add(y, self.gy, False)
         if self.pairs is not None:
             self.pairs.run_tangent(self)
-        for i in self.way.nodes:
-            (self._linear if self.nodes[i].kind == "linear" else self._light)(i, grads)
+        for down in self.way.nodes:
+            (self._linear if down.step.linear else self._light)(down, grads)
+            values.pop(down.step.v, None)
+            if self.pairs is not None:
+                self.pairs.forget(down.step.v)
         dx = self.g.of.get(0)
         if grads.dx is not None and dx is not None:
             grads.dx[self.rows] = dx
 
-    def _cotangent(self, v: int) -> Tensor | None:
-        """g of value v, once all nodes that read it are done."""
+    def _cotangent(self, v: int, P: Tensor | None, passed: Tensor | None) -> Tensor | None:
+        """g of value v, from its P and q where it is kept by those."""
         if not self.facts.kept[v]:
-            return self.g.of.get(v)
-        g = None if self.gy is None else self.gy * self.P.of[v]
-        return self._join(g, None if self.pairs is None else self.pairs.chain.of.get(v))
+            return self.g.of.pop(v, None)
+        return self._join(None if self.gy is None or P is None else self.gy * P, passed)
 
     def _join(self, g: Tensor | None, q: Tensor | None) -> Tensor | None:
         """g + q, of the block and of its pairs, in the memory of g."""
@@ -473,48 +545,49 @@ class _Block:
         self.pairs.scatter_add(g, q)
         return g
 
-    def _linear(self, i: int, grads: _Gradients) -> None:
-        node, θ, v, facts = self.nodes[i], self.θ[i], i + 1, self.facts
-        u, trained = node.inputs[0], self.way.trained[i]
-        wanted, kept = self.way.wanted[u], facts.kept[u]
-        g = self._cotangent(v) if trained or (wanted and not kept) else None
-        if trained and g is not None:
-            grads.product(node.params[0], g, self.values[u])
-            if θ[1] is not None:
-                grads.rows(node.params[1], g)
-        if self.pairs is not None:
-            self.pairs.linear(self, i, grads)
-        if not wanted:
-            return
-        if not kept:
-            if g is not None:
+    def _linear(self, down: _Down, grads: _Gradients) -> None:
+        (v, node, *_), trained, (direct,), (kept,), _ = down
+        θ, u, P, pairs = self.θ[v], node.inputs[0], self.P.of.pop(v, None), self.pairs
+        q = None if pairs is None else pairs.chain.of.pop(v, None)
+        if trained or direct:
+            g = self._cotangent(v, P, q)
+            if g is not None and trained:
+                grads.product(node.params[0], g, self.values[u])
+                if θ[1] is not None:
+                    grads.rows(node.params[1], g)
+            if g is not None and direct:
                 self.g.add_product(u, g, _weight(θ))
-        elif facts.uniform[v]:  # else it was saved
-            self.P.add_product(u, self.P.of[v], _weight(θ))
+        if pairs is not None:
+            pairs.linear(self, down, P, q, grads)
+        if kept and P is not None and self.facts.uniform[v]:  # else it was saved
+            self.P.add_product(u, P, _weight(θ))
 
-    def _light(self, i: int, grads: _Gradients) -> None:
-        node, θ, v, of = self.nodes[i], self.θ[i], i + 1, rule(self.nodes[i])
-        trained, wanted = self.way.trained[i], self.way.wanted
-        kept = [wanted[j] and self.facts.kept[j] for j in node.inputs]  # these by P and q,
-        whole = [wanted[j] and not self.facts.kept[j] for j in node.inputs]  # these by g
-        u, value = [self.values[j] for j in node.inputs], self.values[v]
-        g = self._cotangent(v) if trained or any(whole) else None
-        if trained and g is not None:
-            of.parameters(node, u, g, θ, grads)
-        curvature: list[Tensor | None] = [None] * len(u)
+    def _light(self, down: _Down, grads: _Gradients) -> None:
+        (v, node, of, *_), trained, direct, kept, _ = down
+        θ, u, P = self.θ[v], [self.values[u] for u in node.inputs], self.P.of.pop(v, None)
+        value = self.values[v] if of.reads_v else u[0]
+        q: Tensor | None = None
+        curvature: Sequence[Tensor | None] = ()
         if self.pairs is not None:
-            curvature = self.pairs.light(self, i, grads)
-        if any(whole):
-            down = curvature if g is None else of.pull_now(node, u, value, g, θ)
-            for j, mine, t, c in zip(node.inputs, whole, down, curvature, strict=True):
-                joined = self._join(None if g is None else t, c) if mine else None
-                if joined is not None:
-                    self.g.add(j, joined, of.varies)
-        if any(kept):
-            pulled = of.pull_now(node, u, value, self.P.of[v], θ)
-            for j, mine, p in zip(node.inputs, kept, pulled, strict=True):
+            q = self.pairs.chain.of.pop(v, None)
+            curvature = self.pairs.light(self, down, P, q, grads)
+        if trained or True in direct:
+            g = self._cotangent(v, P, q)
+            if trained and g is not None:
+                of.parameters(node, u, g, θ, grads)
+            pulled = of.pull_now(node, u, value, g, θ) if g is not None and True in direct else ()
+            for n, i in enumerate(node.inputs):
+                if direct[n]:
+                    t = pulled[n] if pulled else None
+                    t = self._join(t, curvature[n] if curvature else None)
+                    if t is not None:
+                        self.g.add(i, t, of.varies)
+        if P is not None and True in kept:
+            for i, mine, p in zip(
+                node.inputs, kept, of.pull_now(node, u, value, P, θ), strict=True
+            ):
                 if mine:
-                    self.P.add(j, p, of.varies)
+                    self.P.add(i, p, of.varies)
 
 
 class _Pairs:
@@ -529,10 +602,11 @@ class _Pairs:
         self, row: Tensor, x_dot: Tensor, seed: Tensor, groups: list[int], everything: bool
     ) -> None:
         self.row, self.x_dot, self.seed, self.groups = row, x_dot, seed, groups
+        self.rows = row.split(groups) if len(groups) > 1 else (row,)
         self.everything = everything  # one group, all rows: nothing to gather
         self.values: Values = {}
         self.dots: Values = {}
-        self.chain = _Cotangents({})
+        self.chain = _Cotangents()
 
     @classmethod
     def of(cls, problem: Problem, gJ: Tensor, dtype: torch.dtype) -> _Pairs | None:
@@ -559,87 +633,100 @@ class _Pairs:
         if self.everything:
             g.add_(q)
             return
-        for rows, part in zip(self.row.split(self.groups), q.split(self.groups), strict=True):
+        parts = q.split(self.groups) if len(self.groups) > 1 else (q,)
+        for rows, part in zip(self.rows, parts, strict=True):
             g.index_add_(0, rows, part)
+
+    def forget(self, v: int) -> None:
+        """Lets go of what the walk down is done with."""
+        self.values.pop(v, None)
+        self.dots.pop(v, None)
 
     def run_tangent(self, block: _Block) -> None:
         """The tangents that the walk down needs, for the directions ẋ; the seeds of y."""
-        for i in block.way.tangents:
-            node = block.nodes[i]
-            if node.kind == "linear":
-                u, W = node.inputs[0], _weight(block.θ[i])
-                dot = (self.dots[u] if u else self.x_dot) @ (W if u else self._of_x2(W)).t()
+        dots, x_dot = self.dots, self.x_dot
+        for step in block.way.tangents:
+            v, node, of, linear, _ = step
+            if not linear:
+                u, value, θ = self._operands(block, step)
+                dots[v] = of.push_now(node, u, value, self._dots(block, node), θ)
+            elif node.inputs[0]:
+                dots[v] = dots[node.inputs[0]] @ _weight(block.θ[v]).t()
             else:
-                u_dot = [self._dot(block, v) for v in node.inputs]
-                at, value, θ = self._operands(block, i)
-                dot = rule(node).push_now(node, at, value, u_dot, θ)
-            self.dots[i + 1] = dot
-        y = len(block.nodes)
+                dots[v] = x_dot @ _weight(block.θ[v])[:, -x_dot.shape[1] :].t()
+        y = block.facts.steps[-1].v
         if block.facts.moving[y] and not block.facts.kept[y]:
             self.chain.add(y, self.seed, False)
 
-    def linear(self, block: _Block, i: int, grads: _Gradients) -> None:
+    def linear(
+        self,
+        block: _Block,
+        down: _Down,
+        P: Tensor | None,
+        passed: Tensor | None,
+        grads: _Gradients,
+    ) -> None:
         """The slopes' part in dW; the chain goes down the node."""
-        node, v = block.nodes[i], i + 1
-        u, W = node.inputs[0], _weight(block.θ[i])
-        if block.way.trained[i]:
-            P = self._seeds(block, v)
-            if P is not None and u:
-                grads.product(node.params[0], P, self.dots[u])
-            elif P is not None:
-                grads.product(node.params[0], P, self.x_dot, slice(-self.x_dot.shape[1], None))
-        passed = self.chain.of.get(v)
-        if passed is not None and self._goes_on(block, u):
-            self.chain.add_product(u, passed, W)
+        v, node, *_ = down.step
+        u = node.inputs[0]
+        p = self._seeds(block, v, P, passed) if down.trained else None
+        if p is not None and u:
+            grads.product(node.params[0], p, self.dots[u])
+        elif p is not None:
+            grads.product_of_x2(node.params[0], p, self.x_dot)
+        if passed is not None and down.by_pairs[0]:
+            self.chain.add_product(u, passed, _weight(block.θ[v]))
 
-    def light(self, block: _Block, i: int, grads: _Gradients) -> list[Tensor | None]:
-        """The slopes' part in dθ; the chain goes down the node. Its curvature in each input."""
-        node, of, trained = block.nodes[i], rule(block.nodes[i]), block.way.trained[i]
-        goes_on = [self._goes_on(block, u) for u in node.inputs]
-        passed = self.chain.of.get(i + 1) if any(goes_on) else None
-        P = self._seeds(block, i + 1) if trained or of.curved else None
-        curvature: list[Tensor | None] = [None] * len(goes_on)
-        if passed is None and P is None:
-            return curvature
-        at, value, θ = self._operands(block, i)
-        if P is not None:
-            u_dot = [self._dot(block, v) for v in node.inputs]
-            if trained:
-                of.slope_parameters(node, at, u_dot, P, θ, grads)
+    def light(
+        self,
+        block: _Block,
+        down: _Down,
+        P: Tensor | None,
+        passed: Tensor | None,
+        grads: _Gradients,
+    ) -> Sequence[Tensor | None]:
+        """The slopes' part in dθ; the chain goes down the node. The node's curvature in each of its
+        inputs, if it has any."""
+        v, node, of, *_ = down.step
+        p = self._seeds(block, v, P, passed) if down.trained or of.curved else None
+        if passed is None and p is None:
+            return ()
+        curvature: Sequence[Tensor | None] = ()
+        u, value, θ = self._operands(block, down.step)
+        if p is not None:
+            u_dot = self._dots(block, node)
+            if down.trained:
+                of.slope_parameters(node, u, u_dot, p, θ, grads)
             if of.curved:
-                curvature = of.curvature(node, at, value, u_dot, P, θ)
-        if passed is not None:
-            for u, mine, p in zip(
-                node.inputs, goes_on, of.pull_now(node, at, value, passed, θ), strict=True
-            ):
+                curvature = of.curvature(node, u, value, u_dot, p, θ)
+        if passed is not None and True in down.by_pairs:
+            pulled = of.pull_now(node, u, value, passed, θ)
+            for i, mine, t in zip(node.inputs, down.by_pairs, pulled, strict=True):
                 if mine:
-                    self.chain.add(u, p, of.varies)
-        for u, c in zip(node.inputs, curvature, strict=True):
-            if c is not None and block.way.wanted[u] and block.facts.kept[u]:
-                self.chain.add(u, c, True)
+                    self.chain.add(i, t, of.varies)
+        for i, mine, c in zip(node.inputs, down.kept, curvature, strict=False):
+            if mine and c is not None:
+                self.chain.add(i, c, True)
         return curvature
 
-    def _goes_on(self, block: _Block, u: int) -> bool:
-        """Whether the chain has to go down to value u."""
-        return block.way.wanted[u] and (block.facts.kept[u] or (u > 0 and block.facts.moving[u]))
-
-    def _seeds(self, block: _Block, v: int) -> Tensor | None:
-        """P (m, H) of value v; None where x2 does not reach it."""
+    def _seeds(
+        self, block: _Block, v: int, P: Tensor | None, passed: Tensor | None
+    ) -> Tensor | None:
+        """The pairs' own P (m, H) of value v; None where x2 does not reach it."""
         if not block.facts.moving[v]:
             return None
-        if not block.facts.kept[v]:
-            return self.chain.of[v]
-        P = block.P.of[v]
+        if P is None:
+            return passed
         return P.expand(len(self.row), -1) if block.facts.uniform[v] else self.take(P)
 
-    def _operands(self, block: _Block, i: int) -> tuple[list[Tensor], Tensor, Params]:
+    def _operands(self, block: _Block, step: _Step) -> tuple[list[Tensor], Tensor, Params]:
         """u, v and θ of a light node for the pairs: rows of those alone that the node reads."""
-        node, of, θ = block.nodes[i], rule(block.nodes[i]), block.θ[i]
-        u = [self._value(block, v) if of.varies else block.values[v] for v in node.inputs]
-        value = self._value(block, i + 1) if of.reads_v else block.values[i + 1]
+        v, node, of, *_ = step
+        u = [self._value(block, i) if of.varies else block.values[i] for i in node.inputs]
+        θ: Params = block.θ[v]
         if of.per_row:
             θ = [t if t is None else self.take(t) for t in θ]
-        return u, value, θ
+        return u, self._value(block, v) if of.reads_v else u[0], θ
 
     def _value(self, block: _Block, v: int) -> Tensor:
         found = self.values.get(v)
@@ -647,12 +734,9 @@ class _Pairs:
             found = self.values[v] = self.take(block.values[v])
         return found
 
-    def _dot(self, block: _Block, v: int) -> Tensor | None:
-        """The tangent of value v, None where it has none."""
-        if not v and 0 not in self.dots:
+    def _dots(self, block: _Block, node: Node) -> list[Tensor | None]:
+        """The tangents of the node's inputs, None where one has none."""
+        if 0 in node.inputs and 0 not in self.dots:
             d, k = block.facts.widths[0], self.x_dot.shape[1]
             self.dots[0] = F.pad(self.x_dot, (d - k, 0))
-        return self.dots.get(v)
-
-    def _of_x2(self, W: Tensor) -> Tensor:
-        return W[:, W.shape[1] - self.x_dot.shape[1] :]
+        return [self.dots.get(u) for u in node.inputs]
