@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from monokernel import fused_mono_penalty, value_and_jacobian
 from monokernel.problem import cheaper_mode
 
-__all__ = ["Case", "Job", "Truth"]
+__all__ = ["Case", "Job", "Truth", "margin_for"]
 
 FREE_INPUTS = 8
 HIDDEN_LAYERS = 3
@@ -92,7 +92,7 @@ class Job:
         self.x1, self.x2 = x[:, :FREE_INPUTS].contiguous(), x[:, FREE_INPUTS:].contiguous()
         self.target = torch.randn(case.rows, case.outputs, device=self.device)
         pairs = self._pair_slopes()
-        self.margin = _margin(pairs.flatten(), case.share)
+        self.margin = margin_for(pairs.flatten(), case.share)
         share = (pairs < self.margin).double().mean().item()
         self.truth = Truth(*self._truth(), share)
 
@@ -159,7 +159,7 @@ def _double(net: nn.Sequential, case: Case) -> nn.Sequential:
     return twin
 
 
-def _margin(slopes: Tensor, share: float) -> float:
+def margin_for(slopes: Tensor, share: float) -> float:
     """A margin that this share of the slopes misses, in the widest gap near that rank.
 
     The gap keeps float32 from deciding a row the other way than float64 does.

@@ -415,10 +415,16 @@ _MODULES: dict[type[nn.Module], Callable[..., Activation]] = {
     nn.Tanh: lambda m: Activation("tanh"),
     nn.Sigmoid: lambda m: Activation("sigmoid"),
     nn.LogSigmoid: lambda m: Activation("logsigmoid"),
+    nn.Hardsigmoid: lambda m: Activation("hardsigmoid"),
+    nn.Hardswish: lambda m: Activation("hardswish"),
+    nn.Softshrink: lambda m: Activation("softshrink", float(m.lambd)),
+    nn.Hardshrink: lambda m: Activation("hardshrink", float(m.lambd)),
+    nn.Threshold: lambda m: Activation("threshold", float(m.threshold), float(m.value)),
+    nn.Tanhshrink: lambda m: Activation("tanhshrink"),
 }
 
 
 def of_module(module: nn.Module) -> Activation | None:
-    """The table's entry for a PyTorch activation module, or None if the kernels do not fuse it."""
+    """The table's entry for a PyTorch activation module, or None if it has none."""
     read = _MODULES.get(type(module))
     return None if read is None else read(module)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import hinge as hinges
 from .arguments import (
+    Direction,
     Inputs,
     check_direction,
     check_hinge,
@@ -39,6 +40,7 @@ def fused_mono_penalty(
     return_output: Literal[False] = ...,
     mode: str = ...,
     backend: str = ...,
+    batch_stats: str = ...,
 ) -> Tensor: ...
 
 
@@ -56,6 +58,7 @@ def fused_mono_penalty(
     return_output: Literal[True],
     mode: str = ...,
     backend: str = ...,
+    batch_stats: str = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -72,6 +75,7 @@ def fused_mono_penalty(
     return_output: bool = False,
     mode: str = "auto",
     backend: str = "auto",
+    batch_stats: str = "error",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Penalty on every slope ∂y/∂x2 of ``y = mlp(cat[x1, x2])`` that has the wrong sign.
 
@@ -101,6 +105,10 @@ def fused_mono_penalty(
             cheaper of the two.
         backend: "auto", "triton", "cpu", "torch" (hand-written backward in PyTorch operations) or
             "reference" (autograd, all orders of derivative).
+        batch_stats: "error", or "running" for a network with BatchNorm in training mode: y by the
+            statistics of the batch, as the module gives it in training, and slopes by the running
+            statistics after this call's update, those of the network in evaluation mode. That is a
+            second call of the module: active dropout draws another mask for the slopes.
 
     Returns:
         ``penalty``, or ``(y, penalty)`` with ``return_output=True``. The penalty is float32 for
@@ -119,9 +127,9 @@ def fused_mono_penalty(
     inputs = check_inputs(x1, x2)
     signs = check_direction(direction, inputs.k)
     static = check_hinge(signs.flat, margin, hinge, reduction)
-    route = choose(mlp, inputs, mode, backend)
+    route = choose(mlp, inputs, mode, backend, batch_stats)
     if route.network is None or route.backend == "reference":
-        y, J = slopes(mlp, inputs, route)
+        y, J = slopes(mlp, inputs, route, _violations(signs, static, weight, inputs))
         N, (D, k) = inputs.batch.numel(), J.shape[-2:]
         signs.for_network(D)
         factor = check_weight(weight, inputs.x2, D, k)
@@ -139,12 +147,18 @@ def fused_mono_penalty(
 
 
 def value_and_jacobian(
-    mlp: nn.Module, x1: Tensor, x2: Tensor, *, mode: str = "auto", backend: str = "auto"
+    mlp: nn.Module,
+    x1: Tensor,
+    x2: Tensor,
+    *,
+    mode: str = "auto",
+    backend: str = "auto",
+    batch_stats: str = "error",
 ) -> tuple[Tensor, Tensor]:
     """y = mlp(cat[x1, x2]) and its slopes, for losses of one's own.
 
     Args:
-        mlp, x1, x2, mode, backend: as for ``fused_mono_penalty``.
+        mlp, x1, x2, mode, backend, batch_stats: as for ``fused_mono_penalty``.
 
     Returns:
         y (..., D) and ∂y/∂x2 (..., D, k), float32 for half-precision networks. Both are
@@ -152,7 +166,7 @@ def value_and_jacobian(
     """
     mlp = unwrap(mlp)
     inputs = check_inputs(x1, x2)
-    route = choose(mlp, inputs, mode, backend)
+    route = choose(mlp, inputs, mode, backend, batch_stats)
     return slopes(mlp, inputs, route)
 
 
@@ -181,12 +195,13 @@ class MonotonePenalty(nn.Module):
         reduction: str = "sum",
         mode: str = "auto",
         backend: str = "auto",
+        batch_stats: str = "error",
     ) -> None:
         super().__init__()
         self.mlp = mlp
         self.direction = direction.tolist() if isinstance(direction, Tensor) else direction
         self.margin, self.hinge, self.reduction = margin, hinge, reduction
-        self.mode, self.backend = mode, backend
+        self.mode, self.backend, self.batch_stats = mode, backend, batch_stats
         if isinstance(weight, (int, float)):
             floating = (p.dtype for p in mlp.parameters() if p.is_floating_point())
             dtype = accumulate_dtype(next(floating, torch.get_default_dtype()))
@@ -207,21 +222,43 @@ class MonotonePenalty(nn.Module):
             return_output=True,
             mode=self.mode,
             backend=self.backend,
+            batch_stats=self.batch_stats,
         )
 
     def extra_repr(self) -> str:
         return f"direction={self.direction}, margin={self.margin}, hinge={self.hinge!r}"
 
 
-def slopes(mlp: nn.Module, inputs: Inputs, route: Route) -> tuple[Tensor, Tensor]:
+def slopes(
+    mlp: nn.Module, inputs: Inputs, route: Route, violations: general.Violations | None = None
+) -> tuple[Tensor, Tensor]:
     """y (..., D), or as ``mlp`` squeezes it, and J (..., D, k) by the backend of the route."""
     if route.network is None:
-        return general.value_and_jacobian(mlp, inputs, route.transformed)
+        return general.value_and_jacobian(
+            mlp, inputs, route.transformed, route.running, violations=violations
+        )
     if route.backend != "reference":
         return _fused(inputs, route, None, None)
     problem, x, params = _problem(inputs, route, None)
     y, J = reference.value_and_jacobian(problem, x, params)
     return _output(y, inputs, route), _leading(J, inputs)
+
+
+def _violations(
+    signs: Direction, hinge: Hinge, weight: Tensor | float | None, inputs: Inputs
+) -> general.Violations:
+    """Which slopes (..., k) of output d of D have a penalty."""
+
+    def violate(S: Tensor, d: int, D: int) -> Tensor:
+        k, flat = inputs.k, signs.for_network(D)
+        own = hinge._replace(direction=flat[d * k : d * k + k] if len(flat) > k else flat)
+        factor = check_weight(weight, inputs.x2, D, k)
+        if factor is not None:
+            factor = factor.detach().expand(*inputs.batch, D, k)[..., d : d + 1, :]
+        J = S.detach().unsqueeze(-2)
+        return hinges.penalties(J, own, factor).squeeze(-2) != 0
+
+    return violate
 
 
 def _fused(

@@ -16,6 +16,7 @@ from .problem import Hinge, accumulate_dtype
 
 __all__ = [
     "BACKENDS",
+    "BATCH_STATS",
     "MODES",
     "REDUCTIONS",
     "Direction",
@@ -35,6 +36,7 @@ MODES = ("auto", "tangent", "adjoint")
 BACKENDS = ("auto", "triton", "cpu", "torch", "reference")
 REDUCTIONS = ("sum", "mean", "none")
 HINGES = ("linear", "squared")
+BATCH_STATS = ("error", "running")
 
 
 class Inputs(NamedTuple):

@@ -204,7 +204,7 @@ class PReLU(Rule):
         return [torch.where(u[0] > 0, P, _given(θ[0]) * P)]
 
     def parameters(self, node: Node, u: Tensors, g: Tensor, θ: Maybe, sums: Sums) -> None:
-        sums.rows(node.params[0], torch.relu(-u[0]).neg_().mul_(g))
+        sums.rows(node.params[0], torch.relu(-u[0]).neg_() * g)
 
     def slope_parameters(
         self, node: Node, u: Tensors, u_dot: Maybe, P: Tensor, θ: Maybe, sums: Sums

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import network, reading
 from .arguments import (
     BACKENDS,
+    BATCH_STATS,
     MODES,
     Inputs,
     check_choice,
@@ -31,13 +32,15 @@ Refused = tuple[tuple[str, str], ...]  # a backend's name and the reason
 
 
 class Route(NamedTuple):
-    """The decision for one call. ``network`` is None on the general path."""
+    """The decision for one call. ``network`` is None on the general path, where ``running`` says
+    that batch normalisations are in training mode and their slopes go by the running statistics."""
 
     backend: str
     mode: Mode
     network: network.Chain | reading.Reading | None
     transformed: bool
     refused: Refused
+    running: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,27 +69,39 @@ KERNELS = {
 
 
 def plan(
-    mlp: nn.Module, x1: Tensor, x2: Tensor, *, mode: str = "auto", backend: str = "auto"
+    mlp: nn.Module,
+    x1: Tensor,
+    x2: Tensor,
+    *,
+    mode: str = "auto",
+    backend: str = "auto",
+    batch_stats: str = "error",
 ) -> Plan:
     """Which backend, mode and kernel would serve ``fused_mono_penalty(mlp, x1, x2)``, and why no
-    other. ``x1`` (..., d1), ``x2`` (..., k) as there.
+    other. All arguments as there.
 
     Runs nothing of a chain of layers; a forward of one's own it runs once, on symbols in the place
     of numbers, and puts back the attributes, buffers and random generators that this changed.
     """
     inputs = check_inputs(x1, x2)
-    route = choose(network.unwrap(mlp), inputs, mode, backend, rehearsal=True)
+    route = choose(network.unwrap(mlp), inputs, mode, backend, batch_stats, rehearsal=True)
     kernel = KERNELS["general" if route.network is None else route.backend]
     return Plan(route.backend, route.mode, kernel, dict(route.refused))
 
 
 def choose(
-    mlp: nn.Module, inputs: Inputs, mode: str, backend: str, rehearsal: bool = False
+    mlp: nn.Module,
+    inputs: Inputs,
+    mode: str,
+    backend: str,
+    batch_stats: str = "error",
+    rehearsal: bool = False,
 ) -> Route:
     """The route of a call; raises where ``backend`` was asked for by name and cannot serve. A
     ``rehearsal`` leaves no trace of that."""
     check_choice("mode", mode, MODES)
     check_choice("backend", backend, BACKENDS)
+    check_choice("batch_stats", batch_stats, BATCH_STATS)
     check_module(mlp)
     functional = transformed()
     found: network.Chain | reading.Reading | str = network.read(mlp)
@@ -98,7 +113,7 @@ def choose(
     elif not (functional or torch.compiler.is_compiling()):
         found = reading.read(mlp, inputs, rehearsal)
     if isinstance(found, str):
-        return _general(mlp, found, mode, backend, functional)
+        return _general(mlp, found, mode, backend, functional, batch_stats)
     x = inputs.x2
     name, chosen, refused = serving(
         inputs.d, _constant(found.nodes), inputs.k, mode, backend, operand_dtype(x), x.device,
@@ -159,14 +174,19 @@ def _serving(
     return "reference" if backend == "auto" else "", chosen, refused
 
 
-def _general(mlp: nn.Module, reason: str, mode: str, backend: str, functional: bool) -> Route:
+def _general(
+    mlp: nn.Module, reason: str, mode: str, backend: str, functional: bool, batch_stats: str
+) -> Route:
     if backend not in ("auto", "reference"):
         raise ValueError(f"backend: {backend!r} was asked for but cannot serve: {reason}")
     coupled = network.batch_coupling(mlp)
-    if coupled is not None:
+    unknown = _without_statistics(mlp) if coupled else None
+    if coupled and (unknown or batch_stats == "error"):
         raise ValueError(
-            f"mlp: {coupled} normalises with the statistics of the batch, so a row has no slope of "
-            "its own; expected evaluation mode (.eval()) with running statistics, got training mode"
+            f"mlp: {unknown or coupled} normalises with the statistics of the batch, so a row has "
+            "no slope of its own; expected evaluation mode (.eval()) with running statistics, or "
+            "batch_stats='running' for slopes by the running statistics while training, got "
+            + ("a layer that keeps none" if unknown else "training mode")
         )
     part = network.sharded(mlp)
     if part is not None:
@@ -182,7 +202,15 @@ def _general(mlp: nn.Module, reason: str, mode: str, backend: str, functional: b
         )
     functional = functional or torch.compiler.is_compiling()
     refused = tuple((name, reason) for name in MODULES) if backend == "auto" else ()
-    return Route("reference", "adjoint", None, functional, refused)
+    return Route("reference", "adjoint", None, functional, refused, coupled is not None)
+
+
+def _without_statistics(mlp: nn.Module) -> str | None:
+    """A batch normalisation that keeps no running statistics."""
+    for name, m in mlp.named_modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None:
+            return f"{name or 'mlp'} ({type(m).__name__})"
+    return None
 
 
 def _wrapped(inputs: Inputs) -> str | None:

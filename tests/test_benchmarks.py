@@ -18,7 +18,7 @@ import torch
 
 pytest.importorskip("benchmarks", reason="the benchmarks are not part of the package")
 
-from benchmarks import gpu, pages, rivals, step
+from benchmarks import gpu, pages, rivals, step, zoo
 from benchmarks.cases import Case, Job
 from benchmarks.measure import interleave
 
@@ -168,6 +168,59 @@ def test_the_page_prefers_undisturbed_runs() -> None:
     rows = [{**case, "rival": "a", "date": date, "others": o} for date, o in others.items()]
     (found,) = pages.chosen(rows).values()
     assert found["a"]["date"] == "3"
+
+
+# --- the zoo --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize("name", ["tabular ResNet", "DCN-v2", "squeezed", "own forward"])
+def test_zoo_row_of_a_case(name: str, outputs: int) -> None:
+    row = zoo.measure(zoo.Case(name, 200, outputs, 2, width=8, share=0.25), 0.0)
+    assert row.keys() <= set(zoo.FIELDS)
+    assert float(row["error"]) < 1e-5
+    assert float(row["share"]) == pytest.approx(0.25, abs=0.02)
+    assert float(row["ratio"]) > 0
+
+
+def test_zoo_times_what_draws_masks_without_comparing_it() -> None:
+    (name,) = zoo.ACTIVE
+    row = zoo.measure(zoo.Case(name, 64, 1, 1, width=8), 0.0)
+    assert "error" not in row
+    assert float(row["ratio"]) > 0
+
+
+def test_zoo_gives_no_ratio_to_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zoo.Job, "penalised", lambda job: 1.01 * zoo.Job.plain(job))
+    row = zoo.measure(zoo.Case("PReLU", 64, 1, 1, width=8), 0.0)
+    assert row["note"] == "disagrees with double backward"
+    assert "ratio" not in row
+
+
+def test_zoo_rows_are_added_and_make_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, page = tmp_path / "zoo.csv", tmp_path / "page.md"
+    page.write_text(f"before\n{zoo.BEGIN}\nold\n{zoo.END}\nafter\n", encoding="utf-8")
+    asked = ["--networks", "PReLU", "--rows", "256", "--outputs", "1", "--columns", "1"]
+    for _ in range(2):
+        zoo.main([*asked, "--width", "8", "--csv", str(file), "--page", str(page)])
+    assert len(zoo.read(file)) == 2
+    newest = zoo.read(file)[1]
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert lines[:2] == ["before", zoo.BEGIN]
+    assert lines[-2:] == [zoo.END, "after"]
+    cells = [cell.strip() for cell in lines[5].strip("|").split("|")]
+    assert cells[:2] == ["PReLU", newest["backend"]]
+    assert [cell.strip("~") for cell in cells[2:] if cell] == [newest["ratio"]]
+    assert "PReLU" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not zoo.RESULTS.exists(), reason="nothing measured yet")
+def test_performance_page_shows_the_zoo() -> None:
+    page = zoo.PAGE.read_text(encoding="utf-8")
+    shown = page.split(zoo.BEGIN)[1].split(zoo.END)[0].strip()
+    assert shown == zoo.table(zoo.read(zoo.RESULTS))
 
 
 # --- the benchmark for a GPU, as far as it goes without one ---------------------------------------

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from monokernel import fused_mono_penalty, value_and_jacobian
-from tests.support import ACTIVATION_MODULES, BACKENDS, HANDWRITTEN, assert_same, mlp, points
+from tests.support import (
+    ACTIVATION_MODULES,
+    BACKENDS,
+    HANDWRITTEN,
+    assert_same,
+    mlp,
+    points,
+    skip_unless_served,
+)
 
 MODES = ["tangent", "adjoint"]
 
@@ -44,6 +52,7 @@ def functional(
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ACTIVATION_MODULES)
 def test_gradcheck(name: str, mode: str, backend: str) -> None:
+    skip_unless_served(name, backend)
     options: dict[str, Any] = {"mode": mode, "backend": backend}
     f, inputs = functional(name, 2, value_and_jacobian, **options)
     assert torch.autograd.gradcheck(f, inputs)

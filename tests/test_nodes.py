@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from monokernel.nodes import RULES, parameter_shapes, rule, wrong_nodes
 from monokernel.problem import Hinge, Problem, pack, unpack
-from monokernel.program import Node, parameter_count
+from monokernel.program import Node
 from tests.support import ELEMENTWISE, assert_same
 
 Tensors = Sequence[Tensor]
@@ -332,6 +332,35 @@ def test_all_orders(name: str) -> None:
 
 
 @EVERY
+@LEADING
+@torch.no_grad()
+def test_what_is_not_for_autograd_is_the_same(name: str, leading: tuple[int, ...]) -> None:
+    """Nor does it change what it is given, nor read what the rule says that it does not."""
+    case = CASES[name]
+    of, (u, parameters) = rule(case.node), case.values()
+    θ = case.given(parameters)
+    v = of.value(case.node, u, θ)
+    P = torch.randn(*leading, N, case.node.width, dtype=torch.float64)
+    before = [t.clone() for t in (*u, *parameters, v, P)]
+    assert_same([of.value_now(case.node, u, θ)], [v], 1e-14)
+    assert_same(of.pull_now(case.node, u, v, P, θ), of.pull(case.node, u, v, P, θ), 1e-13)
+    assert all(map(torch.equal, (*u, *parameters, v, P), before))
+    unread_u = u if of.varies else [torch.full_like(t, torch.nan) for t in u]
+    unread_v = v if of.reads_v else torch.full_like(v, torch.nan)
+    assert_same(
+        of.pull_now(case.node, unread_u, unread_v, P, θ), of.pull(case.node, u, v, P, θ), 1e-13
+    )
+    for u_dot in directions(case, leading):
+        given = [None if t is None else t.clone() for t in u_dot]
+        want = of.push(case.node, u, v, u_dot, θ)
+        assert_same([of.push_now(case.node, unread_u, unread_v, u_dot, θ)], [want], 1e-13)
+        bent = of.curvature(case.node, unread_u, unread_v, u_dot, P, θ)
+        assert not any(t is not None and t.isnan().any() for t in bent)
+        for t, kept in zip(u_dot, given, strict=True):
+            assert t is kept or (t is not None and kept is not None and torch.equal(t, kept))
+
+
+@EVERY
 def test_shapes_of_the_parameters(name: str) -> None:
     case = CASES[name]
     of, (_, θ) = rule(case.node), case.values()
@@ -450,7 +479,7 @@ def test_a_mutated_program_is_another_or_gets_one_sentence(data: st.DataObject) 
     told = slice(None) if problem.hinge else slice(7)  # without a hinge its numbers mean nothing
     assert pack(problem)[told] == tuple(packed[told])
     places = parameter_shapes(problem.d, problem.nodes)
-    assert sorted(places) == list(range(parameter_count(problem.nodes)))
+    assert sorted(places) == list(range(len(places)))
 
 
 def mutation(field: object) -> st.SearchStrategy[object]:

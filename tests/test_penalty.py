@@ -12,17 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from monokernel import MonotonePenalty, fused_mono_penalty, value_and_jacobian
+from monokernel import MonotonePenalty, fused_mono_penalty, plan, value_and_jacobian
 from tests.support import (
     ACTIVATION_MODULES,
     BACKENDS,
     HANDWRITTEN,
+    activations_of,
     assert_same,
     gradients,
     mlp,
     oracle,
     oracle_penalties,
     points,
+    skip_unless_served,
 )
 
 EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
@@ -49,10 +51,20 @@ def test_the_problem_statement(backend: str, mode: str) -> None:
 @pytest.mark.parametrize("last", [False, True], ids=["", "activation-last"])
 @pytest.mark.parametrize("name", ACTIVATION_MODULES)
 def test_every_activation(name: str, last: bool, mode: str, backend: str) -> None:
+    skip_unless_served(name, backend)
     activation = ACTIVATION_MODULES[name]
     for D, k in ((1, 1), (1, 3), (3, 2)):
         net = mlp(3, k, D, activation=activation, last=activation if last else None)
         compare(net, *points(37, 3, k), mode=mode, backend=backend, margin=0.05)
+
+
+@pytest.mark.parametrize("name", sorted(set(ACTIVATION_MODULES) - set(activations_of("cpu"))))
+def test_what_no_kernel_knows_is_served_by_pytorchs_operations(name: str) -> None:
+    net, (x1, x2) = mlp(3, 1, 1, activation=ACTIVATION_MODULES[name]), points(4, 3, 1)
+    assert plan(net, x1, x2).backend == "torch"
+    for compiled in ("cpu", "triton"):
+        with pytest.raises(ValueError, match=f"'{compiled}' was asked for but cannot serve"):
+            value_and_jacobian(net, x1, x2, backend=compiled)
 
 
 def compare(
@@ -122,7 +134,7 @@ def test_shapes_and_options(backend: str, data: st.DataObject) -> None:
         k,
         D,
         hidden,
-        draw(st.sampled_from(list(ACTIVATION_MODULES.values()))),
+        draw(st.sampled_from(list(activations_of(backend).values()))),
         bias=draw(st.booleans()),
         last=draw(st.sampled_from([None, nn.Softplus(), nn.ReLU()])),
     )
@@ -300,16 +312,17 @@ NOT_ORDINARY = [math.inf, -math.inf, math.nan, 1e38, -1e38, 3e38, -2e19, 1e-45, 
 
 @EVERY_BACKEND
 @BOTH_MODES
-@pytest.mark.parametrize("activation", ACTIVATION_MODULES.values(), ids=ACTIVATION_MODULES)
+@pytest.mark.parametrize("name", ACTIVATION_MODULES)
 def test_a_nan_of_output_or_slope_is_a_nan_of_the_penalty(
-    backend: str, mode: str, activation: nn.Module
+    backend: str, mode: str, name: str
 ) -> None:
     """Whatever made it: inputs, weights and biases that are not finite, or so large that products
     of them are not. The other rows keep their finite penalties."""
+    skip_unless_served(name, backend)
     met = 0
     for seed in range(12):
         torch.manual_seed(seed)
-        net = mlp(2, 2, 2, (5, 4), activation, dtype=torch.float32)
+        net = mlp(2, 2, 2, (5, 4), ACTIVATION_MODULES[name], dtype=torch.float32)
         x1, x2 = points(24, 2, 2, torch.float32)
         with torch.no_grad():
             for t in (x1, x2) if seed % 2 else net.parameters():

@@ -12,19 +12,26 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..arguments import Inputs
 from ..network import ending
 from ..problem import accumulate_dtype, nan_rule
+from .compaction import DENSE, Call, compacted, slope
 
 __all__ = ["WITHOUT_DERIVATIVE", "value_and_jacobian"]
 
 WITHOUT_DERIVATIVE = "an embedding, a rounding, a step, detach, no_grad or a quantised layer"
+
+Violations = Callable[[Tensor, int, int], Tensor]
 
 # The modules whose slopes were looked at; by identity and outside them, so that no copy, pickle or
 # state_dict knows of it.
@@ -32,12 +39,26 @@ _judged: dict[int, weakref.ref[nn.Module]] = {}
 
 
 def value_and_jacobian(
-    mlp: nn.Module, inputs: Inputs, transformed: bool, audited: bool = False
+    mlp: nn.Module,
+    inputs: Inputs,
+    transformed: bool,
+    running: bool = False,
+    *,
+    audited: bool = False,
+    violations: Violations | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y as ``mlp`` gives it and J (*batch, D, k).
 
     ``transformed`` says that a functorch transform or torch.compile is at work, where
     ``torch.autograd.grad`` is not available and ``torch.func.vjp`` does the same.
+
+    With ``running`` batch normalisations in training mode give y by the statistics of the batch
+    and J, in a second call, by the running statistics after this call's update, which are those
+    that evaluation mode would use.
+
+    ``violations`` says of the slopes (*batch, k) of output d of D which the loss will see: where
+    they are few, J is given without a graph of all rows, and its backward is compacted. Without
+    it J has that graph, since a loss of one's own may see every slope.
 
     An output that takes no part in autograd is a ValueError, and slopes that are all 0 are worth a
     warning. With ``audited`` such slopes are 0 without a word: the audit finds out what it means.
@@ -47,44 +68,77 @@ def value_and_jacobian(
     ):  # its tensors can take no part in autograd
         with torch.inference_mode(False), torch.no_grad():
             copies = inputs._replace(x1=inputs.x1.clone(), x2=inputs.x2.clone())
-            return value_and_jacobian(mlp, copies, transformed, audited)
-    with _twice_differentiable(mlp):
-        if transformed:
-            y, J = _by_func(mlp, inputs)
-        else:
-            y, J = _by_autograd(mlp, inputs, audited)
-    return y, nan_rule(y.reshape(J.shape[:-1]), J.to(accumulate_dtype(J.dtype)))
+            return value_and_jacobian(mlp, copies, transformed, running, audited=audited)
+    trained = _call(mlp, inputs.joined()) if running else None
+    if transformed:
+        y, J = _by_func(mlp, inputs, running)
+    else:
+        y, J = _by_autograd(mlp, inputs, running, audited, violations)
+    J = nan_rule(y.reshape(J.shape[:-1]), J.to(accumulate_dtype(J.dtype)))
+    return y if trained is None else trained, J
 
 
-def _by_autograd(mlp: nn.Module, inputs: Inputs, audited: bool) -> tuple[Tensor, Tensor]:
+def _by_autograd(
+    mlp: nn.Module,
+    inputs: Inputs,
+    running: bool,
+    audited: bool,
+    violations: Violations | None,
+) -> tuple[Tensor, Tensor]:
     further = torch.is_grad_enabled()
     with torch.enable_grad():
-        # A node of its own, so that no path from x2 through x1 counts as a slope.
-        tracked = inputs.x2.requires_grad and further
-        x2 = inputs.x2.view_as(inputs.x2) if tracked else inputs.x2.detach().requires_grad_()
+        # Nodes of their own, so that no path from x2 through x1 counts as a slope.
+        wanted = (inputs.x1.requires_grad and further, inputs.x2.requires_grad and further)
+        x1 = inputs.x1.view_as(inputs.x1) if wanted[0] else inputs.x1.detach()
+        x2 = inputs.x2.view_as(inputs.x2) if wanted[1] else inputs.x2.detach().requires_grad_()
+        x = inputs._replace(x1=x1, x2=x2).joined()
+        module = partial(_call, mlp, running=running)
+        call = Call(mlp, x) if further and _readable(x) else None
         with ending():
-            y = _call(mlp, inputs, x2)
+            y = module(x)
         if not (y.requires_grad or audited):
             raise ValueError(
                 "mlp: its output has no gradient (it was detached, or computed under no_grad), so "
                 "its slopes cannot be known"
             )
-        found = [_gradient(out, x2, further) for out in _outputs(y, inputs).unbind(-1)]
+        repeat = call.repeat(module, y, (x1, x2), wanted) if call else None
+        few = _while_few(y, x2, inputs, violations) if repeat and violations else None
+        found = few or [_slope(y, x2, inputs, d, further) for d in range(_width(y, inputs))]
         # Zeros that are a leaf, so that a loss made of nothing else still has a backward.
-        slopes = [torch.zeros_like(x2, requires_grad=further) if s is None else s for s in found]
-        J = _stacked(slopes, x2)
+        zeros = torch.zeros_like(x2, requires_grad=further and few is None)
+        J = _stacked([zeros if S is None else S for S in found], x2)
+        if repeat and (few or not violations):
+            J = compacted(J, repeat, (x1, x2))
     if not audited and id(mlp) not in _judged:
         _judge(mlp, y.detach(), J.detach(), reached=any(s is not None for s in found))
     return (y, J) if further else (y.detach(), J)
 
 
-def _gradient(out: Tensor, x2: Tensor, further: bool) -> Tensor | None:
-    """The slopes (*batch, k) of one output; None where no differentiable path leads to x2."""
-    if not out.requires_grad:
+def _while_few(
+    y: Tensor, x2: Tensor, inputs: Inputs, violations: Violations
+) -> list[Tensor | None] | None:
+    """The slopes of every output, without a graph; None as soon as so many violate that their
+    gradients are cheaper with one."""
+    D = _width(y, inputs)
+    left = DENSE * inputs.batch.numel() * D
+    found = []
+    for d in range(D):
+        S = _slope(y, x2, inputs, d, further=False)
+        found.append(S)
+        wrong = violations(torch.zeros_like(x2) if S is None else S, d, D)
+        left -= int(wrong.any(-1).sum())
+        if left < 0:
+            return None
+    return found
+
+
+def _slope(y: Tensor, x2: Tensor, inputs: Inputs, d: int, further: bool) -> Tensor | None:
+    """The slopes (*batch, k) of output d; None where no differentiable path leads to x2."""
+    if not y.requires_grad:
         return None
-    return torch.autograd.grad(
-        out.sum(), x2, create_graph=further, retain_graph=True, allow_unused=True
-    )[0]
+    seed = y.new_zeros(y.shape)
+    _outputs(seed, inputs)[..., d] = 1
+    return slope(y, x2, seed, further)
 
 
 def _judge(mlp: nn.Module, y: Tensor, J: Tensor, reached: bool) -> None:
@@ -124,9 +178,12 @@ def _readable(*tensors: Tensor) -> bool:
     return not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _by_func(mlp: nn.Module, inputs: Inputs) -> tuple[Tensor, Tensor]:
+def _by_func(mlp: nn.Module, inputs: Inputs, running: bool) -> tuple[Tensor, Tensor]:
     # Numbers cannot be read here, so slopes that are all 0 go without the warning.
-    y, pull, *_ = torch.func.vjp(lambda x2: _call(mlp, inputs, x2), inputs.x2)
+    def call(x2: Tensor) -> Tensor:
+        return _call(mlp, inputs._replace(x2=x2).joined(), running)
+
+    y, pull, *_ = torch.func.vjp(call, inputs.x2)
     out = _outputs(y, inputs)
     slopes = []
     for d in range(out.shape[-1]):
@@ -141,14 +198,16 @@ def _stacked(slopes: list[Tensor], x2: Tensor) -> Tensor:
     return torch.stack(slopes, -2) if slopes else x2.unsqueeze(-2)[..., :0, :]
 
 
-def _call(mlp: nn.Module, inputs: Inputs, x2: Tensor) -> Tensor:
-    y = mlp(inputs._replace(x2=x2).joined())
+def _call(mlp: nn.Module, x: Tensor, running: bool = False) -> Tensor:
+    batch = x.shape[:-1]
+    with _twice_differentiable(mlp), _by_running_statistics(mlp) if running else nullcontext():
+        y = mlp(x)
     if not isinstance(y, Tensor):
         raise TypeError(f"mlp: expected to return a tensor, got {type(y).__name__}")
-    if y.shape != inputs.batch and (y.dim() == 0 or y.shape[:-1] != inputs.batch):
+    if y.shape != batch and (y.dim() == 0 or y.shape[:-1] != batch):
         raise ValueError(
-            f"mlp: expected an output of shape {(*inputs.batch, 'D')} for inputs of leading shape "
-            f"{tuple(inputs.batch)}, got {tuple(y.shape)}"
+            f"mlp: expected an output of shape {(*batch, 'D')} for inputs of leading shape "
+            f"{tuple(batch)}, got {tuple(y.shape)}"
         )
     return y
 
@@ -156,6 +215,25 @@ def _call(mlp: nn.Module, inputs: Inputs, x2: Tensor) -> Tensor:
 def _outputs(y: Tensor, inputs: Inputs) -> Tensor:
     """y as (*batch, D); a network that squeezes its one output has D = 1."""
     return y.unsqueeze(-1) if y.shape == inputs.batch else y
+
+
+def _width(y: Tensor, inputs: Inputs) -> int:
+    return _outputs(y, inputs).shape[-1]
+
+
+@contextmanager
+def _by_running_statistics(mlp: nn.Module) -> Iterator[None]:
+    """Batch normalisations in evaluation mode. They get copies of their statistics: autograd keeps
+    what they used, and the next training step must not change that under a backward to come."""
+    layers = [m for m in mlp.modules() if isinstance(m, _BatchNorm) and m.training]
+    kept: list[Any] = [(m.running_mean, m.running_var) for m in layers]  # planning saw to it
+    try:
+        for m, (mean, var) in zip(layers, kept, strict=True):
+            m.training, m.running_mean, m.running_var = False, mean.clone(), var.clone()
+        yield
+    finally:
+        for m, (mean, var) in zip(layers, kept, strict=True):
+            m.training, m.running_mean, m.running_var = True, mean, var
 
 
 def _twice_differentiable(mlp: nn.Module) -> AbstractContextManager[object]:

@@ -1,0 +1,284 @@
+"""What the penalty costs on ordinary networks: all of ``tests/zoo.py``, beside their plain steps.
+
+    python -m benchmarks zoo                 measure, then write the table
+    python -m benchmarks zoo --table         the table of docs/performance.md alone
+    python -m benchmarks zoo --networks "pre-norm LayerNorm" SwiGLU --rows 8192
+
+One row of the CSV for each network and size, with who served it. Before it is timed its loss and
+gradient are compared with double backward in float64; one that disagrees gets no ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+from torch import Tensor, nn
+
+from monokernel import fused_mono_penalty, plan, value_and_jacobian
+from monokernel.problem import cheaper_mode
+from tests.zoo import ACTIVE, ZOO, network
+
+from .cases import FREE_INPUTS, ROWS_AT_A_TIME, margin_for
+from .measure import QUIET, interleave, machine
+
+__all__ = ["Case", "main", "measure", "table"]
+
+RESULTS = Path(__file__).parent / "results" / "zoo.csv"
+PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
+SECONDS = 1.0
+TOLERANCE = 1e-3
+
+NETWORKS = tuple(ZOO)
+ROWS, OUTPUTS, COLUMNS = (8192, 256), (1, 8), (1, 4)
+WIDTH, SHARE = 128, 0.05
+
+FIELDS = [
+    *["date", "machine", "processor", "threads", "python", "torch"],
+    *["network", "rows", "width", "outputs", "columns", "wanted_share", "share"],
+    *["backend", "mode", "rounds", "plain_ms", "p20_ms", "p50_ms", "p80_ms", "ratio"],
+    *["others", "error", "note"],
+]
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network of the zoo on N rows, with D outputs, each to rise with k inputs."""
+
+    network: str
+    rows: int
+    outputs: int
+    columns: int
+    width: int = WIDTH
+    share: float = SHARE
+
+    @property
+    def draws(self) -> bool:
+        """Whether two steps are not the same step."""
+        return self.network in ACTIVE
+
+
+@dataclass
+class Job:
+    """A case with its tensors, and the margin that makes the share."""
+
+    case: Case
+    net: nn.Module = field(init=False)
+    x1: Tensor = field(init=False)
+    x2: Tensor = field(init=False)
+    target: Tensor = field(init=False)
+    margin: float = field(init=False)
+    share: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        case = self.case
+        torch.manual_seed(0)
+        self.net = network(case.network, FREE_INPUTS + case.columns, case.outputs, case.width)
+        self.x1 = torch.randn(case.rows, FREE_INPUTS)
+        self.x2 = torch.randn(case.rows, case.columns)
+        self.target = torch.randn(case.rows, case.outputs)
+        # A pair of the mode that "auto" takes violates if the lowest of its slopes does.
+        over = 1 if cheaper_mode(case.outputs, case.columns) == "tangent" else 2
+        net = copy.deepcopy(self.net).double()
+        with torch.no_grad():
+            lowest = [value_and_jacobian(net, *x)[1].amin(over) for x in self._parts()]
+        pairs = torch.cat(lowest)
+        self.margin = margin_for(pairs.flatten(), case.share)
+        self.share = (pairs < self.margin).double().mean().item()
+
+    def _parts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """x1 and x2 in float64, a few thousand rows at a time."""
+        for x1, x2 in zip(
+            self.x1.split(ROWS_AT_A_TIME), self.x2.split(ROWS_AT_A_TIME), strict=True
+        ):
+            yield x1.double(), x2.double()
+
+    def loss(self, y: Tensor, penalty: Tensor | float) -> Tensor:
+        task = (y.reshape_as(self.target) - self.target).square().sum()
+        return (task + penalty) / self.case.rows
+
+    def truth(self) -> tuple[float, Tensor]:
+        """Loss and gradient by double backward in float64: one reverse pass for each output."""
+        net = copy.deepcopy(self.net).double()
+        total = 0.0
+        for (x1, x2), target in zip(self._parts(), self.target.split(ROWS_AT_A_TIME), strict=True):
+            x2.requires_grad_()
+            y = net(torch.cat([x1, x2], -1)).reshape_as(target)
+            penalty = y.new_zeros(())
+            for out in y.unbind(-1):
+                (slope,) = torch.autograd.grad(out.sum(), x2, create_graph=True)
+                penalty = penalty + torch.relu(self.margin - slope).sum()
+            loss = ((y - target).square().sum() + penalty) / self.case.rows
+            loss.backward()
+            total += loss.item()
+        return total, _gradient(net)
+
+    def plain(self) -> Tensor:
+        return self.loss(self.net(torch.cat([self.x1, self.x2], -1)), 0.0)
+
+    def penalised(self) -> Tensor:
+        y, penalty = fused_mono_penalty(
+            self.net, self.x1, self.x2, margin=self.margin, return_output=True
+        )
+        return self.loss(y, penalty)
+
+    def step(self, loss_of: Callable[[], Tensor]) -> Callable[[], float]:
+        """Gradients anew, loss, backward."""
+        params = list(self.net.parameters())
+
+        def run() -> float:
+            for p in params:
+                p.grad = None
+            loss = loss_of()
+            loss.backward()
+            return loss.item()
+
+        return run
+
+
+def _gradient(net: nn.Module) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+
+
+def measure(case: Case, seconds: float = SECONDS, patience: float = 0.0) -> Row:
+    """The row of a case: both steps in turns, or a note why there is no ratio."""
+    job = Job(case)
+    route = plan(job.net, job.x1, job.x2)
+    plain, ours = job.step(job.plain), job.step(job.penalised)
+    row = {
+        **{key: value for key, value in machine().items() if key in FIELDS},
+        "network": case.network,
+        "rows": str(case.rows),
+        "width": str(case.width),
+        "outputs": str(case.outputs),
+        "columns": str(case.columns),
+        "wanted_share": f"{case.share:g}",
+        "share": f"{job.share:.4g}",
+        "backend": route.backend,
+        "mode": route.mode,
+    }
+    if case.draws:
+        row["note"] = "draws masks: not compared"
+    else:
+        loss, gradient = job.truth()
+        of_loss = abs(ours() - loss) / abs(loss)
+        error = max(of_loss, float((_gradient(job.net) - gradient).norm() / gradient.norm()))
+        row["error"] = f"{error:.1e}"
+        if not error <= TOLERANCE:
+            return row | {"note": "disagrees with double backward"}
+    steps = {"plain": plain, "ours": ours}
+    times, others = interleave(steps, seconds, lambda: None, patience)
+    p20, _, _, p80 = quantiles(times["ours"], n=5, method="inclusive")
+    base, middle = median(times["plain"]), median(times["ours"])
+    return row | {
+        "rounds": str(len(times["ours"])),
+        "plain_ms": f"{1e3 * base:.4f}",
+        "p20_ms": f"{1e3 * p20:.4f}",
+        "p50_ms": f"{1e3 * middle:.4f}",
+        "p80_ms": f"{1e3 * p80:.4f}",
+        "ratio": f"{middle / base:.2f}",
+        "others": f"{others:.3f}",
+    }
+
+
+def append(path: Path, row: Row) -> None:
+    """To the CSV, which is only ever added to."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+BEGIN, END = "<!-- table: written by python -m benchmarks zoo -->", "<!-- end of zoo -->"
+SIZES = [(str(N), str(D), str(k)) for N, D, k in itertools.product(ROWS, OUTPUTS, COLUMNS)]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Ratios to the plain step, one line for each network, from the newest row of each case."""
+    found = {(r["network"], r["rows"], r["outputs"], r["columns"]): r for r in rows}
+    heads = [f"{N} × {D}, k = {k}" for N, D, k in SIZES]
+    lines = [f"| network | served by | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
+    for name in NETWORKS:
+        own = [found.get((name, *size)) for size in SIZES]
+        backends = dict.fromkeys(row["backend"] for row in own if row)
+        if backends:
+            cells = [_cell(row) for row in own]
+            lines.append(f"| {name} | {', '.join(backends)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(row: Row | None) -> str:
+    if row is None or not row["ratio"]:
+        return ""
+    return f"{'~' if float(row['others']) > QUIET else ''}{row['ratio']}"
+
+
+def read(path: Path) -> list[Row]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write(path: Path, page: Path) -> None:
+    """The table into the page."""
+    text = page.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    page.write_text(
+        f"{before}{BEGIN}\n\n{table(read(path))}\n\n{END}{rest.split(END)[1]}", encoding="utf-8"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks zoo",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("--table", action="store_true", help="only write the table")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
+    parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
+    parser.add_argument("--outputs", nargs="+", type=int, default=OUTPUTS)
+    parser.add_argument("--columns", nargs="+", type=int, default=COLUMNS)
+    parser.add_argument("--width", type=int, default=WIDTH)
+    parser.add_argument("--share", type=float, default=SHARE)
+    parser.add_argument("--threads", type=int, help="default: PyTorch's")
+    parser.add_argument(
+        "--wait", type=float, default=0, help="seconds to wait, in each case, for a quiet machine"
+    )
+    parser.add_argument("--csv", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if not options.table:
+        print(f"{'network':<24}{'N':>6}{'D':>3}{'k':>3}  {'served by':<10}", end="")
+        print(f"{'plain ms':>9}{'ours ms':>9}{'ratio':>7}{'error':>9}{'others':>8}")
+        axes = (options.networks, options.rows, options.outputs, options.columns)
+        for name, N, D, k in itertools.product(*axes):
+            row = measure(Case(name, N, D, k, options.width, options.share), patience=options.wait)
+            append(options.csv, row)
+            numbers = [row.get(key, "") for key in ("plain_ms", "p50_ms")]
+            cells = [f"{float(number):.3f}" if number else "" for number in numbers]
+            rest = [row.get(key, "") for key in ("ratio", "error", "others", "note")]
+            print(f"{name:<24}{N:>6}{D:>3}{k:>3}  {row['backend']:<10}", end="")
+            print(
+                f"{cells[0]:>9}{cells[1]:>9}{rest[0]:>7}{rest[1]:>9}{rest[2]:>8}  {rest[3]}",
+                flush=True,
+            )
+    write(options.csv, options.page)
+
+
+if __name__ == "__main__":
+    main()
