@@ -142,7 +142,7 @@ def _holds(t: Tensor) -> bool:
     """Whether its storage reaches to its last element."""
     held = t.untyped_storage().nbytes()
     if t.is_contiguous() and t.storage_offset() == 0:  # the usual case, at once
-        return held >= t.nbytes and (held == 0 or t.data_ptr() != 0)
+        return held >= t.nbytes and (t.nbytes == 0 or t.data_ptr() != 0)
     return held >= _bytes(t) and (t.numel() == 0 or t.data_ptr() != 0)
 
 

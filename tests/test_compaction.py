@@ -20,7 +20,7 @@ D1, K, D, N = 3, 2, 3, 40
 
 
 class Counts(nn.Module):
-    """Calls ``inner``, and notes how many rows each call had."""
+    """Calls ``inner``, and notes how many rows each call had. It cannot be read as a program."""
 
     def __init__(self, inner: nn.Module | Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -28,6 +28,7 @@ class Counts(nn.Module):
         self.rows: list[int] = []
 
     def forward(self, x: Tensor) -> Tensor:
+        assert isinstance(x, Tensor)  # what no symbol answers
         self.rows.append(len(x))
         y: Tensor = self.inner(x)
         return y
