@@ -30,7 +30,16 @@ from torch.nn import functional as F
 from .activations import ACTIVATIONS, Activation
 from .program import Node
 
-__all__ = ["Rule", "Sums", "moving", "parameter_shapes", "rule", "used", "wrong_nodes"]
+__all__ = [
+    "Rule",
+    "Sums",
+    "columns_of",
+    "moving",
+    "parameter_shapes",
+    "rule",
+    "used",
+    "wrong_nodes",
+]
 
 _aten = torch.ops.aten
 
@@ -430,10 +439,10 @@ class Columns(Rule):
         return start < 0 or step < 1 or (node.width > 0 and last >= H[0])
 
     def value(self, node: Node, u: Tensors, θ: Maybe) -> Tensor:
-        return u[0][..., _columns(node)]
+        return u[0][..., columns_of(node)]
 
     def push(self, node: Node, u: Tensors, v: Tensor, u_dot: Maybe, θ: Maybe) -> Tensor:
-        return _given(u_dot[0])[..., _columns(node)]
+        return _given(u_dot[0])[..., columns_of(node)]
 
     def pull(self, node: Node, u: Tensors, v: Tensor, P: Tensor, θ: Maybe) -> list[Tensor]:
         start, step = map(int, node.numbers)
@@ -444,7 +453,8 @@ class Columns(Rule):
         return [torch.slice_scatter(spread, P, -1, start, start + step * node.width, step)]
 
 
-def _columns(node: Node) -> slice:
+def columns_of(node: Node) -> slice:
+    """Which columns of u a node of that kind takes."""
     start, step = map(int, node.numbers)
     return slice(start, start + step * node.width, step)
 
@@ -492,17 +502,54 @@ class _Normalised(Rule):
         bent = α * b + β * a + v * ((a * b).mean(-1, keepdim=True) - 3 * α * β)
         return [-self._r(node, u[0]).square() * bent]
 
+    def push_now(self, node: Node, u: Tensors, v: Tensor, u_dot: Maybe, θ: Maybe) -> Tensor:
+        return self._jacobian_now(node, u[0], v, _given(u_dot[0]))
+
+    def pull_now(self, node: Node, u: Tensors, v: Tensor, P: Tensor, θ: Maybe) -> list[Tensor]:
+        return [self._jacobian_now(node, u[0], v, P)]
+
+    def _jacobian_now(self, node: Node, u: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        raise NotImplementedError
+
 
 class Normalise(_Normalised):
     """LayerNorm without its scale and shift."""
 
     centres = True
 
+    def value_now(self, node: Node, u: Tensors, θ: Maybe) -> Tensor:
+        return torch.native_layer_norm(u[0], (node.width,), None, None, node.numbers[0])[0]
+
+    def _jacobian_now(self, node: Node, u: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        mean = u.mean(-1, keepdim=True)
+        r = _rsqrt_mean_square(u - mean, node.numbers[0])
+        pull = _aten.native_layer_norm_backward.default
+        none, wanted = (None, None), [True, False, False]
+        # PyTorch's pass takes tangents of the values' own shape: one for each row.
+        parts: list[Tensor] = [
+            pull(part.expand_as(u).contiguous(), u, (node.width,), mean, r, *none, wanted)[0]
+            for part in (t.unbind(0) if t.dim() > u.dim() else (t,))
+        ]
+        return torch.stack(parts) if t.dim() > u.dim() else parts[0]
+
 
 class RootMeanSquare(_Normalised):
     """RMSNorm without its scale."""
 
     centres = False
+
+    def value_now(self, node: Node, u: Tensors, θ: Maybe) -> Tensor:
+        return u[0] * _rsqrt_mean_square(u[0], node.numbers[0])
+
+    def _jacobian_now(self, node: Node, u: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        along = torch.linalg.vecdot(v, t).div_(node.width).unsqueeze(-1)
+        return torch.addcmul(t, v, along, value=-1).mul_(_rsqrt_mean_square(u, node.numbers[0]))
+
+
+def _rsqrt_mean_square(c: Tensor, ε: float) -> Tensor:
+    """1 / sqrt(mean c² + ε) of each row, in one pass. Not for autograd."""
+    norm: Tensor = torch.linalg.vector_norm(c, dim=-1, keepdim=True)
+    return norm.square_().div_(c.shape[-1]).add_(ε).rsqrt_()
 
 
 class Softmax(Rule):
@@ -640,7 +687,7 @@ def moving(d: int, k: int, nodes: tuple[Node, ...]) -> tuple[bool, ...]:
     reached = [True]
     for node in nodes:
         if node.kind == "columns" and node.inputs == (0,):
-            columns = range(d)[_columns(node)]
+            columns = range(d)[columns_of(node)]
             reached.append(len(columns) > 0 and columns[-1] >= d - k)  # those of x1 stand still
         else:
             reached.append(any(reached[v] for v in node.inputs))

@@ -21,11 +21,12 @@ from monokernel.nodes import RULES, parameter_shapes, rule, wrong_nodes
 from monokernel.operands import check_forward
 from monokernel.problem import Hinge, Mode, Problem, nan_rule
 from monokernel.program import Node
-from tests.gpu.cases import NUMBERS
-from tests.support import assert_same
+from tests.support import ELEMENTWISE, assert_same
 
 BOTH_MODES = pytest.mark.parametrize("mode", ["tangent", "adjoint"])
-ELEMENTWISE = [kind for kind in RULES if type(RULES[kind]).__name__ == "Elementwise"]
+# Not those with a pole or a domain, nor those that overflow where they are nested.
+UNRULY = ("sqrt", "log", "reciprocal", "exp", "square")
+TAME = {σ.kind: σ for σ, _ in ELEMENTWISE.values() if σ.kind not in UNRULY}
 Params = list[Tensor | None]
 
 
@@ -148,13 +149,12 @@ def programs(draw: Any, d: int, D: int) -> tuple[Node, ...]:
         v = draw(st.integers(0, len(nodes)))
         H = widths[v]
         alike = st.sampled_from([u for u, width in enumerate(widths) if width == H])
-        kinds = [kind for kind in RULES if kind != "expand" or H == 1]
+        kinds = [kind for kind in RULES if kind not in UNRULY and (kind != "expand" or H == 1)]
         kind = draw(st.sampled_from([*kinds, "linear", "linear", "linear", "sum", "product"]))
         if kind == "linear":
             append(kind, (v,), (), draw(st.integers(1, 6)))
-        elif kind in ELEMENTWISE:
-            numbers = NUMBERS.get(kind, (0.0, 0.0, 0.0))
-            append(kind, (v,), numbers, H)
+        elif kind in TAME:
+            append(kind, (v,), TAME[kind][1:], H)
         elif kind == "sum":
             inputs = tuple(draw(st.lists(alike, min_size=1, max_size=3)))
             signs = st.sampled_from([1.0, -1.0, 0.5])
@@ -188,9 +188,10 @@ def operands(
     d: int, nodes: tuple[Node, ...], N: int, bias: bool = True, single: bool = False
 ) -> tuple[Tensor, Params]:
     """x (N, d) and the parameters; a parameter that may be one number is one if ``single``."""
-    params: Params = [None] * (1 + max((p for node in nodes for p in node.params), default=-1))
+    shapes_of = parameter_shapes(d, nodes)
+    params: Params = [None] * len(shapes_of)
     biases = {node.params[1] for node in nodes if node.kind == "linear"}
-    for place, (node, shapes) in parameter_shapes(d, nodes).items():
+    for place, (node, shapes) in shapes_of.items():
         if place in biases and not bias:
             continue
         shape = shapes[-1] if single else shapes[0]

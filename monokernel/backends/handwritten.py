@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..hinge import slope_cotangent, slope_weights
-from ..nodes import Rule, moving, rule, used
+from ..nodes import Rule, columns_of, moving, rule, used
 from ..problem import Problem, accumulate_dtype, nan_rule
 from ..program import Node
 
@@ -237,6 +237,26 @@ class _Cotangents:
             self.of[v], own = held + t, True
         if own:
             self.own.add(v)
+
+    def add_pulled(
+        self, step: _Step, u: list[Tensor], v: Tensor, P: Tensor, θ: Params, mine: Sequence[bool]
+    ) -> None:
+        """Adds what a light node pulls down of P to those of its inputs that are ``mine``."""
+        node, of = step.node, step.rule
+        if node.kind == "columns":
+            if mine[0]:
+                self._add_columns(node, u[0].shape[-1], P)
+            return
+        for i, wanted, t in zip(node.inputs, mine, of.pull_now(node, u, v, P, θ), strict=True):
+            if wanted:
+                self.add(i, t, of.varies)
+
+    def _add_columns(self, node: Node, width: int, P: Tensor) -> None:
+        """The parts of a chunk go to where they belong: the pull of each by itself is mostly 0."""
+        (u,), columns = node.inputs, columns_of(node)
+        if u not in self.own or self.of[u].shape[:-1] != P.shape[:-1]:
+            self.add(u, P.new_zeros(*P.shape[:-1], width), True)
+        self.of[u][..., columns].add_(P)
 
     def add_product(self, v: int, g: Tensor, W: Tensor) -> None:
         """Adds g W."""
@@ -575,19 +595,15 @@ class _Block:
             g = self._cotangent(v, P, q)
             if trained and g is not None:
                 of.parameters(node, u, g, θ, grads)
-            pulled = of.pull_now(node, u, value, g, θ) if g is not None and True in direct else ()
-            for n, i in enumerate(node.inputs):
-                if direct[n]:
-                    t = pulled[n] if pulled else None
-                    t = self._join(t, curvature[n] if curvature else None)
-                    if t is not None:
-                        self.g.add(i, t, of.varies)
+            if g is not None and True in direct:
+                self.g.add_pulled(down.step, u, value, g, θ, direct)
+            for i, mine, c in zip(node.inputs, direct, curvature, strict=False):
+                if mine and c is not None and g is not None and self.pairs is not None:
+                    self.pairs.scatter_add(self.g.of[i], c)  # a curved node's pull is new memory
+                elif mine and (joined := self._join(None, c)) is not None:
+                    self.g.add(i, joined, True)
         if P is not None and True in kept:
-            for i, mine, p in zip(
-                node.inputs, kept, of.pull_now(node, u, value, P, θ), strict=True
-            ):
-                if mine:
-                    self.P.add(i, p, of.varies)
+            self.P.add_pulled(down.step, u, value, P, θ, kept)
 
 
 class _Pairs:
@@ -700,10 +716,7 @@ class _Pairs:
             if of.curved:
                 curvature = of.curvature(node, u, value, u_dot, p, θ)
         if passed is not None and True in down.by_pairs:
-            pulled = of.pull_now(node, u, value, passed, θ)
-            for i, mine, t in zip(node.inputs, down.by_pairs, pulled, strict=True):
-                if mine:
-                    self.chain.add(i, t, of.varies)
+            self.chain.add_pulled(down.step, u, value, passed, θ, down.by_pairs)
         for i, mine, c in zip(node.inputs, down.kept, curvature, strict=False):
             if mine and c is not None:
                 self.chain.add(i, c, True)
