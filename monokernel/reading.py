@@ -225,7 +225,7 @@ def _record(mlp: nn.Module, inputs: Inputs) -> Reading | str:
         part = place(mlp, _innermost(error))
         return tape.sentence or f"{part}: its forward does not run on symbols ({said(error)})"
     finally:
-        tape.close()
+        tape.end()
 
 
 def _laid_out(tape: Tape, y: int, d: int, squeezed: bool) -> Reading | str:

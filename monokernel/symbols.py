@@ -77,11 +77,11 @@ class Tape:
         self.steps: list[Step] = []
         self.values: list[Value] = []
         self.sentence = ""
-        self.closed = False
+        self.ended = False  # nobody records any more
 
-    def close(self) -> None:
-        """Lets go of all that it holds: it and its Values hold one another."""
-        self.closed = True
+    def end(self) -> None:
+        """Lets go of the Values, which hold the tape, and of what they were computed with."""
+        self.ended = True
         self.values.clear()
         self.steps.clear()
 
@@ -158,8 +158,9 @@ class Symbol:
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         """Asked for by ``isinstance`` alone, to which there is no good answer: it is no tensor.
-        That is also how an ``autograd.Function``, with a derivative of its own, shows itself."""
-        if self.tape.closed:
+        That is also how an ``autograd.Function``, with a derivative of its own, shows itself.
+        Once the forward is over, who walks over all objects (a memory profiler) may ask."""
+        if self.tape.ended:
             return type(self)
         raise self.tape.refuse("isinstance or an autograd.Function", "asks for the type of it")
 

@@ -14,9 +14,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from monokernel import MonotonePenalty, fused_mono_penalty, value_and_jacobian
+from monokernel.backends import compaction
 from tests.support import assert_same, gradients, oracle, oracle_penalties, points
 
 D1, K, D, N = 3, 2, 3, 40
+
+
+@pytest.fixture(autouse=True)
+def _worthwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The networks here are small."""
+    monkeypatch.setitem(compaction.WORTHWHILE, "cpu", 0)
 
 
 class Counts(nn.Module):
@@ -153,6 +160,15 @@ def test_many_violations_take_one_call() -> None:
     net = Counts(normed())
     compare(net, *inputs(), torch.ones(N, D, K).double())
     assert net.rows == [N]
+
+
+def test_a_small_step_takes_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Counts(normed())
+    size = N * D * sum(p.numel() for p in net.parameters())
+    for least, rows in ((size + 1, [N]), (size, [N, 6])):
+        monkeypatch.setitem(compaction.WORTHWHILE, "cpu", least)
+        compare(net, *inputs(), few())
+        assert net.rows == rows
 
 
 @pytest.mark.parametrize("tracked", [(True, False), (False, True), (False, False)])
@@ -345,6 +361,18 @@ def test_saved_tensor_hooks_and_a_second_backward() -> None:
     assert_same(list(first), gradients(loss, *leaves))
 
 
+@pytest.mark.parametrize("mixing", [False, True])
+def test_checkpointing_around_the_penalty(mixing: bool) -> None:
+    net, (x1, x2) = Counts(Mixing(centred) if mixing else normed()), inputs()
+    leaves = [x1, x2, *net.parameters()]
+    model = MonotonePenalty(net, margin=50.0, weight=few())
+    y, penalty = checkpoint(model, x1, x2, use_reentrant=False)
+    got = gradients(y.sum() + penalty, *leaves)
+    y, J = oracle(net, x1, x2)
+    loss = y.sum() + oracle_penalties(J, 1.0, 50.0, weight=few()).sum()
+    assert_same(got, gradients(loss, *leaves))
+
+
 def test_hooks_of_parameters_fire_once_with_the_whole_gradient() -> None:
     """What DistributedDataParallel builds on."""
     net, (x1, x2) = Counts(normed()), points(N, D1, K)
@@ -421,19 +449,20 @@ def fixed_size(x: Tensor) -> Tensor:
     return x + x.reshape(N // 2, 2, -1).mean(1).repeat_interleave(2, 0)
 
 
+class Mixing(nn.Module):
+    def __init__(self, mix: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.net, self.mix = normed(), mix
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.net(self.mix(x))
+        return y
+
+
 @pytest.mark.parametrize("mix", [centred, scaled, across, by_position, fixed_size])
 @pytest.mark.parametrize("share", [1, 6])
 def test_rows_that_mix_are_noticed(mix: Callable[[Tensor], Tensor], share: int) -> None:
-    class Mixing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = normed()
-
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.net(mix(x))
-            return y
-
-    net = Counts(Mixing())
+    net = Counts(Mixing(mix))
     x1, x2 = inputs()
     weight = few(pairs=share)
     if mix is scaled:  # the row that decides for all is among those that violate
@@ -513,6 +542,7 @@ def test_a_generator_of_its_own_is_noticed() -> None:
 
     net, (x1, x2) = Noisy(), inputs()
     leaves = [x1, x2, *net.parameters()]
+    value_and_jacobian(net, x1, x2)  # its first call finds that it cannot be read
     generator.manual_seed(0)
     y, penalty = fused_mono_penalty(net, x1, x2, margin=50.0, weight=few(), return_output=True)
     got = gradients(y.sum() + penalty, *leaves)

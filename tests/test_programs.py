@@ -20,7 +20,7 @@ from monokernel.backends import handwritten, reference
 from monokernel.nodes import RULES, parameter_shapes, rule, wrong_nodes
 from monokernel.operands import check_forward
 from monokernel.problem import Hinge, Mode, Problem, nan_rule
-from monokernel.program import Node, parameter_count
+from monokernel.program import Node
 from tests.gpu.cases import NUMBERS
 from tests.support import assert_same
 
@@ -188,7 +188,7 @@ def operands(
     d: int, nodes: tuple[Node, ...], N: int, bias: bool = True, single: bool = False
 ) -> tuple[Tensor, Params]:
     """x (N, d) and the parameters; a parameter that may be one number is one if ``single``."""
-    params: Params = [None] * parameter_count(nodes)
+    params: Params = [None] * (1 + max((p for node in nodes for p in node.params), default=-1))
     biases = {node.params[1] for node in nodes if node.kind == "linear"}
     for place, (node, shapes) in parameter_shapes(d, nodes).items():
         if place in biases and not bias:

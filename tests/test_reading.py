@@ -905,3 +905,22 @@ def test_structural_chains_are_not_run() -> None:
     x1, x2 = points(4, D1, K)
     net[1].__class__ = type("SiLU", (nn.SiLU,), {"forward": lambda self, x: x * x.sigmoid()})
     assert_same(value_and_jacobian(net, x1, x2, backend="reference"), oracle(net, x1, x2))
+
+
+def test_who_walks_over_all_objects_meets_no_symbol_that_refuses() -> None:
+    """As memory profilers do, which ask every object whether it is a tensor."""
+    kept: list[Any] = []
+
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            kept.append(x)
+            return self.layer(x).tanh()
+
+    fused_mono_penalty(Keeps(), torch.randn(4, 2), torch.randn(4, 1))
+    assert kept
+    assert not isinstance(kept[0], Tensor)
+    assert sum(isinstance(o, Tensor) for o in gc.get_objects()) > 0

@@ -33,6 +33,11 @@ __all__ = ["DENSE", "Call", "Repeat", "compacted", "slope"]
 # The share of pairs from which on double backward of all rows costs less, because it shares
 # products with the task loss: 0.4 was measured with eight outputs, 0.55 with one.
 DENSE = 1 / 3
+# Rows × outputs × parameters from which on it is worth the calls that it takes, about 1 ms. With
+# one output on a CPU the step was half as dear again at 2e6, and level at 9e6. Elsewhere it was not
+# measured: a call takes as long there, and a product a thousandth.
+WORTHWHILE = {"cpu": 1e7}
+WORTHWHILE_ELSEWHERE = 1e10
 # Slopes may jump at a kink that rounding crosses, where y does not: their tolerance is loose.
 SLOPES_TOLERANCE = 0.05
 
@@ -71,11 +76,18 @@ class Call:
     def repeat(
         self, module: Module, y: Tensor, parts: tuple[Tensor, Tensor], wanted: tuple[bool, bool]
     ) -> Repeat | None:
-        """None where the module must not be called again, or its gradients do not end in leaves:
-        the graph of what others computed may be gone when the backward wants it. The ``parts`` x1
-        and x2 are nodes of x's graph where they take part in autograd."""
-        x, state = self.x, _State.of(self.mlp, [self.x])
-        if x.dim() < 2 or not y.requires_grad or state is None or not state.same(self.state):
+        """None where the module must not be called again, or where that does not pay, or where its
+        gradients do not end in leaves: the graph of what others computed may be gone when the
+        backward wants it. The ``parts`` x1 and x2 are nodes of x's graph if they are in autograd's.
+        """
+        x = self.x
+        if self.state is None or x.dim() < 2 or not y.requires_grad:
+            return None
+        work = y.numel() * sum(t.numel() for t in self.mlp.parameters())
+        if work < WORTHWHILE.get(x.device.type, WORTHWHILE_ELSEWHERE):
+            return None
+        state = _State.of(self.mlp, [x])
+        if state is None or not state.same(self.state):
             return None
         if not all(map(torch.equal, self.random, _random_state(x.device))):
             return None
