@@ -110,6 +110,10 @@ class Case:
         yield replace(self, N=1)  # strides of 1 are compile-time constants
 
 
+# Spills that are known and stand in the table as warnings, as (kernel, target, width of the hidden
+# layers, with dx of more than 16 inputs): bytes. One byte more fails.
+KNOWN_SPILLS = {("network_backward", "sm_80", 128, True): 24}
+
 # Outputs and columns for which either mode is the cheaper one.
 SIDES: tuple[tuple[int, int, Mode], ...] = ((1, 4, "adjoint"), (8, 1, "tangent"))
 
@@ -290,6 +294,7 @@ class Row:
     special: int
     seconds: float
     complaints: tuple[str, ...]
+    warning: str = ""
 
 
 def compile_one(case: Case, index: int, target_name: str) -> Row:
@@ -322,7 +327,9 @@ def compile_one(case: Case, index: int, target_name: str) -> Row:
     ieee = "PRECISION" in call.options and call.options["PRECISION"] == "ieee"
     full = str(call.options.get("C")) == "fp32" and ieee  # no tensor core computes strict float32
     complaints = []
-    if stack:
+    wide_dx = case.dx and case.widths[0] > 16
+    known = KNOWN_SPILLS.get((name, target_name, max(case.widths[1:-1]), wide_dx), 0)
+    if stack > known:
         complaints.append(f"spills {stack} bytes")
     if "C" in call.options and not full and not dots:
         complaints.append("no tensor-core instruction")
@@ -334,7 +341,7 @@ def compile_one(case: Case, index: int, target_name: str) -> Row:
         complaints.append("a trap in the PTX")
     return Row(
         case.name, name, target_name, registers, stack, shared, tensor_memory, dots, special,
-        seconds, tuple(complaints),
+        seconds, tuple(complaints), f"known: spills {stack} bytes" if 0 < stack <= known else "",
     )  # fmt: skip
 
 
@@ -406,7 +413,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(
                 f"{row.case:{wide}} {row.kernel:18} {row.target:7} {row.registers:3} {row.stack:5} "
                 f"{row.shared:7} {row.tensor_memory:4} {row.tensor_core:5} {row.special:5} "
-                f"{row.seconds:5.1f}  {'; '.join(row.complaints)}".rstrip(),
+                f"{row.seconds:5.1f}  {'; '.join(row.complaints) or row.warning}".rstrip(),
                 flush=True,
             )
             failed += bool(row.complaints)
