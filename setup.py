@@ -45,7 +45,11 @@ FLAGS = [
     "-Wno-psabi",  # vectors never cross a boundary between instruction sets
 ]
 # The flags of each source file. Every processor runs the baseline (SSE2, or NEON on aarch64).
-SOURCES: dict[str, list[str]] = {"csrc/binding.cpp": [], "csrc/isa_baseline.cpp": []}
+SOURCES: dict[str, list[str]] = {
+    "csrc/binding.cpp": [],
+    "csrc/describe.cpp": [],
+    "csrc/isa_baseline.cpp": [],
+}
 if platform.machine().lower() in ("x86_64", "amd64"):
     SOURCES["csrc/isa_avx2.cpp"] = ["-mavx2", "-mfma"]
     SOURCES["csrc/isa_avx512.cpp"] = [

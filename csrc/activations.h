@@ -143,6 +143,129 @@ template <class T> struct LogSigmoid {
   }
 };
 
+template <class T> struct Hardsigmoid {
+  static MK_INLINE Sigma<T> at(Vec<T> a, Numbers<T>) {
+    const Vec<T> low = splat(T(-3)), high = splat(T(3));
+    const Vec<T> raised = a < low ? low : a;
+    return {(raised > high ? high : raised) / T(6) + T(0.5),
+            a > low ? (a < high ? splat(T(1) / T(6)) : none<T>()) : none<T>(), none<T>()};
+  }
+};
+
+template <class T> struct Hardswish {
+  static MK_INLINE Sigma<T> at(Vec<T> a, Numbers<T>) {
+    const Vec<T> low = splat(T(-3)), high = splat(T(3)), shifted = a + T(3);
+    const Vec<T> raised = max_zero<T>(shifted);
+    const Vec<T> gate = (raised > T(6) ? splat(T(6)) : raised) / T(6);
+    const Vec<T> inside = a / T(3) + T(0.5);
+    return {a * gate, a <= low ? none<T>() : (a < high ? inside : splat(T(1))),
+            a > low ? (a < high ? splat(T(1) / T(3)) : none<T>()) : none<T>()};
+  }
+};
+
+// 1 where a is not in [-p, p], a NaN included.
+template <class T> MK_INLINE Vec<T> outside(Vec<T> a, T p) {
+  return a >= -p ? (a <= p ? none<T>() : splat(T(1))) : splat(T(1));
+}
+
+template <class T> struct Softshrink {
+  static MK_INLINE Sigma<T> at(Vec<T> a, Numbers<T> s) {
+    const Vec<T> value = a > s.p ? a - s.p : (a < -s.p ? a + s.p : a * T(0));
+    return {value, outside<T>(a, s.p), none<T>()};
+  }
+};
+
+template <class T> struct Hardshrink {
+  static MK_INLINE Sigma<T> at(Vec<T> a, Numbers<T> s) {
+    const Vec<T> first = outside<T>(a, s.p);
+    return {first != T(0) ? a : none<T>(), first, none<T>()};
+  }
+};
+
+template <class T> struct Threshold {
+  static MK_INLINE Sigma<T> at(Vec<T> a, Numbers<T> s) {
+    return {a <= s.p ? splat(s.q) : a, a <= s.p ? none<T>() : splat(T(1)), none<T>()};
+  }
+};
+
+template <class T> struct Clamp {
+  static MK_INLINE Sigma<T> at(Vec<T> a, Numbers<T> s) {
+    const Vec<T> low = splat(s.p), high = splat(s.q);
+    const Vec<T> raised = a < low ? low : a;
+    return {raised > high ? high : raised,
+            a >= low ? (a <= high ? splat(T(1)) : none<T>()) : none<T>(), none<T>()};
+  }
+};
+
+template <class T> struct Tanhshrink {
+  static MK_INLINE Sigma<T> at(Vec<T> a, Numbers<T>) {
+    const Tanh<T> t = tanh_both<T>(a);
+    return {a - t.value, t.value * t.value, T(2) * t.value * t.first};
+  }
+};
+
+template <class T> struct Abs {
+  static MK_INLINE Sigma<T> at(Vec<T> a, Numbers<T>) {
+    return {abs_of<T>(a), a > T(0) ? splat(T(1)) : (a < T(0) ? splat(T(-1)) : a * T(0)),
+            none<T>()};
+  }
+};
+
+template <class T> struct Square {
+  static MK_INLINE Sigma<T> at(Vec<T> a, Numbers<T>) { return {a * a, T(2) * a, splat(T(2))}; }
+};
+
+// f of each lane, for functions that have no spelling in vectors here.
+template <class T, class F> MK_INLINE Vec<T> each_lane(Vec<T> a, const F& f) {
+  Vec<T> out;
+  for (int i = 0; i < Simd<T>::lanes; ++i) out[i] = T(f(double(a[i])));
+  return out;
+}
+
+template <class T> struct Sqrt {
+  static MK_INLINE Sigma<T> at(Vec<T> a, Numbers<T>) {
+    const Vec<T> value = each_lane<T>(a, [](double x) { return __builtin_sqrt(x); });
+    const Vec<T> inverse = T(1) / value;
+    return {value, T(0.5) * inverse, T(-0.25) * inverse / a};
+  }
+};
+
+template <class T> struct Exponential {
+  static MK_INLINE Sigma<T> at(Vec<T> a, Numbers<T>) {
+    const Vec<T> e = exp_both<T, false>(a).exp;
+    return {e, e, e};
+  }
+};
+
+template <class T> struct Log {
+  static MK_INLINE Sigma<T> at(Vec<T> a, Numbers<T>) {
+    const Vec<T> inverse = T(1) / a;
+    return {each_lane<T>(a, [](double x) { return __builtin_log(x); }), inverse,
+            -inverse * inverse};
+  }
+};
+
+template <class T> struct Reciprocal {
+  static MK_INLINE Sigma<T> at(Vec<T> a, Numbers<T>) {
+    const Vec<T> inverse = T(1) / a, square = inverse * inverse;
+    return {inverse, -square, T(2) * square * inverse};
+  }
+};
+
+template <class T> struct Sine {
+  static MK_INLINE Sigma<T> at(Vec<T> a, Numbers<T>) {
+    const Vec<T> sine = each_lane<T>(a, [](double x) { return __builtin_sin(x); });
+    return {sine, each_lane<T>(a, [](double x) { return __builtin_cos(x); }), -sine};
+  }
+};
+
+template <class T> struct Cosine {
+  static MK_INLINE Sigma<T> at(Vec<T> a, Numbers<T>) {
+    const Vec<T> cosine = each_lane<T>(a, [](double x) { return __builtin_cos(x); });
+    return {cosine, -each_lane<T>(a, [](double x) { return __builtin_sin(x); }), -cosine};
+  }
+};
+
 // What to do over a rectangle of pre-activations a: store σ, σ', σ'' where a place is given.
 template <class T> struct Apply {
   int64_t rows, columns;  // columns: whole vectors
@@ -180,7 +303,7 @@ template <class T> const ApplyFn<T>* orders_of(int kind) {
       MK_ORDERS(Identity), MK_ORDERS(Relu),     MK_ORDERS(LeakyRelu), MK_ORDERS(Hardtanh),
       MK_ORDERS(Elu),      MK_ORDERS(Gelu),     MK_ORDERS(GeluTanh),  MK_ORDERS(Silu),
       MK_ORDERS(Mish),     MK_ORDERS(Softplus), MK_ORDERS(Softsign),  MK_ORDERS(TanhKind),
-      MK_ORDERS(Sigmoid),  MK_ORDERS(LogSigmoid)};
+      MK_ORDERS(Sigmoid),  MK_ORDERS(LogSigmoid), MK_ORDERS(Hardsigmoid), MK_ORDERS(Hardswish), MK_ORDERS(Softshrink), MK_ORDERS(Hardshrink), MK_ORDERS(Threshold), MK_ORDERS(Clamp), MK_ORDERS(Tanhshrink), MK_ORDERS(Abs), MK_ORDERS(Square), MK_ORDERS(Sqrt), MK_ORDERS(Exponential), MK_ORDERS(Log), MK_ORDERS(Reciprocal), MK_ORDERS(Sine), MK_ORDERS(Cosine)};
   static_assert(sizeof(table) / sizeof(table[0]) == kinds, "one row for each kind of the table");
   return table[kind];
 }
@@ -249,11 +372,10 @@ template <class T> const SingleFn<T>* singles_of(int kind) {
       MK_MORE(Identity), MK_MORE(Relu),     MK_MORE(LeakyRelu), MK_MORE(Hardtanh),
       MK_MORE(Elu),      MK_MORE(Gelu),     MK_MORE(GeluTanh),  MK_MORE(Silu),
       MK_MORE(Mish),     MK_MORE(Softplus), MK_MORE(Softsign),  MK_MORE(TanhKind),
-      MK_MORE(Sigmoid),  MK_MORE(LogSigmoid)};
+      MK_MORE(Sigmoid),  MK_MORE(LogSigmoid), MK_MORE(Hardsigmoid), MK_MORE(Hardswish), MK_MORE(Softshrink), MK_MORE(Hardshrink), MK_MORE(Threshold), MK_MORE(Clamp), MK_MORE(Tanhshrink), MK_MORE(Abs), MK_MORE(Square), MK_MORE(Sqrt), MK_MORE(Exponential), MK_MORE(Log), MK_MORE(Reciprocal), MK_MORE(Sine), MK_MORE(Cosine)};
   return table[kind];
 }
 #undef MK_MORE
 
-MK_INLINE bool is_piecewise_linear(int kind) { return kind <= 3; }
 
 }  // namespace

@@ -4,7 +4,7 @@
 // is given the address of `torch_parallel_for` (LibTorch's stable C interface, torch 2.10 and later),
 // so that one binary serves every PyTorch and every Python, and no second thread pool appears.
 #include "c_api.h"
-#include "plan.h"
+#include "describe.h"
 
 #include <atomic>
 #include <cstdlib>
@@ -170,15 +170,6 @@ const InstructionSet& chosen() {
 
 // --- plans ------------------------------------------------------------------------------------------
 
-struct OwnedPlan {
-  Plan plan;
-  const Kernels* kernels;
-  std::vector<int64_t> widths, kind;
-  std::vector<double> numbers, direction;
-  mk_shape shape;
-  int64_t owners;
-};
-
 // Plans by handle. A number that is no plan's can be told, for an operator that takes one can be
 // called by anybody. Handles are never used twice.
 class Plans {
@@ -248,30 +239,17 @@ MK_EXPORT void mk_use_parallel_for(void* address) {
   parallel_for = reinterpret_cast<ParallelFor>(address);
 }
 
-MK_EXPORT int64_t mk_plan_new(const int64_t* flags, int64_t L, int64_t k, const int64_t* widths,
-                              const int64_t* kind, const double* numbers, double margin,
+MK_EXPORT const char* mk_node_names() { return node_names; }
+
+MK_EXPORT int64_t mk_plan_new(const int64_t* flags, int64_t d, int64_t k, int64_t count,
+                              const int64_t* nodes, const double* numbers, double margin,
                               const double* direction) {
   OwnedPlan* owned = new (std::nothrow) OwnedPlan{};
   if (!owned) return 0;
   owned->kernels = flags[0] ? &chosen().float64 : &chosen().float32;
-  owned->widths.assign(widths, widths + L + 1);
-  owned->kind.assign(kind, kind + L);
-  owned->numbers.assign(numbers, numbers + 3 * L);
-  if (direction) owned->direction.assign(direction, direction + widths[L] * k);
-  owned->plan = Plan{L,
-                     k,
-                     owned->widths.data(),
-                     owned->kind.data(),
-                     owned->numbers.data(),
-                     flags[1] != 0,
-                     flags[2] != 0,
-                     flags[3] != 0,
-                     flags[4] != 0,
-                     margin,
-                     owned->direction.data()};
+  describe(owned, flags, d, k, count, nodes, numbers, margin, direction);
   Saved saved;
   owned->kernels->saved(owned->plan, &saved);
-  owned->shape = {L, k, flags[0] != 0, flags[2] && !flags[4], {}, owned->widths.data()};
   static_assert(sizeof(saved.size) == sizeof(owned->shape.saved), "one number for each buffer");
   std::memcpy(owned->shape.saved, saved.size, sizeof(saved.size));
   return Plans::plans().add(owned);
@@ -286,17 +264,21 @@ MK_EXPORT void mk_plan_shape(int64_t plan, mk_shape* shape) {
 
 MK_EXPORT int mk_forward(int64_t plan, int64_t N, int64_t threads, const void* x,
                          const void* weight, int64_t weight_per_row, const void* const* params,
-                         void* y, void* out, void* const* saved) {
+                         const int64_t* sizes, void* y, void* out, void* const* saved) {
   const OwnedPlan* owned = Plans::plans().find(plan);
-  const ForwardCall call{N, int(threads), x, weight, weight_per_row != 0, params, y, out, saved};
+  const ForwardCall call{N, int(threads), x, weight, weight_per_row != 0, params, sizes, y, out,
+                         saved};
   return owned->kernels->forward(owned->plan, call, runtime);
 }
 
 MK_EXPORT int mk_backward(int64_t plan, int64_t N, int64_t threads, const void* x,
-                          const void* const* params, const void* gy, const void* gout,
-                          void* const* saved, void* gx, void* const* grads) {
+                          const void* const* params, const int64_t* sizes, const void* gy,
+                          const void* gout, void* const* saved, void* gx, void* const* grads) {
   const OwnedPlan* owned = Plans::plans().find(plan);
-  const BackwardCall call{N, int(threads), x, params, gy, gout, saved, gx, grads};
+  std::vector<Way> way;
+  if (!owned->plan.L) way = way_down(owned->plan, gx != nullptr, grads);
+  const BackwardCall call{N,  int(threads), x,     params, sizes, gy, gout, saved,
+                          gx, grads,        way.data()};
   return owned->kernels->backward(owned->plan, call, runtime);
 }
 

@@ -28,6 +28,7 @@ using torch::autograd::variable_list;
 
 // In the order of CALLS in backends/cpu.py.
 struct Kernel {
+  decltype(&mk_node_names) node_names;
   decltype(&mk_plan_shape) shape;
   decltype(&mk_plan_keep) keep;
   decltype(&mk_plan_drop) drop;
@@ -49,7 +50,7 @@ struct PlanReference : torch::CustomClassHolder {
   }
   ~PlanReference() override { kernel.drop(handle); }
 
-  int64_t D() const { return shape.widths[shape.L]; }
+  int64_t D() const { return shape.D; }
   int64_t row_size() const { return shape.saved[0] + shape.saved[1] + shape.saved[2]; }
   // What it computes in; a network in half precision is converted to it on entry.
   at::ScalarType dtype() const { return shape.is_double ? at::kDouble : at::kFloat; }
@@ -138,29 +139,48 @@ Tensor operand(const PlanReference& plan, const Tensor& given, at::IntArrayRef s
 Tensor inputs(const PlanReference& plan, const Tensor& x) {
   TORCH_CHECK(x.dim() == 2, "x1, x2: expected two dimensions, got ", x.dim());
   const at::ScalarType network = plan.serves(x.scalar_type()) ? x.scalar_type() : plan.dtype();
-  return operand(plan, x, {x.size(0), plan.shape.widths[0]}, network, [] { return "x1, x2"; });
+  return operand(plan, x, {x.size(0), plan.shape.d}, network, [] { return "x1, x2"; });
 }
 
-// Where the parameters that are there lie among W1, b1, ...
+// Which of the parameters are there.
 using Present = std::vector<bool>;
 
-// W1, b1, ..., undefined where a layer has no bias; `given` are those that are there.
-variable_list parameters(const PlanReference& plan, at::ScalarType network, const Present& present,
-                         const variable_list& given) {
-  TORCH_CHECK(int64_t(present.size()) == 2 * plan.shape.L, "params: expected ", 2 * plan.shape.L,
+// The elements of each, as the kernel is told.
+std::vector<int64_t> sizes_of(const variable_list& params) {
+  std::vector<int64_t> sizes;
+  sizes.reserve(params.size());
+  for (const Tensor& p : params) sizes.push_back(p.defined() ? p.numel() : 0);
+  return sizes;
+}
+
+std::string name_of(const PlanReference& plan, size_t place) {
+  const mk_parameter& p = plan.shape.parameters[place];
+  if (p.layer) {
+    return c10::str("mlp: the ", p.rows ? "weight" : "bias", " of linear layer ", p.layer);
+  }
+  std::istringstream names(kernel.node_names());
+  std::string name;
+  for (int64_t i = 0; i <= p.kind; ++i) names >> name;
+  return c10::str("mlp: the parameter of its ", name);
+}
+
+// The parameters in their order, undefined where one is absent; `given` are those that are there.
+variable_list parameters(const PlanReference& plan, at::ScalarType network, int64_t N,
+                         const Present& present, const variable_list& given) {
+  TORCH_CHECK(int64_t(present.size()) == plan.shape.params, "params: expected ", plan.shape.params,
               ", got ", present.size());
   variable_list params(present.size());
   size_t next = 0;
   for (size_t i = 0; i < present.size(); ++i) {
-    const int64_t l = int64_t(i) / 2;
-    const bool bias = i % 2;
-    TORCH_CHECK(present[i] || bias, "mlp: the weight of linear layer ", l + 1,
-                ": expected a tensor, got None");
+    const mk_parameter& p = plan.shape.parameters[i];
+    TORCH_CHECK(present[i] || p.optional, name_of(plan, i), ": expected a tensor, got None");
     if (!present[i]) continue;
-    const int64_t size[] = {plan.shape.widths[l + 1], plan.shape.widths[l]};
-    params[i] = operand(plan, given[next++], {size, bias ? 1u : 2u}, network, [&] {
-      return c10::str("mlp: the ", bias ? "bias" : "weight", " of linear layer ", l + 1);
-    });
+    const Tensor& t = given[next++];
+    const int64_t one[] = {1}, size[] = {p.rows < 0 ? N : p.rows, p.columns};
+    const bool spread = p.one_for_all && t.sizes() == at::IntArrayRef(one);
+    const at::IntArrayRef expected = spread ? at::IntArrayRef(one)
+                                            : at::IntArrayRef(size + !p.rows, p.rows ? 2u : 1u);
+    params[i] = operand(plan, t, expected, network, [&] { return name_of(plan, i); });
   }
   return params;
 }
@@ -201,7 +221,7 @@ Outputs run(const PlanReference& plan, const Tensor& given, const std::optional<
   const Tensor x = inputs(plan, given);
   const at::ScalarType network = given.scalar_type();
   const int64_t N = x.size(0), D = plan.D();
-  const variable_list params = parameters(plan, network, present, given_params);
+  const variable_list params = parameters(plan, network, N, present, given_params);
   Tensor w;
   const bool per_row = weight && weight->dim() == 3;
   if (weight) {
@@ -218,7 +238,7 @@ Outputs run(const PlanReference& plan, const Tensor& given, const std::optional<
   for (const Tensor& p : params) pointers.push_back(address(p));
   const std::array<void*, 3> at = places(shape, o.saved, N);
   check(kernel.forward(plan.handle, N, at::get_num_threads(), x.data_ptr(), address(w), per_row,
-                       pointers.data(), o.y.data_ptr(), o.out.data_ptr(),
+                       pointers.data(), sizes_of(params).data(), o.y.data_ptr(), o.out.data_ptr(),
                        save ? at.data() : nullptr));
   o.y = o.y.to(network);
   return o;
@@ -287,7 +307,7 @@ struct Step : torch::autograd::Function<Step> {
     const at::ScalarType network = saved[0].scalar_type();
     const int64_t N = x.size(0), D = plan.D();
     const variable_list params =
-        parameters(plan, network, present, {saved.begin() + 1, saved.end() - 1});
+        parameters(plan, network, N, present, {saved.begin() + 1, saved.end() - 1});
     Tensor buffers = saved.back();
     if (buffers.defined()) {
       buffers = operand(plan, buffers, {N * plan.row_size()}, plan.dtype(),
@@ -312,7 +332,7 @@ struct Step : torch::autograd::Function<Step> {
     }
     const std::array<void*, 3> at = places(shape, buffers, N);
     check(kernel.backward(plan.handle, N, at::get_num_threads(), x.data_ptr(), pointers.data(),
-                          address(gy), address(gout), at.data(), address(grads[0]), to.data()));
+                          sizes_of(params).data(), address(gy), address(gout), at.data(), address(grads[0]), to.data()));
     for (Tensor& g : grads) {
       if (g.defined()) g = g.to(network);
     }
@@ -365,8 +385,8 @@ std::tuple<Tensor, Tensor> cpu_step(int64_t plan, const Tensor& x,
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) void mk_connect(void* const* addresses) {
-  static_assert(sizeof(Kernel) == 7 * sizeof(void*), "one address for each function");
-  std::copy_n(addresses, 7, reinterpret_cast<void**>(&kernel));
+  static_assert(sizeof(Kernel) == 8 * sizeof(void*), "one address for each function");
+  std::copy_n(addresses, 8, reinterpret_cast<void**>(&kernel));
 }
 
 TORCH_LIBRARY_FRAGMENT(monokernel, library) {

@@ -1,26 +1,38 @@
 // The C interface of the library: what boundary.cpp calls by address and backends/cpu.py with ctypes.
 //
 // A plan is named by its handle, an opaque number. Who calls may read and write at every pointer: the
-// library sees no sizes. Shapes are those of docs/mathematics.md; params are W_1, b_1, ... in order.
+// library sees no sizes. Shapes are those of docs/mathematics.md and monokernel/nodes.py.
 #pragma once
 
 #include <stdint.h>
 
 extern "C" {
 
-// What a caller must know of a plan; `widths` (L + 1 numbers) lives as long as the plan.
-struct mk_shape {
-  int64_t L, k;
-  int64_t is_double, summed;  // summed: the second output is one number
-  int64_t saved[3];           // elements for each row of x of the a_l, the P_l and ∂penalty/∂J
-  const int64_t* widths;
+// What one parameter of a plan must be: (rows, columns), or (columns,) if rows is 0, where rows of -1
+// are those of x. `kind` is that of the node that reads it, `layer` counts linear nodes from 1 on.
+struct mk_parameter {
+  int64_t kind, layer, rows, columns;
+  int64_t optional;     // it may be absent
+  int64_t one_for_all;  // it may be one number (1,)
 };
 
-// flags: is_double, adjoint, hinge, squared, elementwise. Arrays as in Plan (plan.h); copied. Returns
-// the handle, 0 where there is no memory.
-int64_t mk_plan_new(const int64_t* flags, int64_t L, int64_t k, const int64_t* widths,
-                    const int64_t* kind, const double* numbers, double margin,
-                    const double* direction);
+// What a caller must know of a plan; `parameters` lives as long as the plan.
+struct mk_shape {
+  int64_t d, D, k, params;
+  int64_t is_double, summed;  // summed: the second output is one number
+  int64_t saved[3];           // elements for each row of x: values, cotangents P and ∂penalty/∂J
+  const mk_parameter* parameters;
+};
+
+// The kinds of nodes in the order of their codes, between spaces.
+const char* mk_node_names();
+
+// flags: is_double, adjoint, hinge, squared, elementwise. `nodes` is for each of the `count` nodes its
+// kind, width, numbers of inputs, parameters and numbers, then the inputs and the places of the
+// parameters; `numbers` are those of all nodes. direction is (D, k) or null. All is copied, none is
+// checked. Returns the handle, 0 where there is no memory.
+int64_t mk_plan_new(const int64_t* flags, int64_t d, int64_t k, int64_t count, const int64_t* nodes,
+                    const double* numbers, double margin, const double* direction);
 // A plan has one owner at first. `keep` adds one, unless the number is no plan's handle: it returns
 // 0 then, and 1 otherwise. Each owner drops it once.
 int64_t mk_plan_keep(int64_t plan);
@@ -31,12 +43,13 @@ void mk_plan_shape(int64_t plan, mk_shape* shape);
 void* mk_take(int64_t bytes);
 void mk_give_back(void* memory);
 
-// Both return 0, or 1 where there is no memory for scratch. Null may be: weight (all ones), saved
-// (nothing is), a bias; gy, gout, gx and the gradients that are not wanted.
+// Both return 0, or 1 where there is no memory for scratch. `sizes` are the elements of each
+// parameter. Null may be: weight (all ones), saved (nothing is), an optional parameter; gy, gout, gx
+// and the gradients that are not wanted. A parameter with rows of -1 has no gradient.
 int mk_forward(int64_t plan, int64_t N, int64_t threads, const void* x, const void* weight,
-               int64_t weight_per_row, const void* const* params, void* y, void* out,
-               void* const* saved);
+               int64_t weight_per_row, const void* const* params, const int64_t* sizes, void* y,
+               void* out, void* const* saved);
 int mk_backward(int64_t plan, int64_t N, int64_t threads, const void* x, const void* const* params,
-                const void* gy, const void* gout, void* const* saved, void* gx,
+                const int64_t* sizes, const void* gy, const void* gout, void* const* saved, void* gx,
                 void* const* grads);
 }

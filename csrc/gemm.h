@@ -37,9 +37,14 @@ template <class T> struct Tile {
   int64_t lda;
   const T* b;
   int64_t ldb;
-  const T* init;  // a row: a bias or zeros
+  const T* init;  // a row: a bias or zeros; or a matrix, of stride ldi
+  int64_t ldi;
   T* c;
   int64_t ldc;
+  // Of Aᵀ·B more rows of both, to be summed with the others.
+  int64_t K2;
+  const T *a2, *b2;
+  int64_t lda2, ldb2;
 };
 
 template <class T, int M, int N, bool ATransposed>
@@ -51,7 +56,7 @@ __attribute__((noinline)) void tile(const Tile<T>& t) {
   MK_UNROLL
   for (int i = 0; i < M; ++i) {
     MK_UNROLL
-    for (int j = 0; j < N; ++j) acc[i][j] = load(t.init + j * lanes);
+    for (int j = 0; j < N; ++j) acc[i][j] = load(t.init + i * t.ldi + j * lanes);
   }
   for (int64_t k = 0; k < t.K; ++k) {
     Vec<T> row[N];
@@ -65,6 +70,19 @@ __attribute__((noinline)) void tile(const Tile<T>& t) {
     }
     a += ATransposed ? lda : 1;
     b += ldb;
+  }
+  if constexpr (ATransposed) {
+    const T *more_a = t.a2, *more_b = t.b2;
+    for (int64_t k = 0; k < t.K2; ++k, more_a += t.lda2, more_b += t.ldb2) {
+      Vec<T> row[N];
+      MK_UNROLL
+      for (int j = 0; j < N; ++j) row[j] = load(more_b + j * lanes);
+      MK_UNROLL
+      for (int i = 0; i < M; ++i) {
+        MK_UNROLL
+        for (int j = 0; j < N; ++j) acc[i][j] += more_a[i] * row[j];
+      }
+    }
   }
   MK_UNROLL
   for (int i = 0; i < M; ++i) {
@@ -156,12 +174,23 @@ template <class T> struct Packing {
   }
 };
 
-// What a product starts from: nothing, or a bias row (padded to whole vectors; null for none).
+// What a product starts from: nothing, a bias row (padded to whole vectors; null for none), or a
+// matrix, C itself say.
 template <class T> struct Init {
   const T* row;
+  int64_t ld;
 };
-template <class T> MK_INLINE Init<T> from_zero() { return {nullptr}; }
-template <class T> MK_INLINE Init<T> from_bias(const T* bias) { return {bias}; }
+template <class T> MK_INLINE Init<T> from_zero() { return {nullptr, 0}; }
+template <class T> MK_INLINE Init<T> from_bias(const T* bias) { return {bias, 0}; }
+
+// More rows of A and B for the sum Aᵀ·B.
+template <class T> struct More {
+  int64_t K;
+  const T* a;
+  int64_t lda;
+  const T* b;
+  int64_t ldb;
+};
 
 struct Nothing {
   MK_INLINE void operator()(int64_t, int64_t, int64_t, int64_t) const {}
@@ -172,14 +201,17 @@ struct Nothing {
 // element-wise products.
 template <bool ATransposed, class T, class After>
 void gemm_panel(int64_t j, int64_t M, int64_t K, const T* a, int64_t lda, const Matrix<T>& b,
-                int64_t k0, Init<T> init, T* c, int64_t ldc, const After& after) {
+                int64_t k0, Init<T> init, T* c, int64_t ldc, const After& after,
+                const More<T>& more = {}) {
   const int64_t width = b.width(j), ldb = b.stride(j);
   const T* panel = b.panel(j) + k0 * ldb;
   for (int64_t i = 0; i < M; i += MR) {
     const int64_t rows = min_of<int64_t>(MR, M - i);
     T* to = c + i * ldc + j;
-    const T* from = init.row ? init.row + j : Zeros<T>::row;
-    const Tile<T> t{K, ATransposed ? a + i : a + i * lda, lda, panel, ldb, from, to, ldc};
+    const T* from = init.row ? init.row + i * init.ld + j : Zeros<T>::row;
+    const Tile<T> t{K, ATransposed ? a + i : a + i * lda, lda, panel, ldb, from, init.ld, to, ldc,
+                    more.K, more.K ? more.a + i : nullptr, more.K ? more.b + j : nullptr, more.lda,
+                    more.ldb};
     if (width == panel_width<T>) {
       tile_rows<T, NV, ATransposed>(rows, t);
     } else {
@@ -191,9 +223,9 @@ void gemm_panel(int64_t j, int64_t M, int64_t K, const T* a, int64_t lda, const 
 
 template <bool ATransposed, class T, class After>
 void gemm(int64_t M, int64_t K, const T* a, int64_t lda, const Matrix<T>& b, int64_t k0,
-          Init<T> init, T* c, int64_t ldc, const After& after) {
+          Init<T> init, T* c, int64_t ldc, const After& after, const More<T>& more = {}) {
   for (int64_t j = 0; j < b.N; j += panel_width<T>) {
-    gemm_panel<ATransposed>(j, M, K, a, lda, b, k0, init, c, ldc, after);
+    gemm_panel<ATransposed>(j, M, K, a, lda, b, k0, init, c, ldc, after, more);
   }
 }
 

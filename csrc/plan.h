@@ -7,18 +7,79 @@
 #include <stddef.h>
 #include <stdint.h>
 
-constexpr int kinds = 14;  // rows of the activation table
+// Kinds of nodes: first the elementwise ones, in the order of the activation table (activations.h).
+constexpr int kinds = 29;
+enum NodeKind : int64_t {
+  node_linear = kinds,
+  node_prelu,
+  node_scale,
+  node_mask,
+  node_shift,
+  node_line,
+  node_sum,
+  node_product,
+  node_expand,
+  node_total,
+  node_concat,
+  node_columns,
+  node_normalise,
+  node_root_mean_square,
+  node_softmax,
+  node_log_softmax,
+  node_kinds
+};
 
-// A chain of L linear layers: widths w[0] = d, ..., w[L] = D. x2 is the last k columns of x (N, d).
+// Of the elementwise kinds those whose σ'' is zero everywhere.
+constexpr bool piecewise_linear[kinds] = {
+    true,  true,  true, true, false, false, false, false, false, false, false, false, false, false,
+    true,  false, true, true, true,  true,  false, true,  false, false, false, false, false, false,
+    false};
+
+// The longest chain that the kernel of chains serves.
+constexpr int max_layers = 128;
+
+// Node i makes value i + 1 of earlier values (0 is x); see monokernel/program.py.
+struct Node {
+  int64_t kind, width;
+  int64_t inputs, params;  // how many
+  const int64_t* input;    // values
+  const int64_t* place;    // places among the call's parameters
+  const double* numbers;
+  bool curved;  // whether its curvature is not zero everywhere
+  bool varies;  // whether its Jacobian depends on its inputs
+  bool reads_v; // whether the Jacobian is computed from v
+};
+
+// What a program says of a value whatever the operands.
+struct Flow {
+  bool used;      // y depends on it
+  bool moving;    // x2 reaches it
+  bool constant;  // its tangent is the same in every row
+  bool uniform;   // its cotangent P is the same in every row
+  bool kept;      // the backward has its cotangent as gy∘P + q: one output in adjoint mode
+  bool saved;     // forward leaves it for backward
+  bool pulled;    // forward leaves its P for backward
+  bool viewed;    // columns of it are read in whole vectors from the middle
+};
+
+// A program over x (N, d) with outputs y (N, D). x2 is the last k columns of x.
 struct Plan {
-  int64_t L, k;
-  const int64_t* widths;    // L + 1
-  const int64_t* kind;      // L codes of the activation table
-  const double* numbers;    // (L, 3): p, q, r of each activation
-  bool adjoint;             // mode: one chain for each output, else one for each monotone column
+  int64_t d, D, k;
+  int64_t count, params;  // nodes and parameters
+  const Node* nodes;
+  const Flow* flow;  // count + 1
+  // Of a chain: L linear layers, each with an elementwise kind after it; L is 0 of other programs.
+  int64_t L;
+  const int64_t* widths;   // L + 1
+  const int64_t* kind;     // L codes of the activation table
+  const double* numbers;   // (L, 3): p, q, r of each activation
+  bool adjoint;            // mode: one chain for each output, else one for each monotone column
   bool hinge, squared, elementwise;
   double margin;
   const double* direction;  // (D, k) in {-1, 0, 1}, present with hinge
+
+  bool keeps_adjoint() const { return adjoint && D == 1; }
+  int64_t width(int64_t value) const { return value ? nodes[value - 1].width : d; }
 };
 
 // What benchmarks/ablation.py can switch off: that one product takes primal and tangent rows, and
@@ -40,9 +101,19 @@ struct ForwardCall {
   const void* x;
   const void* weight;       // (D, k), or (N, D, k) if weight_per_row; or null: all ones
   bool weight_per_row;
-  const void* const* params;  // W1, b1, ..., each b may be null
+  const void* const* params;     // by place; a bias may be null
+  const int64_t* sizes;          // elements of each: one for all columns, or one for each
   void *y, *out;            // (N, D) and (N, D, k), or the scalar penalty
   void* const* saved;       // null: nothing is saved
+};
+
+// What a backward walks over for the gradients that it is asked for; by value.
+struct Way {
+  bool wanted;   // a gradient is wanted at the value or below it
+  bool trained;  // parameters of its node want a gradient
+  bool value;    // it is needed again
+  bool first;    // what its node's Jacobian is computed from is needed again
+  bool dot;      // the pairs' tangent of it is needed
 };
 
 struct BackwardCall {
@@ -50,10 +121,12 @@ struct BackwardCall {
   int threads;
   const void* x;
   const void* const* params;
+  const int64_t* sizes;
   const void *gy, *gout;    // may be null
   void* const* saved;
   void* gx;                 // may be null
   void* const* grads;       // as params, null where no gradient is wanted
+  const Way* way;           // count + 1
 };
 
 // What the kernels need of the process: PyTorch's thread pool and one block of memory.

@@ -34,7 +34,6 @@ __all__ = ["activation", "backward", "forward", "isa", "refuses", "saved_like", 
 
 Params = Sequence[Tensor | None]
 
-MAX_LAYERS = 128
 LIBRARY = "_native.so"
 BUILD_LOG = "_native_build.txt"  # setup.py leaves the reason here where the library was not built
 BOUNDARY = "_boundary_{}_{}.so"  # for PyTorch's major and minor version
@@ -53,12 +52,11 @@ def refuses(problem: Problem, x: Tensor) -> str | None:
     if x.dtype not in _DTYPES:
         came = str(x.dtype).removeprefix("torch.")
         return f"it serves float32, float64, bfloat16 and float16, got {came}"
-    if problem.chain is None:
-        return "it serves chains of linear layers and activations"
-    if problem.depth > MAX_LAYERS:
-        return f"it serves at most {MAX_LAYERS} layers, got {problem.depth}"
-    found = _library()
-    return found if isinstance(found, str) else None
+    library = _library()
+    if isinstance(library, str):
+        return library
+    unknown = {node.kind for node in problem.nodes} - _codes(library).keys()
+    return f"it does not know {', '.join(sorted(unknown))}" if unknown else None
 
 
 def saved_like(problem: Problem, x: Tensor) -> list[Tensor]:
@@ -86,6 +84,7 @@ def forward(
         None if weight is None else weight.data_ptr(),
         weight is not None and weight.dim() == 3,
         plan.pointers(params),
+        plan.sizes(params),
         y.data_ptr(),
         out.data_ptr(),
         plan.places(saved, N) if save else None,
@@ -121,6 +120,7 @@ def backward(
         torch.get_num_threads(),
         x.data_ptr(),
         plan.pointers(params),
+        plan.sizes(params),
         None if gy is None else gy.data_ptr(),
         None if gout is None else gout.data_ptr(),
         plan.places(saved, x.shape[0]),
@@ -162,7 +162,7 @@ def step() -> Step | None:
 
 
 # What the operator calls, in the order of its ``Kernel``.
-CALLS = ("plan_shape", "plan_keep", "plan_drop", "take", "give_back", "forward", "backward")
+CALLS = ("node_names", "plan_shape", "plan_keep", "plan_drop", "take", "give_back", "forward", "backward")
 
 
 def activation(σ: Activation, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,7 +174,7 @@ def activation(σ: Activation, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     out = torch.empty_like(a), torch.empty_like(a), torch.empty_like(a)
     library.mk_activation(
         a.dtype == torch.float64,
-        σ.code,
+        _codes(library)[σ.kind],
         (c_double * 3)(σ.p, σ.q, σ.r),
         a.numel(),
         a.data_ptr(),
@@ -223,12 +223,12 @@ def _open() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return f"the native kernel could not be opened ({error})"
-    library.mk_isa.restype = c_char_p
+    library.mk_isa.restype = library.mk_node_names.restype = c_char_p
     library.mk_use_parallel_for.argtypes = [c_void_p]
     library.mk_use_parallel_for.restype = None
     library.mk_plan_new.restype = c_int64
     library.mk_plan_new.argtypes = [
-        c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_double, c_void_p
+        c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_double, c_void_p
     ]  # fmt: skip
     library.mk_plan_drop.argtypes = [c_int64]
     library.mk_plan_drop.restype = None
@@ -241,11 +241,11 @@ def _open() -> ctypes.CDLL | str:
     library.mk_forward.restype = library.mk_backward.restype = c_int
     library.mk_forward.argtypes = [
         c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p,
-        c_void_p,
+        c_void_p, c_void_p,
     ]  # fmt: skip
     library.mk_backward.argtypes = [
         c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p,
-        c_void_p,
+        c_void_p, c_void_p,
     ]  # fmt: skip
     library.mk_activation.argtypes = [
         c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p
@@ -253,6 +253,12 @@ def _open() -> ctypes.CDLL | str:
     library.mk_activation.restype = None
     library.mk_use_parallel_for(pool)
     return library
+
+
+@cache
+def _codes(library: ctypes.CDLL) -> dict[str, int]:
+    """The library's number of each kind of node."""
+    return {name: code for code, name in enumerate(library.mk_node_names().decode().split())}
 
 
 def _thread_pool() -> int | str:
@@ -278,12 +284,14 @@ class _Shape(ctypes.Structure):
     """mk_shape of ``csrc/c_api.h``."""
 
     _fields_ = (
-        ("L", c_int64),
+        ("d", c_int64),
+        ("D", c_int64),
         ("k", c_int64),
+        ("params", c_int64),
         ("is_double", c_int64),
         ("summed", c_int64),
         ("saved", c_int64 * 3),  # elements for each row of x
-        ("widths", c_void_p),
+        ("parameters", c_void_p),
     )
 
 
@@ -295,7 +303,7 @@ class _Plan:
 
     def __init__(self, library: ctypes.CDLL, problem: Problem, operands: torch.dtype) -> None:
         self.library, self.dtype = library, accumulate_dtype(operands)
-        L, D, k, hinge = problem.depth, problem.D, problem.k, problem.hinge
+        D, k, hinge = problem.D, problem.k, problem.hinge
         flags = (
             self.dtype == torch.float64,
             problem.mode == "adjoint",
@@ -303,15 +311,19 @@ class _Plan:
             hinge is not None and hinge.squared,
             hinge is not None and hinge.elementwise,
         )
-        numbers = [v for σ in problem.activations for v in (σ.p, σ.q, σ.r)]
+        codes, description, numbers = _codes(library), list[int](), list[float]()
+        for node in problem.nodes:
+            counts = len(node.inputs), len(node.params), len(node.numbers)
+            description += (codes[node.kind], node.width, *counts, *node.inputs, *node.params)
+            numbers += node.numbers
         signs = None if hinge is None else (c_double * (D * k))(*_signs(hinge, D, k))
         self.handle = library.mk_plan_new(
             (c_int64 * len(flags))(*flags),
-            L,
+            problem.d,
             k,
-            (c_int64 * (L + 1))(*problem.widths),
-            (c_int64 * L)(*(σ.code for σ in problem.activations)),
-            (c_double * (3 * L))(*numbers),
+            len(problem.nodes),
+            (c_int64 * len(description))(*description),
+            (c_double * len(numbers))(*numbers),
             0.0 if hinge is None else hinge.margin,
             signs,
         )
@@ -323,7 +335,7 @@ class _Plan:
         self.summed, self.row_size = bool(shape.summed), a + P + derivative
         self.itemsize = self.dtype.itemsize
         self._P, self._derivative = a * self.itemsize, (a + P) * self.itemsize
-        self._pointers = c_void_p * (2 * L)
+        self._pointers, self._sizes = c_void_p * shape.params, c_int64 * shape.params
         self._places = c_void_p * 3
 
     def __del__(self) -> None:
@@ -356,6 +368,9 @@ class _Plan:
 
     def pointers(self, tensors: Params) -> ctypes.Array[c_void_p]:
         return self._pointers(*[None if t is None else t.data_ptr() for t in tensors])
+
+    def sizes(self, tensors: Params) -> ctypes.Array[c_int64]:
+        return self._sizes(*[0 if t is None else t.numel() for t in tensors])
 
     def places(self, saved: Sequence[Tensor], N: int) -> ctypes.Array[c_void_p]:
         """Where the a_l, the P_l and ∂penalty/∂J begin in the one buffer."""

@@ -9,7 +9,7 @@
 // product.
 #pragma once
 
-#include "forward.h"
+#include "chain_forward.h"
 
 namespace {
 
@@ -33,13 +33,6 @@ template <class T> struct Gradients {
   T* bias(const Net<T>& net, int64_t l) const { return weight(net, l) + weight_size(net, l); }
 };
 
-// The pairs (row, column or output) of a block that take part in the loss by their slopes.
-template <class T> struct Pairs {
-  int32_t* row;
-  T *e, *u;  // tangent seeds (pairs, k), cotangent seeds (pairs, D)
-  int64_t lde, ldu;
-};
-
 // Scratch of one thread, by layer where it says so. What rows and pairs have in common is stacked:
 // the block's rows have a fixed place, `m` pairs lie just before them, and one product takes both.
 template <class T> struct BackwardScratch {
@@ -55,7 +48,8 @@ template <class T> struct BackwardScratch {
   Gradients<T> sums;
   int64_t ld, stride;
 
-  BackwardScratch(Bump& memory, const Net<T>& net, int64_t capacity) {
+  BackwardScratch(Bump& memory, const Net<T>& net, int64_t capacity)
+      : pairs(memory, *net.plan, capacity) {
     ld = scratch_ld<T>(max_of(net.widest, net.d));
     stride = capacity * ld;
     const int64_t L = net.L;
@@ -67,10 +61,6 @@ template <class T> struct BackwardScratch {
     slopes = memory.take<T>(capacity * net.D * net.k);
     T** const by_row[] = {&task, &task_top, &one, &one_top};
     for (T** buffer : by_row) *buffer = memory.take<T>(capacity);
-    pairs.row = memory.take<int32_t>(capacity);
-    pairs.lde = scratch_ld<T>(net.k), pairs.ldu = scratch_ld<T>(net.D);
-    pairs.e = memory.take<T>(capacity * pairs.lde);
-    pairs.u = memory.take<T>(capacity * pairs.ldu);
   }
   T* of(T* array, int64_t l) const { return array + (l - 1) * stride; }
   T* h(int64_t l) const { return stacked_h + (2 * l - 1) * stride; }
@@ -140,28 +130,6 @@ template <class T> struct BackwardPass {
     return call.gy ? static_cast<const T*>(call.gy) + row0 * net.D : nullptr;
   }
 
-  // gJ of the block; false if it is zero throughout. Zero slopes stay zero whatever gout is.
-  bool slope_gradients(T* to, int64_t rows, int64_t row0) const {
-    if (!wants.pairs) return false;
-    const int64_t n = rows * net.D * net.k, at = row0 * net.D * net.k;
-    const T* out = static_cast<const T*>(call.gout);
-    const auto times = [](T u, T g) { return u == T(0) ? T(0) : u * g; };
-    if (!net.plan->hinge) {
-      copy(to, out + at, n);
-    } else {
-      const T* u = static_cast<const T*>(call.saved[2]) + at;
-      if (net.plan->elementwise) {
-        for (int64_t i = 0; i < n; ++i) to[i] = times(u[i], out[at + i]);
-      } else {
-        const T one = out[0];
-        for (int64_t i = 0; i < n; ++i) to[i] = times(u[i], one);
-      }
-    }
-    int any = 0;
-    for (int64_t i = 0; i < n; ++i) any |= to[i] != T(0);
-    return any || !switches.compacts;
-  }
-
   // a_l as forward saved it; a_1 is computed again where it was not.
   const T* pre_activation(const BackwardScratch<T>& scratch, int64_t block, int64_t rows,
                           int64_t row0, int64_t l, int64_t* ld) const {
@@ -186,29 +154,8 @@ template <class T> struct BackwardPass {
 
   // --- pairs ------------------------------------------------------------------------------------
 
-  // Takes pairs from candidate `next` on until the block's capacity is full.
   int64_t gather_pairs(const BackwardScratch<T>& scratch, int64_t rows, int64_t* next) const {
-    const int64_t D = net.D, k = net.k, each = net.plan->adjoint ? D : k;
-    const Pairs<T>& pairs = scratch.pairs;
-    int64_t m = 0;
-    for (; *next < rows * each && m < layout.blocks.capacity; ++*next) {
-      const int64_t i = *next / each, q = *next % each;
-      const T* g = scratch.slopes + i * D * k;
-      T *e = pairs.e + m * pairs.lde, *u = pairs.u + m * pairs.ldu;
-      bool any = false;
-      if (net.plan->adjoint) {
-        for (int64_t c = 0; c < k; ++c) any |= g[q * k + c] != T(0);
-        if (!any && switches.compacts) continue;
-        copy_few(e, g + q * k, k);
-        for (int64_t d = 0; d < D; ++d) u[d] = d == q ? T(1) : T(0);
-      } else {
-        for (int64_t d = 0; d < D; ++d) any |= (u[d] = g[d * k + q]) != T(0);
-        if (!any && switches.compacts) continue;
-        for (int64_t c = 0; c < k; ++c) e[c] = c == q ? T(1) : T(0);
-      }
-      pairs.row[m++] = int32_t(i);
-    }
-    return m;
+    return scratch.pairs.gather(*net.plan, scratch.slopes, rows, layout.blocks.capacity, next);
   }
 
   // to[i] = s[row[i]]∘x[i], one tile of pairs after a product.
@@ -338,7 +285,8 @@ template <class T> struct BackwardPass {
 
   void run(const BackwardScratch<T>& scratch, int64_t block) const {
     const int64_t rows = layout.blocks.rows(block), row0 = layout.blocks.begin(block);
-    const bool active = slope_gradients(scratch.slopes, rows, row0);
+    const bool active =
+        wants.pairs && slope_gradients(*net.plan, call, scratch.slopes, rows, row0);
     if (!active && !call.gy) return no_input_gradient(rows, row0);
     if (layout.keeps_adjoint()) return run_single(scratch, block, rows, row0, active);
     const int64_t L = net.L, ld = scratch.ld;
@@ -688,18 +636,8 @@ template <class T> struct Reduction {
   }
 };
 
-template <class T> bool any_slope_gradient(const Plan& plan, const BackwardCall& call) {
-  if (!call.gout) return false;
-  if (!plan.hinge || !switches.compacts) return true;
-  const T* derivative = static_cast<const T*>(call.saved[2]);
-  for (int64_t i = 0; i < call.N * plan.widths[plan.L] * plan.k; ++i) {
-    if (derivative[i] != T(0)) return true;
-  }
-  return false;
-}
-
 template <class T>
-Status backward(const Plan& plan, const BackwardCall& call, const Runtime& runtime) {
+Status backward_chain(const Plan& plan, const BackwardCall& call, const Runtime& runtime) {
   const Blocks blocks(call.N);
   Wants wants{};
   for (int64_t l = 0; l < plan.L; ++l) {

@@ -4,7 +4,8 @@
 // once, from the σ' still there. Letters are those of docs/mathematics.md.
 #pragma once
 
-#include "net.h"
+#include "chain.h"
+#include "hinge.h"
 
 namespace {
 
@@ -69,7 +70,7 @@ template <class T> struct ForwardPass {
   const ForwardCall& call;
   SavedLayout<T> layout;
   double* partial;  // one sum of the penalty for each block
-  const T *signs, *weights;  // of the hinge, see ForwardWeights
+  const Hinge<T>& hinge;
 
   // a_l of a block: its place among the saved, or scratch.
   T* pre_activation(const ForwardScratch<T>& scratch, int64_t block, int64_t l, int64_t* ld) const {
@@ -86,9 +87,7 @@ template <class T> struct ForwardPass {
     const T* top = hidden_layers(scratch, block, rows, row0);
     T* y = static_cast<T*>(call.y) + row0 * net.D;
     output_layer(scratch, block, rows, row0, top, y);
-    const bool direct = !net.plan->hinge || net.plan->elementwise;
-    const int64_t Dk = net.D * net.k;
-    T* slopes = direct ? static_cast<T*>(call.out) + row0 * Dk : scratch.slopes;
+    T* slopes = hinge.slopes(row0, scratch.slopes);
     if (net.L == 1) {
       only_layer_slopes(scratch, rows, slopes);
     } else if (net.plan->adjoint) {
@@ -100,8 +99,7 @@ template <class T> struct ForwardPass {
         tangent_slopes(scratch, rows, t, slopes + c);
       }
     }
-    spread_nan(rows, y, slopes);
-    if (net.plan->hinge) hinge(block, rows, row0, slopes);
+    hinge.run(block, rows, row0, y, slopes, partial);
   }
 
   // h_l, σ'(a_l) for l < L, and the riders' ḣ_l; returns h_{L-1}.
@@ -245,80 +243,19 @@ template <class T> struct ForwardPass {
       for (int64_t d = 0; d < net.D; ++d) to[i * Dk + d * k] *= last_first(scratch, i, d);
     }
   }
-
-  // An output that is NaN has no slope: no NaN may turn into a zero penalty.
-  void spread_nan(int64_t rows, const T* y, T* slopes) const {
-    for (int64_t i = 0; i < rows * net.D; ++i) {
-      if (y[i] == y[i]) continue;
-      for (int64_t c = 0; c < net.k; ++c) slopes[i * net.k + c] = y[i];
-    }
-  }
-
-  // e = w·h(margin - direction·J); what is saved is ∂e/∂J, zero wherever the slope is inactive.
-  void hinge(int64_t block, int64_t rows, int64_t row0, const T* slopes) const {
-    constexpr int64_t lanes = Simd<T>::lanes;
-    const int64_t Dk = net.D * net.k, n = rows * Dk, at = row0 * Dk;
-    const bool per_row = call.weight && call.weight_per_row;
-    const T* weight = per_row ? static_cast<const T*>(call.weight) + at : nullptr;
-    T* derivative = call.saved ? static_cast<T*>(call.saved[2]) + at : nullptr;
-    T* each = net.plan->elementwise ? static_cast<T*>(call.out) + at : nullptr;
-    Vec<T> total = Vec<T>{};
-    for (int64_t i = 0, phase = 0; i < n; i += lanes) {
-      const Vec<T> sign = load(signs + phase);
-      T rest[3][lanes];  // the ragged end goes through here
-      const int64_t some = min_of(lanes, n - i);
-      Vec<T> J, w = load(weights + phase);
-      if (some == lanes) {
-        J = load(slopes + i);
-        if (per_row) w = load(weight + i);
-      } else {
-        for (int64_t j = 0; j < lanes; ++j) {
-          rest[0][j] = j < some ? slopes[i + j] : T(0);
-          rest[1][j] = j < some && per_row ? weight[i + j] : T(1);
-        }
-        J = load(rest[0]);
-        if (per_row) w = load(rest[1]);
-        w = within(some, w);
-      }
-      const Vec<T> r = T(net.plan->margin) - sign * J, zero = Vec<T>{};
-      const auto on = (sign != T(0)) & ~(r <= T(0));  // NaN counts
-      const bool squared = net.plan->squared;
-      const Vec<T> e = on ? w * (squared ? r * r : r) : zero;
-      const Vec<T> de = on ? -sign * w * (squared ? r + r : zero + T(1)) : zero;
-      total += some == lanes ? e : within(some, e);
-      put(each, i, some, e, rest[0]);
-      put(derivative, i, some, de, rest[0]);
-      phase += lanes;
-      if (phase == Dk * lanes) phase = 0;
-    }
-    if (partial) partial[block] = double(sum<T>(total));
-  }
-
-  // The first `some` lanes of v, zero after them.
-  static Vec<T> within(int64_t some, Vec<T> v) {
-    for (int64_t j = some; j < Simd<T>::lanes; ++j) v[j] = 0;
-    return v;
-  }
-  static void put(T* to, int64_t at, int64_t some, Vec<T> v, T* rest) {
-    if (!to) return;
-    if (some == Simd<T>::lanes) return store(to + at, v);
-    store(rest, v);
-    for (int64_t j = 0; j < some; ++j) to[at + j] = rest[j];
-  }
 };
 
-// What a thread reads besides the rows: the network, packed, and directions and weights of the
-// hinge, (D, k) repeated until they fill whole vectors, D·k·lanes of each.
+// What a thread reads besides the rows: the network, packed, and what the hinge needs.
 template <class T> struct ForwardWeights {
   Net<T> net;
-  const T *signs = nullptr, *weights = nullptr;
+  Hinge<T> hinge;
 
-  ForwardWeights(const Plan& plan, const ForwardCall& call, Bump& memory) : net(plan, call.params) {
+  ForwardWeights(const Plan& plan, const ForwardCall& call, Bump& memory)
+      : net(plan, call.params), hinge(plan, call, memory) {
     for (int64_t l = 1; l < net.L; ++l) net.pack_forward(memory, l);
     for (int64_t l = 1; l <= net.L; ++l) net.pack_bias(memory, l);
     if (!net.last_by_dots()) net.pack_forward(memory, net.L);
     if (net.L > 1) pack_slopes(memory);
-    if (plan.hinge) pack_hinge(call, memory);
   }
 
  private:
@@ -332,23 +269,10 @@ template <class T> struct ForwardWeights {
       net.pack_slopes(memory);
     }
   }
-
-  void pack_hinge(const ForwardCall& call, Bump& memory) {
-    const int64_t Dk = net.D * net.k, n = Dk * Simd<T>::lanes;
-    T *s = memory.take<T>(n), *w = memory.take<T>(n);
-    if (!s) return;
-    const T* given = call.weight_per_row ? nullptr : static_cast<const T*>(call.weight);
-    for (int64_t i = 0; i < n; ++i) {
-      s[i] = T(net.plan->direction[i % Dk]);
-      w[i] = given ? given[i % Dk] : T(1);
-    }
-    signs = s;
-    weights = w;
-  }
 };
 
 template <class T>
-Status forward(const Plan& plan, const ForwardCall& call, const Runtime& runtime) {
+Status forward_chain(const Plan& plan, const ForwardCall& call, const Runtime& runtime) {
   const Blocks blocks(call.N);
   const bool summed = plan.hinge && !plan.elementwise;
   if (call.N == 0) {
@@ -371,8 +295,7 @@ Status forward(const Plan& plan, const ForwardCall& call, const Runtime& runtime
   crew.run(runtime, memory,
            [&](int64_t t, const ForwardWeights<T>& weights, const ForwardScratch<T>& scratch) {
              const SavedLayout<T> layout(weights.net, call.N);
-             const ForwardPass<T> pass{weights.net, call, layout, partial, weights.signs,
-                                       weights.weights};
+             const ForwardPass<T> pass{weights.net, call, layout, partial, weights.hinge};
              const int64_t end = first_block(blocks, threads, t + 1);
              for (int64_t b = first_block(blocks, threads, t); b < end; ++b) pass.run(scratch, b);
            });

@@ -1,0 +1,208 @@
+// What a program says of itself, once for each plan or each backward: plain loops over its nodes.
+#include "describe.h"
+
+#include <algorithm>
+
+const char* const node_names =
+    "identity relu leaky_relu hardtanh elu gelu gelu_tanh silu mish softplus softsign tanh sigmoid "
+    "logsigmoid hardsigmoid hardswish softshrink hardshrink threshold clamp tanhshrink abs square "
+    "sqrt exp log reciprocal sin cos linear prelu scale mask shift line sum product expand total "
+    "concat columns normalise root_mean_square softmax log_softmax";
+
+namespace {
+
+// A first layer of so few inputs is computed again: that costs less than to save it.
+constexpr int64_t few_inputs = 48;
+
+// The facts of a kind.
+Node traits(int64_t kind) {
+  Node node{};
+  node.kind = kind;
+  node.reads_v = kind == node_normalise || kind == node_root_mean_square || kind == node_softmax ||
+                 kind == node_log_softmax;
+  if (kind < kinds) {
+    node.varies = kind != 0;
+    node.curved = !piecewise_linear[kind];
+  } else {
+    node.varies = node.reads_v || kind == node_prelu || kind == node_product;
+    node.curved = node.reads_v || kind == node_product;
+  }
+  return node;
+}
+
+// Whether x2 reaches a slice of x: columns of x1 stand still.
+bool reaches_x2(const Plan& plan, const Node& node) {
+  const int64_t start = int64_t(node.numbers[0]), step = int64_t(node.numbers[1]);
+  return node.width > 0 && start + step * (node.width - 1) >= plan.d - plan.k;
+}
+
+void find_flow(const Plan& plan, std::vector<Flow>* found) {
+  const int64_t y = plan.count;
+  std::vector<Flow>& flow = *found;
+  flow.assign(y + 1, Flow{});
+  std::vector<char> trains(y + 1, false);  // a parameter lies at the value or below it
+  flow[0].moving = flow[0].constant = true;
+  for (int64_t v = 1; v <= y; ++v) {
+    const Node& node = plan.nodes[v - 1];
+    Flow& f = flow[v];
+    f.constant = !node.varies && node.kind != node_mask;
+    trains[v] = node.params > 0;
+    for (int64_t q = 0; q < node.inputs; ++q) {
+      const int64_t u = node.input[q];
+      f.moving |= flow[u].moving;
+      f.constant &= flow[u].constant || !flow[u].moving;
+      trains[v] |= trains[u];
+    }
+    if (node.kind == node_columns && node.input[0] == 0) f.moving = reaches_x2(plan, node);
+  }
+  for (Flow& f : flow) f.uniform = true;
+  flow[y].used = true;
+  for (int64_t v = y; v > 0; --v) {
+    const Node& node = plan.nodes[v - 1];
+    Flow& f = flow[v];
+    if (!f.used) continue;
+    const bool linear = node.kind == node_linear;
+    f.viewed |= node.kind == node_concat;
+    f.kept = plan.keeps_adjoint() && (f.moving || trains[v]);
+    f.saved = linear && v < y && !(node.input[0] == 0 && plan.d <= few_inputs);
+    for (int64_t q = 0; q < node.inputs; ++q) {
+      const int64_t u = node.input[q];
+      flow[u].used = true;
+      flow[u].uniform &= f.uniform && !node.varies && node.kind != node_mask;
+      const bool kept = plan.keeps_adjoint() && u > 0 && (flow[u].moving || trains[u]);
+      if (linear && kept && !f.uniform) flow[u].pulled = true;
+      if (node.kind == node_columns) flow[u].viewed = true;
+    }
+  }
+}
+
+// Fills in the layers if the program is a chain of them that the chain's kernel serves.
+void find_chain(OwnedPlan* owned) {
+  const Plan& plan = owned->plan;
+  owned->widths.assign(1, plan.d);
+  bool fits = true, open = false;  // open: an activation may follow
+  for (int64_t i = 0; i < plan.count && fits; ++i) {
+    const Node& node = plan.nodes[i];
+    const int64_t l = int64_t(owned->kind.size());
+    fits = node.inputs == 1 && node.input[0] == i;
+    if (node.kind == node_linear) {
+      fits = fits && node.place[0] == 2 * l && node.place[1] == 2 * l + 1;
+      owned->kind.push_back(0);
+      owned->numbers.insert(owned->numbers.end(), 3, 0.0);
+      owned->widths.push_back(node.width);
+    } else {
+      fits = fits && node.kind < kinds && open;
+      if (!fits) break;
+      owned->kind.back() = node.kind;
+      std::copy_n(node.numbers, 3, owned->numbers.end() - 3);
+    }
+    open = node.kind == node_linear;
+  }
+  owned->plan.L = fits && owned->kind.size() <= max_layers ? int64_t(owned->kind.size()) : 0;
+  owned->plan.widths = owned->widths.data();
+  owned->plan.kind = owned->kind.data();
+  owned->plan.numbers = owned->numbers.data();
+}
+
+// The shape of every parameter, of the first node that reads it.
+void find_parameters(OwnedPlan* owned) {
+  const Plan& plan = owned->plan;
+  owned->parameters.assign(plan.params, mk_parameter{});
+  std::vector<char> seen(plan.params, false);
+  int64_t layer = 0;
+  for (const Node& node : owned->nodes) {
+    layer += node.kind == node_linear;
+    for (int64_t p = 0; p < node.params; ++p) {
+      mk_parameter& parameter = owned->parameters[node.place[p]];
+      if (seen[node.place[p]]) continue;
+      seen[node.place[p]] = true;
+      const bool linear = node.kind == node_linear, weight = linear && p == 0;
+      parameter.kind = node.kind;
+      parameter.layer = linear ? layer : 0;
+      parameter.rows = weight ? node.width : node.kind == node_mask ? -1 : 0;
+      parameter.columns = weight ? plan.width(node.input[0]) : node.width;
+      parameter.optional = linear && p == 1;
+      parameter.one_for_all = !linear && node.kind != node_mask;
+    }
+  }
+}
+
+}  // namespace
+
+void describe(OwnedPlan* owned, const int64_t* flags, int64_t d, int64_t k, int64_t count,
+              const int64_t* nodes, const double* numbers, double margin,
+              const double* direction) {
+  int64_t places = 0, all_numbers = 0, params = 0;
+  const int64_t* at = nodes;
+  for (int64_t i = 0; i < count; ++i) {
+    places += at[2] + at[3];
+    all_numbers += at[4];
+    for (int64_t p = 0; p < at[3]; ++p) params = std::max(params, at[5 + at[2] + p] + 1);
+    at += 5 + at[2] + at[3];
+  }
+  owned->places.reserve(places);
+  owned->node_numbers.assign(numbers, numbers + all_numbers);
+  at = nodes;
+  int64_t taken = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    Node node = traits(at[0]);
+    node.width = at[1], node.inputs = at[2], node.params = at[3];
+    node.numbers = owned->node_numbers.data() + taken;
+    taken += at[4];
+    node.input = owned->places.data() + owned->places.size();
+    node.place = node.input + node.inputs;
+    owned->places.insert(owned->places.end(), at + 5, at + 5 + node.inputs + node.params);
+    owned->nodes.push_back(node);
+    at += 5 + node.inputs + node.params;
+  }
+  Plan& plan = owned->plan;
+  plan = Plan{};
+  plan.d = d, plan.k = k, plan.count = count, plan.params = params;
+  plan.D = owned->nodes.back().width;
+  plan.nodes = owned->nodes.data();
+  plan.adjoint = flags[1], plan.hinge = flags[2], plan.squared = flags[3];
+  plan.elementwise = flags[4], plan.margin = margin;
+  if (direction) owned->direction.assign(direction, direction + plan.D * k);
+  plan.direction = owned->direction.data();
+  find_flow(plan, &owned->flow);
+  plan.flow = owned->flow.data();
+  find_chain(owned);
+  find_parameters(owned);
+  owned->shape = mk_shape{};
+  owned->shape.d = d, owned->shape.D = plan.D, owned->shape.k = k, owned->shape.params = params;
+  owned->shape.is_double = flags[0] != 0;
+  owned->shape.summed = plan.hinge && !plan.elementwise;
+  owned->shape.parameters = owned->parameters.data();
+}
+
+std::vector<Way> way_down(const Plan& plan, bool input, const void* const* grads) {
+  const int64_t y = plan.count;
+  std::vector<Way> way(y + 1, Way{});
+  way[0].wanted = input;
+  for (int64_t v = 1; v <= y; ++v) {
+    const Node& node = plan.nodes[v - 1];
+    for (int64_t p = 0; p < node.params; ++p) way[v].trained |= grads[node.place[p]] != nullptr;
+    way[v].wanted = way[v].trained;
+    for (int64_t q = 0; q < node.inputs; ++q) way[v].wanted |= way[node.input[q]].wanted;
+  }
+  for (int64_t v = y; v > 0; --v) {
+    const Node& node = plan.nodes[v - 1];
+    const Flow& flow = plan.flow[v];
+    Way& w = way[v];
+    if (!flow.used) continue;
+    if (w.wanted && flow.moving && (w.trained || node.curved)) {
+      for (int64_t q = 0; q < node.inputs; ++q) way[node.input[q]].dot = true;
+    }
+    if (w.dot && flow.moving) {
+      for (int64_t q = 0; q < node.inputs; ++q) way[node.input[q]].dot = true;
+    }
+    w.dot &= flow.moving;
+    w.first = node.varies && (w.wanted || w.dot);
+    if (w.first && node.reads_v) w.value = true;
+    const bool again = w.value && !flow.saved;
+    if (w.first || again || (w.wanted && w.trained)) {
+      for (int64_t q = 0; q < node.inputs; ++q) way[node.input[q]].value = true;
+    }
+  }
+  return way;
+}

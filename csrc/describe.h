@@ -1,0 +1,30 @@
+// A problem as the library owns it, and what its program says of itself; no kernel, no tensor.
+#pragma once
+
+#include "c_api.h"
+#include "plan.h"
+
+#include <vector>
+
+struct OwnedPlan {
+  Plan plan;
+  const Kernels* kernels;
+  std::vector<Node> nodes;
+  std::vector<Flow> flow;
+  std::vector<int64_t> places;  // the inputs and parameters of all nodes
+  std::vector<double> node_numbers, numbers, direction;
+  std::vector<int64_t> widths, kind;
+  std::vector<mk_parameter> parameters;
+  mk_shape shape;
+  int64_t owners;
+};
+
+// The names of the kinds of nodes in the order of their codes, between spaces.
+extern const char* const node_names;
+
+// Fills in everything but kernels, shape.saved and owners from what mk_plan_new is given.
+void describe(OwnedPlan* owned, const int64_t* flags, int64_t d, int64_t k, int64_t count,
+              const int64_t* nodes, const double* numbers, double margin, const double* direction);
+
+// What a backward walks over; `grads` is null where a parameter's gradient is not wanted.
+std::vector<Way> way_down(const Plan& plan, bool input, const void* const* grads);

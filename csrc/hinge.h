@@ -1,0 +1,175 @@
+// The slopes' end of both kernels: the hinge over J (rows, D, k) of a block on the way forward, its
+// derivative and the pairs that take part in the loss on the way back.
+#pragma once
+
+#include "blocks.h"
+
+namespace {
+
+// Forward: directions and weights, (D, k) repeated until they fill whole vectors, D·k·lanes of each.
+template <class T> struct Hinge {
+  const Plan* plan;
+  const ForwardCall* call;
+  const T *signs = nullptr, *weights = nullptr;
+
+  Hinge(const Plan& p, const ForwardCall& c, Bump& memory) : plan(&p), call(&c) {
+    if (!p.hinge) return;
+    const int64_t Dk = p.D * p.k, n = Dk * Simd<T>::lanes;
+    T *s = memory.take<T>(n), *w = memory.take<T>(n);
+    if (!s) return;
+    const T* given = c.weight_per_row ? nullptr : static_cast<const T*>(c.weight);
+    for (int64_t i = 0; i < n; ++i) {
+      s[i] = T(p.direction[i % Dk]);
+      w[i] = given ? given[i % Dk] : T(1);
+    }
+    signs = s;
+    weights = w;
+  }
+
+  // Where J of a block is computed: in its own place of the output, or in `scratch` if that is a sum.
+  T* slopes(int64_t row0, T* scratch) const {
+    const bool summed = plan->hinge && !plan->elementwise;
+    return summed ? scratch : static_cast<T*>(call->out) + row0 * plan->D * plan->k;
+  }
+
+  // Of J of a block, which has its values y (rows, D): what the call asks for. Their sum goes to
+  // `partial`, one number for each block.
+  void run(int64_t block, int64_t rows, int64_t row0, const T* y, T* slopes, double* partial) const {
+    spread_nan(rows, y, slopes);
+    if (plan->hinge) hinge(block, rows, row0, slopes, partial);
+  }
+
+ private:
+  // An output that is NaN has no slope: no NaN may turn into a zero penalty.
+  void spread_nan(int64_t rows, const T* y, T* slopes) const {
+    for (int64_t i = 0; i < rows * plan->D; ++i) {
+      if (y[i] == y[i]) continue;
+      for (int64_t c = 0; c < plan->k; ++c) slopes[i * plan->k + c] = y[i];
+    }
+  }
+
+  // e = w·h(margin - direction·J); what is saved is ∂e/∂J, zero wherever the slope is inactive.
+  void hinge(int64_t block, int64_t rows, int64_t row0, const T* slopes, double* partial) const {
+    constexpr int64_t lanes = Simd<T>::lanes;
+    const int64_t Dk = plan->D * plan->k, n = rows * Dk, at = row0 * Dk;
+    const bool per_row = call->weight && call->weight_per_row;
+    const T* weight = per_row ? static_cast<const T*>(call->weight) + at : nullptr;
+    T* derivative = call->saved ? static_cast<T*>(call->saved[2]) + at : nullptr;
+    T* each = plan->elementwise ? static_cast<T*>(call->out) + at : nullptr;
+    Vec<T> total = Vec<T>{};
+    for (int64_t i = 0, phase = 0; i < n; i += lanes) {
+      const Vec<T> sign = load(signs + phase);
+      T rest[3][lanes];  // the ragged end goes through here
+      const int64_t some = min_of(lanes, n - i);
+      Vec<T> J, w = load(weights + phase);
+      if (some == lanes) {
+        J = load(slopes + i);
+        if (per_row) w = load(weight + i);
+      } else {
+        for (int64_t j = 0; j < lanes; ++j) {
+          rest[0][j] = j < some ? slopes[i + j] : T(0);
+          rest[1][j] = j < some && per_row ? weight[i + j] : T(1);
+        }
+        J = load(rest[0]);
+        if (per_row) w = load(rest[1]);
+        w = within(some, w);
+      }
+      const Vec<T> r = T(plan->margin) - sign * J, zero = Vec<T>{};
+      const auto on = (sign != T(0)) & ~(r <= T(0));  // NaN counts
+      const bool squared = plan->squared;
+      const Vec<T> e = on ? w * (squared ? r * r : r) : zero;
+      const Vec<T> de = on ? -sign * w * (squared ? r + r : zero + T(1)) : zero;
+      total += some == lanes ? e : within(some, e);
+      keep(each, i, some, e, rest[0]);
+      keep(derivative, i, some, de, rest[0]);
+      phase += lanes;
+      if (phase == Dk * lanes) phase = 0;
+    }
+    if (partial) partial[block] = double(sum<T>(total));
+  }
+
+  // The first `some` lanes of v, zero after them.
+  static Vec<T> within(int64_t some, Vec<T> v) {
+    for (int64_t j = some; j < Simd<T>::lanes; ++j) v[j] = 0;
+    return v;
+  }
+  static void keep(T* to, int64_t at, int64_t some, Vec<T> v, T* rest) {
+    if (!to) return;
+    if (some == Simd<T>::lanes) return store(to + at, v);
+    store(rest, v);
+    for (int64_t j = 0; j < some; ++j) to[at + j] = rest[j];
+  }
+};
+
+// The pairs (row, column or output) of a block that take part in the loss by their slopes.
+template <class T> struct Pairs {
+  int32_t* row;
+  T *e, *u;  // tangent seeds (pairs, k), cotangent seeds (pairs, D)
+  int64_t lde, ldu;
+
+  Pairs(Bump& memory, const Plan& plan, int64_t capacity) {
+    row = memory.take<int32_t>(capacity);
+    lde = scratch_ld<T>(plan.k), ldu = scratch_ld<T>(plan.D);
+    e = memory.take<T>(capacity * lde);
+    u = memory.take<T>(capacity * ldu);
+  }
+
+  // Takes pairs of gJ (rows, D, k) from candidate `next` on until `capacity` is full.
+  int64_t gather(const Plan& plan, const T* gJ, int64_t rows, int64_t capacity,
+                 int64_t* next) const {
+    const int64_t D = plan.D, k = plan.k, each = plan.adjoint ? D : k;
+    int64_t m = 0;
+    for (; *next < rows * each && m < capacity; ++*next) {
+      const int64_t i = *next / each, q = *next % each;
+      const T* g = gJ + i * D * k;
+      T *ei = e + m * lde, *ui = u + m * ldu;
+      bool any = false;
+      if (plan.adjoint) {
+        for (int64_t c = 0; c < k; ++c) any |= g[q * k + c] != T(0);
+        if (!any && switches.compacts) continue;
+        copy_few(ei, g + q * k, k);
+        for (int64_t d = 0; d < D; ++d) ui[d] = d == q ? T(1) : T(0);
+      } else {
+        for (int64_t d = 0; d < D; ++d) any |= (ui[d] = g[d * k + q]) != T(0);
+        if (!any && switches.compacts) continue;
+        for (int64_t c = 0; c < k; ++c) ei[c] = c == q ? T(1) : T(0);
+      }
+      row[m++] = int32_t(i);
+    }
+    return m;
+  }
+};
+
+// gJ of a block; false if it is zero throughout. Zero slopes stay zero whatever gout is.
+template <class T>
+bool slope_gradients(const Plan& plan, const BackwardCall& call, T* to, int64_t rows, int64_t row0) {
+  const int64_t n = rows * plan.D * plan.k, at = row0 * plan.D * plan.k;
+  const T* out = static_cast<const T*>(call.gout);
+  const auto times = [](T u, T g) { return u == T(0) ? T(0) : u * g; };
+  if (!plan.hinge) {
+    copy(to, out + at, n);
+  } else {
+    const T* u = static_cast<const T*>(call.saved[2]) + at;
+    if (plan.elementwise) {
+      for (int64_t i = 0; i < n; ++i) to[i] = times(u[i], out[at + i]);
+    } else {
+      const T one = out[0];
+      for (int64_t i = 0; i < n; ++i) to[i] = times(u[i], one);
+    }
+  }
+  int any = 0;
+  for (int64_t i = 0; i < n; ++i) any |= to[i] != T(0);
+  return any || !switches.compacts;
+}
+
+template <class T> bool any_slope_gradient(const Plan& plan, const BackwardCall& call) {
+  if (!call.gout) return false;
+  if (!plan.hinge || !switches.compacts) return true;
+  const T* derivative = static_cast<const T*>(call.saved[2]);
+  for (int64_t i = 0; i < call.N * plan.D * plan.k; ++i) {
+    if (derivative[i] != T(0)) return true;
+  }
+  return false;
+}
+
+}  // namespace

@@ -1,0 +1,545 @@
+// The table of nodes over rows of one block: what each kind says of its value, push, pull, curvature
+// and parameters. monokernel/nodes.py is its readable twin; docs/mathematics.md has the formulas.
+//
+// Matrices have rows readable and writable to whole vectors; what lies past the last column is
+// anything and is never added up.
+#pragma once
+
+#include "activations.h"
+
+namespace {
+
+// A matrix by its first element and row stride; stride 0 is one row for all.
+template <class T> struct Mat {
+  T* at = nullptr;
+  int64_t ld = 0;
+
+  MK_INLINE T* row(int64_t i) const { return at + i * ld; }
+  explicit operator bool() const { return at != nullptr; }
+  operator Mat<const T>() const { return {at, ld}; }
+};
+
+// to[i][j] = f(i, j), or += it, a vector at a time.
+template <class T, class F>
+MK_INLINE void put(int64_t rows, int64_t columns, Mat<T> to, bool add, const F& f) {
+  constexpr int64_t lanes = Simd<T>::lanes;
+  if (add) {
+    for (int64_t i = 0; i < rows; ++i) {
+      T* at = to.row(i);
+      for (int64_t j = 0; j < columns; j += lanes) store(at + j, load(at + j) + f(i, j));
+    }
+  } else {
+    for (int64_t i = 0; i < rows; ++i) {
+      T* at = to.row(i);
+      for (int64_t j = 0; j < columns; j += lanes) store(at + j, f(i, j));
+    }
+  }
+}
+
+template <class T> MK_INLINE void copy_rows(int64_t rows, int64_t n, Mat<const T> from, Mat<T> to) {
+  put(rows, n, to, false, [&](int64_t i, int64_t j) { return load(from.row(i) + j); });
+}
+
+// to[i][j] += from[i][j] where to's neighbours to the right are others': exactly n columns.
+template <class T>
+MK_INLINE void add_exactly(int64_t rows, int64_t n, Mat<const T> from, Mat<T> to) {
+  constexpr int64_t lanes = Simd<T>::lanes;
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* a = from.row(i);
+    T* b = to.row(i);
+    int64_t j = 0;
+    for (; j + lanes <= n; j += lanes) store(b + j, load(b + j) + load(a + j));
+    for (; j < n; ++j) b[j] += a[j];
+  }
+}
+
+// Σ_j f(j) over exactly n columns, f a vector.
+template <class T, class F> MK_INLINE T total(int64_t n, const F& f) {
+  constexpr int64_t lanes = Simd<T>::lanes;
+  Vec<T> sums = Vec<T>{};
+  int64_t j = 0;
+  for (; j + lanes <= n; j += lanes) sums += f(j);
+  T rest = 0;
+  if (j < n) {
+    const Vec<T> last = f(j);
+    for (int64_t i = 0; i < n - j; ++i) rest += last[i];
+  }
+  return sum<T>(sums) + rest;
+}
+
+// to[j] += Σ_i f(i, j): four vectors of columns at a time, so that the sums stay in registers.
+template <class T, class F>
+MK_INLINE void add_columns(int64_t rows, int64_t columns, T* to, const F& f) {
+  constexpr int64_t lanes = Simd<T>::lanes;
+  int64_t j = 0;
+  for (; j + 4 * lanes <= columns; j += 4 * lanes) {
+    Vec<T> sums[4] = {};
+    for (int64_t i = 0; i < rows; ++i) {
+      MK_UNROLL
+      for (int q = 0; q < 4; ++q) sums[q] += f(i, j + q * lanes);
+    }
+    for (int q = 0; q < 4; ++q) store(to + j + q * lanes, load(to + j + q * lanes) + sums[q]);
+  }
+  for (; j < columns; j += lanes) {
+    Vec<T> sums = Vec<T>{};
+    for (int64_t i = 0; i < rows; ++i) sums += f(i, j);
+    store(to + j, load(to + j) + sums);
+  }
+}
+
+// What a node other than a linear one is computed from, over some rows.
+template <class T> struct Operands {
+  const Node* node;
+  int64_t rows, columns;       // columns of v, whole vectors
+  const Mat<const T>* u;
+  const int64_t* widths;       // of the inputs
+  Mat<const T> v;              // for the kinds that read it
+  Mat<const T> s, c;           // σ' and σ'' of an elementwise node; s: the r of a normalisation
+  Mat<const T> parameter;      // one row, or one for each row of x
+
+  MK_INLINE int64_t width(int64_t i = 0) const { return widths[i]; }
+  MK_INLINE int64_t whole(int64_t i = 0) const { return round_up(widths[i], Simd<T>::lanes); }
+  MK_INLINE T number(int64_t i) const { return T(node->numbers[i]); }
+};
+
+MK_INLINE bool normalises(int64_t kind) {
+  return kind == node_normalise || kind == node_root_mean_square;
+}
+MK_INLINE bool is_elementwise(int64_t kind) { return kind < kinds; }
+
+// --- value ----------------------------------------------------------------------------------------
+
+template <class T> struct Softmax {
+  // exp(u - max u) into v; their sum.
+  static T exponentials(int64_t n, const T* u, T* v, T* most) {
+    constexpr int64_t lanes = Simd<T>::lanes;
+    T top = u[0];
+    for (int64_t j = 1; j < n; ++j) top = u[j] > top || u[j] != u[j] ? u[j] : top;
+    *most = top;
+    for (int64_t j = 0; j < n; j += lanes) {
+      store(v + j, exp_nonpositive<T>(load(u + j) - top));
+    }
+    return total<T>(n, [&](int64_t j) { return load(v + j); });
+  }
+};
+
+// v, and what s is for the kind. Either may be null where it is not wanted.
+template <class T> void node_value(const Operands<T>& o, Mat<T> v, Mat<T> s) {
+  constexpr int64_t lanes = Simd<T>::lanes;
+  const Node& node = *o.node;
+  const int64_t rows = o.rows, columns = o.columns, n = node.width;
+  const Mat<const T> u = o.u[0];
+  if (is_elementwise(node.kind)) {
+    const Numbers<T> numbers{o.number(0), o.number(1), o.number(2)};
+    const int order = !v ? 3 : s ? 1 : 0;
+    orders_of<T>(int(node.kind))[order](
+        {rows, columns, u.at, u.ld, v.at, s.at, nullptr, v ? v.ld : s.ld}, numbers);
+    return;
+  }
+  switch (node.kind) {
+    case node_prelu: {
+      const T* a = o.parameter.at;
+      return put(rows, columns, v, false, [&](int64_t i, int64_t j) {
+        const Vec<T> x = load(u.row(i) + j);
+        return x > T(0) ? x : x * load(a + j);
+      });
+    }
+    case node_scale:
+    case node_mask:
+      return put(rows, columns, v, false, [&](int64_t i, int64_t j) {
+        return load(u.row(i) + j) * load(o.parameter.row(i) + j);
+      });
+    case node_shift:
+      return put(rows, columns, v, false, [&](int64_t i, int64_t j) {
+        return load(u.row(i) + j) + load(o.parameter.at + j);
+      });
+    case node_line: {
+      const T p = o.number(0), q = o.number(1);
+      return put(rows, columns, v, false,
+                 [&](int64_t i, int64_t j) { return p * load(u.row(i) + j) + q; });
+    }
+    case node_sum: {
+      const T first = o.number(0);
+      if (node.inputs == 1) {
+        return put(rows, columns, v, false,
+                   [&](int64_t i, int64_t j) { return first * load(u.row(i) + j); });
+      }
+      const Mat<const T> w = o.u[1];
+      const T second = o.number(1);
+      put(rows, columns, v, false, [&](int64_t i, int64_t j) {
+        return first * load(u.row(i) + j) + second * load(w.row(i) + j);
+      });
+      for (int64_t q = 2; q < node.inputs; ++q) {
+        const Mat<const T> more = o.u[q];
+        const T factor = o.number(q);
+        put(rows, columns, v, true,
+            [&](int64_t i, int64_t j) { return factor * load(more.row(i) + j); });
+      }
+      return;
+    }
+    case node_product: {
+      const Mat<const T> w = o.u[1];
+      return put(rows, columns, v, false, [&](int64_t i, int64_t j) {
+        return load(u.row(i) + j) * load(w.row(i) + j);
+      });
+    }
+    case node_expand:
+      return put(rows, columns, v, false, [&](int64_t i, int64_t) { return splat(u.row(i)[0]); });
+    case node_total:
+      for (int64_t i = 0; i < rows; ++i) {
+        v.row(i)[0] = total<T>(o.width(), [&](int64_t j) { return load(u.row(i) + j); });
+      }
+      return;
+    case node_concat: {
+      int64_t at = 0;
+      for (int64_t q = 0; q < node.inputs; ++q) {
+        copy_rows<T>(rows, o.whole(q), o.u[q], {v.at + at, v.ld});
+        at += o.width(q);
+      }
+      return;
+    }
+    case node_columns: {  // of a stride; others are views
+      const int64_t start = int64_t(node.numbers[0]), step = int64_t(node.numbers[1]);
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = 0; j < n; ++j) v.row(i)[j] = u.row(i)[start + j * step];
+      }
+      return;
+    }
+    case node_normalise:
+    case node_root_mean_square:
+      for (int64_t i = 0; i < rows; ++i) {
+        const T* x = u.row(i);
+        T mean = 0;
+        if (node.kind == node_normalise) {
+          mean = total<T>(n, [&](int64_t j) { return load(x + j); }) / T(n);
+        }
+        const T square = total<T>(n, [&](int64_t j) {
+          const Vec<T> c = load(x + j) - mean;
+          return c * c;
+        });
+        const T r = T(1) / T(__builtin_sqrt(double(square / T(n) + o.number(0))));
+        if (s) s.at[i] = r;
+        if (!v) continue;
+        T* to = v.row(i);
+        for (int64_t j = 0; j < columns; j += lanes) store(to + j, (load(x + j) - mean) * r);
+      }
+      return;
+    case node_softmax:
+      for (int64_t i = 0; i < rows; ++i) {
+        T most, *to = v.row(i);
+        const T scale = T(1) / Softmax<T>::exponentials(n, u.row(i), to, &most);
+        for (int64_t j = 0; j < columns; j += lanes) store(to + j, load(to + j) * scale);
+      }
+      return;
+    case node_log_softmax:
+      for (int64_t i = 0; i < rows; ++i) {
+        T most, *to = v.row(i);
+        const T all = Softmax<T>::exponentials(n, u.row(i), to, &most);
+        const T log = T(__builtin_log(double(all)));
+        for (int64_t j = 0; j < columns; j += lanes) {
+          store(to + j, (load(u.row(i) + j) - most) - log);
+        }
+      }
+      return;
+  }
+}
+
+// --- the Jacobian ---------------------------------------------------------------------------------
+
+// f'(u) t of the kinds whose Jacobian is symmetric: push and pull are the same.
+template <class T>
+void symmetric_jacobian(const Operands<T>& o, Mat<const T> t, Mat<T> to, bool add) {
+  const int64_t n = o.node->width;
+  const T each = T(1) / T(n);
+  for (int64_t i = 0; i < o.rows; ++i) {
+    const T *x = t.row(i), *v = o.v.row(i);
+    const T along = total<T>(n, [&](int64_t j) { return load(v + j) * load(x + j); });
+    const Mat<T> here{to.row(i), 0};
+    if (o.node->kind == node_softmax) {
+      put(1, o.columns, here, add,
+          [&](int64_t, int64_t j) { return load(v + j) * (load(x + j) - along); });
+      continue;
+    }
+    T mean = 0;
+    if (o.node->kind == node_normalise) {
+      mean = each * total<T>(n, [&](int64_t j) { return load(x + j); });
+    }
+    const T r = o.s.at[i * o.s.ld], factor = along * each;
+    put(1, o.columns, here, add, [&](int64_t, int64_t j) {
+      return r * ((load(x + j) - mean) - load(v + j) * factor);
+    });
+  }
+}
+
+template <class T>
+void node_pull(const Operands<T>& o, Mat<const T> P, int64_t q, Mat<T> to, bool add);
+
+// to = f'(u) u̇; the tangent of an input is null where it is zero, but not of all.
+template <class T> void node_push(const Operands<T>& o, const Mat<const T>* dots, Mat<T> to) {
+  const Node& node = *o.node;
+  const int64_t rows = o.rows, columns = o.columns;
+  const Mat<const T> t = dots[0];
+  if (is_elementwise(node.kind)) return node_pull<T>(o, t, 0, to, false);
+  switch (node.kind) {
+    case node_sum: {
+      bool add = false;
+      for (int64_t q = 0; q < node.inputs; ++q) {
+        const Mat<const T> x = dots[q];
+        if (!x) continue;
+        const T factor = o.number(q);
+        put(rows, columns, to, add,
+            [&](int64_t i, int64_t j) { return factor * load(x.row(i) + j); });
+        add = true;
+      }
+      return;
+    }
+    case node_product: {
+      const Mat<const T> u = o.u[0], w = o.u[1], r = dots[1];
+      if (t && r) {
+        return put(rows, columns, to, false, [&](int64_t i, int64_t j) {
+          return load(t.row(i) + j) * load(w.row(i) + j) + load(u.row(i) + j) * load(r.row(i) + j);
+        });
+      }
+      const Mat<const T> x = t ? t : r, other = t ? w : u;
+      return put(rows, columns, to, false, [&](int64_t i, int64_t j) {
+        return load(x.row(i) + j) * load(other.row(i) + j);
+      });
+    }
+    case node_expand:
+      return put(rows, columns, to, false, [&](int64_t i, int64_t) { return splat(t.row(i)[0]); });
+    case node_total:
+      for (int64_t i = 0; i < rows; ++i) {
+        to.row(i)[0] = total<T>(o.width(), [&](int64_t j) { return load(t.row(i) + j); });
+      }
+      return;
+    case node_concat: {
+      int64_t at = 0;
+      for (int64_t q = 0; q < node.inputs; ++q) {
+        const Mat<T> part{to.at + at, to.ld};
+        if (dots[q]) {
+          copy_rows<T>(rows, o.whole(q), dots[q], part);
+        } else {
+          put(rows, o.whole(q), part, false, [](int64_t, int64_t) { return Vec<T>{}; });
+        }
+        at += o.width(q);
+      }
+      return;
+    }
+    case node_columns: {
+      const int64_t start = int64_t(node.numbers[0]), step = int64_t(node.numbers[1]);
+      if (step == 1) return copy_rows<T>(rows, columns, {t.at + start, t.ld}, to);
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = 0; j < node.width; ++j) to.row(i)[j] = t.row(i)[start + j * step];
+      }
+      return;
+    }
+    case node_log_softmax:
+      for (int64_t i = 0; i < rows; ++i) {
+        const T *x = t.row(i), *v = o.v.row(i);
+        const T along = total<T>(node.width, [&](int64_t j) {
+          return exp_nonpositive<T>(load(v + j)) * load(x + j);
+        });
+        put(1, columns, Mat<T>{to.row(i), 0}, false,
+            [&](int64_t, int64_t j) { return load(x + j) - along; });
+      }
+      return;
+    case node_normalise:
+    case node_root_mean_square:
+    case node_softmax: return symmetric_jacobian<T>(o, t, to, false);
+    default: return node_pull<T>(o, t, 0, to, false);  // diagonal: prelu, scale, mask, shift, line
+  }
+}
+
+// to (+)= f'(u)ᵀ P for input q. Of a strided or shifted view `to` must have been begun.
+template <class T>
+void node_pull(const Operands<T>& o, Mat<const T> P, int64_t q, Mat<T> to, bool add) {
+  const Node& node = *o.node;
+  const int64_t rows = o.rows, columns = o.columns;
+  if (is_elementwise(node.kind) && node.varies) {
+    return put(rows, columns, to, add, [&](int64_t i, int64_t j) {
+      return load(o.s.row(i) + j) * load(P.row(i) + j);
+    });
+  }
+  if (is_elementwise(node.kind)) {  // the identity
+    return put(rows, columns, to, add, [&](int64_t i, int64_t j) { return load(P.row(i) + j); });
+  }
+  switch (node.kind) {
+    case node_prelu: {
+      const Mat<const T> u = o.u[0];
+      return put(rows, columns, to, add, [&](int64_t i, int64_t j) {
+        const Vec<T> p = load(P.row(i) + j);
+        return load(u.row(i) + j) > T(0) ? p : p * load(o.parameter.at + j);
+      });
+    }
+    case node_scale:
+    case node_mask:
+      return put(rows, columns, to, add, [&](int64_t i, int64_t j) {
+        return load(P.row(i) + j) * load(o.parameter.row(i) + j);
+      });
+    case node_shift:
+      return put(rows, columns, to, add, [&](int64_t i, int64_t j) { return load(P.row(i) + j); });
+    case node_line:
+    case node_sum: {
+      const T factor = o.number(q);
+      return put(rows, columns, to, add,
+                 [&](int64_t i, int64_t j) { return factor * load(P.row(i) + j); });
+    }
+    case node_product: {
+      const Mat<const T> other = o.u[1 - q];
+      return put(rows, columns, to, add, [&](int64_t i, int64_t j) {
+        return load(P.row(i) + j) * load(other.row(i) + j);
+      });
+    }
+    case node_expand:
+      for (int64_t i = 0; i < rows; ++i) {
+        const T* p = P.row(i);
+        const T all = total<T>(node.width, [&](int64_t j) { return load(p + j); });
+        to.row(i)[0] = add ? to.row(i)[0] + all : all;
+      }
+      return;
+    case node_total:
+      return put(rows, o.whole(), to, add, [&](int64_t i, int64_t) { return splat(P.row(i)[0]); });
+    case node_concat: {
+      int64_t at = 0;
+      for (int64_t i = 0; i < q; ++i) at += o.width(i);
+      return put(rows, o.whole(q), to, add,
+                 [&](int64_t i, int64_t j) { return load(P.row(i) + at + j); });
+    }
+    case node_columns: {
+      const int64_t start = int64_t(node.numbers[0]), step = int64_t(node.numbers[1]);
+      if (step == 1) return add_exactly<T>(rows, node.width, P, {to.at + start, to.ld});
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = 0; j < node.width; ++j) to.row(i)[start + j * step] += P.row(i)[j];
+      }
+      return;
+    }
+    case node_log_softmax:
+      for (int64_t i = 0; i < rows; ++i) {
+        const T *p = P.row(i), *v = o.v.row(i);
+        const T all = total<T>(node.width, [&](int64_t j) { return load(p + j); });
+        put(1, columns, Mat<T>{to.row(i), 0}, add, [&](int64_t, int64_t j) {
+          return load(p + j) - exp_nonpositive<T>(load(v + j)) * all;
+        });
+      }
+      return;
+    case node_normalise:
+    case node_root_mean_square:
+    case node_softmax: return symmetric_jacobian<T>(o, P, to, add);
+  }
+}
+
+// --- curvature ------------------------------------------------------------------------------------
+
+// Whether input q of the node has a curvature under such tangents.
+template <class T> MK_INLINE bool node_bends(const Node& node, const Mat<const T>* dots, int64_t q) {
+  if (node.kind == node_product) return bool(dots[1 - q]);
+  return node.curved && bool(dots[0]);
+}
+
+// to (+)= ∇_u ⟨P, f'(u) u̇⟩ for input q, which `node_bends` says is not zero.
+template <class T>
+void node_curvature(const Operands<T>& o, const Mat<const T>* dots, Mat<const T> P, int64_t q,
+                    Mat<T> to, bool add) {
+  const Node& node = *o.node;
+  const int64_t rows = o.rows, columns = o.columns, n = node.width;
+  const Mat<const T> t = dots[0];
+  if (is_elementwise(node.kind)) {
+    return put(rows, columns, to, add, [&](int64_t i, int64_t j) {
+      return load(o.c.row(i) + j) * load(t.row(i) + j) * load(P.row(i) + j);
+    });
+  }
+  switch (node.kind) {
+    case node_product: {
+      const Mat<const T> x = dots[1 - q];
+      return put(rows, columns, to, add, [&](int64_t i, int64_t j) {
+        return load(P.row(i) + j) * load(x.row(i) + j);
+      });
+    }
+    case node_normalise:
+    case node_root_mean_square: {
+      const T each = T(1) / T(n);
+      for (int64_t i = 0; i < rows; ++i) {
+        const T *a = P.row(i), *b = t.row(i), *v = o.v.row(i), r = o.s.at[i * o.s.ld];
+        const auto mean = [&](const auto& f) { return each * total<T>(n, f); };
+        const T alpha = mean([&](int64_t j) { return load(v + j) * load(a + j); });
+        const T beta = mean([&](int64_t j) { return load(v + j) * load(b + j); });
+        T gamma = mean([&](int64_t j) { return load(a + j) * load(b + j); });
+        T of_a = 0, of_b = 0;
+        if (node.kind == node_normalise) {
+          of_a = mean([&](int64_t j) { return load(a + j); });
+          of_b = mean([&](int64_t j) { return load(b + j); });
+          gamma = mean([&](int64_t j) { return (load(a + j) - of_a) * (load(b + j) - of_b); });
+        }
+        const T own = gamma - 3 * alpha * beta, scale = -r * r;
+        put(1, columns, Mat<T>{to.row(i), 0}, add, [&](int64_t, int64_t j) {
+          return scale * (alpha * (load(b + j) - of_b) + beta * (load(a + j) - of_a) +
+                          load(v + j) * own);
+        });
+      }
+      return;
+    }
+    case node_softmax:
+      for (int64_t i = 0; i < rows; ++i) {
+        const T *a = P.row(i), *b = t.row(i), *v = o.v.row(i);
+        const T alpha = total<T>(n, [&](int64_t j) { return load(v + j) * load(a + j); });
+        const T beta = total<T>(n, [&](int64_t j) { return load(v + j) * load(b + j); });
+        const auto w = [&](int64_t j) {
+          const Vec<T> p = load(a + j), x = load(b + j);
+          return p * x - beta * p - alpha * x;
+        };
+        const T along = total<T>(n, [&](int64_t j) { return load(v + j) * w(j); });
+        put(1, columns, Mat<T>{to.row(i), 0}, add,
+            [&](int64_t, int64_t j) { return load(v + j) * (w(j) - along); });
+      }
+      return;
+    case node_log_softmax:
+      for (int64_t i = 0; i < rows; ++i) {
+        const T *a = P.row(i), *b = t.row(i), *v = o.v.row(i);
+        const auto p = [&](int64_t j) { return exp_nonpositive<T>(load(v + j)); };
+        const T all = total<T>(n, [&](int64_t j) { return load(a + j); });
+        const T along = total<T>(n, [&](int64_t j) { return p(j) * load(b + j); });
+        put(1, columns, Mat<T>{to.row(i), 0}, add,
+            [&](int64_t, int64_t j) { return -all * p(j) * (load(b + j) - along); });
+      }
+      return;
+  }
+}
+
+// --- parameters -----------------------------------------------------------------------------------
+
+// sums += ∂/∂θ of ⟨g, f(u; θ)⟩, a row of H columns.
+template <class T> void node_parameters(const Operands<T>& o, Mat<const T> g, T* sums) {
+  const Mat<const T> u = o.u[0];
+  switch (o.node->kind) {
+    case node_prelu:
+      return add_columns<T>(o.rows, o.columns, sums, [&](int64_t i, int64_t j) {
+        return min_zero<T>(load(u.row(i) + j)) * load(g.row(i) + j);
+      });
+    case node_scale:
+      return add_columns<T>(o.rows, o.columns, sums, [&](int64_t i, int64_t j) {
+        return load(u.row(i) + j) * load(g.row(i) + j);
+      });
+    case node_shift:
+      return add_columns<T>(o.rows, o.columns, sums,
+                            [&](int64_t i, int64_t j) { return load(g.row(i) + j); });
+  }
+}
+
+// sums += ∂/∂θ of ⟨P, f'(u; θ) u̇⟩.
+template <class T>
+void node_slope_parameters(const Operands<T>& o, Mat<const T> t, Mat<const T> P, T* sums) {
+  const Mat<const T> u = o.u[0];
+  switch (o.node->kind) {
+    case node_prelu:
+      return add_columns<T>(o.rows, o.columns, sums, [&](int64_t i, int64_t j) {
+        const Vec<T> x = load(t.row(i) + j) * load(P.row(i) + j);
+        return load(u.row(i) + j) > T(0) ? Vec<T>{} : x;
+      });
+    case node_scale:
+      return add_columns<T>(o.rows, o.columns, sums, [&](int64_t i, int64_t j) {
+        return load(t.row(i) + j) * load(P.row(i) + j);
+      });
+  }
+}
+
+}  // namespace

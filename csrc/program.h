@@ -1,0 +1,278 @@
+// One call's view of a program: its weights packed, and where forward leaves what backward reads.
+#pragma once
+
+#include "blocks.h"
+#include "nodes.h"
+
+namespace {
+
+// What is packed of one node: of a linear one W (out, in) and b, of others a row of parameters.
+template <class T> struct Weights {
+  const T *w, *b;        // the user's tensors
+  Matrix<T> forward;     // Wᵀ (in, out), for h·Wᵀ
+  Matrix<T> back;        // W (out, in), for g·W
+  Matrix<T> slopes;      // the columns of W that meet x2, (out, k), as `back`
+  const T* bias;         // b padded to whole vectors; null without bias
+  const T* rows;         // W with padded rows (stride whole_vectors(in)), for dot products
+  const T* columns;      // (k, whole_vectors(out)): the columns of W that meet x2
+  const T* parameter;    // padded to whole vectors, one number spread over them
+};
+
+template <class T> struct Program {
+  const Plan* plan;
+  const void* const* params;
+  const int64_t* sizes;
+  int64_t d, D, k, y;        // y: the number of the last value
+  Weights<T>* weights;       // by node; null while memory is counted
+  Packing<T>* packings;
+  int64_t noted = 0;
+  // Where a value and its P begin in what is saved of one row, and how much that is in all.
+  int64_t *value_at, *cotangent_at, saved_values = 0, saved_cotangents = 0;
+
+  Program(const Plan& p, const void* const* given, const int64_t* elements, Bump& memory)
+      : plan(&p), params(given), sizes(elements), d(p.d), D(p.D), k(p.k), y(p.count) {
+    weights = memory.take<Weights<T>>(p.count);
+    packings = memory.take<Packing<T>>(3 * p.count);
+    value_at = memory.take<int64_t>(p.count + 1);
+    cotangent_at = memory.take<int64_t>(p.count + 1);
+    for (int64_t v = 0; v <= y; ++v) {
+      if (value_at) value_at[v] = saved_values, cotangent_at[v] = saved_cotangents;
+      if (flow(v).saved) saved_values += saved_ld(v);
+      if (flow(v).pulled) saved_cotangents += saved_ld(v);
+    }
+    if (!weights) return;
+    for (int64_t i = 0; i < p.count; ++i) {
+      weights[i] = Weights<T>{};
+      const Node& node = p.nodes[i];
+      if (node.kind != node_linear) continue;
+      weights[i].w = static_cast<const T*>(given[node.place[0]]);
+      weights[i].b = static_cast<const T*>(given[node.place[1]]);
+    }
+  }
+
+  const Node& node(int64_t v) const { return plan->nodes[v - 1]; }  // that makes value v
+  const Flow& flow(int64_t v) const { return plan->flow[v]; }
+  int64_t width(int64_t v) const { return plan->width(v); }
+  int64_t whole(int64_t v) const { return whole_vectors<T>(width(v)); }
+  int64_t saved_ld(int64_t v) const {
+    return flow(v).viewed ? scratch_ld<T>(width(v)) : whole(v);
+  }
+  bool linear(int64_t v) const { return node(v).kind == node_linear; }
+  // The input of a linear node.
+  int64_t below(int64_t v) const { return node(v).input[0]; }
+  const Weights<T>& at(int64_t v) const { return weights[v - 1]; }
+
+  // A view of columns side by side needs no memory.
+  bool is_view(int64_t v) const {
+    return v > 0 && node(v).kind == node_columns && node(v).numbers[1] == 1;
+  }
+  // Whether only products read x, element by element; others want its rows in whole vectors.
+  bool x_as_it_is() const {
+    for (int64_t v = 1; v <= y; ++v) {
+      if (!flow(v).used || linear(v)) continue;
+      for (int64_t q = 0; q < node(v).inputs; ++q) {
+        if (node(v).input[q] == 0) return false;
+      }
+    }
+    return true;
+  }
+
+  // Few outputs go by dot products; they read h in whole vectors, which x is not laid out for.
+  bool by_dots(int64_t v) const {
+    return below(v) > 0 && prefers_dots<T>(width(below(v)), width(v));
+  }
+  bool slopes_by_dots(int64_t v) const { return prefers_dots<T>(width(v), k); }
+
+  // The weights to be packed are first noted, then packed by so many threads.
+  Matrix<T> note(Bump& memory, const T* w, int64_t row, int64_t column, int64_t K, int64_t N) {
+    T* to = memory.take<T>(packed_size<T>(K, N));
+    if (!to) return {};
+    packings[noted] = {to, w, row, column, K, N};
+    return packings[noted++].matrix();
+  }
+  void pack(int64_t threads, int64_t thread) const {
+    int64_t panel = 0;
+    for (int64_t i = 0; i < noted; ++i) {
+      for (int64_t p = 0; p < packings[i].panels(); ++p, ++panel) {
+        if (panel % threads == thread) packings[i].panel(p);
+      }
+    }
+  }
+
+  const T* w_of(int64_t v) const { return weights ? weights[v - 1].w : nullptr; }
+
+  void pack_forward(Bump& memory, int64_t v) {
+    const int64_t in = width(below(v)), out = width(v);
+    const Matrix<T> packed = note(memory, w_of(v), 1, in, in, out);
+    if (weights) weights[v - 1].forward = packed;
+  }
+  void pack_back(Bump& memory, int64_t v) {
+    const int64_t in = width(below(v)), out = width(v);
+    const Matrix<T> packed = note(memory, w_of(v), in, 1, out, in);
+    if (weights) weights[v - 1].back = packed;
+  }
+  void pack_slopes(Bump& memory, int64_t v) {
+    const T* w = w_of(v);
+    const Matrix<T> packed = note(memory, w ? w + (d - k) : w, d, 1, width(v), k);
+    if (weights) weights[v - 1].slopes = packed;
+  }
+  void pack_rows(Bump& memory, int64_t v) {
+    const int64_t in = width(below(v)), out = width(v), ld = whole_vectors<T>(in);
+    T* to = memory.take<T>(out * ld);
+    if (!to) return;
+    for (int64_t i = 0; i < out; ++i) pad(to + i * ld, w_of(v) + i * in, in);
+    weights[v - 1].rows = to;
+  }
+  void pack_columns(Bump& memory, int64_t v) {
+    const int64_t out = width(v), ld = whole_vectors<T>(out);
+    T* to = memory.take<T>(k * ld);
+    if (!to) return;
+    for (int64_t c = 0; c < k; ++c) {
+      for (int64_t j = 0; j < ld; ++j) {
+        to[c * ld + j] = j < out ? w_of(v)[j * d + (d - k) + c] : T(0);
+      }
+    }
+    weights[v - 1].columns = to;
+  }
+  void pack_bias(Bump& memory, int64_t v) {
+    T* to = memory.take<T>(whole(v));
+    if (!to || !weights[v - 1].b) return;
+    pad(to, weights[v - 1].b, width(v));
+    weights[v - 1].bias = to;
+  }
+  // A row of parameters of a node that is not linear.
+  void pack_parameter(Bump& memory, int64_t v) {
+    if (linear(v) || !node(v).params || node(v).kind == node_mask) return;
+    T* to = memory.take<T>(whole(v));
+    if (!to) return;
+    const int64_t place = node(v).place[0];
+    const T* from = static_cast<const T*>(params[place]);
+    if (sizes[place] == 1) {
+      for (int64_t j = 0; j < whole(v); ++j) to[j] = from[0];
+    } else {
+      pad(to, from, width(v));
+    }
+    weights[v - 1].parameter = to;
+  }
+
+ private:
+  static void pad(T* to, const T* from, int64_t n) {
+    copy(to, from, n);
+    for (int64_t j = n; j < whole_vectors<T>(n); ++j) to[j] = T(0);
+  }
+};
+
+// What forward leaves, block after block: a block's values lie together, so that all of it takes N
+// times the same number of elements. Rows are padded to whole vectors.
+template <class T> struct SavedProgram {
+  const Program<T>& program;
+  const Blocks& blocks;
+
+  Mat<T> value(void* buffer, int64_t block, int64_t v) const {
+    return at(buffer, block, v, program.value_at[v], program.saved_values);
+  }
+  Mat<T> cotangent(void* buffer, int64_t block, int64_t v) const {
+    return at(buffer, block, v, program.cotangent_at[v], program.saved_cotangents);
+  }
+
+ private:
+  Mat<T> at(void* buffer, int64_t block, int64_t v, int64_t before, int64_t all) const {
+    T* to = static_cast<T*>(buffer) + blocks.begin(block) * all + blocks.rows(block) * before;
+    return {to, program.saved_ld(v)};
+  }
+};
+
+// The rows of one block as the nodes see them, by value: the same on the way up and on the way back.
+template <class T> struct BlockValues {
+  Mat<T>* value;   // null where it is not at hand
+  Mat<T>* first;   // what a node's Jacobian is computed from: σ', or the r of a normalisation
+  Mat<T>* mask;    // rows of a mask, in whole vectors
+  Mat<const T>* inputs;  // of the node at hand, as many as the longest has
+  int64_t* widths;
+
+  // `want(v)`: whether it needs memory of its own for value v, (v, s) and the mask.
+  template <class Want>
+  BlockValues(Bump& memory, const Program<T>& program, int64_t capacity, const Want& want) {
+    const int64_t count = program.y + 1;
+    Mat<T>** const lists[] = {&value, &first, &mask};
+    for (Mat<T>** list : lists) *list = memory.take<Mat<T>>(count);
+    int64_t most = 1;
+    for (int64_t v = 1; v < count; ++v) most = max_of(most, program.node(v).inputs);
+    inputs = memory.take<Mat<const T>>(most);
+    widths = memory.take<int64_t>(most);
+    for (int64_t v = 0; v < count; ++v) {
+      const int64_t ld = scratch_ld<T>(program.width(v));
+      Mat<T> own{nullptr, ld}, s{nullptr, ld}, m{nullptr, ld};
+      if (want(v, 'v')) own.at = memory.take<T>(capacity * ld);
+      if (v && want(v, 's')) {
+        const bool norm = normalises(program.node(v).kind);
+        if (norm) s.ld = 1;
+        s.at = memory.take<T>(norm ? round_up(capacity, Simd<T>::lanes) : capacity * ld);
+      }
+      if (v && want(v, 'm')) m.at = memory.take<T>(capacity * ld);
+      if (!value) continue;
+      value[v] = own, first[v] = s, mask[v] = m;
+    }
+  }
+
+  // What the node of value v is computed from.
+  Operands<T> operands(const Program<T>& program, int64_t v, int64_t rows) const {
+    const Node& node = program.node(v);
+    for (int64_t q = 0; q < node.inputs; ++q) {
+      inputs[q] = value[node.input[q]];
+      widths[q] = program.width(node.input[q]);
+    }
+    Operands<T> o{&node, rows, program.whole(v), inputs, widths, value[v], first[v], {}, {}};
+    o.parameter = node.kind == node_mask ? Mat<const T>(mask[v])
+                                         : Mat<const T>{program.at(v).parameter, 0};
+    return o;
+  }
+
+  void read_x(const Program<T>& program, const void* x, int64_t rows, int64_t row0,
+              bool as_it_is) const {
+    const int64_t d = program.d;
+    T* from = const_cast<T*>(static_cast<const T*>(x)) + row0 * d;
+    if (as_it_is) {
+      value[0] = {from, d};
+      return;
+    }
+    for (int64_t i = 0; i < rows; ++i) copy(value[0].row(i), from + i * d, d);
+  }
+  void read_mask(const Program<T>& program, int64_t v, int64_t rows, int64_t row0) const {
+    const int64_t H = program.width(v);
+    const T* from = static_cast<const T*>(program.params[program.node(v).place[0]]) + row0 * H;
+    for (int64_t i = 0; i < rows; ++i) copy(mask[v].row(i), from + i * H, H);
+  }
+};
+
+// h·Wᵀ + b of a linear node.
+template <class T>
+void linear_value(const Program<T>& program, int64_t v, int64_t rows, Mat<const T> h, Mat<T> to) {
+  const Weights<T>& w = program.at(v);
+  const int64_t in = program.width(program.below(v)), out = program.width(v);
+  if (program.by_dots(v)) {
+    dot_rows<T>(rows, in, h.at, h.ld, out, w.rows, whole_vectors<T>(in), w.bias, to.at, to.ld, 1);
+  } else {
+    gemm<false>(rows, in, h.at, h.ld, w.forward, 0, from_bias(w.bias), to.at, to.ld, Nothing{});
+  }
+}
+template <class T>
+void linear_push(const Program<T>& program, int64_t v, int64_t rows, Mat<const T> t, Mat<T> to) {
+  const Weights<T>& w = program.at(v);
+  const int64_t in = program.width(program.below(v)), out = program.width(v);
+  if (program.by_dots(v)) {
+    dot_rows<T>(rows, in, t.at, t.ld, out, w.rows, whole_vectors<T>(in), nullptr, to.at, to.ld, 1);
+  } else {
+    gemm<false>(rows, in, t.at, t.ld, w.forward, 0, from_zero<T>(), to.at, to.ld, Nothing{});
+  }
+}
+// to (+)= P·W.
+template <class T>
+void linear_pull(const Program<T>& program, int64_t v, int64_t rows, Mat<const T> P, Mat<T> to,
+                 bool add) {
+  const Init<T> init = add ? Init<T>{to.at, to.ld} : from_zero<T>();
+  gemm<false>(rows, program.width(v), P.at, P.ld, program.at(v).back, 0, init, to.at, to.ld,
+              Nothing{});
+}
+
+}  // namespace

@@ -1,0 +1,653 @@
+// The backward pass of a program: gradients of (y, J or its penalty) by parameters and x.
+//
+// The part of a slope in the loss is sᵀ·J·e for a pair (row, tangent e, seed s); only pairs that are
+// not zero are there at all. Their tangents are pushed up the program and their seeds pulled down it;
+// each node adds what its parameters do to a slope, and its curvature joins the cotangent g of the
+// row. With one output in adjoint mode the seed's chain P of every row is known from the forward and
+// g = gy∘P + q, q the chain of the curvature alone: rows without a violation cost no product with W.
+#pragma once
+
+#include "program_forward.h"
+
+namespace {
+
+// Where each parameter's gradient lies among one thread's sums. W (out, in) is kept transposed where
+// that fills vectors better, and where x is one of the factors, whose rows are not whole vectors.
+template <class T> struct GradientLayout {
+  struct Place {
+    int64_t at, out, in;  // a row of `in` where out is 0
+    bool transposed;
+    int64_t rows() const { return out == 0 ? 1 : transposed ? in : out; }
+    int64_t columns() const { return out && transposed ? out : in; }
+    int64_t ld() const { return whole_vectors<T>(columns()); }
+  };
+  Place* place;
+  int64_t size;
+
+  GradientLayout(Bump& memory, const Plan& plan) : place(memory.take<Place>(plan.params)), size(0) {
+    if (!place) return;
+    for (int64_t p = 0; p < plan.params; ++p) place[p] = Place{0, 0, 0, false};
+    for (int64_t i = 0; i < plan.count; ++i) {
+      const Node& node = plan.nodes[i];
+      for (int64_t q = 0; q < node.params; ++q) {
+        Place& to = place[node.place[q]];
+        if (node.kind != node_linear || q == 1) {
+          if (node.kind != node_mask) to.in = node.width;
+          continue;
+        }
+        to.out = node.width, to.in = plan.width(node.input[0]);
+        const int64_t lanes = Simd<T>::lanes;
+        to.transposed |= node.input[0] == 0 || to.in * ((to.out + lanes - 1) / lanes) <
+                                                   to.out * ((to.in + lanes - 1) / lanes);
+      }
+    }
+    for (int64_t p = 0; p < plan.params; ++p) {
+      place[p].at = size;
+      size += place[p].rows() * place[p].ld();
+    }
+    size = round_up(size + int64_t(gap / sizeof(T)), 64);
+  }
+};
+
+// What a backward needs of its way beyond the flags by value.
+struct Errand {
+  bool pairs;   // some slope takes part in the loss
+  bool curved;  // and some node on the way bends
+};
+
+template <class T> struct ProgramBackwardWeights {
+  Program<T> net;
+
+  ProgramBackwardWeights(const Plan& plan, const BackwardCall& call, const Errand& errand,
+                         Bump& memory)
+      : net(plan, call.params, call.sizes, memory) {
+    for (int64_t v = 1; v <= net.y; ++v) {
+      const Way& way = call.way[v];
+      if (!net.flow(v).used || !(way.wanted || way.dot || way.value)) continue;
+      net.pack_parameter(memory, v);
+      if (!net.linear(v)) continue;
+      const bool again = way.value && !net.flow(v).saved;
+      const bool pushed = errand.pairs && way.dot;
+      if (again) net.pack_bias(memory, v);
+      const bool top = v == net.y && net.flow(v).kept;
+      if (top || ((again || pushed) && net.by_dots(v))) net.pack_rows(memory, v);
+      if ((again || pushed) && !net.by_dots(v)) net.pack_forward(memory, v);
+      if (way.wanted && pulls(call, errand, v)) net.pack_back(memory, v);
+    }
+  }
+
+ private:
+  // Whether something is multiplied by W on the way down from v.
+  bool pulls(const BackwardCall& call, const Errand& errand, int64_t v) const {
+    const int64_t u = net.below(v);
+    if (!call.way[u].wanted) return false;
+    if (!net.flow(u).kept) return true;
+    return (errand.pairs && errand.curved) || (!net.flow(u).pulled && v != net.y);
+  }
+};
+
+template <class T> struct ProgramBackwardScratch {
+  BlockValues<T> rows, pair;
+  // By value. Of the rows: P where it is kept, else g. Of the pairs: σ'', the tangent, and what comes
+  // down for them: q where P is kept, else P.
+  Mat<T> *cotangent, *second, *dot, *chain;
+  bool *begun, *chained, *gathered, *prepared;
+  Mat<const T>* dots;  // of the inputs of the node at hand
+  Mat<T> g, p, bend;   // a block of the widest value each
+  T* slopes;           // gJ (rows, D, k)
+  Pairs<T> pairs;
+  T* sums = nullptr;
+
+  ProgramBackwardScratch(Bump& memory, const Program<T>& net, const BackwardCall& call,
+                         const Errand& errand, int64_t capacity)
+      : rows(memory, net, capacity,
+             [&](int64_t v, char what) {
+               const Way& way = call.way[v];
+               if (v == 0) return what == 'v' && !net.x_as_it_is();
+               if (!net.flow(v).used) return false;
+               if (what == 'm') return is_mask(net, call, v);
+               if (what == 's') return way.first && needs_first(net.node(v));
+               return way.value && !net.flow(v).saved && !net.is_view(v);
+             }),
+        pair(memory, net, capacity,
+             [&](int64_t v, char what) {
+               const Way& way = call.way[v];
+               if (!errand.pairs || !net.flow(v).used) return false;
+               if (what == 'v') return way.value;
+               if (what == 'm') return is_mask(net, call, v);
+               return way.first && needs_first(net.node(v));
+             }),
+        pairs(memory, *net.plan, errand.pairs ? capacity : 0) {
+    const int64_t count = net.y + 1;
+    Mat<T>** const lists[] = {&cotangent, &second, &dot, &chain};
+    for (Mat<T>** list : lists) *list = memory.take<Mat<T>>(count);
+    bool** const flags[] = {&begun, &chained, &gathered, &prepared};
+    for (bool** list : flags) *list = memory.take<bool>(count);
+    int64_t most = 1, widest = 1;
+    for (int64_t v = 0; v < count; ++v) {
+      if (v) most = max_of(most, net.node(v).inputs);
+      widest = max_of(widest, net.width(v));
+      const Way& way = call.way[v];
+      const Flow& flow = net.flow(v);
+      const int64_t ld = scratch_ld<T>(net.width(v)), size = capacity * ld;
+      const bool one_row = flow.kept && flow.uniform;
+      const auto take = [&](bool wanted, int64_t n) {
+        return Mat<T>{wanted ? memory.take<T>(n) : nullptr, ld};
+      };
+      Mat<T> c = take(flow.used && way.wanted && !flow.pulled, one_row ? ld : size);
+      if (one_row) c.ld = 0;
+      const bool bends = v && flow.used && way.first && is_elementwise(net.node(v).kind) &&
+                         net.node(v).curved;
+      const Mat<T> s = take(errand.pairs && bends, size);
+      const Mat<T> t = take(errand.pairs && flow.used && way.dot, size);
+      const Mat<T> q = take(errand.pairs && flow.used && way.wanted &&
+                                (flow.kept ? errand.curved : flow.moving),
+                            size);
+      if (cotangent) cotangent[v] = c, second[v] = s, dot[v] = t, chain[v] = q;
+    }
+    dots = memory.take<Mat<const T>>(most);
+    Mat<T>* const blocks[] = {&g, &p, &bend};
+    for (Mat<T>* block : blocks) {
+      block->ld = scratch_ld<T>(widest);
+      block->at = memory.take<T>(capacity * block->ld);
+    }
+    slopes = memory.take<T>(capacity * net.D * net.k);
+  }
+  static bool needs_first(const Node& node) { return ProgramForwardScratch<T>::needs_first(node); }
+  static bool is_mask(const Program<T>& net, const BackwardCall& call, int64_t v) {
+    const Way& way = call.way[v];
+    return net.node(v).kind == node_mask && (way.wanted || way.dot || way.value);
+  }
+};
+
+template <class T> struct ProgramBackward {
+  typedef ProgramBackwardScratch<T> Scratch;
+
+  const Program<T>& net;
+  const BackwardCall& call;
+  const Blocks& blocks;
+  const Errand& errand;
+  const GradientLayout<T>& layout;
+
+  const Way& way(int64_t v) const { return call.way[v]; }
+  const Flow& flow(int64_t v) const { return net.flow(v); }
+  bool wants(int64_t place) const { return call.grads[place] != nullptr; }
+
+  void run(const Scratch& scratch, int64_t block) const {
+    const int64_t rows = blocks.rows(block), row0 = blocks.begin(block);
+    const bool active =
+        errand.pairs && slope_gradients(*net.plan, call, scratch.slopes, rows, row0);
+    if (!active && !call.gy) return give_input(scratch, rows, row0, false);
+    values(scratch, block, rows, row0);
+    begin(scratch, block, rows, row0);
+    const int64_t candidates = rows * (net.plan->adjoint ? net.D : net.k);
+    int64_t next = active ? 0 : candidates;
+    for (;;) {  // the last pairs go together with the rows
+      const int64_t m = next < candidates
+                            ? scratch.pairs.gather(*net.plan, scratch.slopes, rows,
+                                                   blocks.capacity, &next)
+                            : 0;
+      const Pass pass{scratch, rows, row0, m, m == rows && net.plan->keeps_adjoint()};
+      if (m) tangents(pass);
+      walk(pass, next == candidates);
+      if (next == candidates) break;
+    }
+    give_input(scratch, rows, row0, true);
+  }
+
+ private:
+  // One walk: `m` pairs of a block. `all`: every row is a pair, in its place.
+  struct Pass {
+    const Scratch& scratch;
+    int64_t rows, row0, m;
+    bool all;
+  };
+
+  void give_input(const Scratch& scratch, int64_t rows, int64_t row0, bool walked) const {
+    if (!call.gx) return;
+    T* to = static_cast<T*>(call.gx) + row0 * net.d;
+    if (!walked || !scratch.begun[0]) return clear(to, rows * net.d);
+    for (int64_t i = 0; i < rows; ++i) copy(to + i * net.d, scratch.cotangent[0].row(i), net.d);
+  }
+
+  // --- the block's rows ---------------------------------------------------------------------------
+
+  void values(const Scratch& scratch, int64_t block, int64_t rows, int64_t row0) const {
+    const BlockValues<T>& at = scratch.rows;
+    const SavedProgram<T> saved{net, blocks};
+    at.read_x(net, call.x, rows, row0, net.x_as_it_is());
+    for (int64_t v = 1; v <= net.y; ++v) {
+      if (!flow(v).used) continue;
+      const Node& node = net.node(v);
+      if (Scratch::is_mask(net, call, v)) at.read_mask(net, v, rows, row0);
+      if (flow(v).saved) {
+        at.value[v] = saved.value(call.saved[0], block, v);
+      } else if (net.is_view(v)) {
+        const Mat<T> from = at.value[node.input[0]];
+        if (way(v).value) at.value[v] = {from.at + int64_t(node.numbers[0]), from.ld};
+      } else if (net.linear(v)) {
+        if (way(v).value) linear_value<T>(net, v, rows, at.value[net.below(v)], at.value[v]);
+      } else if (way(v).value || at.first[v]) {
+        node_value<T>(at.operands(net, v, rows), at.value[v], at.first[v]);
+      }
+    }
+  }
+
+  // The cotangent of y, and those that forward left.
+  void begin(const Scratch& scratch, int64_t block, int64_t rows, int64_t row0) const {
+    const SavedProgram<T> saved{net, blocks};
+    for (int64_t v = 0; v <= net.y; ++v) {
+      scratch.begun[v] = false;
+      if (!flow(v).pulled) continue;
+      scratch.cotangent[v] = saved.cotangent(call.saved[1], block, v);
+      scratch.begun[v] = true;
+    }
+    if (!way(net.y).wanted) return;
+    const Mat<T> top = scratch.cotangent[net.y];
+    if (flow(net.y).kept) {
+      for (int64_t j = 0; j < net.whole(net.y); ++j) top.at[j] = T(1);
+    } else if (call.gy) {
+      const T* gy = static_cast<const T*>(call.gy) + row0 * net.D;
+      for (int64_t i = 0; i < rows; ++i) copy_few(top.row(i), gy + i * net.D, net.D);
+    } else {
+      return;
+    }
+    scratch.begun[net.y] = true;
+  }
+
+  int64_t rows_of(const Pass& pass, int64_t v) const {
+    return pass.scratch.cotangent[v].ld ? pass.rows : 1;
+  }
+
+  // --- pairs --------------------------------------------------------------------------------------
+
+  Mat<const T> gather(const Pass& pass, Mat<const T> from, int64_t columns, Mat<T> to) const {
+    const int32_t* row = pass.scratch.pairs.row;
+    put(pass.m, columns, to, false,
+        [&](int64_t i, int64_t j) { return load(from.row(row[i]) + j); });
+    return to;
+  }
+  void scatter_add(const Pass& pass, Mat<const T> from, int64_t columns, Mat<T> to) const {
+    const int32_t* row = pass.scratch.pairs.row;
+    for (int64_t i = 0; i < pass.m; ++i) {
+      const T* x = from.row(i);
+      T* at = to.row(row[i]);
+      for (int64_t j = 0; j < columns; j += Simd<T>::lanes) {
+        store(at + j, load(at + j) + load(x + j));
+      }
+    }
+  }
+
+  // The pairs' rows of value v.
+  Mat<const T> take(const Pass& pass, int64_t v) const {
+    const Scratch& s = pass.scratch;
+    if (pass.all) return s.rows.value[v];
+    if (!s.gathered[v]) gather(pass, s.rows.value[v], net.whole(v), s.pair.value[v]);
+    s.gathered[v] = true;
+    return s.pair.value[v];
+  }
+
+  // What a node that is not linear is computed from, for the pairs. Values that its Jacobian does not
+  // depend on are left out.
+  Operands<T> operands(const Pass& pass, int64_t v) const {
+    const Scratch& s = pass.scratch;
+    const Node& node = net.node(v);
+    const BlockValues<T>& at = s.pair;
+    for (int64_t q = 0; q < node.inputs; ++q) {
+      at.inputs[q] = node.varies ? take(pass, node.input[q]) : Mat<const T>{};
+      at.widths[q] = net.width(node.input[q]);
+    }
+    Operands<T> o{&node, pass.m, net.whole(v), at.inputs, at.widths, {}, {}, {}, {}};
+    if (node.reads_v) o.v = take(pass, v);
+    o.parameter = Mat<const T>{net.at(v).parameter, 0};
+    if (node.kind == node_mask) o.parameter = pass.all ? s.rows.mask[v] : at.mask[v];
+    if (Scratch::needs_first(node)) o.s = pass.all ? s.rows.first[v] : at.first[v];
+    o.c = s.second[v];
+    if (!s.prepared[v]) prepare(pass, v, o);
+    s.prepared[v] = true;
+    return o;
+  }
+  void prepare(const Pass& pass, int64_t v, const Operands<T>& o) const {
+    const Scratch& s = pass.scratch;
+    const Node& node = net.node(v);
+    const int32_t* row = s.pairs.row;
+    if (node.kind == node_mask && !pass.all) {
+      gather(pass, s.rows.mask[v], net.whole(v), s.pair.mask[v]);
+    } else if (normalises(node.kind) && !pass.all) {
+      for (int64_t i = 0; i < pass.m; ++i) s.pair.first[v].at[i] = s.rows.first[v].at[row[i]];
+    } else if (is_elementwise(node.kind) && node.varies && (o.c || !pass.all)) {
+      const Numbers<T> numbers{o.number(0), o.number(1), o.number(2)};
+      T* first = s.pair.first[v].at;  // of all rows it is there already, and written to the side
+      orders_of<T>(int(node.kind))[o.c ? 4 : 3]({pass.m, o.columns, o.u[0].at, o.u[0].ld, nullptr,
+                                                 first, s.second[v].at, s.second[v].ld},
+                                                numbers);
+    }
+  }
+
+  // The tangents of the inputs of v's node; false if there is none.
+  bool dots_of(const Pass& pass, int64_t v) const {
+    const Node& node = net.node(v);
+    bool any = false;
+    for (int64_t q = 0; q < node.inputs; ++q) {
+      const int64_t u = node.input[q];
+      const bool moves = flow(u).moving && way(u).dot;
+      pass.scratch.dots[q] = moves ? Mat<const T>(pass.scratch.dot[u]) : Mat<const T>{};
+      any |= moves;
+    }
+    return any;
+  }
+
+  void tangents(const Pass& pass) const {
+    const Scratch& s = pass.scratch;
+    for (int64_t v = 0; v <= net.y; ++v) s.gathered[v] = s.prepared[v] = s.chained[v] = false;
+    if (way(0).dot) {
+      for (int64_t i = 0; i < pass.m; ++i) {
+        clear(s.dot[0].row(i), net.whole(0));
+        copy_few(s.dot[0].row(i) + (net.d - net.k), s.pairs.e + i * s.pairs.lde, net.k);
+      }
+    }
+    for (int64_t v = 1; v <= net.y; ++v) {
+      if (!flow(v).used || !way(v).dot) continue;
+      if (!net.linear(v)) {
+        const Operands<T> o = operands(pass, v);
+        dots_of(pass, v);
+        node_push<T>(o, s.dots, s.dot[v]);
+      } else if (net.below(v)) {
+        linear_push<T>(net, v, pass.m, s.dot[net.below(v)], s.dot[v]);
+      } else {
+        gemm<false>(pass.m, net.k, s.pairs.e, s.pairs.lde, net.at(v).forward, net.d - net.k,
+                    from_zero<T>(), s.dot[v].at, s.dot[v].ld, Nothing{});
+      }
+    }
+    if (!flow(net.y).kept && flow(net.y).moving && way(net.y).wanted) {
+      for (int64_t i = 0; i < pass.m; ++i) {
+        copy_few(s.chain[net.y].row(i), s.pairs.u + i * s.pairs.ldu, net.D);
+      }
+      s.chained[net.y] = true;
+    }
+  }
+
+  // The pairs' own P of value v, if x2 reaches it.
+  Mat<const T> seeds(const Pass& pass, int64_t v) const {
+    const Scratch& s = pass.scratch;
+    if (!pass.m || !flow(v).moving) return {};
+    if (!flow(v).kept) return s.chained[v] ? Mat<const T>(s.chain[v]) : Mat<const T>{};
+    if (pass.all && s.cotangent[v].ld) return s.cotangent[v];
+    return gather(pass, s.cotangent[v], net.whole(v), s.p);
+  }
+
+  // --- the walk down ------------------------------------------------------------------------------
+
+  void walk(const Pass& pass, bool with_rows) const {
+    const Scratch& s = pass.scratch;
+    for (int64_t v = net.y; v > 0; --v) {
+      if (!flow(v).used || !way(v).wanted) continue;
+      const bool slopes = way(v).trained || net.node(v).curved;
+      const Mat<const T> P = slopes ? seeds(pass, v) : Mat<const T>{};
+      const Mat<const T> down =
+          pass.m && s.chained[v] ? Mat<const T>(s.chain[v]) : Mat<const T>{};
+      if (!net.linear(v) && pass.m) pairs_light(pass, v, P, down);
+      if (net.linear(v) && down && by_pairs(net.below(v))) {
+        pull_pairs(pass, v, down);
+      }
+      const Mat<const T> G = with_rows ? row_gradient(pass, v, down) : Mat<const T>{};
+      if (net.linear(v)) {
+        if (way(v).trained) linear_gradients(pass, v, P, G);
+        if (with_rows) rows_linear(pass, v, G);
+      } else if (with_rows) {
+        rows_light(pass, v, G);
+      }
+    }
+  }
+
+  // Whether what comes down for the pairs goes on to value u.
+  bool by_pairs(int64_t u) const {
+    return way(u).wanted && (flow(u).kept || (u > 0 && flow(u).moving));
+  }
+  // Whether the rows' gradient goes to u by itself, not as gy∘P + q.
+  bool direct(int64_t u) const { return way(u).wanted && !flow(u).kept; }
+  // Whether P goes on to u: not where forward left it.
+  bool passes(int64_t u) const { return way(u).wanted && flow(u).kept && !flow(u).pulled; }
+
+  void pull_pairs(const Pass& pass, int64_t v, Mat<const T> down) const {
+    const Scratch& s = pass.scratch;
+    const int64_t u = net.below(v);
+    linear_pull<T>(net, v, pass.m, down, s.chain[u], s.chained[u]);
+    s.chained[u] = true;
+  }
+
+  void pairs_light(const Pass& pass, int64_t v, Mat<const T> P, Mat<const T> down) const {
+    const Scratch& s = pass.scratch;
+    const Node& node = net.node(v);
+    if (!P && !down) return;
+    const Operands<T> o = operands(pass, v);
+    const bool moves = dots_of(pass, v) && P;
+    if (moves && way(v).trained && wants(node.place[0])) {
+      node_slope_parameters<T>(o, s.dots[0], P, s.sums + layout.place[node.place[0]].at);
+    }
+    for (int64_t q = 0; q < node.inputs; ++q) {
+      const int64_t u = node.input[q];
+      if (down && by_pairs(u)) {
+        if (node.kind == node_columns) start(s.chain, s.chained, u, pass.m);
+        node_pull<T>(o, down, q, s.chain[u], s.chained[u]);
+        s.chained[u] = true;
+      }
+      if (!moves || !way(u).wanted || !node_bends(node, s.dots, q)) continue;
+      if (flow(u).kept) {
+        node_curvature<T>(o, s.dots, P, q, s.chain[u], s.chained[u]);
+        s.chained[u] = true;
+      } else {
+        const Mat<T> bend{s.bend.at, scratch_ld<T>(net.width(u))};
+        node_curvature<T>(o, s.dots, P, q, bend, false);
+        start(s.cotangent, s.begun, u, pass.rows);
+        scatter_add(pass, bend, net.whole(u), s.cotangent[u]);
+      }
+    }
+  }
+
+  // Zeros for what is added to piece by piece.
+  void start(Mat<T>* at, bool* begun, int64_t u, int64_t rows) const {
+    if (!begun[u]) clear(at[u].at, (rows - 1) * at[u].ld + net.whole(u));
+    begun[u] = true;
+  }
+
+  // g of the rows at value v, where somebody wants it.
+  Mat<const T> row_gradient(const Pass& pass, int64_t v, Mat<const T> q) const {
+    const Scratch& s = pass.scratch;
+    if (!flow(v).kept) return s.begun[v] ? Mat<const T>(s.cotangent[v]) : Mat<const T>{};
+    bool wanted = way(v).trained;
+    for (int64_t i = 0; i < net.node(v).inputs; ++i) wanted |= direct(net.node(v).input[i]);
+    if (!wanted || (!call.gy && !q)) return {};
+    const Mat<const T> P = s.cotangent[v];
+    const Mat<T> g{s.g.at, scratch_ld<T>(net.width(v))};
+    if (call.gy) {
+      const T* gy = static_cast<const T*>(call.gy) + pass.row0;
+      put(pass.rows, net.whole(v), g, false,
+          [&](int64_t i, int64_t j) { return gy[i] * load(P.row(i) + j); });
+    } else {
+      clear(g.at, pass.rows * g.ld);
+    }
+    if (q) scatter_add(pass, q, net.whole(v), g);
+    return g;
+  }
+
+  // dW += Pᵀ·u̇ of the pairs and gᵀ·u of the rows, db += Σ g. Either may be missing.
+  void linear_gradients(const Pass& pass, int64_t v, Mat<const T> P, Mat<const T> G) const {
+    const Scratch& s = pass.scratch;
+    const Node& node = net.node(v);
+    const int64_t u = net.below(v);
+    if (G && wants(node.place[1])) {
+      add_columns<T>(pass.rows, net.whole(v), s.sums + layout.place[node.place[1]].at,
+                     [&](int64_t i, int64_t j) { return load(G.row(i) + j); });
+    }
+    if (!wants(node.place[0])) return;
+    const typename GradientLayout<T>::Place& place = layout.place[node.place[0]];
+    T* to = s.sums + place.at;
+    const Mat<const T> rows = s.rows.value[u];
+    if (P && u == 0) {  // the tangent of x is e in its last columns and nothing elsewhere
+      product(net.k, pass.m, {s.pairs.e, s.pairs.lde}, P, net.width(v),
+              to + (net.d - net.k) * place.ld(), place.ld(), {});
+    }
+    const bool slopes = P && u > 0 && flow(u).moving;
+    if (!G && !slopes) return;
+    const Mat<const T> dots = slopes ? Mat<const T>(s.dot[u]) : Mat<const T>{};
+    const Mat<const T> left = place.transposed ? rows : G, right = place.transposed ? G : rows;
+    const Mat<const T> left2 = place.transposed ? dots : P, right2 = place.transposed ? P : dots;
+    const int64_t M = place.rows(), N = place.columns();
+    if (!G) return product(M, pass.m, left2, right2, N, to, place.ld(), {});
+    More<T> more{};
+    if (slopes) more = {pass.m, left2.at, left2.ld, right2.at, right2.ld};
+    product(M, pass.rows, left, right, N, to, place.ld(), more);
+  }
+  // to (M, N) += leftᵀ·right over K rows.
+  void product(int64_t M, int64_t K, Mat<const T> left, Mat<const T> right, int64_t N, T* to,
+               int64_t ld, const More<T>& more) const {
+    const Matrix<T> b{right.at, K, N, right.ld};
+    gemm<true>(M, K, left.at, left.ld, b, 0, from_zero<T>(), to, ld, Nothing{}, more);
+  }
+
+  void rows_linear(const Pass& pass, int64_t v, Mat<const T> G) const {
+    const Scratch& s = pass.scratch;
+    const int64_t u = net.below(v);
+    const Mat<T> to = s.cotangent[u];
+    if (G && direct(u)) {
+      linear_pull<T>(net, v, pass.rows, G, to, s.begun[u]);
+      s.begun[u] = true;
+    }
+    if (!passes(u)) return;
+    // Here P is one row for all, or forward would have left what it pulls.
+    const int64_t n = rows_of(pass, u);
+    Mat<T> side = n == 1 && !s.begun[u] ? to : Mat<T>{s.bend.at, 0};
+    if (v == net.y) {
+      copy(side.at, net.at(v).rows, net.width(u));
+    } else {
+      linear_pull<T>(net, v, 1, s.cotangent[v], side, false);
+    }
+    if (side.at != to.at) {
+      put(n, net.whole(u), to, s.begun[u],
+          [&](int64_t, int64_t j) { return load(side.at + j); });
+    }
+    s.begun[u] = true;
+  }
+
+  void rows_light(const Pass& pass, int64_t v, Mat<const T> G) const {
+    const Scratch& s = pass.scratch;
+    const Node& node = net.node(v);
+    Operands<T> o = s.rows.operands(net, v, pass.rows);
+    if (G && way(v).trained && wants(node.place[0])) {
+      node_parameters<T>(o, G, s.sums + layout.place[node.place[0]].at);
+    }
+    for (int64_t q = 0; q < node.inputs; ++q) {
+      const int64_t u = node.input[q];
+      const bool by_itself = G && direct(u);
+      if (!by_itself && !passes(u)) continue;
+      o.rows = rows_of(pass, u);
+      if (node.kind == node_columns) start(s.cotangent, s.begun, u, o.rows);
+      node_pull<T>(o, by_itself ? G : Mat<const T>(s.cotangent[v]), q, s.cotangent[u], s.begun[u]);
+      s.begun[u] = true;
+    }
+  }
+};
+
+// Adds up the threads' sums in their order and lays them out as the parameters are.
+template <class T> struct ProgramReduction {
+  const BackwardCall& call;
+  const GradientLayout<T>& layout;
+  const T* sums;  // thread after thread
+  int64_t params, threads;
+
+  void run(const Runtime& runtime) const {
+    const int64_t helpers = layout.size < shared_from ? 1 : threads;
+    auto work = [&](int64_t t) {
+      for (int64_t p = 0; p < params; ++p) {
+        if (call.grads[p]) parameter(p, helpers, t);
+      }
+    };
+    on_threads(runtime, helpers, work);
+  }
+
+ private:
+  // One helper's share of a parameter's rows.
+  void parameter(int64_t p, int64_t helpers, int64_t helper) const {
+    const typename GradientLayout<T>::Place& place = layout.place[p];
+    T* to = static_cast<T*>(call.grads[p]);
+    const int64_t n = place.out ? place.out : 1;
+    if (!place.out && call.sizes[p] == 1 && place.in != 1) {  // one number for all columns
+      if (helper == 0) *to = sum_of(place);
+      return;
+    }
+    const int64_t end = n * (helper + 1) / helpers;
+    for (int64_t i = n * helper / helpers; i < end; ++i) {
+      if (place.transposed) {
+        for (int64_t j = 0; j < place.in; ++j) {
+          to[i * place.in + j] = element(place.at + j * place.ld() + i);
+        }
+      } else {
+        row(to + i * place.in, place.at + i * place.ld(), place.in);
+      }
+    }
+  }
+  T element(int64_t at) const {
+    T total = sums[at];
+    for (int64_t t = 1; t < threads; ++t) total += sums[t * layout.size + at];
+    return total;
+  }
+  T sum_of(const typename GradientLayout<T>::Place& place) const {
+    double total = 0;
+    for (int64_t j = 0; j < place.in; ++j) total += double(element(place.at + j));
+    return T(total);
+  }
+  void row(T* to, int64_t at, int64_t n) const {
+    copy(to, sums + at, n);
+    for (int64_t t = 1; t < threads; ++t) {
+      const T* more = sums + t * layout.size + at;
+      for (int64_t j = 0; j < n; ++j) to[j] += more[j];
+    }
+  }
+};
+
+template <class T>
+Status backward_program(const Plan& plan, const BackwardCall& call, const Runtime& runtime) {
+  const Blocks blocks(call.N);
+  Errand errand{any_slope_gradient<T>(plan, call), false};
+  for (int64_t v = 1; v <= plan.count; ++v) {
+    errand.curved |= call.way[v].wanted && plan.flow[v].used && plan.nodes[v - 1].curved;
+  }
+  const int64_t threads = min_of<int64_t>(max_of(call.threads, 1), blocks.count);
+  // The layout itself is in front of the sums that it lays out.
+  Bump places;
+  GradientLayout<T>(places, plan);
+  char* first = static_cast<char*>(runtime.acquire(places.lines() + 64));
+  if (!first) return out_of_memory;
+  Bump at{first, 0};
+  const GradientLayout<T> layout(at, plan);
+  const size_t sums_bytes = size_t(layout.size) * size_t(threads) * sizeof(T);
+  const auto weights_in = [&](Bump& memory) {
+    return ProgramBackwardWeights<T>(plan, call, errand, memory);
+  };
+  const auto scratch_in = [&](Bump& memory, const Program<T>& net) {
+    return ProgramBackwardScratch<T>(memory, net, call, errand, blocks.capacity);
+  };
+  const Crew<T, decltype(weights_in), decltype(scratch_in)> crew(threads, sums_bytes, weights_in,
+                                                                 scratch_in);
+  char* memory = static_cast<char*>(runtime.acquire(crew.bytes()));
+  if (!memory) {
+    runtime.release(first, places.lines() + 64);
+    return out_of_memory;
+  }
+  T* sums = reinterpret_cast<T*>(memory);
+  crew.run(runtime, memory,
+           [&](int64_t t, const auto& weights, ProgramBackwardScratch<T> scratch) {
+             scratch.sums = sums + t * layout.size;
+             clear(scratch.sums, layout.size);
+             const ProgramBackward<T> pass{weights.net, call, blocks, errand, layout};
+             const int64_t end = first_block(blocks, threads, t + 1);
+             for (int64_t b = first_block(blocks, threads, t); b < end; ++b) pass.run(scratch, b);
+           });
+  ProgramReduction<T>{call, layout, sums, plan.params, threads}.run(runtime);
+  runtime.release(memory, crew.bytes());
+  runtime.release(first, places.lines() + 64);
+  return ok;
+}
+
+}  // namespace

@@ -1,0 +1,313 @@
+// The forward pass of a program: y, and J or its penalty, of one block of rows after another.
+//
+// All values of a block are computed while it stays in cache; the tangents of x2's columns or the
+// cotangents of y's follow at once. Letters are those of docs/mathematics.md.
+#pragma once
+
+#include "hinge.h"
+#include "program.h"
+
+namespace {
+
+// Memory of the chain of slopes, by value: tangents or cotangents, one column or output at a time.
+template <class T> struct SlopeChain {
+  Mat<T>* at;
+  bool* begun;
+  Mat<const T>* dots;  // of the inputs of the node at hand
+  T* seed;             // a row of x or of y
+  T* product;          // one block of the widest value, for a product that is added to others
+  int64_t ld;
+
+  SlopeChain(Bump& memory, const Program<T>& program, int64_t capacity) {
+    const int64_t count = program.y + 1;
+    at = memory.take<Mat<T>>(count);
+    begun = memory.take<bool>(count);
+    int64_t most = 1, widest = 1;
+    for (int64_t v = 0; v < count; ++v) {
+      if (v) most = max_of(most, program.node(v).inputs);
+      widest = max_of(widest, program.width(v));
+      const Flow& flow = program.flow(v);
+      const bool one_row = program.plan->adjoint ? flow.uniform : flow.constant;
+      const int64_t stride = scratch_ld<T>(program.width(v));
+      T* own = memory.take<T>((one_row ? 1 : capacity) * stride);
+      if (at) at[v] = {own, one_row ? 0 : stride};
+    }
+    dots = memory.take<Mat<const T>>(most);
+    ld = scratch_ld<T>(widest);
+    seed = memory.take<T>(ld);
+    product = memory.take<T>(capacity * ld);
+  }
+  // Rows of value v's own: one that stands for all, or each.
+  int64_t rows_of(int64_t v, int64_t rows) const { return at[v].ld ? rows : 1; }
+};
+
+template <class T> struct ProgramForwardWeights {
+  Program<T> net;
+  Hinge<T> hinge;
+
+  ProgramForwardWeights(const Plan& plan, const ForwardCall& call, Bump& memory)
+      : net(plan, call.params, call.sizes, memory), hinge(plan, call, memory) {
+    for (int64_t v = 1; v <= net.y; ++v) {
+      if (!net.flow(v).used) continue;
+      net.pack_parameter(memory, v);
+      if (!net.linear(v)) continue;
+      net.pack_bias(memory, v);
+      if (net.by_dots(v) || (plan.adjoint && v == net.y)) net.pack_rows(memory, v);
+      if (!net.by_dots(v)) net.pack_forward(memory, v);
+      pack_for_slopes(memory, v, walked(net, call, v));
+    }
+  }
+
+  // Whether the chain of slopes goes through value v.
+  static bool walked(const Program<T>& net, const ForwardCall& call, int64_t v) {
+    const Flow& flow = net.flow(v);
+    const bool keeps = call.saved && net.plan->keeps_adjoint();
+    return flow.used && (flow.moving || (keeps && flow.kept));
+  }
+
+ private:
+  void pack_for_slopes(Bump& memory, int64_t v, bool walked) {
+    if (!walked) return;
+    const bool of_x = net.below(v) == 0;
+    if (!net.plan->adjoint) {
+      if (of_x) net.pack_columns(memory, v);
+    } else if (!of_x) {
+      net.pack_back(memory, v);
+    } else if (net.slopes_by_dots(v)) {
+      net.pack_columns(memory, v);
+    } else {
+      net.pack_slopes(memory, v);
+    }
+  }
+};
+
+template <class T> struct ProgramForwardScratch {
+  BlockValues<T> values;
+  SlopeChain<T> chain;
+  T* slopes;
+
+  ProgramForwardScratch(Bump& memory, const Program<T>& net, const ForwardCall& call,
+                        int64_t capacity, bool own_slopes)
+      : values(memory, net, capacity,
+               [&](int64_t v, char what) {
+                 if (v == 0) return what == 'v' && !net.x_as_it_is();
+                 if (!net.flow(v).used) return false;
+                 if (what == 'm') return net.node(v).kind == node_mask;
+                 if (what == 's') {
+                   return needs_first(net.node(v)) &&
+                          ProgramForwardWeights<T>::walked(net, call, v);
+                 }
+                 return !net.is_view(v) && !(call.saved && net.flow(v).saved);
+               }),
+        chain(memory, net, capacity) {
+    slopes = memory.take<T>(own_slopes ? capacity * net.D * net.k : 0);
+  }
+  // Kinds whose Jacobian is computed from more than u and v.
+  static bool needs_first(const Node& node) {
+    return (is_elementwise(node.kind) && node.varies) || normalises(node.kind);
+  }
+};
+
+template <class T> struct ProgramForward {
+  const Program<T>& net;
+  const Hinge<T>& hinge;
+  const ForwardCall& call;
+  const Blocks& blocks;
+  double* partial;
+
+  void run(const ProgramForwardScratch<T>& scratch, int64_t block) const {
+    const int64_t rows = blocks.rows(block), row0 = blocks.begin(block);
+    values(scratch, block, rows, row0);
+    T* y = static_cast<T*>(call.y) + row0 * net.D;
+    const Mat<T> last = scratch.values.value[net.y];
+    for (int64_t i = 0; i < rows; ++i) copy_few(y + i * net.D, last.row(i), net.D);
+    T* J = hinge.slopes(row0, scratch.slopes);
+    const int64_t chains = net.plan->adjoint ? net.D : net.k;
+    for (int64_t q = 0; q < chains; ++q) {
+      if (net.plan->adjoint) {
+        adjoint_slopes(scratch, block, rows, q, J + q * net.k);
+      } else {
+        tangent_slopes(scratch, rows, q, J + q);
+      }
+    }
+    hinge.run(block, rows, row0, y, J, partial);
+  }
+
+  bool walked(int64_t v) const { return ProgramForwardWeights<T>::walked(net, call, v); }
+
+  void values(const ProgramForwardScratch<T>& scratch, int64_t block, int64_t rows,
+              int64_t row0) const {
+    const BlockValues<T>& at = scratch.values;
+    const SavedProgram<T> saved{net, blocks};
+    at.read_x(net, call.x, rows, row0, net.x_as_it_is());
+    for (int64_t v = 1; v <= net.y; ++v) {
+      if (!net.flow(v).used) continue;
+      if (call.saved && net.flow(v).saved) at.value[v] = saved.value(call.saved[0], block, v);
+      if (net.linear(v)) {
+        linear_value<T>(net, v, rows, at.value[net.below(v)], at.value[v]);
+      } else if (net.is_view(v)) {
+        const Mat<T> from = at.value[net.node(v).input[0]];
+        at.value[v] = {from.at + int64_t(net.node(v).numbers[0]), from.ld};
+      } else {
+        if (net.node(v).kind == node_mask) at.read_mask(net, v, rows, row0);
+        node_value<T>(at.operands(net, v, rows), at.value[v], at.first[v]);
+      }
+    }
+  }
+
+  // J[:, d, :]: e_d pulled down the program.
+  void adjoint_slopes(const ProgramForwardScratch<T>& scratch, int64_t block, int64_t rows,
+                      int64_t d, T* to) const {
+    const SlopeChain<T>& P = scratch.chain;
+    const SavedProgram<T> saved{net, blocks};
+    for (int64_t v = 0; v <= net.y; ++v) {
+      P.begun[v] = false;
+      if (call.saved && net.flow(v).pulled) P.at[v] = saved.cotangent(call.saved[1], block, v);
+    }
+    if (walked(net.y) && !net.linear(net.y)) {
+      clear(P.at[net.y].at, net.whole(net.y));
+      P.at[net.y].at[d] = T(1);
+    }
+    for (int64_t v = net.y; v > 0; --v) {
+      if (!walked(v)) continue;
+      if (net.linear(v)) {
+        pull_linear(scratch, rows, v, d);
+      } else {
+        pull_light(scratch, rows, v);
+      }
+    }
+    const int64_t Dk = net.D * net.k;
+    const Mat<T> x{P.at[0].at + (net.d - net.k), P.at[0].ld};
+    for (int64_t i = 0; i < rows; ++i) {
+      if (P.begun[0]) {
+        copy_few(to + i * Dk, x.row(i), net.k);
+      } else {
+        clear(to + i * Dk, net.k);
+      }
+    }
+  }
+
+  void pull_linear(const ProgramForwardScratch<T>& scratch, int64_t rows, int64_t v,
+                   int64_t d) const {
+    const SlopeChain<T>& P = scratch.chain;
+    const int64_t u = net.below(v);
+    if (u == 0 ? !net.flow(v).moving : !walked(u)) return;
+    const Weights<T>& w = net.at(v);
+    Mat<const T> from = P.at[v];
+    const int64_t m = P.rows_of(v, rows), n = P.rows_of(u, rows);
+    const int64_t columns = u ? net.width(u) : net.k;
+    Mat<T> to = P.at[u];
+    if (u == 0) to.at += net.d - net.k;
+    const bool add = P.begun[u];
+    P.begun[u] = true;
+    // What is added to, or spread over all rows, is computed on the side, but for plain products.
+    const bool plain = u > 0 && v != net.y && m == n;
+    if (plain) return linear_pull<T>(net, v, m, from, to, add);
+    Mat<T> side = m == n && !add ? to : Mat<T>{P.product, m == 1 ? 0 : P.ld};
+    if (v == net.y) {  // the identity: a row of W
+      const T* row = w.rows + d * whole_vectors<T>(net.width(u)) + (u ? 0 : net.d - net.k);
+      copy(side.at, row, columns);
+    } else if (u > 0) {
+      linear_pull<T>(net, v, m, from, side, false);
+    } else if (net.slopes_by_dots(v)) {
+      dot_rows<T>(m, net.width(v), from.at, from.ld, net.k, w.columns,
+                  whole_vectors<T>(net.width(v)), nullptr, side.at, side.ld, 1);
+    } else {
+      gemm<false>(m, net.width(v), from.at, from.ld, w.slopes, 0, from_zero<T>(), side.at, side.ld,
+                  Nothing{});
+    }
+    if (side.at == to.at) return;
+    put(n, whole_vectors<T>(columns), to, add,
+        [&](int64_t i, int64_t j) { return load(side.row(i) + j); });
+  }
+
+  void pull_light(const ProgramForwardScratch<T>& scratch, int64_t rows, int64_t v) const {
+    const SlopeChain<T>& P = scratch.chain;
+    const Node& node = net.node(v);
+    Operands<T> o = scratch.values.operands(net, v, rows);
+    for (int64_t q = 0; q < node.inputs; ++q) {
+      const int64_t u = node.input[q];
+      if (u == 0 ? !net.flow(v).moving : !walked(u)) continue;
+      o.rows = P.rows_of(u, rows);
+      if (node.kind == node_columns && !P.begun[u]) {
+        clear(P.at[u].at, (o.rows - 1) * P.at[u].ld + net.whole(u));
+        P.begun[u] = true;
+      }
+      node_pull<T>(o, P.at[v], q, P.at[u], P.begun[u]);
+      P.begun[u] = true;
+    }
+  }
+
+  // J[:, :, c]: the tangent of column c of x2 pushed up the program.
+  void tangent_slopes(const ProgramForwardScratch<T>& scratch, int64_t rows, int64_t c,
+                      T* to) const {
+    const SlopeChain<T>& chain = scratch.chain;
+    clear(chain.at[0].at, net.whole(0));
+    chain.at[0].at[net.d - net.k + c] = T(1);
+    for (int64_t v = 1; v <= net.y; ++v) {
+      if (!net.flow(v).used || !net.flow(v).moving) continue;
+      const Node& node = net.node(v);
+      const int64_t n = chain.rows_of(v, rows);
+      if (net.linear(v)) {
+        const int64_t u = net.below(v);
+        if (u == 0) {
+          copy(chain.at[v].at, net.at(v).columns + c * net.whole(v), net.whole(v));
+        } else {
+          linear_push<T>(net, v, n, chain.at[u], chain.at[v]);
+        }
+        continue;
+      }
+      for (int64_t q = 0; q < node.inputs; ++q) {
+        const int64_t u = node.input[q];
+        chain.dots[q] = net.flow(u).moving ? Mat<const T>(chain.at[u]) : Mat<const T>{};
+      }
+      node_push<T>(scratch.values.operands(net, v, n), chain.dots, chain.at[v]);
+    }
+    const bool moving = net.flow(net.y).moving;
+    const int64_t Dk = net.D * net.k;
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t d = 0; d < net.D; ++d) {
+        to[i * Dk + d * net.k] = moving ? chain.at[net.y].row(i)[d] : T(0);
+      }
+    }
+  }
+};
+
+template <class T>
+Status forward_program(const Plan& plan, const ForwardCall& call, const Runtime& runtime) {
+  const Blocks blocks(call.N);
+  const bool summed = plan.hinge && !plan.elementwise;
+  if (call.N == 0) {
+    if (summed) *static_cast<T*>(call.out) = 0;
+    return ok;
+  }
+  const int64_t threads = min_of<int64_t>(max_of(call.threads, 1), blocks.count);
+  Bump front;
+  front.take<double>(summed ? blocks.count : 0);
+  const auto weights_in = [&](Bump& memory) {
+    return ProgramForwardWeights<T>(plan, call, memory);
+  };
+  const auto scratch_in = [&](Bump& memory, const Program<T>& net) {
+    return ProgramForwardScratch<T>(memory, net, call, blocks.capacity, summed);
+  };
+  const Crew<T, decltype(weights_in), decltype(scratch_in)> crew(threads, front.lines(), weights_in,
+                                                                 scratch_in);
+  char* memory = static_cast<char*>(runtime.acquire(crew.bytes()));
+  if (!memory) return out_of_memory;
+  double* partial = summed ? reinterpret_cast<double*>(memory) : nullptr;
+  crew.run(runtime, memory,
+           [&](int64_t t, const auto& weights, const ProgramForwardScratch<T>& scratch) {
+             const ProgramForward<T> pass{weights.net, weights.hinge, call, blocks, partial};
+             const int64_t end = first_block(blocks, threads, t + 1);
+             for (int64_t b = first_block(blocks, threads, t); b < end; ++b) pass.run(scratch, b);
+           });
+  if (summed) {
+    double total = 0;
+    for (int64_t b = 0; b < blocks.count; ++b) total += partial[b];
+    *static_cast<T*>(call.out) = T(total);
+  }
+  runtime.release(memory, crew.bytes());
+  return ok;
+}
+
+}  // namespace
