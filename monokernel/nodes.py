@@ -20,7 +20,7 @@ and letters are those of ``docs/mathematics.md``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -145,6 +145,13 @@ class Linear(Rule):
         sums.product(node.params[0], P, _given(u_dot[0]))
 
 
+# σ'(u) ∘ P of v = σ(u), for those whose derivative is known from their value.
+_BY_VALUE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "tanh": _aten.tanh_backward.default,
+    "sigmoid": _aten.sigmoid_backward.default,
+}
+
+
 class Elementwise(Rule):
     """v = σ(u), a kind of the activation table."""
 
@@ -152,6 +159,8 @@ class Elementwise(Rule):
         self.spelling = ACTIVATIONS[kind]
         self.curved = not self.spelling.piecewise_linear
         self.varies = kind != "identity"
+        self.by_value = _BY_VALUE.get(kind)
+        self.reads_v = self.by_value is not None
 
     def wrong(self, node: Node, H: Sequence[int]) -> bool:
         return node.width != H[0] or len(node.numbers) != 3
@@ -179,7 +188,11 @@ class Elementwise(Rule):
         return self.pull_now(node, u, v, _given(u_dot[0]), θ)[0]
 
     def pull_now(self, node: Node, u: Tensors, v: Tensor, P: Tensor, θ: Maybe) -> list[Tensor]:
-        return [self.spelling.pull(*_alike(P, u[0]), _σ(node)) if self.varies else P]
+        if not self.varies:
+            return [P]
+        if self.by_value is not None:
+            return [self.by_value(*_alike(P, v))]
+        return [self.spelling.pull(*_alike(P, u[0]), _σ(node))]
 
 
 def _σ(node: Node) -> Activation:
@@ -530,7 +543,8 @@ class Normalise(_Normalised):
             pull(part.expand_as(u).contiguous(), u, (node.width,), mean, r, *none, wanted)[0]
             for part in (t.unbind(0) if t.dim() > u.dim() else (t,))
         ]
-        return torch.stack(parts) if t.dim() > u.dim() else parts[0]
+        found = torch.stack(parts) if len(parts) > 1 else parts[0]
+        return found if found.dim() == t.dim() else found.unsqueeze(0)
 
 
 class RootMeanSquare(_Normalised):

@@ -38,6 +38,7 @@ __all__ = ["backward", "forward", "refuses", "saved_like"]
 
 Params = Sequence[Tensor | None]
 Values = dict[int, Tensor]  # by number: 0 is x, i + 1 what node i made
+X2 = -1  # the number of the last k columns of x, where they have cotangents of their own
 
 # Elements of one activation block. On the CPU 2^18 (1 MiB of float32) keeps a block in the L2
 # cache through a layer's element-wise passes; elsewhere only the temporaries' size is bounded.
@@ -363,11 +364,12 @@ def _adjoint_slopes(
 
     P runs down to the values that are ``wanted``; ``pulled`` is filled with what linear nodes pull.
     """
-    x2, last, filled = slice(facts.widths[0] - k, None), facts.steps[-1], set[int]()
-    P = _Cotangents()  # (D, n or 1, H), of x2 alone for x
+    d, last, filled = facts.widths[0], facts.steps[-1], set[int]()
+    P = _Cotangents()  # (D, n or 1, H)
     if not last.linear:
         P.add(last.v, _one_hot(values[last.v], last.node.width), True)
-    for v, node, of, linear, _ in reversed(facts.steps):
+    for step in reversed(facts.steps):
+        v, node, of, linear, _ = step
         if not wanted[v]:
             continue
         if v in pulled:
@@ -376,14 +378,15 @@ def _adjoint_slopes(
         if not linear:
             assert p is not None
             at = [values[u] for u in node.inputs]
-            down = of.pull_now(node, at, values[v] if of.reads_v else at[0], p, θ[v])
-            for u, t in zip(node.inputs, down, strict=True):
-                P.add(u, t if u else t[..., x2], of.varies)
+            value = values[v] if of.reads_v else at[0]
+            mine = [wanted[u] or not u for u in node.inputs]
+            P.add_pulled(step, at, value, p, θ[v], mine)
             continue
         u, W = node.inputs[0], _weight(θ[v])
-        if u and not wanted[u]:
+        if not u:
+            u, W = X2, W[:, d - k :]
+        elif not wanted[u]:
             continue
-        W = W if u else W[:, x2]
         if p is None:  # of y, the identity
             P.add(u, W.unsqueeze(1), False)
         elif facts.uniform[v] or u not in pulled:
@@ -393,7 +396,9 @@ def _adjoint_slopes(
         else:
             torch.mm(p.squeeze(0), W, out=pulled[u])
             filled.add(u)
-    slopes = P.of.get(0)
+    if 0 in P.of:
+        P.add(X2, P.of[0][..., d - k :], False)
+    slopes = P.of.get(X2)
     return None if slopes is None else slopes.transpose(0, 1)
 
 
