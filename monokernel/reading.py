@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from types import FrameType
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 
 from .arguments import Inputs
 from .network import global_hooks, hooked, where
@@ -185,11 +187,8 @@ def read(mlp: nn.Module, inputs: Inputs, rehearsal: bool = False) -> Reading | s
     if before and not rehearsal:
         return before
     state = _State(parts, inputs.x2.device) if before is None or rehearsal else None
-    if torch.is_grad_enabled():
+    with nullcontext() if torch.is_grad_enabled() else torch.enable_grad(), state or nullcontext():
         found = _record(mlp, inputs)
-    else:
-        with torch.enable_grad():
-            found = _record(mlp, inputs)
     if state is not None and (rehearsal or isinstance(found, str)):
         state.restore()
     if known is None:
@@ -209,39 +208,39 @@ def _forgets(key: int) -> Callable[[Any], None]:
 def _record(mlp: nn.Module, inputs: Inputs) -> Reading | str:
     tape = Tape(mlp, inputs)
     try:
-        return _recorded(tape, mlp, inputs)
+        y = mlp(tape.value(0, inputs.d, flat=False, shared=True))
+        if not tape.sentence and (type(y) is not Value or y.tape is not tape):
+            tape.refuse("its output", "is no tensor that depends on its input")
+        if tape.sentence:
+            return tape.sentence
+        at, squeezed = y.at, y.flat
+        del y
+        tape.value(0, 0, flat=False)  # which nobody else holds
+        *holders, nobody = [sys.getrefcount(v) for v in tape.values]
+        if any(n != nobody for n in holders):
+            tape.refuse("its forward", "keeps a tensor that depends on its input")
+            return tape.sentence
+        return _laid_out(tape, at, inputs.d, squeezed)
+    except Exception as error:  # whatever it is, the general path meets it if it is a real one
+        part = place(mlp, _innermost(error))
+        return tape.sentence or f"{part}: its forward does not run on symbols ({said(error)})"
     finally:
         tape.end()
 
 
-def _recorded(tape: Tape, mlp: nn.Module, inputs: Inputs) -> Reading | str:
-    try:
-        y = mlp(tape.value(0, inputs.d, flat=False, shared=True))
-    except Exception as error:  # whatever it is, the general path meets it if it is a real one
-        part = place(mlp, _innermost(error))
-        return tape.sentence or f"{part}: its forward does not run on symbols ({said(error)})"
-    if not tape.sentence and (type(y) is not Value or y.tape is not tape):
-        tape.refuse("its output", "is no tensor that depends on its input")
-    if tape.sentence:
-        return tape.sentence
-    at, squeezed = y.at, y.flat
-    del y
-    tape.value(0, 0, flat=False)  # which nobody else holds
-    *holders, nobody = [sys.getrefcount(v) for v in tape.values]
-    if any(n != nobody for n in holders):
-        tape.refuse("its forward", "keeps a tensor that depends on its input")
-        return tape.sentence
-    steps, offsets = _program(tape, at)
-    steps = steps or [Step("identity", (0,), inputs.d, (0.0, 0.0, 0.0), ())]
+def _laid_out(tape: Tape, y: int, d: int, squeezed: bool) -> Reading | str:
+    """The program of value y, its parameters in the order in which its nodes read them."""
+    steps, offsets = _program(tape, y)
+    steps = steps or [Step("identity", (0,), d, (0.0, 0.0, 0.0), ())]
     nodes, params = [], list[Param]()
     for step in steps:
         places = tuple(range(len(params), len(params) + len(step.params)))
         params += step.params
         nodes.append(Node(step.kind, step.inputs, places, step.numbers, step.width))
     program = tuple(nodes)
-    if tape.casts and not (chain_of(inputs.d, program) and _bare(tape)):
+    if tape.casts and not (chain_of(d, program) and _bare(tape)):
         return "under autocast only chains of linear layers and activations are fused"
-    return Reading(inputs.d, program, tuple(params), tuple(offsets), squeezed)
+    return Reading(d, program, tuple(params), tuple(offsets), squeezed)
 
 
 def _bare(tape: Tape) -> bool:
@@ -256,19 +255,32 @@ def _innermost(error: Exception) -> FrameType | None:
     return None if traceback is None else traceback.tb_frame
 
 
-class _State:
-    """What a forward may change."""
+class _State(TorchFunctionMode):
+    """What a forward may change, as it is before it runs; and while it does, every random generator
+    that it hands to PyTorch."""
 
     def __init__(self, parts: list[nn.Module], device: torch.device) -> None:
+        super().__init__()
         attributes = [d for m in parts for d in (m.__dict__, m._parameters, m._buffers, m._modules)]
         self.attributes = [(d, dict(d)) for d in attributes]
         buffers = [b for m in parts for b in m._buffers.values() if b is not None]
         self.buffers = [(b, b._version, b.clone()) for b in buffers if not b.is_inference()]
-        generators = [torch.default_generator]
+        self.generators: list[tuple[torch.Generator, Tensor]] = []
+        self._keep(torch.default_generator)
         if device.type == "cuda" and not capturing(device):
             index = torch.cuda.current_device() if device.index is None else device.index
-            generators.append(torch.cuda.default_generators[index])
-        self.generators = [(g, g.get_state()) for g in generators]
+            self._keep(torch.cuda.default_generators[index])
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        for given in (*args, *(kwargs or {}).values()):
+            if type(given) is torch.Generator and all(g is not given for g, _ in self.generators):
+                self._keep(given)
+        return func(*args, **(kwargs or {}))
+
+    def _keep(self, generator: torch.Generator) -> None:
+        self.generators.append((generator, generator.get_state()))
 
     def restore(self) -> None:
         for now, before in self.attributes:

@@ -80,9 +80,10 @@ class Tape:
         self.ended = False  # nobody records any more
 
     def end(self) -> None:
-        """Lets go of the Values, which hold the tape."""
+        """Lets go of the Values, which hold the tape, and of what they were computed with."""
         self.ended = True
         self.values.clear()
+        self.steps.clear()
 
     def value(self, at: int, width: int, flat: bool, shared: bool = False) -> Value:
         # What is done without a gradient, between hooks on saved tensors (a checkpoint) or in

@@ -20,6 +20,7 @@ from monokernel import fused_mono_penalty, plan, value_and_jacobian
 from monokernel.arguments import check_inputs
 from monokernel.nodes import rule, wrong_nodes
 from monokernel.reading import Reading, read
+from monokernel.symbols import Value
 from tests.support import HANDWRITTEN, assert_same, gradients, mlp, oracle, points
 
 D1, K, D = 4, 2, 6
@@ -761,6 +762,46 @@ def test_nothing_is_left_of_a_network_that_is_gone() -> None:
         del net
         gc.collect()
         assert gone() is None
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_symbols_and_computed_weights_are_gone_after_the_call(readable: bool) -> None:
+    """Without waiting for the collector of cycles."""
+    weights: list[weakref.ref[Tensor]] = []
+
+    def run(n: Net, x: Tensor) -> Tensor:
+        W = n.a.weight * 2
+        weights.append(weakref.ref(W))
+        y = F.linear(x, W)
+        return y if readable else y.cumsum(-1)
+
+    net, (x1, x2) = Net(run), points(7, D1, K)
+    gc.collect()
+    gc.disable()
+    before = sum(type(o) is Value for o in gc.get_objects())
+    try:
+        with torch.no_grad():
+            value_and_jacobian(net, x1, x2)
+        assert sum(type(o) is Value for o in gc.get_objects()) == before
+        assert [w() for w in weights] == [None] * len(weights)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_an_unreadable_forward_draws_what_it_would_have_drawn(own: bool) -> None:
+    generator = torch.Generator() if own else None
+
+    def run(n: Net, x: Tensor) -> Tensor:
+        return n.a(x + torch.randn(x.shape, generator=generator, dtype=x.dtype))
+
+    net, (x1, x2) = Net(run), points(7, D1, K)
+    assert "joins rows and a tensor" in str(reading(copy.deepcopy(net), torch.cat([x1, x2], -1)))
+    for _ in range(2):
+        (generator or torch.default_generator).manual_seed(5)
+        y, _ = value_and_jacobian(net, x1, x2)
+        (generator or torch.default_generator).manual_seed(5)
+        assert_same([y], [net(torch.cat([x1, x2], -1))])
 
 
 # --- what is more than Python around functions ---------------------------------------------------

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from monokernel import MonotonePenalty, audit, fused_mono_penalty, plan, value_and_jacobian
-from tests.support import assert_same, gradients, oracle, oracle_penalties, points
+from tests.support import HANDWRITTEN, assert_same, gradients, oracle, oracle_penalties, points
 from tests.zoo import ACTIVE, ZOO, network
 
 ROWS, FREE, WIDTH = 33, 3, 8
+STEP = 1e-6  # of central differences
 EVERY = pytest.mark.parametrize("name", ZOO)
 # Their forward is a function of x alone, so that two calls can be compared.
 QUIET = pytest.mark.parametrize("name", [name for name in ZOO if name not in ACTIVE])
@@ -77,6 +78,17 @@ def test_is_an_ordinary_network(name: str, D: int) -> None:
     if name not in ACTIVE:
         assert_same([net(torch.cat([x1[3:5], x2[3:5]], -1))], [y[3:5]], 1e-12)
         assert_same(truth(build(name, D), x1, x2), [y, J], 0)  # the same for the same seed
+
+
+# Nothing but linear layers and activations, however it is written.
+CHAINS = ("MLP with dropout", "standardised", "shared layer", "own forward", "squeezed")
+
+
+@EVERY
+@OUTPUTS
+def test_is_served_without_double_backward(name: str, D: int) -> None:
+    net, (x1, x2) = build(name, D), points(ROWS, FREE, 2)
+    assert plan(net, x1, x2).backend == (HANDWRITTEN[-1] if name in CHAINS else "torch")
 
 
 @QUIET
@@ -198,11 +210,13 @@ def test_a_compiled_step(name: str, D: int) -> None:
 # --- active dropout -------------------------------------------------------------------------------
 
 
-def seeded(net: nn.Module, x1: Tensor, x2: Tensor, seed: int = 5) -> tuple[Tensor, Tensor]:
+def seeded(
+    net: nn.Module, x1: Tensor, x2: Tensor, seed: int = 5, **way: str
+) -> tuple[Tensor, Tensor]:
     """y and a smooth penalty of a call that draws its masks from this seed."""
     torch.manual_seed(seed)
     out: tuple[Tensor, Tensor] = fused_mono_penalty(
-        net, x1, x2, margin=0.3, hinge="squared", return_output=True
+        net, x1, x2, margin=0.3, hinge="squared", return_output=True, **way
     )
     return out
 
@@ -225,30 +239,33 @@ def test_the_seed_decides_the_masks(name: str, D: int) -> None:
 def test_slopes_and_gradients_belong_to_the_values_masks(name: str, D: int) -> None:
     """Central differences at the same seed, in x2 and in a direction of all that is trained."""
     net, (x1, x2) = build(name, D), points(ROWS, FREE, 2)
-    h = 1e-6
-    torch.manual_seed(5)
-    _, J = value_and_jacobian(net, x1, x2)
-    for c, e in enumerate(torch.eye(2, dtype=torch.float64)):
-        up, down = (seeded(net, x1, x2 + s * h * e)[0] for s in (1, -1))
-        assert_same([J[:, :, c]], [(up - down) / (2 * h)], 1e-7)
+    for way in ways(net, x1, x2):
+        torch.manual_seed(5)
+        _, J = value_and_jacobian(net, x1, x2, **way)
+        for c, e in enumerate(torch.eye(2, dtype=torch.float64)):
+            up, down = (seeded(net, x1, x2 + s * STEP * e, **way)[0] for s in (1, -1))
+            assert_same([J[:, :, c]], [(up - down) / (2 * STEP)], 1e-7)
+        slope, want = along(net, x1, x2, way)
+        assert_same([slope], [want], 1e-6)
 
-    inputs = [x1, x2, *net.parameters()]
+
+def along(net: nn.Module, x1: Tensor, x2: Tensor, way: dict[str, str]) -> tuple[Tensor, Tensor]:
+    """The loss's derivative along a random direction: by its gradients, by a difference."""
+    inputs = [x1.clone().requires_grad_(), x2.clone().requires_grad_(), *net.parameters()]
     steps = [torch.randn_like(t) for t in inputs]
 
     def loss() -> Tensor:
-        y, penalty = seeded(net, x1, x2)
+        y, penalty = seeded(net, inputs[0], inputs[1], **way)
         return y.square().sum() + penalty
 
-    for t in inputs:
-        t.requires_grad_()
-    slope = sum((g * s).sum() for g, s in zip(gradients(loss(), *inputs), steps, strict=True))
+    products = [(g * s).sum() for g, s in zip(gradients(loss(), *inputs), steps, strict=True)]
     moved = []
     with torch.no_grad():
-        for shift in (h, -2 * h):
+        for shift in (STEP, -2 * STEP, STEP):  # and back
             for t, s in zip(inputs, steps, strict=True):
                 t.add_(s, alpha=shift)
             moved.append(loss())
-    assert_same([torch.as_tensor(slope)], [(moved[0] - moved[1]) / (2 * h)], 1e-6)
+    return torch.stack(products).sum(), (moved[0] - moved[1]) / (2 * STEP)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])

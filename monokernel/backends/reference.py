@@ -40,7 +40,8 @@ def value_and_jacobian(problem: Problem, x: Tensor, params: Params) -> tuple[Ten
 def _tangent(problem: Problem, values: dict[int, Tensor], params: Params) -> Tensor | None:
     """J (N or 1, D, k), or None where x2 does not reach y."""
     d, k, nodes = problem.d, problem.k, problem.nodes
-    moves, dots = moving(d, k, nodes), dict[int, Tensor]()  # (k, N or 1, H)
+    moves = moving(d, k, nodes)
+    dots: dict[int, Tensor] = {}  # (k, N or 1, H)
     dots[0] = _one_hot(values[0], d)[d - k :]
     for i in used(nodes):
         node = nodes[i]
@@ -61,7 +62,8 @@ def _tangent(problem: Problem, values: dict[int, Tensor], params: Params) -> Ten
 def _adjoint(problem: Problem, values: dict[int, Tensor], params: Params) -> Tensor | None:
     """J (N or 1, D, k), or None where x2 does not reach y."""
     d, k, nodes = problem.d, problem.k, problem.nodes
-    moves, P = moving(d, k, nodes), dict[int, Tensor]()  # (D, N or 1, H), of x2 alone for x
+    moves = moving(d, k, nodes)
+    P: dict[int, Tensor] = {}  # (D, N or 1, H), of x2 alone for x
     P[len(nodes)] = _one_hot(values[len(nodes)], problem.D)
     for i in reversed(used(nodes)):
         node = nodes[i]
