@@ -21,6 +21,7 @@ and letters are those of ``docs/mathematics.md``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -179,10 +180,13 @@ class Elementwise(Rule):
     ) -> list[Tensor | None]:
         if not self.curved:
             return [None]
-        bent = _σ(node).second(u[0])
+        bent = self.spelling.second(u[0], _known_σ(node))
         for t in (_given(u_dot[0]), P):
             bent = bent.mul_(t) if t.shape == bent.shape else bent * t
         return [bent]
+
+    def value_now(self, node: Node, u: Tensors, θ: Maybe) -> Tensor:
+        return self.spelling.value(u[0], _known_σ(node))
 
     def push_now(self, node: Node, u: Tensors, v: Tensor, u_dot: Maybe, θ: Maybe) -> Tensor:
         return self.pull_now(node, u, v, _given(u_dot[0]), θ)[0]
@@ -192,11 +196,15 @@ class Elementwise(Rule):
             return [P]
         if self.by_value is not None:
             return [self.by_value(*_alike(P, v))]
-        return [self.spelling.pull(*_alike(P, u[0]), _σ(node))]
+        return [self.spelling.pull(*_alike(P, u[0]), _known_σ(node))]
 
 
 def _σ(node: Node) -> Activation:
     return Activation(node.kind, *node.numbers)
+
+
+# A quarter of the time, where torch.compile does not look on (it warns of caches).
+_known_σ = lru_cache(maxsize=1024)(_σ)
 
 
 def _alike(t: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
