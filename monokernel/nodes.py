@@ -20,7 +20,8 @@ and letters are those of ``docs/mathematics.md``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -145,6 +146,13 @@ class Linear(Rule):
         sums.product(node.params[0], P, _given(u_dot[0]))
 
 
+# σ'(u) ∘ P of v = σ(u), for those whose derivative is known from their value.
+_BY_VALUE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "tanh": _aten.tanh_backward.default,
+    "sigmoid": _aten.sigmoid_backward.default,
+}
+
+
 class Elementwise(Rule):
     """v = σ(u), a kind of the activation table."""
 
@@ -152,6 +160,8 @@ class Elementwise(Rule):
         self.spelling = ACTIVATIONS[kind]
         self.curved = not self.spelling.piecewise_linear
         self.varies = kind != "identity"
+        self.by_value = _BY_VALUE.get(kind)
+        self.reads_v = self.by_value is not None
 
     def wrong(self, node: Node, H: Sequence[int]) -> bool:
         return node.width != H[0] or len(node.numbers) != 3
@@ -170,20 +180,31 @@ class Elementwise(Rule):
     ) -> list[Tensor | None]:
         if not self.curved:
             return [None]
-        bent = _σ(node).second(u[0])
+        bent = self.spelling.second(u[0], _known_σ(node))
         for t in (_given(u_dot[0]), P):
             bent = bent.mul_(t) if t.shape == bent.shape else bent * t
         return [bent]
+
+    def value_now(self, node: Node, u: Tensors, θ: Maybe) -> Tensor:
+        return self.spelling.value(u[0], _known_σ(node))
 
     def push_now(self, node: Node, u: Tensors, v: Tensor, u_dot: Maybe, θ: Maybe) -> Tensor:
         return self.pull_now(node, u, v, _given(u_dot[0]), θ)[0]
 
     def pull_now(self, node: Node, u: Tensors, v: Tensor, P: Tensor, θ: Maybe) -> list[Tensor]:
-        return [self.spelling.pull(*_alike(P, u[0]), _σ(node)) if self.varies else P]
+        if not self.varies:
+            return [P]
+        if self.by_value is not None:
+            return [self.by_value(*_alike(P, v))]
+        return [self.spelling.pull(*_alike(P, u[0]), _known_σ(node))]
 
 
 def _σ(node: Node) -> Activation:
     return Activation(node.kind, *node.numbers)
+
+
+# A quarter of the time, where torch.compile does not look on (it warns of caches).
+_known_σ = lru_cache(maxsize=1024)(_σ)
 
 
 def _alike(t: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
@@ -530,7 +551,8 @@ class Normalise(_Normalised):
             pull(part.expand_as(u).contiguous(), u, (node.width,), mean, r, *none, wanted)[0]
             for part in (t.unbind(0) if t.dim() > u.dim() else (t,))
         ]
-        return torch.stack(parts) if t.dim() > u.dim() else parts[0]
+        found = torch.stack(parts) if len(parts) > 1 else parts[0]
+        return found if found.dim() == t.dim() else found.unsqueeze(0)
 
 
 class RootMeanSquare(_Normalised):

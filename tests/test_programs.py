@@ -22,6 +22,7 @@ from monokernel.operands import check_forward
 from monokernel.problem import Hinge, Mode, Problem, nan_rule
 from monokernel.program import Node
 from tests.support import ELEMENTWISE, assert_same
+from tests.test_cost import SLACK, Operations
 
 BOTH_MODES = pytest.mark.parametrize("mode", ["tangent", "adjoint"])
 # Not those with a pole or a domain, nor those that overflow where they are nested.
@@ -211,7 +212,7 @@ def test_random_programs(data: st.DataObject) -> None:
     d = k + draw(st.integers(0, 3))
     nodes = draw(programs(d, D))
     assert wrong_nodes(d, nodes) == ""
-    N = draw(st.sampled_from([0, 1, 17, 29]))
+    N = draw(st.sampled_from([0, 1, 16, 29]))
     x, params = operands(d, nodes, N, draw(st.booleans()), draw(st.booleans()))
     hinge = draw(
         st.sampled_from(
@@ -242,3 +243,201 @@ def test_random_programs(data: st.DataObject) -> None:
         patch.setattr(handwritten, "BLOCK_ELEMENTS", {"cpu": 1})
         patch.setattr(handwritten, "FEWEST_ROWS", rows)
         check(p, x, params, needs, weight, task, slopes)
+
+
+# --- what random programs may miss ---------------------------------------------------------------
+
+
+def linear(u: int, place: int, width: int) -> Node:
+    return Node("linear", (u,), (place, place + 1), (), width)
+
+
+def silu(u: int, width: int) -> Node:
+    return Node("silu", (u,), (), (0.0, 0.0, 0.0), width)
+
+
+def pre_norm(d: int, H: int, D: int, blocks: int) -> tuple[Node, ...]:
+    """A residual network: h + W silu(W' γ x̂(h)), its parameters in the order of the nodes."""
+    nodes, places = [linear(0, 0, H)], 2
+    for _ in range(blocks):
+        h = len(nodes)
+        nodes.append(Node("normalise", (h,), (), (1e-5,), H))
+        nodes.append(Node("scale", (h + 1,), (places,), (), H))
+        nodes.append(linear(h + 2, places + 1, H))
+        nodes.append(silu(h + 3, H))
+        nodes.append(linear(h + 4, places + 3, H))
+        nodes.append(Node("sum", (h, h + 5), (), (1.0, 1.0), H))
+        places += 5
+    return (*nodes, linear(len(nodes), places, D))
+
+
+CASES: dict[str, tuple[int, tuple[Node, ...]]] = {
+    "columns of x are y": (5, (Node("columns", (0,), (), (1.0, 2.0), 2),)),
+    "columns of x1 are y": (5, (Node("columns", (0,), (), (0.0, 1.0), 2),)),
+    "x itself is y": (3, (Node("identity", (0,), (), (0.0, 0.0, 0.0), 3),)),
+    "a value that nobody reads": (5, (linear(0, 0, 4), silu(1, 4), linear(0, 2, 1))),
+    "x2 past a network of x1": (
+        5,
+        (
+            Node("columns", (0,), (), (0.0, 1.0), 3),
+            linear(1, 0, 4),
+            silu(2, 4),
+            linear(3, 2, 2),
+            Node("columns", (0,), (), (3.0, 1.0), 2),
+            Node("product", (4, 5), (), (), 2),
+            Node("total", (6,), (), (), 1),
+        ),
+    ),
+    "one layer twice": (4, (linear(0, 0, 4), silu(1, 4), linear(2, 0, 4), linear(3, 2, 1))),
+    "one number for two widths": (
+        4,
+        (
+            linear(0, 0, 6),
+            Node("prelu", (1,), (2,), (), 6),
+            linear(2, 3, 3),
+            Node("prelu", (3,), (2,), (), 3),
+            Node("scale", (4,), (5,), (), 3),
+            Node("shift", (5,), (6,), (), 3),
+        ),
+    ),
+    "a standardised input": (
+        5,
+        (
+            Node("scale", (0,), (0,), (), 5),
+            Node("shift", (1,), (1,), (), 5),
+            linear(2, 2, 6),
+            silu(3, 6),
+            linear(4, 4, 1),
+        ),
+    ),
+    "a squared value": (
+        5,
+        (linear(0, 0, 3), Node("product", (1, 1), (), (), 3), Node("total", (2,), (), (), 1)),
+    ),
+    "pre-norm": (5, pre_norm(5, 6, 1, 2)),
+    "pre-norm, several outputs": (5, pre_norm(5, 6, 3, 2)),
+    "gates": (
+        4,
+        (
+            linear(0, 0, 8),
+            Node("columns", (1,), (), (0.0, 1.0), 4),
+            Node("columns", (1,), (), (4.0, 1.0), 4),
+            silu(3, 4),
+            Node("product", (2, 4), (), (), 4),
+            Node("concat", (5, 0), (), (), 8),
+            Node("root_mean_square", (6,), (), (1e-3,), 8),
+            linear(7, 2, 1),
+            Node("softplus", (8,), (), (1.0, 20.0, 0.0), 1),
+        ),
+    ),
+}
+
+
+@BOTH_MODES
+@pytest.mark.parametrize("name", CASES)
+def test_value_slopes_and_gradients(name: str, mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole batches, and blocks of 7 rows with one of a single row at the end."""
+    d, nodes = CASES[name]
+    for k, hinge in ((1, Hinge((1,), 0.3)), (2, None)):
+        p = Problem(d, nodes, k, mode, hinge)
+        x, params = operands(d, nodes, 22, single=name == "one number for two widths")
+        needs = [True] * (1 + len(params))
+        check(p, x, params, needs)
+        check(p, x, params, needs, task=False)
+        monkeypatch.setattr(handwritten, "BLOCK_ELEMENTS", {"cpu": 1})
+        monkeypatch.setattr(handwritten, "FEWEST_ROWS", 7)
+        check(p, x, params, needs)
+        check(p, x, params, [True] + [False] * len(params))
+        monkeypatch.undo()
+        last = [i == len(params) - 1 for i in range(len(params))]
+        check(p, x, params, [False, *last])
+
+
+@BOTH_MODES
+@pytest.mark.parametrize("name", CASES)
+def test_the_reference_has_a_second_derivative(name: str, mode: Mode) -> None:
+    d, nodes = CASES[name]
+    p = Problem(d, nodes, 1, mode, None)
+    x, params = operands(d, nodes, 2, single=name == "one number for two widths")
+    leaves = [t.requires_grad_() for t in (x, *params) if t is not None]
+
+    def slopes(x: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
+        both = reference.value_and_jacobian(p, x, params)
+        return tuple([t for t in both if t.requires_grad])
+
+    assert torch.autograd.gradcheck(slopes, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(slopes, leaves, fast_mode=True)
+
+
+def test_one_number_or_one_for_each_column() -> None:
+    d, nodes = CASES["a standardised input"]
+    p = Problem(d, nodes, 1, "adjoint", None)
+    x, params = operands(d, nodes, 3)
+    for size, fits in ((5, True), (1, True), (2, False)):
+        params[0] = torch.ones(size, dtype=torch.float64)
+        if fits:
+            check_forward(p, x, None, params)
+        else:
+            with pytest.raises(RuntimeError, match="mlp: the parameter of its scale: expected"):
+                check_forward(p, x, None, params)
+    d, nodes = CASES["one number for two widths"]
+    x, params = operands(d, nodes, 3, single=True)
+    params[2] = torch.ones(6, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="mlp: the parameter of its prelu: expected"):
+        check_forward(Problem(d, nodes, 1, "adjoint", None), x, None, params)
+
+
+def test_a_drawn_mask_has_no_gradient_and_says_so() -> None:
+    nodes = (Node("mask", (0,), (0,), (), 3), linear(1, 1, 1))
+    p = Problem(3, nodes, 1, "adjoint", None)
+    x, params = operands(3, nodes, 4)
+    y, J, saved = handwritten.forward(p, x, None, params, True)
+    with pytest.raises(RuntimeError, match="expected a mask that is drawn"):
+        handwritten.backward(p, y, J, x, None, params, saved, [False, True, True, True])
+
+
+# --- what it costs ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("v", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize(("D", "mode"), [(1, "adjoint"), (3, "tangent"), (3, "adjoint")])
+def test_a_residual_network_costs_the_products_of_a_chain(D: int, mode: Mode, v: float) -> None:
+    """3 + 3v, 3 + k + 3kv and 3 + D + 3Dv of each layer: skips and norms are no products."""
+    N, H, blocks = 512, 64, 2
+    nodes = pre_norm(5, H, D, blocks)
+    p = Problem(5, nodes, 1, mode, Hinge((1,), 1e6))
+    x, params = operands(5, nodes, N)
+    weight = torch.zeros(N, D, 1, dtype=torch.float64)
+    weight[torch.randperm(N)[: round(v * N)]] = 1.0
+    with Operations() as counter:
+        y, penalty, saved = handwritten.forward(p, x, weight, params, True)
+        needs = [False] + [True] * len(params)
+        handwritten.backward(p, y, torch.ones_like(penalty), x, weight, params, saved, needs)
+    fan = D if mode == "adjoint" and D > 1 else 1
+    want = 3 + 3 * v if mode == "adjoint" and D == 1 else 3 + fan + 3 * fan * v
+    assert counter.total / (2 * N * H * H * 2 * blocks) == pytest.approx(want, rel=SLACK)
+
+
+def test_rows_without_a_violation_cost_nothing_where_the_penalty_alone_is_wanted() -> None:
+    nodes = pre_norm(5, 16, 1, 1)
+    p = Problem(5, nodes, 1, "adjoint", Hinge((1,), -1e6))
+    x, params = operands(5, nodes, 40)
+    _, penalty, saved = handwritten.forward(p, x, None, params, True)
+    needs = [True] * (1 + len(params))
+    with Operations() as counter:
+        grads = handwritten.backward(
+            p, None, torch.ones_like(penalty), x, None, params, saved, needs
+        )
+    assert counter.total == 0
+    assert not any(g.any() for g in grads if g is not None)
+
+
+def test_what_is_saved_is_what_linear_nodes_make() -> None:
+    """Neither y nor what stands between two of them; P too where it is kept, and not where the last
+    layer pulls the same row of W everywhere."""
+    nodes = pre_norm(5, 6, 1, 2)
+    x, _ = operands(5, nodes, 3)
+    adjoint, tangent = (Problem(5, nodes, 1, mode, None) for mode in ("adjoint", "tangent"))
+    assert len(handwritten.saved_like(tangent, x)) == 5  # not y
+    # What the two layers of each block pull; the second of the last block gets w from the last.
+    assert len(handwritten.saved_like(adjoint, x)) == 5 + 3

@@ -38,6 +38,7 @@ __all__ = ["backward", "forward", "refuses", "saved_like"]
 
 Params = Sequence[Tensor | None]
 Values = dict[int, Tensor]  # by number: 0 is x, i + 1 what node i made
+X2 = -1  # the number of the last k columns of x, where they have cotangents of their own
 
 # Elements of one activation block. On the CPU 2^18 (1 MiB of float32) keeps a block in the L2
 # cache through a layer's element-wise passes; elsewhere only the temporaries' size is bounded.
@@ -195,14 +196,12 @@ def _blocks(problem: Problem, facts: _Facts, x: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + size, x.shape[0]))
 
 
-def _parameters(
-    problem: Problem, params: Params, rows: slice | Tensor
-) -> list[list[Tensor | None]]:
+def _parameters(facts: _Facts, params: Params, rows: slice | Tensor) -> dict[int, Params]:
     """θ of each value's node, of a block's rows where a parameter has one for each."""
-    found: list[list[Tensor | None]] = [[]]
-    for node in problem.nodes:
+    found: dict[int, Params] = {}
+    for v, node, of, *_ in facts.steps:
         θ = [params[place] for place in node.params]
-        found.append([t if t is None else t[rows] for t in θ] if rule(node).per_row else θ)
+        found[v] = [t if t is None else t[rows] for t in θ] if of.per_row else θ
     return found
 
 
@@ -287,7 +286,7 @@ def forward(
     y = x.new_empty(N, D)
     J = x.new_empty(N, D, k, dtype=accumulate_dtype(x.dtype))
     for rows in _blocks(problem, facts, x):
-        θ = _parameters(problem, params, rows)
+        θ = _parameters(facts, params, rows)
         buffers = {v: t[rows] for v, t in zip(facts.saved, saved, strict=False)}
         values = _values(facts, x[rows], θ, buffers, y[rows])
         if problem.mode == "tangent":
@@ -307,7 +306,7 @@ def forward(
     return y, penalty if problem.hinge.elementwise else penalty.sum(), saved
 
 
-def _values(facts: _Facts, x: Tensor, θ: Sequence[Params], buffers: Values, y: Tensor) -> Values:
+def _values(facts: _Facts, x: Tensor, θ: dict[int, Params], buffers: Values, y: Tensor) -> Values:
     """The values of a block that its slopes read, those of linear nodes in ``buffers`` if given;
     the outputs in y."""
     values, last = {0: x}, facts.steps[-1].v
@@ -329,7 +328,7 @@ def _linear(h: Tensor, θ: Params, out: Tensor | None) -> Tensor:
     return torch.mm(h, W.t(), out=out) if b is None else torch.addmm(b, h, W.t(), out=out)
 
 
-def _tangent_slopes(facts: _Facts, k: int, values: Values, θ: Sequence[Params]) -> Tensor | None:
+def _tangent_slopes(facts: _Facts, k: int, values: Values, θ: dict[int, Params]) -> Tensor | None:
     """J (n or 1, D, k) of a block, all k tangents side by side; None where x2 does not reach y."""
     d = facts.widths[0]
     dots: Values = {}  # (k, n or 1, H)
@@ -355,7 +354,7 @@ def _adjoint_slopes(
     facts: _Facts,
     k: int,
     values: Values,
-    θ: Sequence[Params],
+    θ: dict[int, Params],
     wanted: Sequence[bool],
     pulled: Values,
 ) -> Tensor | None:
@@ -363,11 +362,12 @@ def _adjoint_slopes(
 
     P runs down to the values that are ``wanted``; ``pulled`` is filled with what linear nodes pull.
     """
-    x2, last, filled = slice(facts.widths[0] - k, None), facts.steps[-1], set[int]()
-    P = _Cotangents()  # (D, n or 1, H), of x2 alone for x
+    d, last, filled = facts.widths[0], facts.steps[-1], set[int]()
+    P = _Cotangents()  # (D, n or 1, H)
     if not last.linear:
         P.add(last.v, _one_hot(values[last.v], last.node.width), True)
-    for v, node, of, linear, _ in reversed(facts.steps):
+    for step in reversed(facts.steps):
+        v, node, of, linear, _ = step
         if not wanted[v]:
             continue
         if v in pulled:
@@ -376,14 +376,15 @@ def _adjoint_slopes(
         if not linear:
             assert p is not None
             at = [values[u] for u in node.inputs]
-            down = of.pull_now(node, at, values[v] if of.reads_v else at[0], p, θ[v])
-            for u, t in zip(node.inputs, down, strict=True):
-                P.add(u, t if u else t[..., x2], of.varies)
+            value = values[v] if of.reads_v else at[0]
+            mine = [wanted[u] or not u for u in node.inputs]
+            P.add_pulled(step, at, value, p, θ[v], mine)
             continue
         u, W = node.inputs[0], _weight(θ[v])
-        if u and not wanted[u]:
+        if not u:
+            u, W = X2, W[:, d - k :]
+        elif not wanted[u]:
             continue
-        W = W if u else W[:, x2]
         if p is None:  # of y, the identity
             P.add(u, W.unsqueeze(1), False)
         elif facts.uniform[v] or u not in pulled:
@@ -393,7 +394,9 @@ def _adjoint_slopes(
         else:
             torch.mm(p.squeeze(0), W, out=pulled[u])
             filled.add(u)
-    slopes = P.of.get(0)
+    if 0 in P.of:
+        P.add(X2, P.of[0][..., d - k :], False)
+    slopes = P.of.get(X2)
     return None if slopes is None else slopes.transpose(0, 1)
 
 
@@ -442,7 +445,7 @@ class _Gradients:
     """
 
     def __init__(self, x: Tensor, params: Params, needs: Sequence[bool]) -> None:
-        self.params = params
+        self.params, self.dtype = params, accumulate_dtype(x.dtype)
         self.dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if needs[0] else None
         self.wanted = needs[1:]
         self.sums: dict[int, Tensor] = {}
@@ -467,21 +470,24 @@ class _Gradients:
     def rows(self, place: int, t: Tensor) -> None:
         """dθ += the sum of t (m, H) over its rows, and over its columns where θ is one number."""
         θ = self.params[place]
-        if self.wanted[place] and θ is not None:
-            axes = (0,) if θ.shape == t.shape[1:] else (0, 1)
-            self._add(place, t.sum(axes, dtype=accumulate_dtype(θ.dtype)).view(θ.shape))
+        if not self.wanted[place] or θ is None:
+            return
+        if θ.shape[0] == t.shape[1]:
+            self._add(place, t.sum(0, dtype=self.dtype))
+        else:
+            self._add(place, t.sum((0, 1), dtype=self.dtype).view(1))
 
     def _add(self, place: int, t: Tensor) -> None:
         found = self.sums.get(place)
         if found is None:
-            self.sums[place] = t.to(accumulate_dtype(t.dtype))
+            self.sums[place] = t if t.dtype is self.dtype else t.to(self.dtype)
         else:
             found.add_(t)
 
     def _zeros(self, place: int) -> Tensor:
         θ = self.params[place]
         assert θ is not None
-        return θ.new_zeros(θ.shape, dtype=accumulate_dtype(θ.dtype))
+        return θ.new_zeros(θ.shape, dtype=self.dtype)
 
     def result(self) -> list[Tensor | None]:
         """The gradients in their parameters' dtypes, x first: zeros where nothing was added."""
@@ -490,7 +496,7 @@ class _Gradients:
             d = self.sums.get(place)
             if d is None and wanted and θ is not None:
                 d = self._zeros(place)
-            found.append(d if d is None or θ is None else d.to(θ.dtype))
+            found.append(d if d is None or θ is None or d.dtype is θ.dtype else d.to(θ.dtype))
         return found
 
 
@@ -517,7 +523,7 @@ class _Block:
             gJ, self.rows = gJ[some], some + rows.start
         self.gy = None if gy is None else gy[rows]
         self.pairs = None if gJ is None else _Pairs.of(problem, gJ, x.dtype)
-        self.θ = _parameters(problem, params, self.rows)
+        self.θ = _parameters(facts, params, self.rows)
         self.values: Values = {0: x[self.rows]}
         # The cotangents g of values, and P (n or 1, H) of those that have g = gy∘P + q.
         self.g, self.P = _Cotangents(), _Cotangents()
