@@ -15,7 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from monokernel import MonotonePenalty, fused_mono_penalty, value_and_jacobian
 from monokernel.backends import compaction
-from tests.support import assert_same, gradients, oracle, oracle_penalties, points
+from tests.support import assert_same, gradients, mlp, oracle, oracle_penalties, points
+from tests.test_cost import SLACK, H, L, products
+from tests.test_cost import N as ROWS
 
 D1, K, D, N = 3, 2, 3, 40
 
@@ -169,6 +171,19 @@ def test_a_small_step_takes_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(compaction.WORTHWHILE, "cpu", least)
         compare(net, *inputs(), few())
         assert net.rows == rows
+
+
+@pytest.mark.parametrize("share", [0.0, 1 / 16, 1 / 4])
+def test_products_of_the_backward(share: float) -> None:
+    """2 + 6Dv: weight and input gradient of the task loss; for v of the pairs the forward, the
+    chain, and two products for each of the two in double backward. Counted as the cost table is."""
+    net = Counts(mlp(4, 1, 4, [H] * L, nn.SiLU(), dtype=torch.float32))
+    weight = torch.zeros(ROWS, 4, 1)
+    weight[: round(share * ROWS)] = 1.0
+    x1, x2 = points(ROWS, 4, 1, torch.float32)
+    y, penalty = fused_mono_penalty(net, x1, x2, margin=1e6, weight=weight, return_output=True)
+    loss = y.square().sum() + penalty
+    assert products(loss.backward) == pytest.approx(2 + 6 * 4 * share, rel=SLACK)
 
 
 @pytest.mark.parametrize("tracked", [(True, False), (False, True), (False, False)])
