@@ -156,7 +156,7 @@ std::vector<int64_t> sizes_of(const variable_list& params) {
 std::string name_of(const PlanReference& plan, size_t place) {
   const mk_parameter& p = plan.shape.parameters[place];
   if (p.layer) {
-    return c10::str("mlp: the ", p.rows ? "weight" : "bias", " of linear layer ", p.layer);
+    return c10::str("mlp: the ", p.rows >= 0 ? "weight" : "bias", " of linear layer ", p.layer);
   }
   std::istringstream names(kernel.node_names());
   std::string name;
@@ -165,7 +165,7 @@ std::string name_of(const PlanReference& plan, size_t place) {
 }
 
 // The parameters in their order, undefined where one is absent; `given` are those that are there.
-variable_list parameters(const PlanReference& plan, at::ScalarType network, int64_t N,
+variable_list parameters(const PlanReference& plan, at::ScalarType network,
                          const Present& present, const variable_list& given) {
   TORCH_CHECK(int64_t(present.size()) == plan.shape.params, "params: expected ", plan.shape.params,
               ", got ", present.size());
@@ -176,10 +176,11 @@ variable_list parameters(const PlanReference& plan, at::ScalarType network, int6
     TORCH_CHECK(present[i] || p.optional, name_of(plan, i), ": expected a tensor, got None");
     if (!present[i]) continue;
     const Tensor& t = given[next++];
-    const int64_t one[] = {1}, size[] = {p.rows < 0 ? N : p.rows, p.columns};
+    const int64_t one[] = {1}, size[] = {p.rows, p.columns};
+    const bool vector = p.rows < 0;
     const bool spread = p.one_for_all && t.sizes() == at::IntArrayRef(one);
     const at::IntArrayRef expected = spread ? at::IntArrayRef(one)
-                                            : at::IntArrayRef(size + !p.rows, p.rows ? 2u : 1u);
+                                            : at::IntArrayRef(size + vector, 2u - vector);
     params[i] = operand(plan, t, expected, network, [&] { return name_of(plan, i); });
   }
   return params;
@@ -221,7 +222,7 @@ Outputs run(const PlanReference& plan, const Tensor& given, const std::optional<
   const Tensor x = inputs(plan, given);
   const at::ScalarType network = given.scalar_type();
   const int64_t N = x.size(0), D = plan.D();
-  const variable_list params = parameters(plan, network, N, present, given_params);
+  const variable_list params = parameters(plan, network, present, given_params);
   Tensor w;
   const bool per_row = weight && weight->dim() == 3;
   if (weight) {
@@ -307,7 +308,7 @@ struct Step : torch::autograd::Function<Step> {
     const at::ScalarType network = saved[0].scalar_type();
     const int64_t N = x.size(0), D = plan.D();
     const variable_list params =
-        parameters(plan, network, N, present, {saved.begin() + 1, saved.end() - 1});
+        parameters(plan, network, present, {saved.begin() + 1, saved.end() - 1});
     Tensor buffers = saved.back();
     if (buffers.defined()) {
       buffers = operand(plan, buffers, {N * plan.row_size()}, plan.dtype(),

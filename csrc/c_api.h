@@ -8,8 +8,7 @@
 
 extern "C" {
 
-// What one parameter of a plan must be: (rows, columns), or (columns,) if rows is 0, where rows of -1
-// are those of x. `kind` is that of the node that reads it, `layer` counts linear nodes from 1 on.
+// What one parameter of a plan must be: (rows, columns), or (columns,) if rows is -1. `kind` is that of the node that reads it, `layer` counts linear nodes from 1 on.
 struct mk_parameter {
   int64_t kind, layer, rows, columns;
   int64_t optional;     // it may be absent
@@ -45,7 +44,7 @@ void mk_give_back(void* memory);
 
 // Both return 0, or 1 where there is no memory for scratch. `sizes` are the elements of each
 // parameter. Null may be: weight (all ones), saved (nothing is), an optional parameter; gy, gout, gx
-// and the gradients that are not wanted. A parameter with rows of -1 has no gradient.
+// and the gradients that are not wanted. The key of a dropout has no gradient.
 int mk_forward(int64_t plan, int64_t N, int64_t threads, const void* x, const void* weight,
                int64_t weight_per_row, const void* const* params, const int64_t* sizes, void* y,
                void* out, void* const* saved);

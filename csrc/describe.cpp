@@ -6,7 +6,7 @@
 const char* const node_names =
     "identity relu leaky_relu hardtanh elu gelu gelu_tanh silu mish softplus softsign tanh sigmoid "
     "logsigmoid hardsigmoid hardswish softshrink hardshrink threshold clamp tanhshrink abs square "
-    "sqrt exp log reciprocal sin cos linear prelu scale mask shift line sum product expand total "
+    "sqrt exp log reciprocal sin cos linear prelu scale dropout shift line sum product expand total "
     "concat columns normalise root_mean_square softmax log_softmax";
 
 namespace {
@@ -45,7 +45,7 @@ void find_flow(const Plan& plan, std::vector<Flow>* found) {
   for (int64_t v = 1; v <= y; ++v) {
     const Node& node = plan.nodes[v - 1];
     Flow& f = flow[v];
-    f.constant = !node.varies && node.kind != node_mask;
+    f.constant = !node.varies && node.kind != node_dropout;
     trains[v] = node.params > 0;
     for (int64_t q = 0; q < node.inputs; ++q) {
       const int64_t u = node.input[q];
@@ -68,7 +68,7 @@ void find_flow(const Plan& plan, std::vector<Flow>* found) {
     for (int64_t q = 0; q < node.inputs; ++q) {
       const int64_t u = node.input[q];
       flow[u].used = true;
-      flow[u].uniform &= f.uniform && !node.varies && node.kind != node_mask;
+      flow[u].uniform &= f.uniform && !node.varies && node.kind != node_dropout;
       const bool kept = plan.keeps_adjoint() && u > 0 && (flow[u].moving || trains[u]);
       if (linear && kept && !f.uniform) flow[u].pulled = true;
       if (node.kind == node_columns) flow[u].viewed = true;
@@ -119,10 +119,11 @@ void find_parameters(OwnedPlan* owned) {
       const bool linear = node.kind == node_linear, weight = linear && p == 0;
       parameter.kind = node.kind;
       parameter.layer = linear ? layer : 0;
-      parameter.rows = weight ? node.width : node.kind == node_mask ? -1 : 0;
-      parameter.columns = weight ? plan.width(node.input[0]) : node.width;
+      parameter.rows = weight ? node.width : -1;
+      parameter.columns = weight ? plan.width(node.input[0])
+                          : node.kind == node_dropout ? key_bytes : node.width;
       parameter.optional = linear && p == 1;
-      parameter.one_for_all = !linear && node.kind != node_mask;
+      parameter.one_for_all = !linear && node.kind != node_dropout;
     }
   }
 }

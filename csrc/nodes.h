@@ -145,7 +145,7 @@ template <class T> void node_value(const Operands<T>& o, Mat<T> v, Mat<T> s) {
       });
     }
     case node_scale:
-    case node_mask:
+    case node_dropout:
       return put(rows, columns, v, false, [&](int64_t i, int64_t j) {
         return load(u.row(i) + j) * load(o.parameter.row(i) + j);
       });
@@ -372,7 +372,7 @@ void node_pull(const Operands<T>& o, Mat<const T> P, int64_t q, Mat<T> to, bool 
       });
     }
     case node_scale:
-    case node_mask:
+    case node_dropout:
       return put(rows, columns, to, add, [&](int64_t i, int64_t j) {
         return load(P.row(i) + j) * load(o.parameter.row(i) + j);
       });

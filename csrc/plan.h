@@ -13,7 +13,7 @@ enum NodeKind : int64_t {
   node_linear = kinds,
   node_prelu,
   node_scale,
-  node_mask,
+  node_dropout,
   node_shift,
   node_line,
   node_sum,
@@ -37,6 +37,9 @@ constexpr bool piecewise_linear[kinds] = {
 
 // The longest chain that the kernel of chains serves.
 constexpr int max_layers = 128;
+
+// The parameter of a dropout: a key, one number for each byte.
+constexpr int64_t key_bytes = 8;
 
 // Node i makes value i + 1 of earlier values (0 is x); see monokernel/program.py.
 struct Node {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "blocks.h"
+#include "dropout.h"
 #include "nodes.h"
 
 namespace {
@@ -142,7 +143,7 @@ template <class T> struct Program {
   }
   // A row of parameters of a node that is not linear.
   void pack_parameter(Bump& memory, int64_t v) {
-    if (linear(v) || !node(v).params || node(v).kind == node_mask) return;
+    if (linear(v) || !node(v).params || node(v).kind == node_dropout) return;
     T* to = memory.take<T>(whole(v));
     if (!to) return;
     const int64_t place = node(v).place[0];
@@ -186,7 +187,7 @@ template <class T> struct SavedProgram {
 template <class T> struct BlockValues {
   Mat<T>* value;   // null where it is not at hand
   Mat<T>* first;   // what a node's Jacobian is computed from: σ', or the r of a normalisation
-  Mat<T>* mask;    // rows of a mask, in whole vectors
+  Mat<T>* mask;    // of a dropout
   Mat<const T>* inputs;  // of the node at hand, as many as the longest has
   int64_t* widths;
 
@@ -223,7 +224,7 @@ template <class T> struct BlockValues {
       widths[q] = program.width(node.input[q]);
     }
     Operands<T> o{&node, rows, program.whole(v), inputs, widths, value[v], first[v], {}, {}};
-    o.parameter = node.kind == node_mask ? Mat<const T>(mask[v])
+    o.parameter = node.kind == node_dropout ? Mat<const T>(mask[v])
                                          : Mat<const T>{program.at(v).parameter, 0};
     return o;
   }
@@ -238,10 +239,11 @@ template <class T> struct BlockValues {
     }
     for (int64_t i = 0; i < rows; ++i) copy(value[0].row(i), from + i * d, d);
   }
-  void read_mask(const Program<T>& program, int64_t v, int64_t rows, int64_t row0) const {
-    const int64_t H = program.width(v);
-    const T* from = static_cast<const T*>(program.params[program.node(v).place[0]]) + row0 * H;
-    for (int64_t i = 0; i < rows; ++i) copy(mask[v].row(i), from + i * H, H);
+  void draw_mask(const Program<T>& program, int64_t v, int64_t rows, int64_t row0) const {
+    const Node& node = program.node(v);
+    const T* key = static_cast<const T*>(program.params[node.place[0]]);
+    dropout_mask<T>(key, node.numbers[0], uint32_t(node.numbers[1]), row0, rows, node.width,
+                    mask[v].at, mask[v].ld);
   }
 };
 

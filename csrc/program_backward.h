@@ -32,7 +32,7 @@ template <class T> struct GradientLayout {
       for (int64_t q = 0; q < node.params; ++q) {
         Place& to = place[node.place[q]];
         if (node.kind != node_linear || q == 1) {
-          if (node.kind != node_mask) to.in = node.width;
+          if (node.kind != node_dropout) to.in = node.width;
           continue;
         }
         to.out = node.width, to.in = plan.width(node.input[0]);
@@ -156,7 +156,7 @@ template <class T> struct ProgramBackwardScratch {
   static bool needs_first(const Node& node) { return ProgramForwardScratch<T>::needs_first(node); }
   static bool is_mask(const Program<T>& net, const BackwardCall& call, int64_t v) {
     const Way& way = call.way[v];
-    return net.node(v).kind == node_mask && (way.wanted || way.dot || way.value);
+    return net.node(v).kind == node_dropout && (way.wanted || way.dot || way.value);
   }
 };
 
@@ -219,7 +219,7 @@ template <class T> struct ProgramBackward {
     for (int64_t v = 1; v <= net.y; ++v) {
       if (!flow(v).used) continue;
       const Node& node = net.node(v);
-      if (Scratch::is_mask(net, call, v)) at.read_mask(net, v, rows, row0);
+      if (Scratch::is_mask(net, call, v)) at.draw_mask(net, v, rows, row0);
       if (flow(v).saved) {
         at.value[v] = saved.value(call.saved[0], block, v);
       } else if (net.is_view(v)) {
@@ -300,7 +300,7 @@ template <class T> struct ProgramBackward {
     Operands<T> o{&node, pass.m, net.whole(v), at.inputs, at.widths, {}, {}, {}, {}};
     if (node.reads_v) o.v = take(pass, v);
     o.parameter = Mat<const T>{net.at(v).parameter, 0};
-    if (node.kind == node_mask) o.parameter = pass.all ? s.rows.mask[v] : at.mask[v];
+    if (node.kind == node_dropout) o.parameter = pass.all ? s.rows.mask[v] : at.mask[v];
     if (Scratch::needs_first(node)) o.s = pass.all ? s.rows.first[v] : at.first[v];
     o.c = s.second[v];
     if (!s.prepared[v]) prepare(pass, v, o);
@@ -311,7 +311,7 @@ template <class T> struct ProgramBackward {
     const Scratch& s = pass.scratch;
     const Node& node = net.node(v);
     const int32_t* row = s.pairs.row;
-    if (node.kind == node_mask && !pass.all) {
+    if (node.kind == node_dropout && !pass.all) {
       gather(pass, s.rows.mask[v], net.whole(v), s.pair.mask[v]);
     } else if (normalises(node.kind) && !pass.all) {
       for (int64_t i = 0; i < pass.m; ++i) s.pair.first[v].at[i] = s.rows.first[v].at[row[i]];

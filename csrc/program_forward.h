@@ -92,7 +92,7 @@ template <class T> struct ProgramForwardScratch {
                [&](int64_t v, char what) {
                  if (v == 0) return what == 'v' && !net.x_as_it_is();
                  if (!net.flow(v).used) return false;
-                 if (what == 'm') return net.node(v).kind == node_mask;
+                 if (what == 'm') return net.node(v).kind == node_dropout;
                  if (what == 's') {
                    return needs_first(net.node(v)) &&
                           ProgramForwardWeights<T>::walked(net, call, v);
@@ -149,7 +149,7 @@ template <class T> struct ProgramForward {
         const Mat<T> from = at.value[net.node(v).input[0]];
         at.value[v] = {from.at + int64_t(net.node(v).numbers[0]), from.ld};
       } else {
-        if (net.node(v).kind == node_mask) at.read_mask(net, v, rows, row0);
+        if (net.node(v).kind == node_dropout) at.draw_mask(net, v, rows, row0);
         node_value<T>(at.operands(net, v, rows), at.value[v], at.first[v]);
       }
     }

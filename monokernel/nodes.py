@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import dropout
 from .activations import ACTIVATIONS, Activation
 from .program import Node
 
@@ -64,7 +65,7 @@ class Rule:
 
     arity: int | None = 1  # None: any number of inputs, one or more
     curved = False  # whether the curvature is not zero everywhere
-    per_row = False  # whether its parameters have a row for each row of x
+    per_row = False  # whether what ``at_rows`` makes of its parameters has a row for each of x
     one_for_all = False  # whether a parameter of H columns may be one number (1,)
     # Whether the Jacobian depends on u. Then push, pull and curvature read u, and ``pull_now``
     # makes new memory; else they ask of u the number of columns alone, and may hand on P itself.
@@ -78,6 +79,10 @@ class Rule:
     def wrong(self, node: Node, H: Sequence[int]) -> bool:
         """Whether inputs of widths H, the numbers or the node's width do not fit its kind."""
         return node.width != H[0] or bool(node.numbers)
+
+    def at_rows(self, node: Node, θ: Maybe, rows: Tensor, dtype: torch.dtype) -> Maybe:
+        """What the functions below take as θ, for rows (n,) of x."""
+        return θ
 
     def value(self, node: Node, u: Tensors, θ: Maybe) -> Tensor:
         raise NotImplementedError
@@ -285,11 +290,27 @@ class Scale(Rule):
         sums.rows(node.params[0], P * _given(u_dot[0]))
 
 
-class Mask(Scale):
-    """v = θ∘u with a row of θ (N, H) for each row of x: the mask of an active dropout."""
+class Dropout(Scale):
+    """v = m∘u, m (N, H) the mask that ``dropout.mask`` makes of a key (8,), which is θ. Numbers:
+    the probability p and which of the network's dropouts it is."""
 
     per_row = True
     one_for_all = False
+
+    def shapes(self, node: Node, H: Sequence[int]) -> tuple[Shape, ...]:
+        return ((dropout.KEY,),)
+
+    def wrong(self, node: Node, H: Sequence[int]) -> bool:
+        if node.width != H[0] or len(node.numbers) != 2:
+            return True
+        p, number = node.numbers
+        return not 0 <= p <= 1 or not float(number).is_integer() or not 0 <= number < 2**31
+
+    def at_rows(
+        self, node: Node, θ: Maybe, rows: Tensor, dtype: torch.dtype
+    ) -> list[Tensor | None]:
+        p, number = node.numbers
+        return [dropout.mask(_given(θ[0]), int(number), rows, node.width, p, dtype)]
 
     def parameters(self, node: Node, u: Tensors, g: Tensor, θ: Maybe, sums: Sums) -> None:
         """A mask is drawn, not trained."""
@@ -629,7 +650,7 @@ RULES: dict[str, Rule] = {
     "linear": Linear(),
     "prelu": PReLU(),
     "scale": Scale(),
-    "mask": Mask(),
+    "dropout": Dropout(),
     "shift": Shift(),
     "line": Line(),
     "sum": Sum(),
@@ -678,14 +699,14 @@ def wrong_nodes(d: int, nodes: tuple[Node, ...]) -> str:
 
 
 def parameter_shapes(d: int, nodes: tuple[Node, ...]) -> dict[int, tuple[Node, tuple[Shape, ...]]]:
-    """For each place a node that reads it and the shapes that serve all nodes which do: (N, H) is
-    written (-1, H), and a scale, shift or PReLU of H columns may be one number (1,) too."""
+    """For each place a node that reads it and the shapes that serve all nodes which do: a scale,
+    shift or PReLU of H columns may be one number (1,) too."""
     widths: list[int] = [d]
     found: dict[int, tuple[Node, tuple[Shape, ...]]] = {}
     for node in nodes:
         H, of = [widths[v] for v in node.inputs], rule(node)
         for place, shape in zip(node.params, of.shapes(node, H), strict=True):
-            serve: tuple[Shape, ...] = ((-1, *shape) if of.per_row else shape,)
+            serve: tuple[Shape, ...] = (shape,)
             if of.one_for_all and shape != (1,):
                 serve += ((1,),)
             if place in found:

@@ -61,7 +61,7 @@ def check_forward(
     for t, (name, sizes, optional) in zip(params, expected, strict=True):
         if t is not None:
             size = sizes[-1] if t.shape == sizes[-1] else sizes[0]
-            t = _operand(name, t, (N, *size[1:]) if size[0] == -1 else size, dtype, device)
+            t = _operand(name, t, size, dtype, device)
         elif not optional:
             raise RuntimeError(f"{name}: expected a tensor, got None")
         operands.append(t)

@@ -25,10 +25,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from .arguments import Inputs
+from .dropout import draw_key
 from .network import global_hooks, hooked, where
 from .problem import capturing
 from .program import Node, chain_of
-from .symbols import Mask, Param, Step, Tape, Value, place, said
+from .symbols import Key, Param, Step, Tape, Value, place, said
 
 __all__ = ["Reading", "read"]
 
@@ -46,10 +47,10 @@ class Reading(NamedTuple):
     def operands(self, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """The program's rows (N, d) and its parameters, for the network's input x (*batch, d)."""
         x = x if x.dim() == 2 else x.reshape(-1, self.d)
-        params = [p.drawn(x) if type(p) is Mask else p for p in self.params]
+        params = [draw_key(x) if type(p) is Key else p for p in self.params]
         for offset in self.offsets:
             x = x + offset
-        return x, params  # type: ignore[return-value]  # no Mask is left
+        return x, params  # type: ignore[return-value]  # no Key is left
 
 
 # --- from steps to a program ---------------------------------------------------------------------
@@ -232,10 +233,14 @@ def _laid_out(tape: Tape, y: int, d: int, squeezed: bool) -> Reading | str:
     """The program of value y, its parameters in the order in which its nodes read them."""
     steps, offsets = _program(tape, y)
     steps = steps or [Step("identity", (0,), d, (0.0, 0.0, 0.0), ())]
-    nodes, params = [], list[Param]()
+    nodes, params, key = [], list[Param](), -1
     for step in steps:
         places = tuple(range(len(params), len(params) + len(step.params)))
-        params += step.params
+        if step.kind == "dropout" and key >= 0:  # all read the same
+            places = (key,)
+        else:
+            key = len(params) if step.kind == "dropout" else key
+            params += step.params
         nodes.append(Node(step.kind, step.inputs, places, step.numbers, step.width))
     program = tuple(nodes)
     if tape.casts and not (chain_of(d, program) and _bare(tape)):

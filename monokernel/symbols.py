@@ -26,24 +26,14 @@ from .function import operand_dtype
 from .network import where
 from .operands import PLAIN
 
-__all__ = ["Mask", "Param", "Step", "Tape", "Unreadable", "Value", "place", "said"]
+__all__ = ["Key", "Param", "Step", "Tape", "Unreadable", "Value", "place", "said"]
 
 
-class Mask(NamedTuple):
-    """An active dropout, in the place of the tensor that ``Reading.operands`` draws for it."""
-
-    p: float
-    width: int
-
-    def drawn(self, x: Tensor) -> Tensor:
-        """(N, H) for the rows x (N, d): 0 by probability p, else 1/(1 - p)."""
-        mask = x.new_empty(x.shape[0], self.width)
-        if self.p == 1:
-            return mask.zero_()
-        return mask.bernoulli_(1 - self.p).div_(1 - self.p)
+class Key(NamedTuple):
+    """In the place of the key of active dropouts, which ``Reading.operands`` draws once a call."""
 
 
-Param = Tensor | Mask | None
+Param = Tensor | Key | None
 
 
 class Unreadable(Exception):  # noqa: N818  # it is no error of anybody's
@@ -634,7 +624,8 @@ def _dropout(v: Value, p: float = 0.5, training: bool = True) -> Value:
         return v
     if not 0 < p <= 1:
         return _view(v, v.flat)
-    return _new(v, "mask", (), Mask(p, v.width))
+    number = sum(step.kind == "dropout" for step in v.tape.steps)
+    return _new(v, "dropout", (p, float(number)), Key())
 
 
 def _inactive(v: Value, p: float = 0.5, training: bool = True) -> Value:

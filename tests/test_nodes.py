@@ -82,7 +82,12 @@ CASES: dict[str, Case] = {
     "scale, one number": Case(
         node("scale", H, params=(0,)), (H,), lambda u, θ: u[0] * θ[0], ((1,),)
     ),
-    "mask": Case(node("mask", H, params=(0,)), (H,), lambda u, θ: u[0] * θ[0], ((-1, H),)),
+    "dropout": Case(
+        node("dropout", H, 0.4, 2.0, params=(0,)),
+        (H,),
+        lambda u, θ: u[0] * θ[0],
+        ((-1, H),),  # the mask that at_rows makes of the key
+    ),
     "shift": Case(node("shift", H, params=(0,)), (H,), lambda u, θ: u[0] + θ[0], ((H,),)),
     "shift, one number": Case(
         node("shift", H, params=(0,)), (H,), lambda u, θ: u[0] + θ[0], ((1,),)
@@ -369,7 +374,7 @@ def test_shapes_of_the_parameters(name: str) -> None:
     assert len(shapes) == len(case.node.params)
     kept = [s for p, s in zip(case.node.params, shapes, strict=True) if p not in case.missing]
     for t, s in zip(given, kept, strict=True):
-        assert t.shape in (s, (1,)) or (of.per_row and t.shape == (N, *s))
+        assert of.per_row or t.shape in (s, (1,))
 
 
 # --- what makes no program ------------------------------------------------------------------------

@@ -38,6 +38,7 @@ def value_of(p: Problem, x: Tensor, params: Params) -> Tensor:
     values = [x]
     for node in p.nodes:
         θ = [params[place] for place in node.params]
+        θ = rule(node).at_rows(node, θ, torch.arange(len(x)), x.dtype)
         values.append(rule(node).value(node, [values[v] for v in node.inputs], θ))
     return values[-1]
 
@@ -178,6 +179,8 @@ def programs(draw: Any, d: int, D: int) -> tuple[Node, ...]:
             append(kind, (v,), (), 1)
         elif kind in ("normalise", "root_mean_square"):
             append(kind, (v,), (0.25,), H)
+        elif kind == "dropout":
+            append(kind, (v,), (draw(st.sampled_from([0.0, 0.3])), draw(st.integers(0, 2))), H)
         else:
             append(kind, (v,), (), H)
     if widths[-1] != D or not nodes or draw(st.booleans()):
@@ -196,10 +199,9 @@ def operands(
         if place in biases and not bias:
             continue
         shape = shapes[-1] if single else shapes[0]
-        size = [N if n == -1 else n for n in shape]
-        params[place] = torch.randn(size, dtype=torch.float64) * 0.7
-        if node.kind == "mask":
-            params[place] = (torch.rand(size) < 0.7).double() / 0.7
+        params[place] = torch.randn(shape, dtype=torch.float64) * 0.7
+        if node.kind == "dropout":
+            params[place] = torch.randint(0, 256, shape).double()
     return torch.randn(N, d, dtype=torch.float64), params
 
 
@@ -229,7 +231,7 @@ def test_random_programs(data: st.DataObject) -> None:
         # Weights that are 0 leave some pairs without a violation.
         shape = draw(st.sampled_from([(D, k), (N, D, k)]))
         weight = torch.randint(0, 2, shape).double() * 1.5
-    masks = {place for node in nodes if node.kind == "mask" for place in node.params}
+    masks = {place for node in nodes if node.kind == "dropout" for place in node.params}
     needs = [draw(st.booleans())]
     needs += [
         t is not None and i not in masks and draw(st.sampled_from([True, True, False]))
@@ -388,11 +390,11 @@ def test_one_number_or_one_for_each_column() -> None:
 
 
 def test_a_drawn_mask_has_no_gradient_and_says_so() -> None:
-    nodes = (Node("mask", (0,), (0,), (), 3), linear(1, 1, 1))
+    nodes = (Node("dropout", (0,), (0,), (0.5, 0.0), 3), linear(1, 1, 1))
     p = Problem(3, nodes, 1, "adjoint", None)
     x, params = operands(3, nodes, 4)
     y, J, saved = handwritten.forward(p, x, None, params, True)
-    with pytest.raises(RuntimeError, match="expected a mask that is drawn"):
+    with pytest.raises(RuntimeError, match="expected a dropout that is drawn"):
         handwritten.backward(p, y, J, x, None, params, saved, [False, True, True, True])
 
 

@@ -162,7 +162,16 @@ def step() -> Step | None:
 
 
 # What the operator calls, in the order of its ``Kernel``.
-CALLS = ("node_names", "plan_shape", "plan_keep", "plan_drop", "take", "give_back", "forward", "backward")
+CALLS = (
+    "node_names",
+    "plan_shape",
+    "plan_keep",
+    "plan_drop",
+    "take",
+    "give_back",
+    "forward",
+    "backward",
+)
 
 
 def activation(σ: Activation, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -366,10 +375,10 @@ class _Plan:
         array.owner = _Owner(self.library, memory)
         return [torch.frombuffer(array, dtype=self.dtype)]
 
-    def pointers(self, tensors: Params) -> ctypes.Array[c_void_p]:
+    def pointers(self, tensors: Params) -> Any:
         return self._pointers(*[None if t is None else t.data_ptr() for t in tensors])
 
-    def sizes(self, tensors: Params) -> ctypes.Array[c_int64]:
+    def sizes(self, tensors: Params) -> Any:
         return self._sizes(*[0 if t is None else t.numel() for t in tensors])
 
     def places(self, saved: Sequence[Tensor], N: int) -> ctypes.Array[c_void_p]:

@@ -196,12 +196,18 @@ def _blocks(problem: Problem, facts: _Facts, x: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + size, x.shape[0]))
 
 
-def _parameters(facts: _Facts, params: Params, rows: slice | Tensor) -> dict[int, Params]:
-    """θ of each value's node, of a block's rows where a parameter has one for each."""
+def _parameters(
+    facts: _Facts, params: Params, rows: slice | Tensor, x: Tensor
+) -> dict[int, Params]:
+    """θ of each value's node, for a block's rows of x."""
     found: dict[int, Params] = {}
     for v, node, of, *_ in facts.steps:
-        θ = [params[place] for place in node.params]
-        found[v] = [t if t is None else t[rows] for t in θ] if of.per_row else θ
+        θ: Params = [params[place] for place in node.params]
+        if of.per_row:
+            if isinstance(rows, slice):
+                rows = torch.arange(rows.start, rows.stop, device=x.device)
+            θ = of.at_rows(node, θ, rows, x.dtype)
+        found[v] = θ
     return found
 
 
@@ -286,7 +292,7 @@ def forward(
     y = x.new_empty(N, D)
     J = x.new_empty(N, D, k, dtype=accumulate_dtype(x.dtype))
     for rows in _blocks(problem, facts, x):
-        θ = _parameters(facts, params, rows)
+        θ = _parameters(facts, params, rows, x)
         buffers = {v: t[rows] for v, t in zip(facts.saved, saved, strict=False)}
         values = _values(facts, x[rows], θ, buffers, y[rows])
         if problem.mode == "tangent":
@@ -523,7 +529,7 @@ class _Block:
             gJ, self.rows = gJ[some], some + rows.start
         self.gy = None if gy is None else gy[rows]
         self.pairs = None if gJ is None else _Pairs.of(problem, gJ, x.dtype)
-        self.θ = _parameters(facts, params, self.rows)
+        self.θ = _parameters(facts, params, self.rows, x)
         self.values: Values = {0: x[self.rows]}
         # The cotangents g of values, and P (n or 1, H) of those that have g = gy∘P + q.
         self.g, self.P = _Cotangents(), _Cotangents()

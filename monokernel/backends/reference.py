@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..nodes import moving, rule, used
+from ..nodes import Maybe, moving, rule, used
 from ..problem import Problem, accumulate_dtype, nan_rule
+from ..program import Node
 
 __all__ = ["value_and_jacobian"]
 
@@ -25,19 +26,28 @@ def value_and_jacobian(problem: Problem, x: Tensor, params: Params) -> tuple[Ten
     ``params`` are those of the program's nodes, each at its place.
     """
     nodes = problem.nodes
-    values = {0: x}
+    values, θ = {0: x}, dict[int, Maybe]()
     for i in used(nodes):
-        θ = [params[place] for place in nodes[i].params]
-        values[i + 1] = rule(nodes[i]).value(nodes[i], [values[v] for v in nodes[i].inputs], θ)
+        node = nodes[i]
+        θ[i + 1] = _parameters(node, params, x)
+        values[i + 1] = rule(node).value(node, [values[v] for v in node.inputs], θ[i + 1])
     y = values[len(nodes)]
-    J = (_tangent if problem.mode == "tangent" else _adjoint)(problem, values, params)
+    J = (_tangent if problem.mode == "tangent" else _adjoint)(problem, values, θ)
     if J is None:
         J = y.new_zeros(())
     J = J.expand(x.shape[0], problem.D, problem.k)
     return y, nan_rule(y, J.to(accumulate_dtype(J.dtype)))
 
 
-def _tangent(problem: Problem, values: dict[int, Tensor], params: Params) -> Tensor | None:
+def _parameters(node: Node, params: Params, x: Tensor) -> Maybe:
+    """θ of a node, for every row of x."""
+    θ: Maybe = [params[place] for place in node.params]
+    if rule(node).per_row:
+        return rule(node).at_rows(node, θ, torch.arange(x.shape[0], device=x.device), x.dtype)
+    return θ
+
+
+def _tangent(problem: Problem, values: dict[int, Tensor], θ: dict[int, Maybe]) -> Tensor | None:
     """J (N or 1, D, k), or None where x2 does not reach y."""
     d, k, nodes = problem.d, problem.k, problem.nodes
     moves = moving(d, k, nodes)
@@ -47,19 +57,18 @@ def _tangent(problem: Problem, values: dict[int, Tensor], params: Params) -> Ten
         node = nodes[i]
         if not moves[i + 1]:
             continue
-        θ = [params[place] for place in node.params]
         if node.kind == "linear" and node.inputs == (0,):
-            W = θ[0]
+            W = θ[i + 1][0]
             assert W is not None
             dots[i + 1] = W[:, d - k :].mT.unsqueeze(1)  # no product by a one-hot
         else:
             u, u_dot = [values[v] for v in node.inputs], [dots.get(v) for v in node.inputs]
-            dots[i + 1] = rule(node).push(node, u, values[i + 1], u_dot, θ)
+            dots[i + 1] = rule(node).push(node, u, values[i + 1], u_dot, θ[i + 1])
     y_dot = dots.get(len(nodes))
     return None if y_dot is None else y_dot.permute(1, 2, 0)
 
 
-def _adjoint(problem: Problem, values: dict[int, Tensor], params: Params) -> Tensor | None:
+def _adjoint(problem: Problem, values: dict[int, Tensor], θ: dict[int, Maybe]) -> Tensor | None:
     """J (N or 1, D, k), or None where x2 does not reach y."""
     d, k, nodes = problem.d, problem.k, problem.nodes
     moves = moving(d, k, nodes)
@@ -69,14 +78,13 @@ def _adjoint(problem: Problem, values: dict[int, Tensor], params: Params) -> Ten
         node = nodes[i]
         if not moves[i + 1]:
             continue
-        θ = [params[place] for place in node.params]
         if node.kind == "linear" and node.inputs == (0,):
-            W = θ[0]
+            W = θ[i + 1][0]
             assert W is not None
             pulled = [P[i + 1] @ W[:, d - k :]]
         else:
             u = [values[v] for v in node.inputs]
-            pulled = rule(node).pull(node, u, values[i + 1], P[i + 1], θ)
+            pulled = rule(node).pull(node, u, values[i + 1], P[i + 1], θ[i + 1])
             pulled = [t if v else t[..., d - k :] for v, t in zip(node.inputs, pulled, strict=True)]
         for v, t in zip(node.inputs, pulled, strict=True):
             P[v] = P[v] + t if v in P else t
