@@ -22,6 +22,7 @@ from .network import unwrap
 from .operands import has_memory
 from .planning import Route, choose
 from .problem import Hinge, Problem, accumulate_dtype
+from .reading import Reading
 
 __all__ = ["MonotonePenalty", "fused_mono_penalty", "value_and_jacobian"]
 
@@ -276,13 +277,18 @@ def _fused(
     kernel_weight = None if outside is not None else _kernel_weight(weight, inputs, problem)
     y, out = evaluate(problem, route.backend, x, kernel_weight, params)
     if torch.is_autocast_enabled(x.device.type):  # the backend may have computed in a wider one
-        y = y.to(operand_dtype(inputs.x2))
+        y = y.to(inputs.x2.dtype if _unrounded(route) else operand_dtype(inputs.x2))
     y = _output(y, inputs, route)
     if out.dim():
         out = _leading(out, inputs)
     if outside is not None:
         out = hinges.weighted(out, outside)
     return y, out.sum() if reduce and out.dim() else out
+
+
+def _unrounded(route: Route) -> bool:
+    """Whether the output keeps the dtype of the input under autocast."""
+    return isinstance(route.network, Reading) and route.network.rounded is False
 
 
 def _problem(

@@ -20,7 +20,7 @@ from .arguments import (
     check_module,
     check_parameter,
 )
-from .backends import DEVICES, MODULES, refusal
+from .backends import DEVICES, MODULES, WIDENS, refusal
 from .function import operand_dtype, transformed
 from .operands import has_memory
 from .problem import Mode, Problem, cheaper_mode
@@ -119,6 +119,10 @@ def choose(
         inputs.d, _constant(found.nodes), inputs.k, mode, backend, operand_dtype(x), x.device,
         functional,
     )  # fmt: skip
+    rounded = found.rounded if isinstance(found, reading.Reading) else None
+    if rounded is not None and name and name not in WIDENS:
+        why = f"under autocast backend {name!r} serves chains of linear layers and activations only"
+        return _general(mlp, why, mode, backend, functional, batch_stats)
     if not name:
         raise ValueError(f"backend: {backend!r} was asked for but cannot serve: {refused[0][1]}")
     return Route(name, chosen, found, functional, refused)

@@ -43,6 +43,8 @@ class Reading(NamedTuple):
     params: tuple[Param, ...]
     offsets: tuple[Tensor | float, ...]
     squeezed: bool
+    # Under autocast, of a program that is more than a chain of layers: whether y is in its dtype.
+    rounded: bool | None = None
 
     def operands(self, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """The program's rows (N, d) and its parameters, for the network's input x (*batch, d)."""
@@ -231,7 +233,9 @@ def _record(mlp: nn.Module, inputs: Inputs) -> Reading | str:
 
 def _laid_out(tape: Tape, y: int, d: int, squeezed: bool) -> Reading | str:
     """The program of value y, its parameters in the order in which its nodes read them."""
-    steps, offsets = _program(tape, y)
+    # What is folded into a layer is not the network's own arithmetic: in full precision.
+    with torch.autocast(tape.device_type, enabled=False) if tape.autocast else nullcontext():
+        steps, offsets = _program(tape, y)
     steps = steps or [Step("identity", (0,), d, (0.0, 0.0, 0.0), ())]
     nodes, params, key = [], list[Param](), -1
     for step in steps:
@@ -243,14 +247,34 @@ def _laid_out(tape: Tape, y: int, d: int, squeezed: bool) -> Reading | str:
             params += step.params
         nodes.append(Node(step.kind, step.inputs, places, step.numbers, step.width))
     program = tuple(nodes)
+    rounded: bool | None = None
     if tape.casts and not (chain_of(d, program) and _bare(tape)):
-        return "under autocast only chains of linear layers and activations are fused"
-    return Reading(d, program, tuple(params), tuple(offsets), squeezed)
+        rounded = _rounds(tape, y)
+        if rounded is None:
+            return "what dtype its output has under autocast is not known"
+    return Reading(d, program, tuple(params), tuple(offsets), squeezed, rounded)
 
 
 def _bare(tape: Tape) -> bool:
     """Whether nothing was folded into a layer."""
     return not any(step.kind in LINES for step in tape.steps)
+
+
+def _rounds(tape: Tape, y: int) -> bool | None:
+    """Whether value y has autocast's dtype, as every linear layer's has, and not that of x; None
+    where a parameter of another dtype may decide."""
+    if tape.device_type != "cpu" or tape.dtype != torch.float32:
+        return None
+    found: list[bool | None] = [False]
+    for step in tape.steps[:y]:
+        of = {found[u] for u in step.inputs}
+        if step.kind == "linear":
+            found.append(True)
+        elif step.params and step.kind != "dropout":
+            found.append(None)
+        else:  # the wider dtype of several decides
+            found.append(False if False in of else None if None in of else True)
+    return found[y]
 
 
 def _innermost(error: Exception) -> FrameType | None:
