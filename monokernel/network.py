@@ -23,6 +23,7 @@ from .program import Node, nodes_of
 
 __all__ = [
     "Chain",
+    "Unfused",
     "batch_coupling",
     "ending",
     "global_hooks",
@@ -90,13 +91,24 @@ def unwrap(mlp: nn.Module) -> nn.Module:
     return mlp
 
 
-def read(mlp: nn.Module) -> Chain | str:
-    """The chain that ``mlp`` is, or one sentence saying which part of it is not fused.
+class Unfused(NamedTuple):
+    """Why ``mlp`` is no chain: what is so of which part of it. To name the part takes a walk, which
+    most calls need not pay for: another reader comes next."""
+
+    part: nn.Module | None
+    why: str
+
+    def sentence(self, mlp: nn.Module) -> str:
+        return self.why if self.part is None else f"{where(mlp, self.part)} {self.why}"
+
+
+def read(mlp: nn.Module) -> Chain | Unfused:
+    """The chain that ``mlp`` is, or which part of it is not fused.
 
     Raises ValueError for an ``nn.Sequential`` inside itself, which has no end.
     """
     if global_hooks():
-        return "a global module hook is registered"
+        return Unfused(None, "a global module hook is registered")
     linears: list[nn.Linear] = []
     activations: list[Activation | None] = []
     widths: list[int] = []
@@ -106,11 +118,11 @@ def read(mlp: nn.Module) -> Chain | str:
         m = left.pop()
         own, kind = m.__dict__, type(m)
         if hooked(m):
-            return f"{where(mlp, m)} has hooks"
+            return Unfused(m, "has hooks")
         if "forward" in own:
-            return f"{where(mlp, m)} has a forward of its own"
+            return Unfused(m, "has a forward of its own")
         if kind.__call__ is not nn.Module.__call__:
-            return f"{where(mlp, m)} has a call of its own"
+            return Unfused(m, "has a call of its own")
         # A parametrized Linear is a subclass whose forward is still nn.Linear's.
         if isinstance(m, nn.Linear) and kind.forward is nn.Linear.forward:
             weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
@@ -119,21 +131,24 @@ def read(mlp: nn.Module) -> Chain | str:
             if weight is None:
                 weight = own.get("weight")
                 if weight is None and not hasattr(kind, "weight"):  # nor a parametrization's
-                    return f"{where(mlp, m)} has no weight"
+                    return Unfused(m, "has no weight")
             for t in (weight, bias):
                 if t is not None and not (type(t) in PLAIN and t.layout is torch.strided):
-                    return f"{where(mlp, m)} has a weight that is no plain tensor"
+                    return Unfused(m, "has a weight that is no plain tensor")
             # The layer's own weight may have been replaced by one of another size.
             size = (m.out_features, m.in_features) if weight is None else weight.shape
             if len(size) != 2:
-                return f"{where(mlp, m)} has a weight of {len(size)} dimensions"
+                return Unfused(m, f"has a weight of {len(size)} dimensions")
             out, inputs = size
             if bias is not None and bias.shape != (out,):
-                return f"{where(mlp, m)} has a bias of another size than its weight"
+                return Unfused(m, "has a bias of another size than its weight")
             if not widths:
                 widths.append(inputs)
             elif widths[-1] != inputs:
-                return f"a Linear layer with {inputs} inputs follows one with {widths[-1]} outputs"
+                return Unfused(
+                    None,
+                    f"a Linear layer with {inputs} inputs follows one with {widths[-1]} outputs",
+                )
             widths.append(out)
             linears.append(m)
             activations.append(None)
@@ -141,10 +156,14 @@ def read(mlp: nn.Module) -> Chain | str:
             if activation.kind == "identity":
                 continue
             if not linears:
-                return f"an activation ({activation.kind}) comes before the first Linear layer"
+                return Unfused(
+                    None, f"an activation ({activation.kind}) comes before the first Linear layer"
+                )
             before = activations[-1]
             if before is not None:
-                return f"two activations ({before.kind}, {activation.kind}) follow each other"
+                return Unfused(
+                    None, f"two activations ({before.kind}, {activation.kind}) follow each other"
+                )
             activations[-1] = activation
         elif (
             isinstance(m, nn.Sequential)
@@ -162,11 +181,11 @@ def read(mlp: nn.Module) -> Chain | str:
             left += reversed(own["_modules"].values())
         elif isinstance(m, _DropoutNd) and kind.__module__ == _DropoutNd.__module__:
             if m.training and m.p > 0:
-                return f"{where(mlp, m)} is active"
+                return Unfused(m, "is active")
         else:
-            return f"{where(mlp, m)} is not a layer that is fused"
+            return Unfused(m, "is not a layer that is fused")
     if not linears:
-        return "it has no Linear layer"
+        return Unfused(None, "it has no Linear layer")
     # A new identity each time: torch.compile would trace into a shared one.
     each = [σ or Activation("identity") for σ in activations]
     sizes = tuple(map(int, widths))

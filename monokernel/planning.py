@@ -104,7 +104,7 @@ def choose(
     check_choice("batch_stats", batch_stats, BATCH_STATS)
     check_module(mlp)
     functional = transformed()
-    found: network.Chain | reading.Reading | str = network.read(mlp)
+    found: network.Chain | network.Unfused | reading.Reading | str = network.read(mlp)
     wrapped = _wrapped(inputs)
     if wrapped is not None:
         found = wrapped if isinstance(found, network.Chain) else found
@@ -112,6 +112,8 @@ def choose(
         _check_chain(found, inputs)
     elif not (functional or torch.compiler.is_compiling()):
         found = reading.read(mlp, inputs, rehearsal)
+    if isinstance(found, network.Unfused):
+        found = found.sentence(mlp)
     if isinstance(found, str):
         return _general(mlp, found, mode, backend, functional, batch_stats)
     x = inputs.x2

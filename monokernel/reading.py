@@ -29,7 +29,7 @@ from .dropout import draw_key
 from .network import global_hooks, hooked, where
 from .problem import capturing
 from .program import Node, chain_of
-from .symbols import Key, Param, Step, Tape, Value, place, said
+from .symbols import Key, Param, Tape, Value, place, placed, said
 
 __all__ = ["Reading", "read"]
 
@@ -55,51 +55,110 @@ class Reading(NamedTuple):
         return x, params  # type: ignore[return-value]  # no Key is left
 
 
-# --- from steps to a program ---------------------------------------------------------------------
+# --- from what was written down to a program ------------------------------------------------------
 
-LINES = ("scale", "shift", "line")
+LINES = frozenset(("scale", "shift", "line"))
+
+# In the native kernel a node of few elements (rows times columns) costs less than what autograd
+# takes for the weight that it would be folded into; ``docs/native.md`` has the measurement.
+FOLDS_FROM = 1 << 16
 
 
-def _program(tape: Tape, y: int) -> tuple[list[Step], list[Tensor | float]]:
-    """The steps that y needs, renumbered, with neighbours of linear layers folded into them; and
-    what is added to x before them."""
-    steps = tape.steps
-    uses = [0] * (len(steps) + 1)
+class Step(NamedTuple):
+    """A node of which the parameters are still tensors."""
+
+    kind: str
+    inputs: tuple[int, ...]
+    width: int
+    numbers: tuple[float, ...]
+    params: tuple[Param, ...]
+
+
+def _laid_out(tape: Tape, y: int, d: int, squeezed: bool) -> Reading | str:
+    """The program of value y, its parameters in the order in which its nodes read them."""
+    nodes, params, offsets = tape.nodes, tape.params, list[Tensor | float]()
+    lines = [node for node in nodes if node.kind in LINES]
+    if not _needs_all(nodes, y) or any(not u or _pays(tape, w) for _, (u,), _, _, w in lines):
+        # What is folded into a layer is not the network's own arithmetic: in full precision.
+        with torch.autocast(tape.device_type, enabled=False) if tape.autocast else nullcontext():
+            nodes, params, offsets = _rewritten(tape, y)
+    if not nodes:
+        nodes = [Node("identity", (0,), (), (0.0, 0.0, 0.0), d)]
+    program = tuple(nodes)
+    rounded: bool | None = None
+    if tape.casts and (lines or not chain_of(d, program)):
+        rounded = _rounds(tape, y)
+        if rounded is None:
+            return "what dtype its output has under autocast is not known"
+    return Reading(d, program, tuple(params), tuple(offsets), squeezed, rounded)
+
+
+def _rounds(tape: Tape, y: int) -> bool | None:
+    """Whether value y has autocast's dtype, as every linear layer's has, and not that of x; None
+    where a parameter of another dtype may decide."""
+    if tape.device_type != "cpu" or tape.dtype != torch.float32:
+        return None
+    found: list[bool | None] = [False]
+    for node in tape.nodes[:y]:
+        of = {found[u] for u in node.inputs}
+        if node.kind == "linear":
+            found.append(True)
+        elif node.params and node.kind != "dropout":
+            found.append(None)
+        else:  # the wider dtype of several decides
+            found.append(False if False in of else None if None in of else True)
+    return found[y]
+
+
+def _needs_all(nodes: list[Node], y: int) -> bool:
+    """Whether value y, the last one, depends on every other, and none is made in vain."""
+    return len({y, 0}.union(*[node.inputs for node in nodes])) == len(nodes) + 1
+
+
+def _rewritten(tape: Tape, y: int) -> tuple[list[Node], list[Param], list[Tensor | float]]:
+    """The nodes that y needs, renumbered, with their neighbours folded into linear layers where
+    that pays; their parameters; and what is added to x before them."""
+    n = len(tape.nodes)
+    uses = [0] * (n + 1)
     uses[y] = 1
     for i in range(y - 1, -1, -1):
         if uses[i + 1]:
-            for u in steps[i].inputs:
+            for u in tape.nodes[i].inputs:
                 uses[u] += 1
     kept: list[Step] = []
     offsets: list[Tensor | float] = []
-    at = [0] * (len(steps) + 1)  # where each value is among those kept
+    at = [0] * (n + 1)  # where each value is among those kept
     once = [uses[0] == 1]  # whether each kept value is read once
-    for i, step in enumerate(steps[:y]):
+    for i, node in enumerate(tape.nodes[:y]):
         if not uses[i + 1]:
             continue
-        inputs = tuple([at[u] for u in step.inputs])
-        if inputs != step.inputs:
-            step = step._replace(inputs=inputs)
+        inputs = tuple([at[u] for u in node.inputs])
+        params = tuple([tape.params[p] for p in node.params])
+        step = Step(node.kind, inputs, node.width, node.numbers, params)
         u = inputs[0]
         if step.kind in LINES and once[u]:
             if u == 0 and (c := _offset(step)) is not None:
                 offsets.append(c)
                 at[i + 1], once[0] = 0, uses[i + 1] == 1
                 continue
-            if u and kept[u - 1].kind == "linear":
+            if u and kept[u - 1].kind == "linear" and _pays(tape, step.width, kept[u - 1]):
                 kept[u - 1] = _after(kept[u - 1], step)
                 at[i + 1], once[u] = u, uses[i + 1] == 1
                 continue
         if step.kind == "linear":
             # Only what lies last among those kept: no place of another value changes.
-            while u == len(kept) > 0 and once[u] and _folds(kept, u, bool(offsets)):
+            while u == len(kept) > 0 and once[u] and _folds(tape, kept, step, bool(offsets)):
                 step = _before(kept.pop(), step)
                 once.pop()
                 (u,) = step.inputs
         kept.append(step)
         once.append(uses[i + 1] == 1)
         at[i + 1] = len(kept)
-    return kept, offsets
+    nodes, θ = [], list[Param]()
+    for step in kept:
+        places = placed(θ, step.params)
+        nodes.append(Node(step.kind, step.inputs, places, step.numbers, step.width))
+    return nodes, θ, offsets
 
 
 def _offset(step: Step) -> Tensor | float | None:
@@ -109,15 +168,23 @@ def _offset(step: Step) -> Tensor | float | None:
     return _tensor(step) if step.kind == "shift" else None
 
 
-def _folds(kept: list[Step], u: int, centred: bool) -> bool:
-    """Whether value u can go into the linear layer that reads it. What is taken from inputs that
-    are not ``centred``, a mean far from 0 say, is better taken before the product than after it."""
-    step = kept[u - 1]
-    if step.kind not in LINES:
+def _pays(tape: Tape, width: int, linear: Step | None = None) -> bool:
+    """Whether it may cost less to fold a node of this width, into this linear layer, than to have
+    it. Elsewhere than in the cache of a CPU it does."""
+    weight = 0 if linear is None else _tensor(linear).numel()
+    return tape.device_type != "cpu" or tape.batch.numel() * width > FOLDS_FROM + weight
+
+
+def _folds(tape: Tape, kept: list[Step], linear: Step, centred: bool) -> bool:
+    """Whether the last of those kept can go into the linear layer that reads it. What is taken from
+    inputs that are not ``centred``, a mean far from 0 say, is better taken before the product than
+    after it."""
+    step, u = kept[-1], len(kept)
+    if step.kind not in LINES or not _pays(tape, step.width, linear):
         return False
     shifts = step.kind == "shift" or (step.kind == "line" and step.numbers[1] != 0)
     if shifts and not centred:
-        while u and kept[u - 1].kind in (*LINES, "columns"):
+        while u and (kept[u - 1].kind in LINES or kept[u - 1].kind == "columns"):
             (u,) = kept[u - 1].inputs
     return u > 0
 
@@ -155,8 +222,10 @@ def _before(step: Step, linear: Step) -> Step:
     if step.kind == "scale":
         W = W * _tensor(step)
     elif step.kind == "shift":
-        more = W @ _tensor(step).expand(step.width)
-        b = more if b is None else b + more
+        t = _tensor(step)
+        if t.shape != (step.width,):
+            t = t.expand(step.width)
+        b = W @ t if b is None else torch.addmv(b, W, t)
     else:
         p, q = step.numbers
         if q:
@@ -180,7 +249,7 @@ def read(mlp: nn.Module, inputs: Inputs, rehearsal: bool = False) -> Reading | s
     parts = _parts(mlp)
     if isinstance(parts, str):
         return parts
-    if inputs.x2.device.type == "meta" or torch._C._get_tracing_state() is not None:
+    if inputs.x2.is_meta or torch._C._get_tracing_state() is not None:
         return "its inputs have no numbers"
     forward = mlp.__dict__.get("forward", type(mlp).forward)
     few = any(n < 2 for n in inputs.batch)  # so few rows may be squeezed, or tell no shape
@@ -190,7 +259,7 @@ def read(mlp: nn.Module, inputs: Inputs, rehearsal: bool = False) -> Reading | s
     if before and not rehearsal:
         return before
     state = _State(parts, inputs.x2.device) if before is None or rehearsal else None
-    with nullcontext() if torch.is_grad_enabled() else torch.enable_grad(), state or nullcontext():
+    with NOTHING if torch.is_grad_enabled() else torch.enable_grad(), state or NOTHING:
         found = _record(mlp, inputs)
     if state is not None and (rehearsal or isinstance(found, str)):
         state.restore()
@@ -198,6 +267,9 @@ def read(mlp: nn.Module, inputs: Inputs, rehearsal: bool = False) -> Reading | s
         _known[id(mlp)] = known = weakref.ref(mlp, _forgets(id(mlp))), {}
     known[1][key] = found if isinstance(found, str) else ""
     return found
+
+
+NOTHING = nullcontext()
 
 
 # Of each module, by identity, what was found of it in each mode: "" or why it is unreadable.
@@ -219,8 +291,7 @@ def _record(mlp: nn.Module, inputs: Inputs) -> Reading | str:
         at, squeezed = y.at, y.flat
         del y
         tape.value(0, 0, flat=False)  # which nobody else holds
-        *holders, nobody = [sys.getrefcount(v) for v in tape.values]
-        if any(n != nobody for n in holders):
+        if len({sys.getrefcount(v) for v in tape.values}) > 1:
             tape.refuse("its forward", "keeps a tensor that depends on its input")
             return tape.sentence
         return _laid_out(tape, at, inputs.d, squeezed)
@@ -229,52 +300,6 @@ def _record(mlp: nn.Module, inputs: Inputs) -> Reading | str:
         return tape.sentence or f"{part}: its forward does not run on symbols ({said(error)})"
     finally:
         tape.end()
-
-
-def _laid_out(tape: Tape, y: int, d: int, squeezed: bool) -> Reading | str:
-    """The program of value y, its parameters in the order in which its nodes read them."""
-    # What is folded into a layer is not the network's own arithmetic: in full precision.
-    with torch.autocast(tape.device_type, enabled=False) if tape.autocast else nullcontext():
-        steps, offsets = _program(tape, y)
-    steps = steps or [Step("identity", (0,), d, (0.0, 0.0, 0.0), ())]
-    nodes, params, key = [], list[Param](), -1
-    for step in steps:
-        places = tuple(range(len(params), len(params) + len(step.params)))
-        if step.kind == "dropout" and key >= 0:  # all read the same
-            places = (key,)
-        else:
-            key = len(params) if step.kind == "dropout" else key
-            params += step.params
-        nodes.append(Node(step.kind, step.inputs, places, step.numbers, step.width))
-    program = tuple(nodes)
-    rounded: bool | None = None
-    if tape.casts and not (chain_of(d, program) and _bare(tape)):
-        rounded = _rounds(tape, y)
-        if rounded is None:
-            return "what dtype its output has under autocast is not known"
-    return Reading(d, program, tuple(params), tuple(offsets), squeezed, rounded)
-
-
-def _bare(tape: Tape) -> bool:
-    """Whether nothing was folded into a layer."""
-    return not any(step.kind in LINES for step in tape.steps)
-
-
-def _rounds(tape: Tape, y: int) -> bool | None:
-    """Whether value y has autocast's dtype, as every linear layer's has, and not that of x; None
-    where a parameter of another dtype may decide."""
-    if tape.device_type != "cpu" or tape.dtype != torch.float32:
-        return None
-    found: list[bool | None] = [False]
-    for step in tape.steps[:y]:
-        of = {found[u] for u in step.inputs}
-        if step.kind == "linear":
-            found.append(True)
-        elif step.params and step.kind != "dropout":
-            found.append(None)
-        else:  # the wider dtype of several decides
-            found.append(False if False in of else None if None in of else True)
-    return found[y]
 
 
 def _innermost(error: Exception) -> FrameType | None:

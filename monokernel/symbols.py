@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
 from torch.nn import functional as F
 
 from .activations import SELU_ALPHA, SELU_SCALE
@@ -25,8 +25,9 @@ from .arguments import Inputs
 from .function import operand_dtype
 from .network import where
 from .operands import PLAIN
+from .program import Node
 
-__all__ = ["Key", "Param", "Step", "Tape", "Unreadable", "Value", "place", "said"]
+__all__ = ["Key", "Param", "Tape", "Unreadable", "Value", "place", "placed", "said"]
 
 
 class Key(NamedTuple):
@@ -36,22 +37,23 @@ class Key(NamedTuple):
 Param = Tensor | Key | None
 
 
+def placed(params: list[Param], more: Sequence[Param]) -> tuple[int, ...]:
+    """The places of ``more``, which join ``params``; all dropouts share one key."""
+    if more and type(more[0]) is Key:
+        for place, param in enumerate(params):
+            if type(param) is Key:
+                return (place,)
+    first = len(params)
+    params += more
+    return tuple(range(first, first + len(more)))
+
+
 class Unreadable(Exception):  # noqa: N818  # it is no error of anybody's
     """Why a network cannot be read. A forward that catches it is unreadable all the same."""
 
 
-class Step(NamedTuple):
-    """A node of which the parameters are still tensors."""
-
-    kind: str
-    inputs: tuple[int, ...]
-    width: int
-    numbers: tuple[float, ...]
-    params: tuple[Param, ...]
-
-
 class Tape:
-    """What one forward has done so far."""
+    """What one forward has done so far: a program's nodes, and the parameters at their places."""
 
     def __init__(self, mlp: nn.Module, inputs: Inputs) -> None:
         x1, x2 = inputs.x1, inputs.x2
@@ -61,10 +63,11 @@ class Tape:
         self.dtype, self.device = x2.dtype, x2.device
         self.requires_grad = x1.requires_grad or x2.requires_grad
         self.device_type = self.device.type
-        self.autocast = torch.is_autocast_enabled(self.device_type)
-        self.casts = operand_dtype(x2) != x2.dtype
-        self.hooks = _saving()
-        self.steps: list[Step] = []
+        self.autocast = is_autocast_enabled(self.device_type)
+        self.casts = self.autocast and operand_dtype(x2) != x2.dtype
+        self.hooks = _saving(False)
+        self.nodes: list[Node] = []
+        self.params: list[Param] = []
         self.values: list[Value] = []
         self.sentence = ""
         self.ended = False  # nobody records any more
@@ -73,15 +76,15 @@ class Tape:
         """Lets go of the Values, which hold the tape, and of what they were computed with."""
         self.ended = True
         self.values.clear()
-        self.steps.clear()
+        self.params.clear()
 
     def value(self, at: int, width: int, flat: bool, shared: bool = False) -> Value:
         # What is done without a gradient, between hooks on saved tensors (a checkpoint) or in
         # another dtype is not what the table of nodes says.
         if (
-            not torch.is_grad_enabled()
-            or _saving() != self.hooks
-            or torch.is_autocast_enabled(self.device_type) is not self.autocast
+            not is_grad_enabled()
+            or _saving(False) != self.hooks
+            or is_autocast_enabled(self.device_type) is not self.autocast
         ):
             raise Unreadable("is under no_grad, hooks on saved tensors or autocast of its own")
         v = Value(self, at, width, flat, shared)
@@ -98,8 +101,9 @@ class Tape:
         flat: bool = False,
         shared: bool = False,
     ) -> Value:
-        self.steps.append(Step(kind, inputs, width, numbers, params))
-        return self.value(len(self.steps), width, flat, shared)
+        places = placed(self.params, params) if params else ()
+        self.nodes.append(Node(kind, inputs, places, numbers, width))
+        return self.value(len(self.nodes), width, flat, shared)
 
     def refuse(self, what: str, why: object = "is not known as a row-wise node") -> Unreadable:
         """The exception to raise; the first one stands, whatever becomes of it."""
@@ -108,9 +112,8 @@ class Tape:
         return Unreadable(self.sentence)
 
 
-def _saving() -> Any:
-    """The hooks on saved tensors that are at work, None as a rule."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+# The hooks on saved tensors that are at work, None as a rule.
+_saving = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def place(mlp: nn.Module, frame: FrameType | None) -> str:
@@ -300,9 +303,10 @@ def _plain(t: Any) -> Tensor:
 def _constant(v: Value, t: Any) -> tuple[Value, Tensor]:
     """v and a tensor to go with each of its rows, (H,) or (1,)."""
     t, tape = _plain(t), v.tape
-    if t.dim() > v.axes or t.numel() != (1 if v.flat or not t.dim() else t.shape[-1]):
-        raise Unreadable(f"joins rows and a tensor of shape {tuple(t.shape)}")
-    if t.dtype != tape.dtype:
+    size = t.shape
+    if len(size) > v.axes or size.numel() != (1 if v.flat or not size else size[-1]):
+        raise Unreadable(f"joins rows and a tensor of shape {tuple(size)}")
+    if t.dtype is not tape.dtype:
         if t.dtype.is_complex or (t.dim() and t.dtype.is_floating_point):
             raise Unreadable(f"joins rows and a tensor of {t.dtype}")
         t = t.to(tape.dtype)
@@ -310,8 +314,9 @@ def _constant(v: Value, t: Any) -> tuple[Value, Tensor]:
         if t.dim():
             raise Unreadable(f"joins rows and a tensor on {t.device}")
         t = t.to(tape.device)
-    t = t.reshape(-1)
-    return (v if t.numel() == 1 else _wide(v, t.numel())), t
+    if len(size) != 1:  # a view costs autograd a node
+        t = t.reshape(-1)
+    return (v if size.numel() == 1 else _wide(v, size[-1])), t
 
 
 def _wide(v: Value, width: int) -> Value:
@@ -528,14 +533,15 @@ def _linear(v: Any, weight: Any, bias: Any = None) -> Value:
     size = W.shape
     if len(size) != 2 or size[1] != v.width:
         raise Unreadable(f"does not fit {v.width} columns")
-    if b is not None and b.shape != size[:1]:
+    out = size[0]
+    if b is not None and b.shape != (out,):
         raise Unreadable("has a bias of another size than its weight")
     for t in (W,) if b is None else (W, b):
-        if t.dtype != tape.dtype and not (tape.casts and t.dtype.is_floating_point):
+        if t.dtype is not tape.dtype and not (tape.casts and t.dtype.is_floating_point):
             raise Unreadable(f"takes {t.dtype} to rows of {tape.dtype}")
         if t.device != tape.device:
             raise Unreadable(f"takes a tensor on {t.device} to rows on {tape.device}")
-    return tape.node("linear", (v.at,), size[0], (), (W, b))
+    return tape.node("linear", (v.at,), out, (), (W, b))
 
 
 def _matmul(v: Any, W: Any) -> Value:
@@ -624,7 +630,7 @@ def _dropout(v: Value, p: float = 0.5, training: bool = True) -> Value:
         return v
     if not 0 < p <= 1:
         return _view(v, v.flat)
-    number = sum(step.kind == "dropout" for step in v.tape.steps)
+    number = sum([node.kind == "dropout" for node in v.tape.nodes])
     return _new(v, "dropout", (p, float(number)), Key())
 
 

@@ -888,16 +888,19 @@ def test_a_function_of_its_own_derivative_is_seen_without_gradients_too(grad: An
     assert_same(got, [t.detach() for t in oracle(net, x1, x2)])
 
 
-def test_autocast_serves_chains_alone() -> None:
+def test_autocast_needs_to_know_the_dtype_of_the_output() -> None:
+    """A parameter that is added to the output decides, and may be of another dtype than the rows."""
     x1, x2 = points(7, D1, K, torch.float32)
-    chain = Net(lambda n, x: n.one(F.relu(n.a(x)))).float()
     shifted = Net(lambda n, x: n.one(F.relu(n.a(x - n.mean)))).float()
+    unknown = Net(lambda n, x: n.one(F.relu(n.a(x))) + n.q.sum().reshape(1)).float()
     with torch.autocast("cpu", torch.bfloat16):
-        assert plan(chain, x1, x2).kernel != plan(shifted, x1, x2).kernel
-        y, _ = value_and_jacobian(chain, x1, x2)
-        assert y.dtype == torch.bfloat16
-        assert "under autocast only chains" in plan(shifted, x1, x2).refused["torch"]
-    assert math.isfinite(fused_mono_penalty(chain, x1, x2).item())
+        for net in (shifted, unknown):
+            y, _ = value_and_jacobian(net, x1, x2)
+            assert y.dtype == net(torch.cat([x1, x2], -1)).dtype
+        assert "under autocast" in plan(unknown, x1, x2).refused["cpu"]
+        with pytest.raises(ValueError, match="under autocast backend 'torch' serves chains"):
+            value_and_jacobian(shifted, x1, x2, backend="torch")
+    assert math.isfinite(fused_mono_penalty(shifted, x1, x2).item())
 
 
 def test_structural_chains_are_not_run() -> None:

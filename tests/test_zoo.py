@@ -207,6 +207,29 @@ def test_a_compiled_step(name: str, D: int) -> None:
     assert_same(gradients(got, *net.parameters()), gradients(want, *net.parameters()))
 
 
+# --- autocast -------------------------------------------------------------------------------------
+
+
+@QUIET
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(name: str, dtype: torch.dtype) -> None:
+    """The output's dtype is PyTorch's; the slopes lose nothing, where the native kernel serves."""
+    net, (x1, x2) = network(name, FREE + 2, 2, 12), points(ROWS, FREE, 2, torch.float32)
+    want, slopes = truth(copy.deepcopy(net).double(), x1.double(), x2.double())
+    with torch.autocast("cpu", dtype):
+        plain = net(torch.cat([x1, x2], -1))
+        y, J = value_and_jacobian(net, x1, x2)
+        served = plan(net, x1, x2).backend
+        out, penalty = fused_mono_penalty(net, x1, x2, return_output=True)
+    assert y.dtype == out.dtype == plain.dtype
+    error = (plain.double() - want).abs().max()
+    assert (y.double() - want).abs().max() <= 2 * error
+    if served == "cpu":
+        assert_same([J.double()], [slopes], 1e-5)
+    for g in gradients(out.float().square().sum() + penalty, *net.parameters()):
+        assert g.dtype == torch.float32
+
+
 # --- active dropout -------------------------------------------------------------------------------
 
 
