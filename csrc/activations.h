@@ -310,38 +310,34 @@ template <class T> const ApplyFn<T>* orders_of(int kind) {
 #undef MK_ORDERS
 
 // One output in adjoint mode, on the way back: from a and P, h = σ(a) and g = scale·σ'(a)∘P, scale
-// one number a row; the column sums of g go to the bias gradient. `More`: 1 stores σ' too, 2 also
-// c = more·σ''(a)∘P, more one number a row. 3, for rows with pairs under piecewise-linear σ, stores
-// σ' and has the other number in h and in the sums: h = more·σ(a).
+// one number a row; the column sums of g go to the bias gradient. `More`: stores σ' too.
 template <class T> struct Single {
   int64_t rows, columns;  // columns: whole vectors
   const T* a;
   int64_t lda;
   const T* P;
   int64_t ldp;
-  const T *scale, *more;
-  T *h, *s, *c, *g;
+  const T* scale;
+  T *h, *s, *g;
   int64_t ld;
   T* bias;  // may be null
 };
 
-template <class T, template <class> class Kind, int More, int Wide>
+template <class T, template <class> class Kind, bool More, int Wide>
 MK_INLINE void single_columns(const Single<T>& w, Numbers<T> numbers, int64_t j0) {
   constexpr int64_t lanes = Simd<T>::lanes;
   Vec<T> total[Wide] = {};
   for (int64_t i = 0; i < w.rows; ++i) {
-    const T scale = w.scale[i], more = More >= 2 ? w.more[i] : T(1);
     MK_UNROLL
     for (int j = 0; j < Wide; ++j) {
       const int64_t at = i * w.ld + j0 + j * lanes;
       const Sigma<T> v = Kind<T>::at(load(w.a + i * w.lda + j0 + j * lanes), numbers);
       const Vec<T> P = load(w.P + i * w.ldp + j0 + j * lanes);
-      const Vec<T> g = scale * P * v.first;
-      store(w.h + at, More == 3 ? more * v.value : v.value);
+      const Vec<T> g = w.scale[i] * P * v.first;
+      store(w.h + at, v.value);
       store(w.g + at, g);
-      if (More >= 1) store(w.s + at, v.first);
-      if (More == 2) store(w.c + at, more * P * v.second);
-      total[j] += More == 3 ? more * g : g;
+      if (More) store(w.s + at, v.first);
+      total[j] += g;
     }
   }
   if (!w.bias) return;
@@ -351,7 +347,7 @@ MK_INLINE void single_columns(const Single<T>& w, Numbers<T> numbers, int64_t j0
   }
 }
 
-template <class T, template <class> class Kind, int More>
+template <class T, template <class> class Kind, bool More>
 void single_kind(const Single<T>& w, Numbers<T> numbers) {
   constexpr int64_t lanes = Simd<T>::lanes;
   int64_t j = 0;
@@ -363,12 +359,10 @@ void single_kind(const Single<T>& w, Numbers<T> numbers) {
 
 template <class T> using SingleFn = void (*)(const Single<T>&, Numbers<T>);
 
-#define MK_MORE(Kind)                                                                       \
-  {single_kind<T, Kind, 0>, single_kind<T, Kind, 1>, single_kind<T, Kind, 2>,               \
-   single_kind<T, Kind, 3>}
+#define MK_MORE(Kind) {single_kind<T, Kind, false>, single_kind<T, Kind, true>}
 
 template <class T> const SingleFn<T>* singles_of(int kind) {
-  static const SingleFn<T> table[][4] = {
+  static const SingleFn<T> table[][2] = {
       MK_MORE(Identity), MK_MORE(Relu),     MK_MORE(LeakyRelu), MK_MORE(Hardtanh),
       MK_MORE(Elu),      MK_MORE(Gelu),     MK_MORE(GeluTanh),  MK_MORE(Silu),
       MK_MORE(Mish),     MK_MORE(Softplus), MK_MORE(Softsign),  MK_MORE(TanhKind),

@@ -275,8 +275,7 @@ MK_EXPORT int mk_backward(int64_t plan, int64_t N, int64_t threads, const void* 
                           const void* const* params, const int64_t* sizes, const void* gy,
                           const void* gout, void* const* saved, void* gx, void* const* grads) {
   const OwnedPlan* owned = Plans::plans().find(plan);
-  std::vector<Way> way;
-  if (!owned->plan.L) way = way_down(owned->plan, gx != nullptr, grads);
+  const std::vector<Way> way = way_down(owned->plan, gx != nullptr, grads);
   const BackwardCall call{N,  int(threads), x,     params, sizes, gy, gout, saved,
                           gx, grads,        way.data()};
   return owned->kernels->backward(owned->plan, call, runtime);

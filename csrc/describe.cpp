@@ -56,52 +56,29 @@ void find_flow(const Plan& plan, std::vector<Flow>* found) {
     if (node.kind == node_columns && node.input[0] == 0) f.moving = reaches_x2(plan, node);
   }
   for (Flow& f : flow) f.uniform = true;
+  std::vector<int64_t> readers(y + 1, 0);
   flow[y].used = true;
   for (int64_t v = y; v > 0; --v) {
     const Node& node = plan.nodes[v - 1];
     Flow& f = flow[v];
     if (!f.used) continue;
     const bool linear = node.kind == node_linear;
+    f.follows = node.kind < kinds && node.varies && node.input[0] == v - 1 && v > 1 &&
+                plan.nodes[v - 2].kind == node_linear;
     f.viewed |= node.kind == node_concat;
     f.kept = plan.keeps_adjoint() && (f.moving || trains[v]);
     f.saved = linear && v < y && !(node.input[0] == 0 && plan.d <= few_inputs);
     for (int64_t q = 0; q < node.inputs; ++q) {
       const int64_t u = node.input[q];
       flow[u].used = true;
+      ++readers[u];
       flow[u].uniform &= f.uniform && !node.varies && node.kind != node_dropout;
       const bool kept = plan.keeps_adjoint() && u > 0 && (flow[u].moving || trains[u]);
       if (linear && kept && !f.uniform) flow[u].pulled = true;
       if (node.kind == node_columns) flow[u].viewed = true;
     }
   }
-}
-
-// Fills in the layers if the program is a chain of them that the chain's kernel serves.
-void find_chain(OwnedPlan* owned) {
-  const Plan& plan = owned->plan;
-  owned->widths.assign(1, plan.d);
-  bool fits = true, open = false;  // open: an activation may follow
-  for (int64_t i = 0; i < plan.count && fits; ++i) {
-    const Node& node = plan.nodes[i];
-    const int64_t l = int64_t(owned->kind.size());
-    fits = node.inputs == 1 && node.input[0] == i;
-    if (node.kind == node_linear) {
-      fits = fits && node.place[0] == 2 * l && node.place[1] == 2 * l + 1;
-      owned->kind.push_back(0);
-      owned->numbers.insert(owned->numbers.end(), 3, 0.0);
-      owned->widths.push_back(node.width);
-    } else {
-      fits = fits && node.kind < kinds && open;
-      if (!fits) break;
-      owned->kind.back() = node.kind;
-      std::copy_n(node.numbers, 3, owned->numbers.end() - 3);
-    }
-    open = node.kind == node_linear;
-  }
-  owned->plan.L = fits && owned->kind.size() <= max_layers ? int64_t(owned->kind.size()) : 0;
-  owned->plan.widths = owned->widths.data();
-  owned->plan.kind = owned->kind.data();
-  owned->plan.numbers = owned->numbers.data();
+  for (int64_t v = 0; v <= y; ++v) flow[v].once = readers[v] == 1;
 }
 
 // The shape of every parameter, of the first node that reads it.
@@ -142,13 +119,13 @@ void describe(OwnedPlan* owned, const int64_t* flags, int64_t d, int64_t k, int6
     at += 5 + at[2] + at[3];
   }
   owned->places.reserve(places);
-  owned->node_numbers.assign(numbers, numbers + all_numbers);
+  owned->numbers.assign(numbers, numbers + all_numbers);
   at = nodes;
   int64_t taken = 0;
   for (int64_t i = 0; i < count; ++i) {
     Node node = traits(at[0]);
     node.width = at[1], node.inputs = at[2], node.params = at[3];
-    node.numbers = owned->node_numbers.data() + taken;
+    node.numbers = owned->numbers.data() + taken;
     taken += at[4];
     node.input = owned->places.data() + owned->places.size();
     node.place = node.input + node.inputs;
@@ -167,7 +144,6 @@ void describe(OwnedPlan* owned, const int64_t* flags, int64_t d, int64_t k, int6
   plan.direction = owned->direction.data();
   find_flow(plan, &owned->flow);
   plan.flow = owned->flow.data();
-  find_chain(owned);
   find_parameters(owned);
   owned->shape = mk_shape{};
   owned->shape.d = d, owned->shape.D = plan.D, owned->shape.k = k, owned->shape.params = params;

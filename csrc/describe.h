@@ -12,8 +12,7 @@ struct OwnedPlan {
   std::vector<Node> nodes;
   std::vector<Flow> flow;
   std::vector<int64_t> places;  // the inputs and parameters of all nodes
-  std::vector<double> node_numbers, numbers, direction;
-  std::vector<int64_t> widths, kind;
+  std::vector<double> numbers, direction;
   std::vector<mk_parameter> parameters;
   mk_shape shape;
   int64_t owners;

@@ -1,22 +1,15 @@
 // What one instruction set offers to the binding: isa_*.cpp include this after choosing a vector.
 #pragma once
 
-#include "chain_backward.h"
 #include "program_backward.h"
 
 namespace {
 
 template <class T> void saved_sizes(const Plan& plan, Saved* out) {
-  if (!plan.L) {
-    Bump counting;
-    const Program<T> program(plan, nullptr, nullptr, counting);
-    const int64_t derivative = plan.hinge ? plan.D * plan.k : 0;
-    *out = {{program.saved_values, program.saved_cotangents, derivative}};
-    return;
-  }
-  const void* none[2 * max_layers] = {};
-  const Net<T> net(plan, none);
-  *out = SavedLayout<T>(net, 0).elements_of_a_row();
+  Bump counting;
+  const Program<T> program(plan, nullptr, nullptr, counting);
+  const int64_t derivative = plan.hinge ? plan.D * plan.k : 0;
+  *out = {{program.saved_values, program.saved_cotangents, derivative}};
 }
 
 // σ, σ', σ'' over n elements, for the test that fixes the table.
@@ -34,16 +27,6 @@ void activation(int kind, const double* numbers, int64_t n, const void* a, void*
     copy(static_cast<T*>(s) + i, out[1], some);
     copy(static_cast<T*>(c) + i, out[2], some);
   }
-}
-
-// A chain of layers has kernels of its own, fused more closely than a program of any nodes can be.
-template <class T>
-Status forward(const Plan& plan, const ForwardCall& call, const Runtime& runtime) {
-  return plan.L ? forward_chain<T>(plan, call, runtime) : forward_program<T>(plan, call, runtime);
-}
-template <class T>
-Status backward(const Plan& plan, const BackwardCall& call, const Runtime& runtime) {
-  return plan.L ? backward_chain<T>(plan, call, runtime) : backward_program<T>(plan, call, runtime);
 }
 
 template <class T> constexpr Kernels kernels_of() {

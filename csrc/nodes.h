@@ -9,14 +9,16 @@
 
 namespace {
 
-// A matrix by its first element and row stride; stride 0 is one row for all.
+// A matrix by its first element and row stride; stride 0 is one row for all. With an index row i is
+// row index[i] of the memory.
 template <class T> struct Mat {
   T* at = nullptr;
   int64_t ld = 0;
+  const int32_t* index = nullptr;
 
-  MK_INLINE T* row(int64_t i) const { return at + i * ld; }
+  MK_INLINE T* row(int64_t i) const { return at + (index ? index[i] : i) * ld; }
   explicit operator bool() const { return at != nullptr; }
-  operator Mat<const T>() const { return {at, ld}; }
+  operator Mat<const T>() const { return {at, ld, index}; }
 };
 
 // to[i][j] = f(i, j), or += it, a vector at a time.
@@ -67,7 +69,8 @@ template <class T, class F> MK_INLINE T total(int64_t n, const F& f) {
   return sum<T>(sums) + rest;
 }
 
-// to[j] += Σ_i f(i, j): four vectors of columns at a time, so that the sums stay in registers.
+// to[j] += Σ_i f(i, j), or f alone if `to` is null: four vectors of columns at a time, so that the
+// sums stay in registers.
 template <class T, class F>
 MK_INLINE void add_columns(int64_t rows, int64_t columns, T* to, const F& f) {
   constexpr int64_t lanes = Simd<T>::lanes;
@@ -78,12 +81,12 @@ MK_INLINE void add_columns(int64_t rows, int64_t columns, T* to, const F& f) {
       MK_UNROLL
       for (int q = 0; q < 4; ++q) sums[q] += f(i, j + q * lanes);
     }
-    for (int q = 0; q < 4; ++q) store(to + j + q * lanes, load(to + j + q * lanes) + sums[q]);
+    for (int q = 0; to && q < 4; ++q) store(to + j + q * lanes, load(to + j + q * lanes) + sums[q]);
   }
   for (; j < columns; j += lanes) {
     Vec<T> sums = Vec<T>{};
     for (int64_t i = 0; i < rows; ++i) sums += f(i, j);
-    store(to + j, load(to + j) + sums);
+    if (to) store(to + j, load(to + j) + sums);
   }
 }
 
@@ -123,6 +126,39 @@ template <class T> struct Softmax {
   }
 };
 
+// σ and σ' of some of an elementwise node's rows and columns; either may be null.
+template <class T> struct ApplySigma {
+  const ApplyFn<T>* orders;
+  Numbers<T> numbers;
+  Mat<const T> u;
+  Mat<T> v, s;
+
+  ApplySigma(const Node& node, Mat<const T> from, Mat<T> value, Mat<T> first)
+      : orders(orders_of<T>(int(node.kind))),
+        numbers{T(node.numbers[0]), T(node.numbers[1]), T(node.numbers[2])},
+        u(from), v(value), s(first) {}
+
+  void operator()(int64_t i, int64_t rows, int64_t j, int64_t columns) const {
+    const int order = !v ? 3 : s ? 1 : 0;
+    orders[order]({rows, columns, u.row(i) + j, u.ld, v ? v.row(i) + j : nullptr,
+                   s ? s.row(i) + j : nullptr, nullptr, v ? v.ld : s.ld},
+                  numbers);
+  }
+};
+
+// to (+)= s∘x over some rows and columns.
+template <class T> struct ApplySlope {
+  Mat<const T> s, x;
+  Mat<T> to;
+  bool add;
+
+  void operator()(int64_t i, int64_t rows, int64_t j, int64_t columns) const {
+    put(rows, columns, Mat<T>{to.row(i) + j, to.ld}, add, [&](int64_t p, int64_t q) {
+      return load(s.row(i + p) + j + q) * load(x.row(i + p) + j + q);
+    });
+  }
+};
+
 // v, and what s is for the kind. Either may be null where it is not wanted.
 template <class T> void node_value(const Operands<T>& o, Mat<T> v, Mat<T> s) {
   constexpr int64_t lanes = Simd<T>::lanes;
@@ -130,11 +166,7 @@ template <class T> void node_value(const Operands<T>& o, Mat<T> v, Mat<T> s) {
   const int64_t rows = o.rows, columns = o.columns, n = node.width;
   const Mat<const T> u = o.u[0];
   if (is_elementwise(node.kind)) {
-    const Numbers<T> numbers{o.number(0), o.number(1), o.number(2)};
-    const int order = !v ? 3 : s ? 1 : 0;
-    orders_of<T>(int(node.kind))[order](
-        {rows, columns, u.at, u.ld, v.at, s.at, nullptr, v ? v.ld : s.ld}, numbers);
-    return;
+    return ApplySigma<T>(node, u, v, s)(0, rows, 0, columns);
   }
   switch (node.kind) {
     case node_prelu: {
@@ -264,7 +296,7 @@ void symmetric_jacobian(const Operands<T>& o, Mat<const T> t, Mat<T> to, bool ad
     if (o.node->kind == node_normalise) {
       mean = each * total<T>(n, [&](int64_t j) { return load(x + j); });
     }
-    const T r = o.s.at[i * o.s.ld], factor = along * each;
+    const T r = o.s.row(i)[0], factor = along * each;
     put(1, o.columns, here, add, [&](int64_t, int64_t j) {
       return r * ((load(x + j) - mean) - load(v + j) * factor);
     });
@@ -327,7 +359,7 @@ template <class T> void node_push(const Operands<T>& o, const Mat<const T>* dots
     }
     case node_columns: {
       const int64_t start = int64_t(node.numbers[0]), step = int64_t(node.numbers[1]);
-      if (step == 1) return copy_rows<T>(rows, columns, {t.at + start, t.ld}, to);
+      if (step == 1) return copy_rows<T>(rows, columns, {t.at + start, t.ld, t.index}, to);
       for (int64_t i = 0; i < rows; ++i) {
         for (int64_t j = 0; j < node.width; ++j) to.row(i)[j] = t.row(i)[start + j * step];
       }
@@ -436,18 +468,14 @@ template <class T> MK_INLINE bool node_bends(const Node& node, const Mat<const T
   return node.curved && bool(dots[0]);
 }
 
-// to (+)= ∇_u ⟨P, f'(u) u̇⟩ for input q, which `node_bends` says is not zero.
+// to (+)= ∇_u ⟨P, f'(u) u̇⟩ for input q, which `node_bends` says is not zero. Elementwise nodes are
+// done together with their pull.
 template <class T>
 void node_curvature(const Operands<T>& o, const Mat<const T>* dots, Mat<const T> P, int64_t q,
                     Mat<T> to, bool add) {
   const Node& node = *o.node;
   const int64_t rows = o.rows, columns = o.columns, n = node.width;
   const Mat<const T> t = dots[0];
-  if (is_elementwise(node.kind)) {
-    return put(rows, columns, to, add, [&](int64_t i, int64_t j) {
-      return load(o.c.row(i) + j) * load(t.row(i) + j) * load(P.row(i) + j);
-    });
-  }
   switch (node.kind) {
     case node_product: {
       const Mat<const T> x = dots[1 - q];
@@ -459,7 +487,7 @@ void node_curvature(const Operands<T>& o, const Mat<const T>* dots, Mat<const T>
     case node_root_mean_square: {
       const T each = T(1) / T(n);
       for (int64_t i = 0; i < rows; ++i) {
-        const T *a = P.row(i), *b = t.row(i), *v = o.v.row(i), r = o.s.at[i * o.s.ld];
+        const T *a = P.row(i), *b = t.row(i), *v = o.v.row(i), r = o.s.row(i)[0];
         const auto mean = [&](const auto& f) { return each * total<T>(n, f); };
         const T alpha = mean([&](int64_t j) { return load(v + j) * load(a + j); });
         const T beta = mean([&](int64_t j) { return load(v + j) * load(b + j); });

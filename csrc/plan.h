@@ -35,9 +35,6 @@ constexpr bool piecewise_linear[kinds] = {
     true,  false, true, true, true,  true,  false, true,  false, false, false, false, false, false,
     false};
 
-// The longest chain that the kernel of chains serves.
-constexpr int max_layers = 128;
-
 // The parameter of a dropout: a key, one number for each byte.
 constexpr int64_t key_bytes = 8;
 
@@ -63,6 +60,8 @@ struct Flow {
   bool saved;     // forward leaves it for backward
   bool pulled;    // forward leaves its P for backward
   bool viewed;    // columns of it are read in whole vectors from the middle
+  bool once;      // one node reads it, once
+  bool follows;   // an elementwise node that reads the value before it, a linear one's
 };
 
 // A program over x (N, d) with outputs y (N, D). x2 is the last k columns of x.
@@ -71,12 +70,7 @@ struct Plan {
   int64_t count, params;  // nodes and parameters
   const Node* nodes;
   const Flow* flow;  // count + 1
-  // Of a chain: L linear layers, each with an elementwise kind after it; L is 0 of other programs.
-  int64_t L;
-  const int64_t* widths;   // L + 1
-  const int64_t* kind;     // L codes of the activation table
-  const double* numbers;   // (L, 3): p, q, r of each activation
-  bool adjoint;            // mode: one chain for each output, else one for each monotone column
+  bool adjoint;  // mode: one chain for each output, else one for each monotone column
   bool hinge, squared, elementwise;
   double margin;
   const double* direction;  // (D, k) in {-1, 0, 1}, present with hinge

@@ -63,6 +63,14 @@ template <class T> struct Program {
   int64_t below(int64_t v) const { return node(v).input[0]; }
   const Weights<T>& at(int64_t v) const { return weights[v - 1]; }
 
+  // Whether value v + 1 is the elementwise node's that follows the linear one of v.
+  bool followed(int64_t v) const { return v < y && flow(v + 1).follows && flow(v + 1).used; }
+  // Whether what linear node v pulls to value u is all that u gets, and u is elementwise: then it
+  // goes on to u's input at once.
+  bool pulls_through(int64_t u) const {
+    return u > 0 && is_elementwise(node(u).kind) && node(u).varies && flow(u).once;
+  }
+
   // A view of columns side by side needs no memory.
   bool is_view(int64_t v) const {
     return v > 0 && node(v).kind == node_columns && node(v).numbers[1] == 1;
@@ -247,34 +255,31 @@ template <class T> struct BlockValues {
   }
 };
 
-// h·Wᵀ + b of a linear node.
-template <class T>
-void linear_value(const Program<T>& program, int64_t v, int64_t rows, Mat<const T> h, Mat<T> to) {
+// h·Wᵀ of a linear node, with b for its value and without for its tangent. `after` sees each tile of
+// the result while it is in the first-level cache: the place of the elementwise node that follows.
+template <class T, class After>
+void linear_push(const Program<T>& program, int64_t v, int64_t rows, Mat<const T> h,
+                 const T* bias, Mat<T> to, const After& after) {
   const Weights<T>& w = program.at(v);
   const int64_t in = program.width(program.below(v)), out = program.width(v);
   if (program.by_dots(v)) {
-    dot_rows<T>(rows, in, h.at, h.ld, out, w.rows, whole_vectors<T>(in), w.bias, to.at, to.ld, 1);
+    dot_rows<T>(rows, in, h.at, h.ld, out, w.rows, whole_vectors<T>(in), bias, to.at, to.ld, 1);
+    after(0, rows, 0, program.whole(v));
   } else {
-    gemm<false>(rows, in, h.at, h.ld, w.forward, 0, from_bias(w.bias), to.at, to.ld, Nothing{});
+    gemm<false>(rows, in, h.at, h.ld, w.forward, 0, from_bias(bias), to.at, to.ld, after);
   }
 }
-template <class T>
-void linear_push(const Program<T>& program, int64_t v, int64_t rows, Mat<const T> t, Mat<T> to) {
-  const Weights<T>& w = program.at(v);
-  const int64_t in = program.width(program.below(v)), out = program.width(v);
-  if (program.by_dots(v)) {
-    dot_rows<T>(rows, in, t.at, t.ld, out, w.rows, whole_vectors<T>(in), nullptr, to.at, to.ld, 1);
-  } else {
-    gemm<false>(rows, in, t.at, t.ld, w.forward, 0, from_zero<T>(), to.at, to.ld, Nothing{});
-  }
+template <class T, class After>
+void linear_value(const Program<T>& program, int64_t v, int64_t rows, Mat<const T> h, Mat<T> to,
+                  const After& after) {
+  linear_push<T>(program, v, rows, h, program.at(v).bias, to, after);
 }
 // to (+)= P·W.
-template <class T>
+template <class T, class After>
 void linear_pull(const Program<T>& program, int64_t v, int64_t rows, Mat<const T> P, Mat<T> to,
-                 bool add) {
+                 bool add, const After& after) {
   const Init<T> init = add ? Init<T>{to.at, to.ld} : from_zero<T>();
-  gemm<false>(rows, program.width(v), P.at, P.ld, program.at(v).back, 0, init, to.at, to.ld,
-              Nothing{});
+  gemm<false>(rows, program.width(v), P.at, P.ld, program.at(v).back, 0, init, to.at, to.ld, after);
 }
 
 }  // namespace

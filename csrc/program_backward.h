@@ -87,11 +87,13 @@ template <class T> struct ProgramBackwardWeights {
 };
 
 template <class T> struct ProgramBackwardScratch {
-  BlockValues<T> rows, pair;
-  // By value. Of the rows: P where it is kept, else g. Of the pairs: σ'', the tangent, and what comes
-  // down for them: q where P is kept, else P.
+  BlockValues<T> rows;
+  // By value. Of the rows: P where it is kept, else g. σ'' of the rows or of the pairs. Of the pairs:
+  // the tangent, and what comes down for them: q where P is kept, else P.
   Mat<T> *cotangent, *second, *dot, *chain;
-  bool *begun, *chained, *gathered, *prepared;
+  // done: of an elementwise node, the rows' cotangent has gone on to its input already; of a linear
+  // one, it is gy∘P, and P of the pairs in p.
+  bool *begun, *done, *chained, *prepared;
   Mat<const T>* dots;  // of the inputs of the node at hand
   Mat<T> g, p, bend;   // a block of the widest value each
   T* slopes;           // gJ (rows, D, k)
@@ -109,19 +111,11 @@ template <class T> struct ProgramBackwardScratch {
                if (what == 's') return way.first && needs_first(net.node(v));
                return way.value && !net.flow(v).saved && !net.is_view(v);
              }),
-        pair(memory, net, capacity,
-             [&](int64_t v, char what) {
-               const Way& way = call.way[v];
-               if (!errand.pairs || !net.flow(v).used) return false;
-               if (what == 'v') return way.value;
-               if (what == 'm') return is_mask(net, call, v);
-               return way.first && needs_first(net.node(v));
-             }),
         pairs(memory, *net.plan, errand.pairs ? capacity : 0) {
     const int64_t count = net.y + 1;
     Mat<T>** const lists[] = {&cotangent, &second, &dot, &chain};
     for (Mat<T>** list : lists) *list = memory.take<Mat<T>>(count);
-    bool** const flags[] = {&begun, &chained, &gathered, &prepared};
+    bool** const flags[] = {&begun, &done, &chained, &prepared};
     for (bool** list : flags) *list = memory.take<bool>(count);
     int64_t most = 1, widest = 1;
     for (int64_t v = 0; v < count; ++v) {
@@ -178,16 +172,19 @@ template <class T> struct ProgramBackward {
     const bool active =
         errand.pairs && slope_gradients(*net.plan, call, scratch.slopes, rows, row0);
     if (!active && !call.gy) return give_input(scratch, rows, row0, false);
-    values(scratch, block, rows, row0);
-    begin(scratch, block, rows, row0);
     const int64_t candidates = rows * (net.plan->adjoint ? net.D : net.k);
+    // σ'' is computed with σ' for every row where many are wanted, else for each pair by itself.
+    const bool bends = active && 4 * count(scratch.slopes, candidates) > rows;
+    begin(scratch, block, rows, row0);
+    values(scratch, block, rows, row0, active, bends);
     int64_t next = active ? 0 : candidates;
     for (;;) {  // the last pairs go together with the rows
       const int64_t m = next < candidates
                             ? scratch.pairs.gather(*net.plan, scratch.slopes, rows,
                                                    blocks.capacity, &next)
                             : 0;
-      const Pass pass{scratch, rows, row0, m, m == rows && net.plan->keeps_adjoint()};
+      const bool all = m == rows && net.plan->keeps_adjoint();
+      const Pass pass{scratch, rows, row0, m, all ? nullptr : scratch.pairs.row, bends};
       if (m) tangents(pass);
       walk(pass, next == candidates);
       if (next == candidates) break;
@@ -196,12 +193,32 @@ template <class T> struct ProgramBackward {
   }
 
  private:
-  // One walk: `m` pairs of a block. `all`: every row is a pair, in its place.
+  // One walk: `m` pairs of a block.
   struct Pass {
     const Scratch& scratch;
     int64_t rows, row0, m;
-    bool all;
+    const int32_t* index;  // the pairs' rows; null where every row is a pair, in its place
+    bool bends;            // σ'' of every row is there
+
+    // The pairs' rows of what all rows have.
+    Mat<const T> of_pairs(Mat<const T> x) const { return {x.at, x.ld, index}; }
   };
+
+  // How many pairs of gJ there are.
+  int64_t count(const T* gJ, int64_t candidates) const {
+    if (net.plan->adjoint && net.D == 1) {
+      int64_t n = 0;
+      for (int64_t i = 0; i < candidates; ++i) {
+        bool any = false;
+        for (int64_t c = 0; c < net.k; ++c) any |= gJ[i * net.k + c] != T(0);
+        n += any;
+      }
+      return n;
+    }
+    int64_t n = 0;  // of several outputs the entries, which are as many or more
+    for (int64_t i = 0; i < candidates * (net.plan->adjoint ? net.k : net.D); ++i) n += gJ[i] != T(0);
+    return n;
+  }
 
   void give_input(const Scratch& scratch, int64_t rows, int64_t row0, bool walked) const {
     if (!call.gx) return;
@@ -212,7 +229,8 @@ template <class T> struct ProgramBackward {
 
   // --- the block's rows ---------------------------------------------------------------------------
 
-  void values(const Scratch& scratch, int64_t block, int64_t rows, int64_t row0) const {
+  void values(const Scratch& scratch, int64_t block, int64_t rows, int64_t row0, bool active,
+              bool bends) const {
     const BlockValues<T>& at = scratch.rows;
     const SavedProgram<T> saved{net, blocks};
     at.read_x(net, call.x, rows, row0, net.x_as_it_is());
@@ -226,7 +244,24 @@ template <class T> struct ProgramBackward {
         const Mat<T> from = at.value[node.input[0]];
         if (way(v).value) at.value[v] = {from.at + int64_t(node.numbers[0]), from.ld};
       } else if (net.linear(v)) {
-        if (way(v).value) linear_value<T>(net, v, rows, at.value[net.below(v)], at.value[v]);
+        if (!way(v).value) continue;
+        const bool next = net.followed(v) && (way(v + 1).value || at.first[v + 1]);
+        if (next && !(bends && scratch.second[v + 1]) && !scales_ahead(v + 1)) {
+          const ApplySigma<T> after(net.node(v + 1), at.value[v], at.value[v + 1], at.first[v + 1]);
+          linear_value<T>(net, v, rows, at.value[net.below(v)], at.value[v], after);
+          ++v;
+        } else {
+          linear_value<T>(net, v, rows, at.value[net.below(v)], at.value[v], Nothing{});
+        }
+      } else if (scales_ahead(v) && !(bends && scratch.second[v])) {
+        value_and_scale(scratch, rows, row0, v, active);
+      } else if (bends && scratch.second[v]) {
+        const Operands<T> o = at.operands(net, v, rows);
+        const Mat<T> c = scratch.second[v];
+        const Numbers<T> numbers{o.number(0), o.number(1), o.number(2)};
+        orders_of<T>(int(node.kind))[at.value[v] ? 2 : 4](
+            {rows, o.columns, o.u[0].at, o.u[0].ld, at.value[v].at, at.first[v].at, c.at, c.ld},
+            numbers);
       } else if (way(v).value || at.first[v]) {
         node_value<T>(at.operands(net, v, rows), at.value[v], at.first[v]);
       }
@@ -237,7 +272,7 @@ template <class T> struct ProgramBackward {
   void begin(const Scratch& scratch, int64_t block, int64_t rows, int64_t row0) const {
     const SavedProgram<T> saved{net, blocks};
     for (int64_t v = 0; v <= net.y; ++v) {
-      scratch.begun[v] = false;
+      scratch.begun[v] = scratch.done[v] = false;
       if (!flow(v).pulled) continue;
       scratch.cotangent[v] = saved.cotangent(call.saved[1], block, v);
       scratch.begun[v] = true;
@@ -278,50 +313,28 @@ template <class T> struct ProgramBackward {
     }
   }
 
-  // The pairs' rows of value v.
-  Mat<const T> take(const Pass& pass, int64_t v) const {
-    const Scratch& s = pass.scratch;
-    if (pass.all) return s.rows.value[v];
-    if (!s.gathered[v]) gather(pass, s.rows.value[v], net.whole(v), s.pair.value[v]);
-    s.gathered[v] = true;
-    return s.pair.value[v];
-  }
-
-  // What a node that is not linear is computed from, for the pairs. Values that its Jacobian does not
-  // depend on are left out.
+  // What a node that is not linear is computed from, for the pairs.
   Operands<T> operands(const Pass& pass, int64_t v) const {
     const Scratch& s = pass.scratch;
     const Node& node = net.node(v);
-    const BlockValues<T>& at = s.pair;
-    for (int64_t q = 0; q < node.inputs; ++q) {
-      at.inputs[q] = node.varies ? take(pass, node.input[q]) : Mat<const T>{};
-      at.widths[q] = net.width(node.input[q]);
-    }
-    Operands<T> o{&node, pass.m, net.whole(v), at.inputs, at.widths, {}, {}, {}, {}};
-    if (node.reads_v) o.v = take(pass, v);
-    o.parameter = Mat<const T>{net.at(v).parameter, 0};
-    if (node.kind == node_dropout) o.parameter = pass.all ? s.rows.mask[v] : at.mask[v];
-    if (Scratch::needs_first(node)) o.s = pass.all ? s.rows.first[v] : at.first[v];
+    Operands<T> o = s.rows.operands(net, v, pass.m);
+    for (int64_t q = 0; q < node.inputs; ++q) s.rows.inputs[q].index = pass.index;
+    o.v.index = o.s.index = pass.index;
+    if (node.kind == node_dropout) o.parameter.index = pass.index;
     o.c = s.second[v];
-    if (!s.prepared[v]) prepare(pass, v, o);
-    s.prepared[v] = true;
-    return o;
-  }
-  void prepare(const Pass& pass, int64_t v, const Operands<T>& o) const {
-    const Scratch& s = pass.scratch;
-    const Node& node = net.node(v);
-    const int32_t* row = s.pairs.row;
-    if (node.kind == node_dropout && !pass.all) {
-      gather(pass, s.rows.mask[v], net.whole(v), s.pair.mask[v]);
-    } else if (normalises(node.kind) && !pass.all) {
-      for (int64_t i = 0; i < pass.m; ++i) s.pair.first[v].at[i] = s.rows.first[v].at[row[i]];
-    } else if (is_elementwise(node.kind) && node.varies && (o.c || !pass.all)) {
+    if (!o.c) return o;
+    if (pass.bends) {
+      o.c.index = pass.index;
+    } else if (!s.prepared[v]) {
       const Numbers<T> numbers{o.number(0), o.number(1), o.number(2)};
-      T* first = s.pair.first[v].at;  // of all rows it is there already, and written to the side
-      orders_of<T>(int(node.kind))[o.c ? 4 : 3]({pass.m, o.columns, o.u[0].at, o.u[0].ld, nullptr,
-                                                 first, s.second[v].at, s.second[v].ld},
-                                                numbers);
+      for (int64_t i = 0; i < pass.m; ++i) {  // σ' goes to the side
+        orders_of<T>(int(node.kind))[4]({1, o.columns, o.u[0].row(i), 0, nullptr, s.bend.at,
+                                         s.second[v].row(i), 0},
+                                        numbers);
+      }
+      s.prepared[v] = true;
     }
+    return o;
   }
 
   // The tangents of the inputs of v's node; false if there is none.
@@ -339,7 +352,7 @@ template <class T> struct ProgramBackward {
 
   void tangents(const Pass& pass) const {
     const Scratch& s = pass.scratch;
-    for (int64_t v = 0; v <= net.y; ++v) s.gathered[v] = s.prepared[v] = s.chained[v] = false;
+    for (int64_t v = 0; v <= net.y; ++v) s.prepared[v] = s.chained[v] = false;
     if (way(0).dot) {
       for (int64_t i = 0; i < pass.m; ++i) {
         clear(s.dot[0].row(i), net.whole(0));
@@ -352,8 +365,12 @@ template <class T> struct ProgramBackward {
         const Operands<T> o = operands(pass, v);
         dots_of(pass, v);
         node_push<T>(o, s.dots, s.dot[v]);
+      } else if (net.below(v) && net.followed(v) && way(v + 1).dot) {
+        const ApplySlope<T> after{operands(pass, v + 1).s, s.dot[v], s.dot[v + 1], false};
+        linear_push<T>(net, v, pass.m, s.dot[net.below(v)], nullptr, s.dot[v], after);
+        ++v;
       } else if (net.below(v)) {
-        linear_push<T>(net, v, pass.m, s.dot[net.below(v)], s.dot[v]);
+        linear_push<T>(net, v, pass.m, s.dot[net.below(v)], nullptr, s.dot[v], Nothing{});
       } else {
         gemm<false>(pass.m, net.k, s.pairs.e, s.pairs.lde, net.at(v).forward, net.d - net.k,
                     from_zero<T>(), s.dot[v].at, s.dot[v].ld, Nothing{});
@@ -372,7 +389,9 @@ template <class T> struct ProgramBackward {
     const Scratch& s = pass.scratch;
     if (!pass.m || !flow(v).moving) return {};
     if (!flow(v).kept) return s.chained[v] ? Mat<const T>(s.chain[v]) : Mat<const T>{};
-    if (pass.all && s.cotangent[v].ld) return s.cotangent[v];
+    if (!net.linear(v)) return pass.of_pairs(s.cotangent[v]);
+    if (s.done[v]) return s.p;  // by pull_and_scale
+    if (!pass.index && s.cotangent[v].ld) return s.cotangent[v];
     return gather(pass, s.cotangent[v], net.whole(v), s.p);
   }
 
@@ -394,7 +413,7 @@ template <class T> struct ProgramBackward {
       if (net.linear(v)) {
         if (way(v).trained) linear_gradients(pass, v, P, G);
         if (with_rows) rows_linear(pass, v, G);
-      } else if (with_rows) {
+      } else if (with_rows && !s.done[v]) {
         rows_light(pass, v, G);
       }
     }
@@ -412,7 +431,7 @@ template <class T> struct ProgramBackward {
   void pull_pairs(const Pass& pass, int64_t v, Mat<const T> down) const {
     const Scratch& s = pass.scratch;
     const int64_t u = net.below(v);
-    linear_pull<T>(net, v, pass.m, down, s.chain[u], s.chained[u]);
+    linear_pull<T>(net, v, pass.m, down, s.chain[u], s.chained[u], Nothing{});
     s.chained[u] = true;
   }
 
@@ -425,6 +444,7 @@ template <class T> struct ProgramBackward {
     if (moves && way(v).trained && wants(node.place[0])) {
       node_slope_parameters<T>(o, s.dots[0], P, s.sums + layout.place[node.place[0]].at);
     }
+    if (is_elementwise(node.kind) && node.curved) return pairs_curved(pass, o, P, down, moves);
     for (int64_t q = 0; q < node.inputs; ++q) {
       const int64_t u = node.input[q];
       if (down && by_pairs(u)) {
@@ -445,41 +465,147 @@ template <class T> struct ProgramBackward {
     }
   }
 
+  // An elementwise node that bends: its pull and its curvature in one pass.
+  void pairs_curved(const Pass& pass, const Operands<T>& o, Mat<const T> P, Mat<const T> down,
+                    bool moves) const {
+    const Scratch& s = pass.scratch;
+    const int64_t u = o.node->input[0], m = pass.m, columns = o.columns;
+    const bool pulls = down && by_pairs(u), bends = moves && way(u).wanted;
+    const Mat<const T> t = s.dots[0];
+    const auto pulled = [&](int64_t i, int64_t j) {
+      return load(o.s.row(i) + j) * load(down.row(i) + j);
+    };
+    const auto bent = [&](int64_t i, int64_t j) {
+      return load(o.c.row(i) + j) * load(t.row(i) + j) * load(P.row(i) + j);
+    };
+    if (pulls && bends && flow(u).kept) {
+      put(m, columns, s.chain[u], s.chained[u],
+          [&](int64_t i, int64_t j) { return pulled(i, j) + bent(i, j); });
+    } else if (bends && flow(u).kept) {
+      put(m, columns, s.chain[u], s.chained[u], bent);
+    } else if (pulls) {
+      put(m, columns, s.chain[u], s.chained[u], pulled);
+    }
+    if (pulls || (bends && flow(u).kept)) s.chained[u] = true;
+    if (!bends || flow(u).kept) return;
+    start(s.cotangent, s.begun, u, pass.rows);
+    for (int64_t i = 0; i < m; ++i) {
+      T* to = s.cotangent[u].row(s.pairs.row[i]);
+      for (int64_t j = 0; j < columns; j += Simd<T>::lanes) store(to + j, load(to + j) + bent(i, j));
+    }
+  }
+
   // Zeros for what is added to piece by piece.
   void start(Mat<T>* at, bool* begun, int64_t u, int64_t rows) const {
     if (!begun[u]) clear(at[u].at, (rows - 1) * at[u].ld + net.whole(u));
     begun[u] = true;
   }
 
-  // g of the rows at value v, where somebody wants it.
+  // Where the gradient of a linear node's bias is added up; null if nobody wants it.
+  T* bias_of(const Scratch& scratch, int64_t v) const {
+    if (!net.linear(v) || !wants(net.node(v).place[1])) return nullptr;
+    return scratch.sums + layout.place[net.node(v).place[1]].at;
+  }
+
+  // g of the rows at value v, where somebody wants it, and what a bias gets of it.
   Mat<const T> row_gradient(const Pass& pass, int64_t v, Mat<const T> q) const {
     const Scratch& s = pass.scratch;
-    if (!flow(v).kept) return s.begun[v] ? Mat<const T>(s.cotangent[v]) : Mat<const T>{};
+    T* bias = bias_of(s, v);
+    if (!flow(v).kept) {
+      if (!s.begun[v]) return {};
+      const Mat<const T> g = s.cotangent[v];
+      if (bias) add_columns<T>(pass.rows, net.whole(v), bias, [&](int64_t i, int64_t j) {
+          return load(g.row(i) + j);
+        });
+      return g;
+    }
     bool wanted = way(v).trained;
     for (int64_t i = 0; i < net.node(v).inputs; ++i) wanted |= direct(net.node(v).input[i]);
     if (!wanted || (!call.gy && !q)) return {};
     const Mat<const T> P = s.cotangent[v];
-    const Mat<T> g{s.g.at, scratch_ld<T>(net.width(v))};
-    if (call.gy) {
+    const bool scaled = net.linear(v) && s.done[v];
+    const Mat<T> g = scaled ? s.cotangent[v] : Mat<T>{s.g.at, scratch_ld<T>(net.width(v))};
+    if (call.gy && !scaled) {
       const T* gy = static_cast<const T*>(call.gy) + pass.row0;
-      put(pass.rows, net.whole(v), g, false,
-          [&](int64_t i, int64_t j) { return gy[i] * load(P.row(i) + j); });
-    } else {
+      add_columns<T>(pass.rows, net.whole(v), bias, [&](int64_t i, int64_t j) {
+        const Vec<T> x = gy[i] * load(P.row(i) + j);
+        store(g.row(i) + j, x);
+        return x;
+      });
+    } else if (!call.gy) {
       clear(g.at, pass.rows * g.ld);
     }
-    if (q) scatter_add(pass, q, net.whole(v), g);
+    if (q) {
+      scatter_add(pass, q, net.whole(v), g);
+      if (bias) add_columns<T>(pass.m, net.whole(v), bias, [&](int64_t i, int64_t j) {
+          return load(q.row(i) + j);
+        });
+    }
     return g;
   }
 
-  // dW += Pᵀ·u̇ of the pairs and gᵀ·u of the rows, db += Σ g. Either may be missing.
+  // Whether the linear node before the elementwise one of v has a P that nobody reads but its own
+  // gradients: then gy∘P takes its place.
+  bool scales(int64_t v) const {
+    const int64_t b = v - 1;
+    return flow(v).follows && passes(b) && flow(b).once && way(b).trained && call.gy &&
+           !direct(net.below(b));
+  }
+  // And whether P of value v is known beforehand.
+  bool scales_ahead(int64_t v) const {
+    return scales(v) && way(v).value && (flow(v).pulled || below_top(v));
+  }
+  // Whether P of v is the one row of the last node, a linear one.
+  bool below_top(int64_t v) const {
+    return net.linear(net.y) && net.below(net.y) == v && flow(v).once && flow(net.y).kept;
+  }
+
+  // h, σ' where pairs want it, and gy∘P of the linear node before, in one pass.
+  void value_and_scale(const Scratch& s, int64_t rows, int64_t row0, int64_t v,
+                       bool active) const {
+    const Node& node = net.node(v);
+    const BlockValues<T>& at = s.rows;
+    const Mat<const T> a = at.value[v - 1], P = below_top(v)
+                                                    ? Mat<const T>{net.at(net.y).rows, 0}
+                                                    : Mat<const T>(s.cotangent[v]);
+    const Mat<T> h = at.value[v];
+    const T* gy = static_cast<const T*>(call.gy) + row0;
+    singles_of<T>(int(node.kind))[active](
+        {rows, net.whole(v), a.at, a.ld, P.at, P.ld, gy, h.at, at.first[v].at,
+         s.cotangent[v - 1].at, h.ld, bias_of(s, v - 1)},
+        {T(node.numbers[0]), T(node.numbers[1]), T(node.numbers[2])});
+    s.begun[v - 1] = s.done[v - 1] = true;
+  }
+
+  // From the elementwise node of v to the linear one before it: gy∘P of the rows, if it is not there
+  // yet, and P of the pairs. Whether that is all there is to do.
+  bool pull_and_scale(const Pass& pass, int64_t v) const {
+    if (!scales(v)) return false;
+    const Scratch& s = pass.scratch;
+    const int64_t b = v - 1;
+    const Mat<const T> P = s.cotangent[v], first = s.rows.first[v];
+    const Mat<T> g = s.cotangent[b];
+    const T* gy = static_cast<const T*>(call.gy) + pass.row0;
+    if (!s.done[b]) {
+      add_columns<T>(pass.rows, net.whole(b), bias_of(s, b), [&](int64_t i, int64_t j) {
+        const Vec<T> x = gy[i] * (load(first.row(i) + j) * load(P.row(i) + j));
+        store(g.row(i) + j, x);
+        return x;
+      });
+    }
+    const int32_t* row = s.pairs.row;
+    put(flow(b).moving ? pass.m : 0, net.whole(b), s.p, false, [&](int64_t i, int64_t j) {
+      return load(first.row(row[i]) + j) * load(P.row(row[i]) + j);
+    });
+    s.begun[b] = s.done[b] = true;
+    return true;
+  }
+
+  // dW += Pᵀ·u̇ of the pairs and gᵀ·u of the rows. Either may be missing.
   void linear_gradients(const Pass& pass, int64_t v, Mat<const T> P, Mat<const T> G) const {
     const Scratch& s = pass.scratch;
     const Node& node = net.node(v);
     const int64_t u = net.below(v);
-    if (G && wants(node.place[1])) {
-      add_columns<T>(pass.rows, net.whole(v), s.sums + layout.place[node.place[1]].at,
-                     [&](int64_t i, int64_t j) { return load(G.row(i) + j); });
-    }
     if (!wants(node.place[0])) return;
     const typename GradientLayout<T>::Place& place = layout.place[node.place[0]];
     T* to = s.sums + place.at;
@@ -494,9 +620,12 @@ template <class T> struct ProgramBackward {
     const Mat<const T> left = place.transposed ? rows : G, right = place.transposed ? G : rows;
     const Mat<const T> left2 = place.transposed ? dots : P, right2 = place.transposed ? P : dots;
     const int64_t M = place.rows(), N = place.columns();
-    if (!G) return product(M, pass.m, left2, right2, N, to, place.ld(), {});
+    if (!G || (slopes && !switches.stacks)) {
+      product(M, pass.m, left2, right2, N, to, place.ld(), {});
+    }
+    if (!G) return;
     More<T> more{};
-    if (slopes) more = {pass.m, left2.at, left2.ld, right2.at, right2.ld};
+    if (slopes && switches.stacks) more = {pass.m, left2.at, left2.ld, right2.at, right2.ld};
     product(M, pass.rows, left, right, N, to, place.ld(), more);
   }
   // to (M, N) += leftᵀ·right over K rows.
@@ -511,7 +640,14 @@ template <class T> struct ProgramBackward {
     const int64_t u = net.below(v);
     const Mat<T> to = s.cotangent[u];
     if (G && direct(u)) {
-      linear_pull<T>(net, v, pass.rows, G, to, s.begun[u]);
+      if (!s.begun[u] && net.pulls_through(u) && direct(net.node(u).input[0])) {
+        const int64_t b = net.node(u).input[0];
+        const ApplySlope<T> after{s.rows.first[u], to, s.cotangent[b], s.begun[b]};
+        linear_pull<T>(net, v, pass.rows, G, to, false, after);
+        s.begun[b] = s.done[u] = true;
+      } else {
+        linear_pull<T>(net, v, pass.rows, G, to, s.begun[u], Nothing{});
+      }
       s.begun[u] = true;
     }
     if (!passes(u)) return;
@@ -521,7 +657,7 @@ template <class T> struct ProgramBackward {
     if (v == net.y) {
       copy(side.at, net.at(v).rows, net.width(u));
     } else {
-      linear_pull<T>(net, v, 1, s.cotangent[v], side, false);
+      linear_pull<T>(net, v, 1, s.cotangent[v], side, false, Nothing{});
     }
     if (side.at != to.at) {
       put(n, net.whole(u), to, s.begun[u],
@@ -533,6 +669,7 @@ template <class T> struct ProgramBackward {
   void rows_light(const Pass& pass, int64_t v, Mat<const T> G) const {
     const Scratch& s = pass.scratch;
     const Node& node = net.node(v);
+    if (pull_and_scale(pass, v)) return;
     Operands<T> o = s.rows.operands(net, v, pass.rows);
     if (G && way(v).trained && wants(node.place[0])) {
       node_parameters<T>(o, G, s.sums + layout.place[node.place[0]].at);
@@ -607,7 +744,7 @@ template <class T> struct ProgramReduction {
 };
 
 template <class T>
-Status backward_program(const Plan& plan, const BackwardCall& call, const Runtime& runtime) {
+Status backward(const Plan& plan, const BackwardCall& call, const Runtime& runtime) {
   const Blocks blocks(call.N);
   Errand errand{any_slope_gradient<T>(plan, call), false};
   for (int64_t v = 1; v <= plan.count; ++v) {

@@ -12,7 +12,7 @@ namespace {
 // Memory of the chain of slopes, by value: tangents or cotangents, one column or output at a time.
 template <class T> struct SlopeChain {
   Mat<T>* at;
-  bool* begun;
+  bool *begun, *done;  // done: it has gone on to its node's input already
   Mat<const T>* dots;  // of the inputs of the node at hand
   T* seed;             // a row of x or of y
   T* product;          // one block of the widest value, for a product that is added to others
@@ -22,6 +22,7 @@ template <class T> struct SlopeChain {
     const int64_t count = program.y + 1;
     at = memory.take<Mat<T>>(count);
     begun = memory.take<bool>(count);
+    done = memory.take<bool>(count);
     int64_t most = 1, widest = 1;
     for (int64_t v = 0; v < count; ++v) {
       if (v) most = max_of(most, program.node(v).inputs);
@@ -143,8 +144,12 @@ template <class T> struct ProgramForward {
     for (int64_t v = 1; v <= net.y; ++v) {
       if (!net.flow(v).used) continue;
       if (call.saved && net.flow(v).saved) at.value[v] = saved.value(call.saved[0], block, v);
-      if (net.linear(v)) {
-        linear_value<T>(net, v, rows, at.value[net.below(v)], at.value[v]);
+      if (net.linear(v) && net.followed(v)) {
+        const ApplySigma<T> after(net.node(v + 1), at.value[v], at.value[v + 1], at.first[v + 1]);
+        linear_value<T>(net, v, rows, at.value[net.below(v)], at.value[v], after);
+        ++v;
+      } else if (net.linear(v)) {
+        linear_value<T>(net, v, rows, at.value[net.below(v)], at.value[v], Nothing{});
       } else if (net.is_view(v)) {
         const Mat<T> from = at.value[net.node(v).input[0]];
         at.value[v] = {from.at + int64_t(net.node(v).numbers[0]), from.ld};
@@ -161,7 +166,7 @@ template <class T> struct ProgramForward {
     const SlopeChain<T>& P = scratch.chain;
     const SavedProgram<T> saved{net, blocks};
     for (int64_t v = 0; v <= net.y; ++v) {
-      P.begun[v] = false;
+      P.begun[v] = P.done[v] = false;
       if (call.saved && net.flow(v).pulled) P.at[v] = saved.cotangent(call.saved[1], block, v);
     }
     if (walked(net.y) && !net.linear(net.y)) {
@@ -172,7 +177,7 @@ template <class T> struct ProgramForward {
       if (!walked(v)) continue;
       if (net.linear(v)) {
         pull_linear(scratch, rows, v, d);
-      } else {
+      } else if (!P.done[v]) {
         pull_light(scratch, rows, v);
       }
     }
@@ -202,13 +207,20 @@ template <class T> struct ProgramForward {
     P.begun[u] = true;
     // What is added to, or spread over all rows, is computed on the side, but for plain products.
     const bool plain = u > 0 && v != net.y && m == n;
-    if (plain) return linear_pull<T>(net, v, m, from, to, add);
+    if (plain && !add && n == rows && net.pulls_through(u) && continues(u)) {
+      const int64_t b = net.node(u).input[0];
+      const ApplySlope<T> after{scratch.values.first[u], to, P.at[b], P.begun[b]};
+      linear_pull<T>(net, v, m, from, to, false, after);
+      P.begun[b] = P.done[u] = true;
+      return;
+    }
+    if (plain) return linear_pull<T>(net, v, m, from, to, add, Nothing{});
     Mat<T> side = m == n && !add ? to : Mat<T>{P.product, m == 1 ? 0 : P.ld};
     if (v == net.y) {  // the identity: a row of W
       const T* row = w.rows + d * whole_vectors<T>(net.width(u)) + (u ? 0 : net.d - net.k);
       copy(side.at, row, columns);
     } else if (u > 0) {
-      linear_pull<T>(net, v, m, from, side, false);
+      linear_pull<T>(net, v, m, from, side, false, Nothing{});
     } else if (net.slopes_by_dots(v)) {
       dot_rows<T>(m, net.width(v), from.at, from.ld, net.k, w.columns,
                   whole_vectors<T>(net.width(v)), nullptr, side.at, side.ld, 1);
@@ -219,6 +231,12 @@ template <class T> struct ProgramForward {
     if (side.at == to.at) return;
     put(n, whole_vectors<T>(columns), to, add,
         [&](int64_t i, int64_t j) { return load(side.row(i) + j); });
+  }
+
+  // Whether P goes on from value u to the input of its elementwise node.
+  bool continues(int64_t u) const {
+    const int64_t b = net.node(u).input[0];
+    return b == 0 ? net.flow(u).moving : walked(b);
   }
 
   void pull_light(const ProgramForwardScratch<T>& scratch, int64_t rows, int64_t v) const {
@@ -253,7 +271,14 @@ template <class T> struct ProgramForward {
         if (u == 0) {
           copy(chain.at[v].at, net.at(v).columns + c * net.whole(v), net.whole(v));
         } else {
-          linear_push<T>(net, v, n, chain.at[u], chain.at[v]);
+          const Mat<T> to = chain.at[v];
+          if (net.followed(v) && n == rows) {
+            const ApplySlope<T> after{scratch.values.first[v + 1], to, chain.at[v + 1], false};
+            linear_push<T>(net, v, n, chain.at[u], nullptr, to, after);
+            ++v;
+          } else {
+            linear_push<T>(net, v, n, chain.at[u], nullptr, to, Nothing{});
+          }
         }
         continue;
       }
@@ -274,7 +299,7 @@ template <class T> struct ProgramForward {
 };
 
 template <class T>
-Status forward_program(const Plan& plan, const ForwardCall& call, const Runtime& runtime) {
+Status forward(const Plan& plan, const ForwardCall& call, const Runtime& runtime) {
   const Blocks blocks(call.N);
   const bool summed = plan.hinge && !plan.elementwise;
   if (call.N == 0) {
