@@ -28,44 +28,42 @@ template <class T> struct Net {
   const Plan* plan;
   int64_t L, d, D, k, widest;  // widest: of the hidden layers, x2 and the output
   bool curved;
-  Layer<T> layer[max_layers];  // layer[l - 1] is layer l of the formulas
+  Layer<T>* layer;             // layer[l - 1] is layer l of the formulas; null while memory is counted
   const T* columns;            // (k, whole_vectors(H_1)): the columns of W_1 that meet x2
   Matrix<T> slopes;            // the same as B (H_1, k) of a product
 
   const Layer<T>& at(int64_t l) const { return layer[l - 1]; }
   const Layer<T>& last() const { return layer[L - 1]; }
 
-  Net(const Plan& p, const void* const* params) : plan(&p) {
+  Net(const Plan& p, const void* const* given, Bump& memory) : plan(&p), params(given) {
     L = p.L, d = p.widths[0], D = p.widths[p.L], k = p.k;
     widest = max_of(D, k);
     curved = false;
-    for (int64_t l = 0; l < L; ++l) {
-      Layer<T>& f = layer[l];
-      f = Layer<T>{};
-      f.in = p.widths[l], f.out = p.widths[l + 1];
-      widest = max_of(widest, f.out);
-      f.sigma = orders_of<T>(int(p.kind[l]));
-      f.single = singles_of<T>(int(p.kind[l]));
-      f.numbers = {T(p.numbers[3 * l]), T(p.numbers[3 * l + 1]), T(p.numbers[3 * l + 2])};
-      f.identity = p.kind[l] == 0;
-      f.curved = !piecewise_linear[p.kind[l]];
-      curved = curved || f.curved;
-      f.w = static_cast<const T*>(params[2 * l]);
-      f.b = static_cast<const T*>(params[2 * l + 1]);
+    // Not on the stack: that of a thread may be as small as all layers of a deep network.
+    layer = memory.take<Layer<T>>(L);
+    packings = memory.take<Packing<T>>(2 * L + 1);
+    for (int64_t l = 1; l <= L; ++l) {
+      widest = max_of(widest, out(l));
+      curved = curved || bends(l);
+      if (layer) layer[l - 1] = described(l);
     }
     columns = nullptr;
     slopes = Matrix<T>{};
   }
 
+  // What the plan says of a layer.
+  int64_t in(int64_t l) const { return plan->widths[l - 1]; }
+  int64_t out(int64_t l) const { return plan->widths[l]; }
+  bool bends(int64_t l) const { return !piecewise_linear[plan->kind[l - 1]]; }
+
   // The last layer goes by dot products when its outputs are few; they read h in whole vectors,
   // which x itself is not laid out for.
-  bool last_by_dots() const { return L > 1 && prefers_dots<T>(last().in, D); }
-  bool slopes_by_dots() const { return prefers_dots<T>(at(1).out, k); }
-  // Whether a_1 is left for backward: recomputing it from x costs a product of depth d.
-  bool saves_first() const { return d > 48; }
+  bool last_by_dots() const { return L > 1 && prefers_dots<T>(in(L), D); }
+  bool slopes_by_dots() const { return prefers_dots<T>(out(1), k); }
 
   // The weights to be packed are first noted, then packed (`pack`).
-  Packing<T> packings[2 * max_layers + 1];
+  const void* const* params;
+  Packing<T>* packings;
   int64_t noted = 0;
 
   Matrix<T> note(Bump& memory, const T* w, int64_t row, int64_t column, int64_t K, int64_t N) {
@@ -75,12 +73,12 @@ template <class T> struct Net {
     return packings[noted++].matrix();
   }
   void pack_forward(Bump& memory, int64_t l) {
-    Layer<T>& f = layer[l - 1];
-    f.forward = note(memory, f.w, 1, f.in, f.in, f.out);
+    const Matrix<T> packed = note(memory, w_of(l), 1, in(l), in(l), out(l));
+    if (layer) layer[l - 1].forward = packed;
   }
   void pack_back(Bump& memory, int64_t l) {
-    Layer<T>& f = layer[l - 1];
-    f.back = note(memory, f.w, f.in, 1, f.out, f.in);
+    const Matrix<T> packed = note(memory, w_of(l), in(l), 1, out(l), in(l));
+    if (layer) layer[l - 1].back = packed;
   }
   // One thread's share: every so-many-th panel.
   void pack(int64_t threads, int64_t thread) const {
@@ -93,28 +91,28 @@ template <class T> struct Net {
   }
 
   void pack_bias(Bump& memory, int64_t l) {
-    Layer<T>& f = layer[l - 1];
-    if (!f.b) return;
-    T* to = memory.take<T>(whole_vectors<T>(f.out));
+    if (!params[2 * l - 1]) return;
+    T* to = memory.take<T>(whole_vectors<T>(out(l)));
     if (!to) return;
+    Layer<T>& f = layer[l - 1];
     for (int64_t j = 0; j < whole_vectors<T>(f.out); ++j) to[j] = j < f.out ? f.b[j] : T(0);
     f.bias = to;
   }
   void pack_rows(Bump& memory, int64_t l) {
-    Layer<T>& f = layer[l - 1];
-    const int64_t ld = whole_vectors<T>(f.in);
-    T* to = memory.take<T>(f.out * ld);
+    const int64_t ld = whole_vectors<T>(in(l));
+    T* to = memory.take<T>(out(l) * ld);
     if (!to) return;
+    Layer<T>& f = layer[l - 1];
     for (int64_t i = 0; i < f.out; ++i) {
       for (int64_t j = 0; j < ld; ++j) to[i * ld + j] = j < f.in ? f.w[i * f.in + j] : T(0);
     }
     f.rows = to;
   }
   void pack_columns(Bump& memory) {
-    const Layer<T>& f = layer[0];
-    const int64_t ld = whole_vectors<T>(f.out);
+    const int64_t ld = whole_vectors<T>(out(1));
     T* to = memory.take<T>(k * ld);
     if (!to) return;
+    const Layer<T>& f = layer[0];
     for (int64_t c = 0; c < k; ++c) {
       for (int64_t j = 0; j < ld; ++j) {
         to[c * ld + j] = j < f.out ? f.w[j * d + (d - k) + c] : T(0);
@@ -123,7 +121,25 @@ template <class T> struct Net {
     columns = to;
   }
   void pack_slopes(Bump& memory) {
-    slopes = note(memory, at(1).w + (d - k), d, 1, at(1).out, k);
+    slopes = note(memory, w_of(1) + (d - k), d, 1, out(1), k);
+  }
+
+ private:
+  const T* w_of(int64_t l) const { return static_cast<const T*>(params[2 * l - 2]); }
+
+  Layer<T> described(int64_t l) const {
+    const double* numbers = plan->numbers + 3 * (l - 1);
+    const int code = int(plan->kind[l - 1]);
+    Layer<T> f{};
+    f.in = in(l), f.out = out(l);
+    f.sigma = orders_of<T>(code);
+    f.single = singles_of<T>(code);
+    f.numbers = {T(numbers[0]), T(numbers[1]), T(numbers[2])};
+    f.identity = code == 0;
+    f.curved = bends(l);
+    f.w = w_of(l);
+    f.b = static_cast<const T*>(params[2 * l - 1]);
+    return f;
   }
 };
 
@@ -133,18 +149,18 @@ template <class T> struct Net {
 // p are one cheap pass away, and P_{L-1} is a row of W_L. Rows are padded to whole vectors; a block's
 // layers lie together, so that all of it takes N times the same number of elements.
 template <class T> struct SavedLayout {
-  const Net<T>& net;
+  const Plan& plan;
   Blocks blocks;
 
-  SavedLayout(const Net<T>& n, int64_t N) : net(n), blocks(N) {}
+  SavedLayout(const Plan& p, int64_t N) : plan(p), blocks(N) {}
 
-  int64_t ld(int64_t l) const { return whole_vectors<T>(net.at(l).out); }
+  int64_t ld(int64_t l) const { return whole_vectors<T>(plan.widths[l]); }
   bool has_a(int64_t l) const {
-    if (l == net.L) return !net.last().identity;
-    return l > 1 || net.saves_first();
+    if (l == plan.L) return plan.kind[l - 1] != 0;
+    return l > 1 || plan.d > 48;  // to compute a_1 again costs a product of depth d
   }
-  bool keeps_adjoint() const { return net.plan->adjoint && net.D == 1; }
-  bool has_p(int64_t l) const { return keeps_adjoint() && l <= net.L - 2; }
+  bool keeps_adjoint() const { return plan.keeps_adjoint(); }
+  bool has_p(int64_t l) const { return keeps_adjoint() && l <= plan.L - 2; }
 
   int64_t row_of_a(int64_t end) const {  // elements of one row before layer `end`
     int64_t n = 0;
@@ -157,16 +173,16 @@ template <class T> struct SavedLayout {
     return n;
   }
   T* a(void* buffer, int64_t block, int64_t l) const {
-    return static_cast<T*>(buffer) + place(block, row_of_a(l), row_of_a(net.L + 1));
+    return static_cast<T*>(buffer) + place(block, row_of_a(l), row_of_a(plan.L + 1));
   }
   T* p(void* buffer, int64_t block, int64_t l) const {
-    return static_cast<T*>(buffer) + place(block, row_of_p(l), row_of_p(net.L + 1));
+    return static_cast<T*>(buffer) + place(block, row_of_p(l), row_of_p(plan.L + 1));
   }
   int64_t place(int64_t block, int64_t before, int64_t all) const {
     return blocks.begin(block) * all + blocks.rows(block) * before;
   }
   Saved elements_of_a_row() const {
-    return {{row_of_a(net.L + 1), row_of_p(net.L + 1), net.plan->hinge ? net.D * net.k : 0}};
+    return {{row_of_a(plan.L + 1), row_of_p(plan.L + 1), plan.hinge ? plan.D * plan.k : 0}};
   }
 };
 

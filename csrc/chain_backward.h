@@ -17,20 +17,19 @@ namespace {
 template <class T> struct Gradients {
   T* base;
 
-  static int64_t weight_size(const Net<T>& net, int64_t l) {
-    const Layer<T>& layer = net.at(l);
-    return l == 1 ? layer.in * whole_vectors<T>(layer.out)
-                  : layer.out * whole_vectors<T>(layer.in);
+  static int64_t weight_size(const Plan& plan, int64_t l) {
+    const int64_t in = plan.widths[l - 1], out = plan.widths[l];
+    return l == 1 ? in * whole_vectors<T>(out) : out * whole_vectors<T>(in);
   }
-  static int64_t offset(const Net<T>& net, int64_t end) {
+  static int64_t offset(const Plan& plan, int64_t end) {
     int64_t n = 0;
     for (int64_t l = 1; l < end; ++l) {
-      n += weight_size(net, l) + whole_vectors<T>(net.at(l).out);
+      n += weight_size(plan, l) + whole_vectors<T>(plan.widths[l]);
     }
     return n;
   }
-  T* weight(const Net<T>& net, int64_t l) const { return base + offset(net, l); }
-  T* bias(const Net<T>& net, int64_t l) const { return weight(net, l) + weight_size(net, l); }
+  T* weight(const Plan& plan, int64_t l) const { return base + offset(plan, l); }
+  T* bias(const Plan& plan, int64_t l) const { return weight(plan, l) + weight_size(plan, l); }
 };
 
 // Scratch of one thread, by layer where it says so. What rows and pairs have in common is stacked:
@@ -87,7 +86,7 @@ template <class T> struct BackwardPass {
                   int64_t ldg, const T* h, int64_t ldh) const {
     if (!wants.weights[l - 1] || rows == 0) return;
     const Layer<T>& layer = net.at(l);
-    T* to = scratch.sums.weight(net, l);
+    T* to = scratch.sums.weight(*net.plan, l);
     if (l == 1) return add_first(to, 0, layer.in, rows, g, ldg, h, ldh);
     const Matrix<T> b{h, rows, layer.in, ldh};
     gemm<true>(layer.out, rows, g, ldg, b, 0, from_zero<T>(), to, whole_vectors<T>(layer.in),
@@ -103,13 +102,13 @@ template <class T> struct BackwardPass {
   // The tangent of x is e in its last k columns and nothing elsewhere.
   void add_first_columns(const BackwardScratch<T>& scratch, int64_t pairs, const T* g) const {
     if (!wants.weights[0]) return;
-    add_first(scratch.sums.weight(net, 1), net.d - net.k, net.k, pairs, g, scratch.ld,
+    add_first(scratch.sums.weight(*net.plan, 1), net.d - net.k, net.k, pairs, g, scratch.ld,
               scratch.pairs.e, scratch.pairs.lde);
   }
   void add_bias(const BackwardScratch<T>& scratch, int64_t l, int64_t rows, const T* g,
                 int64_t ldg) const {
     if (!wants.biases[l - 1]) return;
-    T* to = scratch.sums.bias(net, l);
+    T* to = scratch.sums.bias(*net.plan, l);
     const int64_t columns = whole_vectors<T>(net.at(l).out);
     for (int64_t j = 0; j < columns; j += Simd<T>::lanes) {
       Vec<T> even = Vec<T>{}, odd = Vec<T>{};
@@ -425,7 +424,7 @@ template <class T> struct BackwardPass {
       bias += scratch.task_top[i];
       top[i * ld] = scratch.one_top[i];
     }
-    if (wants.biases[L - 1]) scratch.sums.bias(net, L)[0] += bias;
+    if (wants.biases[L - 1]) scratch.sums.bias(*net.plan, L)[0] += bias;
     for (int64_t l = L; l > 1; --l) {
       T* h = scratch.h(l - 1);
       add_pairs(m, row, whole_vectors<T>(net.at(l - 1).out), scratch.ht(l - 1, m), h, ld);
@@ -477,7 +476,7 @@ template <class T> struct BackwardPass {
                          scratch.of(scratch.c, l),
                          g,
                          scratch.ld,
-                         sums_bias ? scratch.sums.bias(net, l) : nullptr};
+                         sums_bias ? scratch.sums.bias(*net.plan, l) : nullptr};
     layer.single[more](work, layer.numbers);
   }
 
@@ -572,13 +571,13 @@ template <class T> struct BackwardWeights {
   Net<T> net;
 
   BackwardWeights(const Plan& plan, const BackwardCall& call, const Wants& wants, Bump& memory)
-      : net(plan, call.params) {
-    const SavedLayout<T> layout(net, call.N);
+      : net(plan, call.params, memory) {
+    const SavedLayout<T> layout(plan, call.N);
     const int64_t L = net.L;
     if (!layout.has_a(1)) net.pack_bias(memory, 1);
     if (!layout.has_a(1) || wants.pairs) net.pack_forward(memory, 1);
     if (wants.pairs) {
-      for (int64_t l = 2; l < L + (net.last().curved ? 1 : 0); ++l) net.pack_forward(memory, l);
+      for (int64_t l = 2; l < L + (net.bends(L) ? 1 : 0); ++l) net.pack_forward(memory, l);
     }
     const bool single = layout.keeps_adjoint();
     if (single && L > 1) net.pack_rows(memory, L);
@@ -591,7 +590,7 @@ template <class T> struct BackwardWeights {
 
 // Adds up the threads' sums in their order and lays them out as the parameters are.
 template <class T> struct Reduction {
-  const Net<T>& net;
+  const Plan& plan;
   const BackwardCall& call;
   const T* sums;  // thread after thread
   int64_t size, threads;
@@ -599,30 +598,30 @@ template <class T> struct Reduction {
   void run(const Runtime& runtime) const {
     const int64_t helpers = size < shared_from ? 1 : threads;
     auto work = [&](int64_t t) {
-      for (int64_t l = 1; l <= net.L; ++l) layer(l, helpers, t);
+      for (int64_t l = 1; l <= plan.L; ++l) layer(l, helpers, t);
     };
     on_threads(runtime, helpers, work);
   }
 
   // One helper's share of a layer.
   void layer(int64_t l, int64_t helpers, int64_t helper) const {
-    const Layer<T>& f = net.at(l);
+    const int64_t in = plan.widths[l - 1], out = plan.widths[l];
     T *dw = static_cast<T*>(call.grads[2 * l - 2]), *db = static_cast<T*>(call.grads[2 * l - 1]);
-    const int64_t at = Gradients<T>::offset(net, l), ld = whole_vectors<T>(l == 1 ? f.out : f.in);
-    if (db && helper == 0) row(db, at + Gradients<T>::weight_size(net, l), f.out);
+    const int64_t at = Gradients<T>::offset(plan, l), ld = whole_vectors<T>(l == 1 ? out : in);
+    if (db && helper == 0) row(db, at + Gradients<T>::weight_size(plan, l), out);
     if (!dw) return;
     if (l > 1) {
-      const int64_t end = f.out * (helper + 1) / helpers;
-      for (int64_t i = f.out * helper / helpers; i < end; ++i) row(dw + i * f.in, at + i * ld, f.in);
+      const int64_t end = out * (helper + 1) / helpers;
+      for (int64_t i = out * helper / helpers; i < end; ++i) row(dw + i * in, at + i * ld, in);
       return;
     }
-    const int64_t end = f.out * (helper + 1) / helpers;  // W_1's sums are transposed
-    for (int64_t j = f.out * helper / helpers; j < end; ++j) {
-      for (int64_t i = 0; i < f.in; ++i) {
+    const int64_t end = out * (helper + 1) / helpers;  // W_1's sums are transposed
+    for (int64_t j = out * helper / helpers; j < end; ++j) {
+      for (int64_t i = 0; i < in; ++i) {
         const T* from = sums + at + i * ld + j;
         T total = *from;
         for (int64_t t = 1; t < threads; ++t) total += from[t * size];
-        dw[j * f.in + i] = total;
+        dw[j * in + i] = total;
       }
     }
   }
@@ -647,8 +646,7 @@ Status backward_chain(const Plan& plan, const BackwardCall& call, const Runtime&
   wants.input = call.gx != nullptr;
   wants.pairs = any_slope_gradient<T>(plan, call);
   const int64_t threads = min_of<int64_t>(max_of(call.threads, 1), blocks.count);
-  const Net<T> net(plan, call.params);
-  const int64_t size = round_up(Gradients<T>::offset(net, net.L + 1) + int64_t(gap / sizeof(T)), 64);
+  const int64_t size = round_up(Gradients<T>::offset(plan, plan.L + 1) + int64_t(gap / sizeof(T)), 64);
   Bump front;
   front.take<T>(size * threads);
   const auto weights_in = [&](Bump& memory) {
@@ -667,12 +665,12 @@ Status backward_chain(const Plan& plan, const BackwardCall& call, const Runtime&
            [&](int64_t t, const BackwardWeights<T>& weights, BackwardScratch<T> scratch) {
              scratch.sums.base = sums + t * size;
              clear(scratch.sums.base, size);
-             const SavedLayout<T> layout(weights.net, call.N);
+             const SavedLayout<T> layout(plan, call.N);
              const BackwardPass<T> pass{weights.net, call, layout, wants};
              const int64_t end = first_block(blocks, threads, t + 1);
              for (int64_t b = first_block(blocks, threads, t); b < end; ++b) pass.run(scratch, b);
            });
-  Reduction<T>{net, call, sums, size, threads}.run(runtime);
+  Reduction<T>{plan, call, sums, size, threads}.run(runtime);
   runtime.release(memory, crew.bytes());
   return ok;
 }

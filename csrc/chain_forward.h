@@ -251,7 +251,7 @@ template <class T> struct ForwardWeights {
   Hinge<T> hinge;
 
   ForwardWeights(const Plan& plan, const ForwardCall& call, Bump& memory)
-      : net(plan, call.params), hinge(plan, call, memory) {
+      : net(plan, call.params, memory), hinge(plan, call, memory) {
     for (int64_t l = 1; l < net.L; ++l) net.pack_forward(memory, l);
     for (int64_t l = 1; l <= net.L; ++l) net.pack_bias(memory, l);
     if (!net.last_by_dots()) net.pack_forward(memory, net.L);
@@ -294,7 +294,7 @@ Status forward_chain(const Plan& plan, const ForwardCall& call, const Runtime& r
 
   crew.run(runtime, memory,
            [&](int64_t t, const ForwardWeights<T>& weights, const ForwardScratch<T>& scratch) {
-             const SavedLayout<T> layout(weights.net, call.N);
+             const SavedLayout<T> layout(plan, call.N);
              const ForwardPass<T> pass{weights.net, call, layout, partial, weights.hinge};
              const int64_t end = first_block(blocks, threads, t + 1);
              for (int64_t b = first_block(blocks, threads, t); b < end; ++b) pass.run(scratch, b);
