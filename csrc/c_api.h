@@ -8,10 +8,11 @@
 
 extern "C" {
 
-// What one parameter of a plan must be: (rows, columns), or (columns,) if rows is 0, where rows of -1
-// are those of x. `kind` is that of the node that reads it, `layer` counts linear nodes from 1 on.
+// What one parameter of a plan must be: (rows, columns), or (columns,) where it has one dimension;
+// rows of -1 are those of x. `kind` is that of the node that reads it, the last if there are several,
+// `layer` counts linear nodes from 1 on.
 struct mk_parameter {
-  int64_t kind, layer, rows, columns;
+  int64_t kind, layer, dimensions, rows, columns;
   int64_t optional;     // it may be absent
   int64_t one_for_all;  // it may be one number (1,)
 };

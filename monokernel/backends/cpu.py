@@ -60,7 +60,7 @@ def refuses(problem: Problem, x: Tensor) -> str | None:
 
 
 def saved_like(problem: Problem, x: Tensor) -> list[Tensor]:
-    """One uninitialised buffer, flat: the a_l, the P_l and ∂penalty/∂J (see ``csrc/net.h``)."""
+    """One uninitialised buffer, flat: values, cotangents P and ∂penalty/∂J."""
     plan = _plan(problem, x.dtype)
     return [x.new_empty(x.shape[0] * plan.row_size, dtype=plan.dtype)] if plan.row_size else []
 
@@ -105,6 +105,8 @@ def backward(
 ) -> list[Tensor | None]:
     """The gradients of x and of every parameter, None where ``needs`` is false."""
     plan = _plan(problem, x.dtype)
+    if any(needs[1 + place] for place in plan.masks):
+        raise RuntimeError("mlp: expected a mask that is drawn, got one to be trained")
     dtype = x.dtype
     x, params = plan.operand(x), plan.operands(params)
     saved = [t.contiguous() for t in saved]
@@ -337,6 +339,7 @@ class _Plan:
         self._P, self._derivative = a * self.itemsize, (a + P) * self.itemsize
         self._pointers, self._sizes = c_void_p * shape.params, c_int64 * shape.params
         self._places = c_void_p * 3
+        self.masks = [place for n in problem.nodes if n.kind == "mask" for place in n.params]
 
     def __del__(self) -> None:
         if getattr(self, "handle", None):
@@ -373,7 +376,7 @@ class _Plan:
         return self._sizes(*[0 if t is None else t.numel() for t in tensors])
 
     def places(self, saved: Sequence[Tensor], N: int) -> ctypes.Array[c_void_p]:
-        """Where the a_l, the P_l and ∂penalty/∂J begin in the one buffer."""
+        """Where the values, the P and ∂penalty/∂J begin in the one buffer."""
         base = saved[0].data_ptr() if saved else 0
         return self._places(base, base + N * self._P, base + N * self._derivative)
 
