@@ -25,6 +25,11 @@ struct mk_shape {
   const mk_parameter* parameters;
 };
 
+// The instruction set in use.
+const char* mk_isa();
+// The address of PyTorch's `torch_parallel_for`, without which one thread does it all.
+void mk_use_parallel_for(void* address);
+
 // The kinds of nodes in the order of their codes, between spaces.
 const char* mk_node_names();
 
@@ -53,4 +58,10 @@ int mk_forward(int64_t plan, int64_t N, int64_t threads, const void* x, const vo
 int mk_backward(int64_t plan, int64_t N, int64_t threads, const void* x, const void* const* params,
                 const int64_t* sizes, const void* gy, const void* gout, void* const* saved, void* gx,
                 void* const* grads);
+
+// For tests and benchmarks. σ, σ' and σ'' of n elements a; which ideas of the kernels are in use, for
+// every plan from the next call on.
+void mk_activation(int64_t is_double, int64_t kind, const double* numbers, int64_t n, const void* a,
+                   void* h, void* s, void* c);
+void mk_switch(int64_t stacks, int64_t compacts);
 }

@@ -164,7 +164,10 @@ def step() -> Step | None:
 
 
 # What the operator calls, in the order of its ``Kernel``.
-CALLS = ("node_names", "plan_shape", "plan_keep", "plan_drop", "take", "give_back", "forward", "backward")
+CALLS = (
+    *("node_names", "plan_shape", "plan_keep", "plan_drop"),
+    *("take", "give_back", "forward", "backward"),
+)
 
 
 def activation(σ: Activation, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,7 +193,7 @@ def switch(stacks: bool = True, compacts: bool = True) -> None:
     library = _library()
     if isinstance(library, str):
         raise RuntimeError(library)
-    library.mk_switch(c_int64(stacks), c_int64(compacts))
+    library.mk_switch(stacks, compacts)
 
 
 def isa() -> str | None:
@@ -225,36 +228,32 @@ def _open() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return f"the native kernel could not be opened ({error})"
-    library.mk_isa.restype = library.mk_node_names.restype = c_char_p
-    library.mk_use_parallel_for.argtypes = [c_void_p]
-    library.mk_use_parallel_for.restype = None
-    library.mk_plan_new.restype = c_int64
-    library.mk_plan_new.argtypes = [
-        c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_double, c_void_p
-    ]  # fmt: skip
-    library.mk_plan_drop.argtypes = [c_int64]
-    library.mk_plan_drop.restype = None
-    library.mk_take.argtypes = [c_int64]
-    library.mk_take.restype = c_void_p
-    library.mk_give_back.argtypes = [c_void_p]
-    library.mk_give_back.restype = None
-    library.mk_plan_shape.argtypes = [c_int64, c_void_p]
-    library.mk_plan_shape.restype = None
-    library.mk_forward.restype = library.mk_backward.restype = c_int
-    library.mk_forward.argtypes = [
-        c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p,
-        c_void_p, c_void_p,
-    ]  # fmt: skip
-    library.mk_backward.argtypes = [
-        c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p,
-        c_void_p, c_void_p,
-    ]  # fmt: skip
-    library.mk_activation.argtypes = [
-        c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p
-    ]  # fmt: skip
-    library.mk_activation.restype = None
+    for name, (result, arguments) in SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
     library.mk_use_parallel_for(pool)
     return library
+
+
+# What each function of ``csrc/c_api.h`` returns and takes.
+SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "mk_isa": (c_char_p, ()),
+    "mk_use_parallel_for": (None, (c_void_p,)),
+    "mk_node_names": (c_char_p, ()),
+    "mk_plan_new": (
+        c_int64,
+        (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_double, c_void_p),
+    ),
+    "mk_plan_keep": (c_int64, (c_int64,)),
+    "mk_plan_drop": (None, (c_int64,)),
+    "mk_plan_shape": (None, (c_int64, c_void_p)),
+    "mk_take": (c_void_p, (c_int64,)),
+    "mk_give_back": (None, (c_void_p,)),
+    "mk_forward": (c_int, (*(c_int64,) * 3, *(c_void_p,) * 2, c_int64, *(c_void_p,) * 5)),
+    "mk_backward": (c_int, (*(c_int64,) * 3, *(c_void_p,) * 8)),
+    "mk_activation": (None, (c_int64, c_int64, c_void_p, c_int64, *(c_void_p,) * 4)),
+    "mk_switch": (None, (c_int64, c_int64)),
+}
 
 
 @cache
