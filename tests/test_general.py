@@ -258,7 +258,7 @@ def test_active_dropout_has_one_mask_for_value_and_slopes() -> None:
     y, J = value_and_jacobian(net, x1, x2)
     assert_same([J.sum(-1)], [y])
     assert 0 < (J == 0).double().mean() < 1
-    assert plan(net, x1, x2).backend == "torch"
+    assert plan(net, x1, x2).backend != "reference"
     assert plan(net.eval(), x1, x2).backend != "reference"
     assert plan(nn.Sequential(nn.Dropout(0.0), linear).train(), x1, x2).backend != "reference"
 
