@@ -121,7 +121,8 @@ template <class T> struct Net {
     columns = to;
   }
   void pack_slopes(Bump& memory) {
-    slopes = note(memory, w_of(1) + (d - k), d, 1, out(1), k);
+    const T* w = w_of(1);  // null where the layer has no outputs
+    slopes = note(memory, w ? w + (d - k) : w, d, 1, out(1), k);
   }
 
  private:

@@ -157,7 +157,7 @@ template <class T> struct Program {
 
  private:
   static void pad(T* to, const T* from, int64_t n) {
-    copy(to, from, n);
+    if (n) copy(to, from, n);  // a tensor without elements has no address
     for (int64_t j = n; j < whole_vectors<T>(n); ++j) to[j] = T(0);
   }
 };
@@ -240,6 +240,7 @@ template <class T> struct BlockValues {
   }
   void read_mask(const Program<T>& program, int64_t v, int64_t rows, int64_t row0) const {
     const int64_t H = program.width(v);
+    if (!H) return;
     const T* from = static_cast<const T*>(program.params[program.node(v).place[0]]) + row0 * H;
     for (int64_t i = 0; i < rows; ++i) copy(mask[v].row(i), from + i * H, H);
   }
