@@ -336,7 +336,8 @@ class _Plan:
         self.summed, self.row_size = bool(shape.summed), a + P + derivative
         self.itemsize = self.dtype.itemsize
         self._P, self._derivative = a * self.itemsize, (a + P) * self.itemsize
-        self._pointers, self._sizes = c_void_p * shape.params, c_int64 * shape.params
+        count: int = shape.params
+        self._pointers, self._sizes = c_void_p * count, c_int64 * count
         self._places = c_void_p * 3
         self.masks = [place for n in problem.nodes if n.kind == "mask" for place in n.params]
 
