@@ -456,7 +456,7 @@ assert all(map(torch.equal, run(cpu, p, x, params), want))
 
 @pytest.mark.parametrize("depth", [128, 130], ids=["chain", "program"])
 def test_a_deep_network_needs_no_deep_stack(depth: int) -> None:
-    """What the kernel knows of each layer lies in its scratch memory: here in a thread of 64 KiB."""
+    """What the kernel knows of each layer lies in its scratch memory: in a thread of 64 KiB."""
     script = f"""
 from tests.test_cpu import *
 p = problem((4,) * {depth} + (1,), TABLE[7], 2, "adjoint", Hinge(margin=0.1))
