@@ -217,7 +217,7 @@ template <class T> struct Square {
 
 // f of each lane, for functions that have no spelling in vectors here.
 template <class T, class F> MK_INLINE Vec<T> each_lane(Vec<T> a, const F& f) {
-  Vec<T> out;
+  Vec<T> out = Vec<T>{};
   for (int i = 0; i < Simd<T>::lanes; ++i) out[i] = T(f(double(a[i])));
   return out;
 }

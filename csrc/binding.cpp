@@ -225,7 +225,6 @@ class Plans {
 
 Switches switches = {true, true};
 
-// Affects every plan from the next call on.
 MK_EXPORT void mk_switch(int64_t stacks, int64_t compacts) {
   switches = {stacks != 0, compacts != 0};
 }

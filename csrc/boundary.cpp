@@ -156,7 +156,7 @@ std::vector<int64_t> sizes_of(const variable_list& params) {
 std::string name_of(const PlanReference& plan, size_t place) {
   const mk_parameter& p = plan.shape.parameters[place];
   if (p.layer) {
-    return c10::str("mlp: the ", p.rows >= 0 ? "weight" : "bias", " of linear layer ", p.layer);
+    return c10::str("mlp: the ", p.dimensions == 2 ? "weight" : "bias", " of linear layer ", p.layer);
   }
   std::istringstream names(kernel.node_names());
   std::string name;
@@ -177,10 +177,9 @@ variable_list parameters(const PlanReference& plan, at::ScalarType network,
     if (!present[i]) continue;
     const Tensor& t = given[next++];
     const int64_t one[] = {1}, size[] = {p.rows, p.columns};
-    const bool vector = p.rows < 0;
     const bool spread = p.one_for_all && t.sizes() == at::IntArrayRef(one);
-    const at::IntArrayRef expected = spread ? at::IntArrayRef(one)
-                                            : at::IntArrayRef(size + vector, 2u - vector);
+    const at::IntArrayRef own(size + (2 - p.dimensions), size_t(p.dimensions));
+    const at::IntArrayRef expected = spread ? at::IntArrayRef(one) : own;
     params[i] = operand(plan, t, expected, network, [&] { return name_of(plan, i); });
   }
   return params;
@@ -203,7 +202,7 @@ Tensor buffer(const PlanReference& plan, const Tensor& x) {
   return at::from_blob(memory, {n}, [](void* given) { kernel.give_back(given); }, x.options());
 }
 
-// Where the a_l, the P_l and ∂penalty/∂J begin in the one buffer.
+// Where the values, the P and ∂penalty/∂J begin in the one buffer.
 std::array<void*, 3> places(const mk_shape& shape, const Tensor& saved, int64_t N) {
   char* at = saved.defined() ? static_cast<char*>(saved.data_ptr()) : nullptr;
   const int64_t row = saved.defined() ? N * saved.element_size() : 0;
@@ -324,16 +323,22 @@ struct Step : torch::autograd::Function<Step> {
     std::vector<const void*> pointers;
     std::vector<void*> to;
     size_t place = 1;
-    for (const Tensor& p : params) {
+    for (size_t i = 0; i < params.size(); ++i) {
+      const Tensor& p = params[i];
       pointers.push_back(address(p));
       to.push_back(nullptr);
       if (!p.defined()) continue;
-      if (ctx->needs_input_grad(next++)) to.back() = address(grads[place] = at::empty_like(p));
+      if (ctx->needs_input_grad(next++)) {
+        TORCH_CHECK(!shape.parameters[i].drawn,
+                    "mlp: expected a dropout that is drawn, got one to be trained");
+        to.back() = address(grads[place] = at::empty_like(p));
+      }
       ++place;
     }
     const std::array<void*, 3> at = places(shape, buffers, N);
     check(kernel.backward(plan.handle, N, at::get_num_threads(), x.data_ptr(), pointers.data(),
-                          sizes_of(params).data(), address(gy), address(gout), at.data(), address(grads[0]), to.data()));
+                          sizes_of(params).data(), address(gy), address(gout), at.data(),
+                          address(grads[0]), to.data()));
     for (Tensor& g : grads) {
       if (g.defined()) g = g.to(network);
     }

@@ -8,11 +8,14 @@
 
 extern "C" {
 
-// What one parameter of a plan must be: (rows, columns), or (columns,) if rows is -1. `kind` is that of the node that reads it, `layer` counts linear nodes from 1 on.
+// What one parameter of a plan must be: (rows, columns), or (columns,) where it has one dimension.
+// `kind` is that of the node that reads it, the last if there are several, `layer` counts linear nodes
+// from 1 on.
 struct mk_parameter {
-  int64_t kind, layer, rows, columns;
+  int64_t kind, layer, dimensions, rows, columns;
   int64_t optional;     // it may be absent
   int64_t one_for_all;  // it may be one number (1,)
+  int64_t drawn;        // it is no number to be trained
 };
 
 // What a caller must know of a plan; `parameters` lives as long as the plan.
@@ -22,6 +25,11 @@ struct mk_shape {
   int64_t saved[3];           // elements for each row of x: values, cotangents P and ∂penalty/∂J
   const mk_parameter* parameters;
 };
+
+// The instruction set in use.
+const char* mk_isa();
+// The address of PyTorch's `torch_parallel_for`, without which one thread does it all.
+void mk_use_parallel_for(void* address);
 
 // The kinds of nodes in the order of their codes, between spaces.
 const char* mk_node_names();
@@ -51,4 +59,10 @@ int mk_forward(int64_t plan, int64_t N, int64_t threads, const void* x, const vo
 int mk_backward(int64_t plan, int64_t N, int64_t threads, const void* x, const void* const* params,
                 const int64_t* sizes, const void* gy, const void* gout, void* const* saved, void* gx,
                 void* const* grads);
+
+// For tests and benchmarks. σ, σ' and σ'' of n elements a; which ideas of the kernels are in use, for
+// every plan from the next call on.
+void mk_activation(int64_t is_double, int64_t kind, const double* numbers, int64_t n, const void* a,
+                   void* h, void* s, void* c);
+void mk_switch(int64_t stacks, int64_t compacts);
 }

@@ -81,7 +81,19 @@ void find_flow(const Plan& plan, std::vector<Flow>* found) {
   for (int64_t v = 0; v <= y; ++v) flow[v].once = readers[v] == 1;
 }
 
-// The shape of every parameter, of the first node that reads it.
+// Makes of what one node expects of a parameter what fits another too: of several widths that is one
+// number for all columns, or nothing.
+void fit(mk_parameter* parameter, const mk_parameter& other) {
+  const auto may_be_one = [](const mk_parameter& p) { return p.one_for_all || p.columns == 1; };
+  const bool one = may_be_one(*parameter) && may_be_one(other);
+  if (parameter->columns != other.columns) parameter->columns = one ? 1 : -1;
+  if (parameter->dimensions != other.dimensions || parameter->rows != other.rows) {
+    parameter->columns = -1;
+  }
+  parameter->one_for_all &= other.one_for_all;
+}
+
+// What every parameter must be; several nodes may read it, and it must fit them all.
 void find_parameters(OwnedPlan* owned) {
   const Plan& plan = owned->plan;
   owned->parameters.assign(plan.params, mk_parameter{});
@@ -90,17 +102,23 @@ void find_parameters(OwnedPlan* owned) {
   for (const Node& node : owned->nodes) {
     layer += node.kind == node_linear;
     for (int64_t p = 0; p < node.params; ++p) {
-      mk_parameter& parameter = owned->parameters[node.place[p]];
-      if (seen[node.place[p]]) continue;
-      seen[node.place[p]] = true;
       const bool linear = node.kind == node_linear, weight = linear && p == 0;
+      const bool dropout = node.kind == node_dropout;
+      mk_parameter parameter{};
       parameter.kind = node.kind;
       parameter.layer = linear ? layer : 0;
-      parameter.rows = weight ? node.width : -1;
-      parameter.columns = weight ? plan.width(node.input[0])
-                          : node.kind == node_dropout ? key_bytes : node.width;
+      parameter.dimensions = weight ? 2 : 1;
+      parameter.rows = weight ? node.width : 0;
+      parameter.columns = weight    ? plan.width(node.input[0])
+                          : dropout ? key_bytes
+                                    : node.width;
       parameter.optional = linear && p == 1;
-      parameter.one_for_all = !linear && node.kind != node_dropout;
+      parameter.one_for_all = !linear && !dropout;
+      parameter.drawn = dropout;
+      mk_parameter& found = owned->parameters[node.place[p]];
+      if (seen[node.place[p]]) fit(&parameter, found);
+      found = parameter;
+      seen[node.place[p]] = true;
     }
   }
 }

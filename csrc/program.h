@@ -166,7 +166,7 @@ template <class T> struct Program {
 
  private:
   static void pad(T* to, const T* from, int64_t n) {
-    copy(to, from, n);
+    if (n) copy(to, from, n);  // a tensor without elements has no address
     for (int64_t j = n; j < whole_vectors<T>(n); ++j) to[j] = T(0);
   }
 };

@@ -24,7 +24,8 @@ template <class T> struct GradientLayout {
   Place* place;
   int64_t size;
 
-  GradientLayout(Bump& memory, const Plan& plan) : place(memory.take<Place>(plan.params)), size(0) {
+  GradientLayout(Bump& memory, const Plan& plan, const int64_t* sizes)
+      : place(memory.take<Place>(plan.params)), size(0) {
     if (!place) return;
     for (int64_t p = 0; p < plan.params; ++p) place[p] = Place{0, 0, 0, false};
     for (int64_t i = 0; i < plan.count; ++i) {
@@ -32,7 +33,7 @@ template <class T> struct GradientLayout {
       for (int64_t q = 0; q < node.params; ++q) {
         Place& to = place[node.place[q]];
         if (node.kind != node_linear || q == 1) {
-          if (node.kind != node_dropout) to.in = node.width;
+          if (node.kind != node_dropout) to.in = sizes[node.place[q]] == 1 ? 1 : node.width;
           continue;
         }
         to.out = node.width, to.in = plan.width(node.input[0]);
@@ -442,7 +443,7 @@ template <class T> struct ProgramBackward {
     const Operands<T> o = operands(pass, v);
     const bool moves = dots_of(pass, v) && P;
     if (moves && way(v).trained && wants(node.place[0])) {
-      node_slope_parameters<T>(o, s.dots[0], P, s.sums + layout.place[node.place[0]].at);
+      add_parameter(v, [&](T* sums) { node_slope_parameters<T>(o, s.dots[0], P, sums); }, s);
     }
     if (is_elementwise(node.kind) && node.curved) return pairs_curved(pass, o, P, down, moves);
     for (int64_t q = 0; q < node.inputs; ++q) {
@@ -493,6 +494,17 @@ template <class T> struct ProgramBackward {
       T* to = s.cotangent[u].row(s.pairs.row[i]);
       for (int64_t j = 0; j < columns; j += Simd<T>::lanes) store(to + j, load(to + j) + bent(i, j));
     }
+  }
+
+  // `add(row)` adds the gradient of v's parameter to a row of as many columns. One number for all
+  // columns may be that of nodes of several widths, and gets their sum.
+  template <class Add> void add_parameter(int64_t v, const Add& add, const Scratch& s) const {
+    const int64_t place = net.node(v).place[0], n = net.width(v);
+    T* to = s.sums + layout.place[place].at;
+    if (call.sizes[place] != 1 || n == 1) return add(to);
+    clear(s.bend.at, net.whole(v));
+    add(s.bend.at);
+    *to += total<T>(n, [&](int64_t j) { return load(s.bend.at + j); });
   }
 
   // Zeros for what is added to piece by piece.
@@ -672,7 +684,7 @@ template <class T> struct ProgramBackward {
     if (pull_and_scale(pass, v)) return;
     Operands<T> o = s.rows.operands(net, v, pass.rows);
     if (G && way(v).trained && wants(node.place[0])) {
-      node_parameters<T>(o, G, s.sums + layout.place[node.place[0]].at);
+      add_parameter(v, [&](T* sums) { node_parameters<T>(o, G, sums); }, s);
     }
     for (int64_t q = 0; q < node.inputs; ++q) {
       const int64_t u = node.input[q];
@@ -709,10 +721,6 @@ template <class T> struct ProgramReduction {
     const typename GradientLayout<T>::Place& place = layout.place[p];
     T* to = static_cast<T*>(call.grads[p]);
     const int64_t n = place.out ? place.out : 1;
-    if (!place.out && call.sizes[p] == 1 && place.in != 1) {  // one number for all columns
-      if (helper == 0) *to = sum_of(place);
-      return;
-    }
     const int64_t end = n * (helper + 1) / helpers;
     for (int64_t i = n * helper / helpers; i < end; ++i) {
       if (place.transposed) {
@@ -728,11 +736,6 @@ template <class T> struct ProgramReduction {
     T total = sums[at];
     for (int64_t t = 1; t < threads; ++t) total += sums[t * layout.size + at];
     return total;
-  }
-  T sum_of(const typename GradientLayout<T>::Place& place) const {
-    double total = 0;
-    for (int64_t j = 0; j < place.in; ++j) total += double(element(place.at + j));
-    return T(total);
   }
   void row(T* to, int64_t at, int64_t n) const {
     copy(to, sums + at, n);
@@ -753,11 +756,11 @@ Status backward(const Plan& plan, const BackwardCall& call, const Runtime& runti
   const int64_t threads = min_of<int64_t>(max_of(call.threads, 1), blocks.count);
   // The layout itself is in front of the sums that it lays out.
   Bump places;
-  GradientLayout<T>(places, plan);
+  GradientLayout<T>(places, plan, call.sizes);
   char* first = static_cast<char*>(runtime.acquire(places.lines() + 64));
   if (!first) return out_of_memory;
   Bump at{first, 0};
-  const GradientLayout<T> layout(at, plan);
+  const GradientLayout<T> layout(at, plan, call.sizes);
   const size_t sums_bytes = size_t(layout.size) * size_t(threads) * sizeof(T);
   const auto weights_in = [&](Bump& memory) {
     return ProgramBackwardWeights<T>(plan, call, errand, memory);

@@ -1,8 +1,8 @@
 """The activation table: σ, σ' and σ'' of every element-wise kind.
 
-This is the one place where PyTorch's modules are mapped to kinds. Each is spelled here in PyTorch;
-the 14 of ``KINDS`` also in ``backends/triton`` for the GPU and in ``csrc`` for the CPU, and one
-test holds the spellings equal. Conventions at a kink are PyTorch's: σ'(0) of ReLU is 0.
+This is the one place where PyTorch's modules are mapped to kinds. Each is spelled here in PyTorch
+and in ``csrc`` for the CPU, the 14 of ``KINDS`` also in ``backends/triton`` for the GPU, and tests
+hold the spellings equal. Conventions at a kink are PyTorch's: σ'(0) of ReLU is 0.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Activation(NamedTuple):
 
     @property
     def code(self) -> int:
-        """The index of the kind in ``KINDS``. A ValueError where no compiled kernel knows it."""
+        """The index of the kind in ``KINDS``. A ValueError where Triton's kernels have none."""
         return KINDS.index(self.kind)
 
     @property
@@ -306,7 +306,7 @@ _COMPILED: dict[str, Spelling] = {
 }
 KINDS: tuple[str, ...] = tuple(_COMPILED)
 
-# What is computed by PyTorch alone.
+# What Triton's kernels do not know.
 _OTHERS: dict[str, Spelling] = {
     # PyTorch's own has no second derivative, and 1/6 in float32 whatever the dtype.
     "hardsigmoid": Spelling(

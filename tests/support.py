@@ -219,8 +219,8 @@ HANDWRITTEN = [b for b in BACKENDS if b != "reference"]
 
 
 def activations_of(backend: str) -> dict[str, nn.Module]:
-    """The modules of the table that the backend serves: compiled kernels know a part of it."""
-    if backend in ("reference", "torch"):
+    """The modules of the table that the backend serves: Triton's kernels know a part of it."""
+    if backend != "triton":
         return ACTIVATION_MODULES
     return {name: m for name, m in ACTIVATION_MODULES.items() if ELEMENTWISE[name][0].kind in KINDS}
 

@@ -34,7 +34,7 @@ def test_every_kind_is_reached() -> None:
     assert {σ.kind for σ, _ in ELEMENTWISE.values()} == set(ACTIVATIONS)
 
 
-def test_compiled_kinds_are_those_with_a_code() -> None:
+def test_tritons_kinds_are_those_with_a_code() -> None:
     assert ACTIVATIONS.keys() >= set(KINDS)
     for kind in ACTIVATIONS:
         if kind in KINDS:

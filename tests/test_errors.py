@@ -158,9 +158,10 @@ def test_the_other_calls_check_as_well() -> None:
 
 
 def test_a_backend_by_name_says_why_it_cannot_serve() -> None:
-    net = mlp(3, 2, 2, [4] * 128, dtype=torch.float32)
-    with pytest.raises(ValueError, match="backend: 'cpu' was asked for but cannot serve: "):
-        fused_mono_penalty(net, X1, X2, backend="cpu")
+    net, (x1, x2) = mlp(3, 2, 2), (t.double().to("meta") for t in (X1, X2))
+    why = "backend: 'cpu' was asked for but cannot serve: it serves CPU tensors, got meta"
+    with pytest.raises(ValueError, match=why):
+        fused_mono_penalty(net.to("meta"), x1, x2, backend="cpu")
 
 
 def endless(depth: int) -> nn.Sequential:

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from monokernel import fused_mono_penalty, value_and_jacobian
+from monokernel.backends import cpu
+from monokernel.problem import unpack
 from tests.support import HANDWRITTEN, gradients
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -230,6 +232,97 @@ def a_weight_sharded_and_gathered(backend: str) -> None:
     for got, truth in zip(gradients(total, *net.parameters()), want, strict=True):
         assert torch.equal(got, truth)
     del elsewhere
+
+
+# --- what is not a chain of layers ----------
+
+
+def normed() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(D1 + 1, H), nn.LayerNorm(H), nn.SiLU(), nn.Linear(H, H), nn.LayerNorm(H),
+        nn.Linear(H, 1),
+    )  # fmt: skip
+
+
+def one_prelu() -> nn.Sequential:
+    """After layers of two widths."""
+    torch.manual_seed(0)
+    σ = nn.PReLU()
+    return nn.Sequential(nn.Linear(D1 + 1, H), σ, nn.Linear(H, 7), σ, nn.Linear(7, 1))
+
+
+def dropping() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(D1 + 1, H), nn.SiLU(), nn.Dropout(0.3), nn.Linear(H, 1))
+
+
+@ends_in(r"^RuntimeError: mlp: the parameter of its scale: .* with 0 of its 256 bytes$")
+def a_scale_freed(backend: str) -> None:
+    net = normed()
+    total = loss(net, *data(), backend)
+    net[1].weight.untyped_storage().resize_(0)
+    total.backward()
+
+
+@ends_in(r"^RuntimeError: mlp: the parameter of its shift: .* with 8 of its 256 bytes$")
+def a_shift_that_shrank(backend: str) -> None:
+    net = normed()
+    total = loss(net, *data(), backend)
+    net[1].bias.untyped_storage().resize_(8)
+    total.backward()
+
+
+@ends_in(r"^RuntimeError: mlp: the parameter of its scale: .* with 0 of its 256 bytes$")
+def a_scale_freed_before(backend: str) -> None:
+    net = normed()
+    net[1].weight.untyped_storage().resize_(0)
+    loss(net, *data(), backend)
+
+
+@ends_in(
+    r"^RuntimeError: mlp: the parameter of its prelu: .* shape \(1,\) .* with 0 of its 4 bytes$"
+)
+def a_prelu_freed(backend: str) -> None:
+    net = one_prelu()
+    total = loss(net, *data(), backend)
+    net[1].weight.untyped_storage().resize_(0)
+    total.backward()
+
+
+@ends_in(MEMORY + r"shape \(64, 64\) on cpu with 8 of its 16384 bytes$")
+def a_weight_past_a_norm_that_shrank(backend: str) -> None:
+    net = normed()
+    total = loss(net, *data(), backend)
+    net[3].weight.untyped_storage().resize_(8)
+    total.backward()
+
+
+@ends_in(r"^RuntimeError: mlp: the weight of linear layer 1: expected float32 .* got float16")
+def a_normed_network_made_half(backend: str) -> None:
+    net = normed()
+    total = loss(net, *data(), backend)
+    net.half()
+    total.backward()
+
+
+@ends_in(r"^RuntimeError: ")
+def a_hook_that_saves_half_of_a_mask(backend: str) -> None:
+    net = dropping()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t[: N // 2].clone(), lambda t: t):
+        total = loss(net, *data(), backend)
+    total.backward()
+
+
+@right
+def a_hook_that_copies_a_mask(backend: str) -> None:
+    net, found = dropping(), []
+    for pack in (torch.clone, lambda t: t):
+        torch.manual_seed(2)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            total = loss(net, *data(), backend)
+        found.append(gradients(total, *net.parameters()))
+    assert all(map(torch.equal, *found))
 
 
 # --- before forward ----------
@@ -493,6 +586,126 @@ def an_operator_with_a_false_problem(backend: str) -> None:
             problem = [*PROBLEM[:place], value, *PROBLEM[place + 1 :]]
             with pytest.raises((ValueError, RuntimeError), match="expected"):
                 operator(backend, problem)
+
+
+# Two layers with all between them that has parameters: a norm's scale and shift, a PReLU, a dropout.
+BETWEEN: list[list[int]] = [
+    *([H, 1, 2, 0, 0, 0, 1], [H, 1, 0, 1, 1], [H, 1, 1, 0, 2, 2], [H, 1, 1, 0, 3, 3]),
+    *([H, 1, 1, 0, 4, 4], [H, 1, 1, 2, 5, 5], [1, 1, 2, 0, 6, 6, 7]),
+]
+KINDS = ["linear", "normalise", "scale", "shift", "prelu", "dropout", "linear"]
+PROGRAM: list[Any] = [5, KINDS, [n for node in BETWEEN for n in node], [1e-5, 0.3, 0.0], *HINGE]
+# Of each parameter its name and shape, by place; of the biases too.
+NAMES = [
+    *("weight of linear layer 1", "bias of linear layer 1"),
+    *(f"parameter of its {kind}" for kind in ("scale", "shift", "prelu", "dropout")),
+    *("weight of linear layer 2", "bias of linear layer 2"),
+]
+SIZES = [(H, 5), (H,), (H,), (H,), (H,), (8,), (1, H), (1,)]
+# One PReLU after layers of 64 and of 7 columns, with one number for all of them.
+TWICE: list[Any] = [
+    5,
+    ["linear", "prelu", "linear", "prelu"],
+    [*(H, 1, 2, 0, 0, 0, 1), *(H, 1, 1, 0, 1, 2), *(7, 1, 2, 0, 2, 3, 4), *(7, 1, 1, 0, 3, 2)],
+    [],
+    *HINGE,
+]
+TWICE_SIZES = [(H, 5), (H,), (1,), (7, H), (7,)]
+
+
+def wrong_operands() -> list[tuple[list[Tensor | None], str]]:
+    """Parameters for four rows of ``PROGRAM`` with one wrong, and what is said of it."""
+    found: list[tuple[list[Tensor | None], str]] = []
+    for place, (name, size) in enumerate(zip(NAMES, SIZES, strict=True)):
+        wrongs: list[Tensor | None] = [
+            torch.randn(*size, 1),
+            torch.randn(*size[:-1], 2),
+            torch.randn(3, *size[1:]),
+            torch.randn(size, dtype=torch.float64),
+            torch.randn(0),
+            *([] if "bias" in name else [None]),
+        ]
+        freed = torch.randn(size)
+        freed.untyped_storage().resize_(freed.nbytes // 2 // 4 * 4)
+        for wrong in (*wrongs, freed):
+            params: list[Tensor | None] = [torch.randn(s) for s in SIZES]
+            params[place] = wrong
+            found.append((params, f"mlp: the {name}: expected"))
+    return found
+
+
+def wrong_numbers() -> list[list[Tensor | None]]:
+    """Of ``TWICE``: as many as one of the layers has columns, of which the other is not."""
+    return [
+        [torch.randn(n if place == 2 else size) for place, size in enumerate(TWICE_SIZES)]
+        for n in (H, 7, 2)
+    ]
+
+
+@right
+def an_operator_of_a_program(backend: str) -> None:
+    operator(backend, PROGRAM, params=[torch.randn(s) for s in SIZES])
+    operator(
+        backend, PROGRAM, params=[torch.randn(s) for s in (*SIZES[:2], *[(1,)] * 3, *SIZES[5:])]
+    )
+    for params, said in wrong_operands():
+        with pytest.raises(RuntimeError, match=said):
+            operator(backend, PROGRAM, params=params)
+    operator(backend, TWICE, params=[torch.randn(s) for s in TWICE_SIZES])
+    for params in wrong_numbers():
+        with pytest.raises(RuntimeError, match=r"prelu: expected float32 of shape \(1,\)"):
+            operator(backend, TWICE, params=params)
+
+
+@right
+def a_backward_operator_of_a_program(backend: str) -> None:
+    x, good = torch.randn(4, 5), [torch.randn(s) for s in SIZES]
+    y, out, *saved = torch.ops.monokernel.forward(x, None, good, True, backend, *PROGRAM)
+    needs = [True] * (1 + len(SIZES))
+
+    def run(params: list[Tensor | None], saved: list[Tensor], needs: list[bool]) -> list[Tensor]:
+        found: list[Tensor] = torch.ops.monokernel.backward(
+            y, out, x, None, params, saved, needs, backend, *PROGRAM
+        )
+        return found
+
+    for params, said in wrong_operands():
+        with pytest.raises(RuntimeError, match=said):
+            run(params, saved, needs)
+    with pytest.raises(RuntimeError, match=r"saved.*: expected"):
+        run([*good], [t[: t.shape[0] // 2] for t in saved], needs)
+    with pytest.raises(RuntimeError, match="expected a dropout that is drawn, got one to be trained"):
+        run([*good], saved, needs)
+    needs[6] = False
+    assert [t.shape for t in run([*good], saved, needs)] == [
+        (4, 5), *(s for i, s in enumerate(SIZES) if i != 5)
+    ]  # fmt: skip
+
+
+@right
+def a_step_of_a_program(backend: str) -> None:
+    """The C++ operator, which looks at its operands itself."""
+    value_and_jacobian(network(), *data(), backend=backend)
+    step = getattr(torch.ops.monokernel, "cpu_step", None)
+    if step is None or backend != "cpu":
+        return
+    plan = cpu._plan(unpack(*PROGRAM), torch.float32)
+    for params, said in wrong_operands():
+        with pytest.raises(RuntimeError, match=said):
+            step(plan.handle, torch.randn(4, 5), None, params)
+    twice = cpu._plan(unpack(*TWICE), torch.float32)
+    for params in wrong_numbers():
+        with pytest.raises(RuntimeError, match=r"prelu: expected float32 of shape \(1,\)"):
+            step(twice.handle, torch.randn(4, 5), None, params)
+    good = [torch.randn(s) for s in SIZES]
+    for few in (good[:-1], [*good, good[0]]):
+        with pytest.raises(RuntimeError, match=f"params: expected 8, got {len(few)}"):
+            step(plan.handle, torch.randn(4, 5), None, few)
+    with pytest.raises(RuntimeError, match=r"mask: expected float32 of shape \(3, 64\)"):
+        step(plan.handle, torch.randn(3, 5), None, good)
+    y, _ = step(plan.handle, torch.randn(4, 5), None, [t.requires_grad_() for t in good])
+    with pytest.raises(RuntimeError, match="expected a dropout that is drawn, got one to be trained"):
+        y.sum().backward()
 
 
 @ends_in(r"^RuntimeError: .*saved.*: expected")

@@ -1,4 +1,4 @@
-"""Programs of nodes by the two backends that serve any of them, against plain PyTorch.
+"""Programs of nodes by the backends that serve any of them, against plain PyTorch.
 
 The truth is the program's value alone, differentiated twice by autograd: no push, pull or curvature
 of the table takes part in it.
@@ -13,15 +13,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from monokernel import fused_mono_penalty
 from monokernel import hinge as hinges
-from monokernel.backends import handwritten, reference
+from monokernel.backends import cpu, handwritten, load, reference
 from monokernel.nodes import RULES, parameter_shapes, rule, wrong_nodes
 from monokernel.operands import check_forward
 from monokernel.problem import Hinge, Mode, Problem, nan_rule
 from monokernel.program import Node
-from tests.support import ELEMENTWISE, assert_same
+from tests import test_nodes
+from tests.support import ELEMENTWISE, HANDWRITTEN, assert_same, mlp, points
 from tests.test_cost import SLACK, Operations
 
 BOTH_MODES = pytest.mark.parametrize("mode", ["tangent", "adjoint"])
@@ -79,7 +81,7 @@ def check(
     slopes: bool = True,
     tolerance: float = 1e-10,
 ) -> None:
-    """Both backends: y, the penalty (or J), and every gradient that is needed (x first)."""
+    """Every backend: y, the penalty (or J), and every gradient that is needed (x first)."""
     operands = [
         None if t is None else t.detach().clone().requires_grad_(need)
         for t, need in zip((x, *params), needs, strict=True)
@@ -99,28 +101,27 @@ def check(
     loss = (ours_y * gy).sum() * task + (ours * gout).sum() * slopes
     assert_same(gradients(loss, wanted), want, tolerance)
 
-    plain = [None if t is None else t.detach() for t in (x, *params)]
-    check_forward(p, x, weight, plain[1:])
-    for save in (False, True):
-        got_y, got, saved = handwritten.forward(p, x, weight, plain[1:], save)
-        assert_same([got_y, got], [y, out], tolerance)
-    assert [t.shape for t in saved] == [t.shape for t in handwritten.saved_like(p, x)]
-    assert not any(t.isnan().any() for t in saved), "a buffer was not filled"
-    before = [t.clone() for t in saved]
-    for _ in range(2):  # a graph that is retained may be walked again
-        grads = handwritten.backward(
-            p,
-            gy if task else None,
-            gout if slopes else None,
-            x,
-            weight,
-            plain[1:],
-            saved,
-            needs,
-        )
-        assert [g is not None for g in grads] == list(needs)
-        assert_same([g for g in grads if g is not None], want, tolerance)
-    assert all(map(torch.equal, saved, before)), "the backward wrote to what was saved"
+    plain = [None if t is None else t.detach() for t in params]
+    check_forward(p, x, weight, plain)
+    cotangents = gy if task else None, gout if slopes else None
+    for name in HANDWRITTEN:
+        backend = load(name)
+        assert backend.refuses(p, x) is None
+        for save in (False, True):
+            got_y, got, saved = backend.forward(p, x, weight, plain, save)
+            assert_same([got_y, got], [y, out], tolerance)
+        assert [t.shape for t in saved] == [t.shape for t in backend.saved_like(p, x)]
+        if name == "torch":  # the native kernel's rows have ends that nobody reads
+            assert not any(t.isnan().any() for t in saved), "a buffer was not filled"
+        before = [t.clone() for t in saved]
+        for _ in range(2):  # a graph that is retained may be walked again
+            grads = backend.backward(p, *cotangents, x, weight, plain, saved, needs)
+            assert [g is not None for g in grads] == list(needs)
+            assert_same([g for g in grads if g is not None], want, tolerance)
+        same = [
+            torch.equal(t.nan_to_num(), b.nan_to_num()) for t, b in zip(saved, before, strict=True)
+        ]
+        assert all(same), "the backward wrote to what was saved"
 
 
 # --- random programs ----------------------------------------------------------------------------
@@ -154,7 +155,7 @@ def programs(draw: Any, d: int, D: int) -> tuple[Node, ...]:
         kinds = [kind for kind in RULES if kind not in UNRULY and (kind != "expand" or H == 1)]
         kind = draw(st.sampled_from([*kinds, "linear", "linear", "linear", "sum", "product"]))
         if kind == "linear":
-            append(kind, (v,), (), draw(st.integers(1, 6)))
+            append(kind, (v,), (), draw(st.one_of(st.integers(1, 6), st.sampled_from([17, 40]))))
         elif kind in TAME:
             append(kind, (v,), TAME[kind][1:], H)
         elif kind == "sum":
@@ -214,7 +215,7 @@ def test_random_programs(data: st.DataObject) -> None:
     d = k + draw(st.integers(0, 3))
     nodes = draw(programs(d, D))
     assert wrong_nodes(d, nodes) == ""
-    N = draw(st.sampled_from([0, 1, 16, 29]))
+    N = draw(st.sampled_from([0, 1, 7, 29, 97]))
     x, params = operands(d, nodes, N, draw(st.booleans()), draw(st.booleans()))
     hinge = draw(
         st.sampled_from(
@@ -318,6 +319,68 @@ CASES: dict[str, tuple[int, tuple[Node, ...]]] = {
     ),
     "pre-norm": (5, pre_norm(5, 6, 1, 2)),
     "pre-norm, several outputs": (5, pre_norm(5, 6, 3, 2)),
+    "each value twice": (
+        4,
+        (
+            linear(0, 0, 5),
+            Node("concat", (1, 1, 0), (), (), 14),
+            Node("sum", (2, 2), (), (0.5, 0.75), 14),
+            Node("tanh", (3,), (), (0.0, 0.0, 0.0), 14),
+            Node("product", (4, 4), (), (), 14),
+            linear(5, 2, 1),
+            Node("sum", (6, 6, 6), (), (1.0, -2.0, 0.5), 1),
+        ),
+    ),
+    "columns of columns": (
+        6,
+        (
+            Node("columns", (0,), (), (1.0, 1.0), 5),
+            linear(1, 0, 23),
+            silu(2, 23),
+            Node("columns", (3,), (), (3.0, 1.0), 18),
+            Node("columns", (4,), (), (1.0, 2.0), 8),
+            Node("columns", (5,), (), (2.0, 1.0), 5),
+            Node("product", (6, 1), (), (), 5),
+            linear(7, 2, 19),
+            Node("columns", (8,), (), (7.0, 1.0), 11),
+            Node("softmax", (9,), (), (), 11),
+            linear(10, 4, 1),
+        ),
+    ),
+    "one column throughout": (
+        1,
+        (
+            linear(0, 0, 1),
+            Node("normalise", (1,), (), (0.5,), 1),
+            Node("root_mean_square", (1,), (), (0.5,), 1),
+            Node("sum", (2, 3), (), (1.0, 1.0), 1),
+            Node("scale", (4,), (2,), (), 1),
+            Node("prelu", (5,), (3,), (), 1),
+            Node("log_softmax", (6,), (), (), 1),
+            Node("product", (6, 7), (), (), 1),
+            Node("sum", (8, 6), (), (1.0, 1.0), 1),
+            Node("expand", (9,), (), (), 1),
+            Node("total", (10,), (), (), 1),
+        ),
+    ),
+    "wide": (
+        70,
+        (
+            linear(0, 0, 301),
+            silu(1, 301),
+            Node("normalise", (2,), (), (1e-5,), 301),
+            Node("concat", (3, 0), (), (), 371),
+            Node("dropout", (4,), (2,), (0.3, 1.0), 371),
+            Node("log_softmax", (5,), (), (), 371),
+            Node("scale", (6,), (3,), (), 371),
+            linear(7, 4, 200),
+            Node("total", (8,), (), (), 1),
+        ),
+    ),
+    "only x1": (
+        4,
+        (Node("columns", (0,), (), (0.0, 1.0), 2), linear(1, 0, 5), silu(2, 5), linear(3, 2, 1)),
+    ),
     "gates": (
         4,
         (
@@ -340,10 +403,11 @@ CASES: dict[str, tuple[int, tuple[Node, ...]]] = {
 def test_value_slopes_and_gradients(name: str, mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole batches, and blocks of 7 rows with one of a single row at the end."""
     d, nodes = CASES[name]
-    for k, hinge in ((1, Hinge((1,), 0.3)), (2, None)):
+    for k, hinge in ((1, Hinge((1,), 0.3)), (min(d, 2), None)):
         p = Problem(d, nodes, k, mode, hinge)
         x, params = operands(d, nodes, 22, single=name == "one number for two widths")
-        needs = [True] * (1 + len(params))
+        masks = {place for node in nodes if node.kind == "dropout" for place in node.params}
+        needs = [True] + [i not in masks for i in range(len(params))]
         check(p, x, params, needs)
         check(p, x, params, needs, task=False)
         monkeypatch.setattr(handwritten, "BLOCK_ELEMENTS", {"cpu": 1})
@@ -353,6 +417,185 @@ def test_value_slopes_and_gradients(name: str, mode: Mode, monkeypatch: pytest.M
         monkeypatch.undo()
         last = [i == len(params) - 1 for i in range(len(params))]
         check(p, x, params, [False, *last])
+
+
+@BOTH_MODES
+@pytest.mark.parametrize("N", [0, 1, 7, 95, 96, 97, 400])
+@pytest.mark.parametrize("name", ["pre-norm", "pre-norm, several outputs", "gates"])
+def test_any_number_of_rows(name: str, N: int, mode: Mode) -> None:
+    d, nodes = CASES[name]
+    x, params = operands(d, nodes, N)
+    needs = [True] * (1 + len(params))
+    weight = torch.rand(N, nodes[-1].width, 2, dtype=torch.float64)
+    check(Problem(d, nodes, 2, mode, Hinge((1,), 0.1, False, True)), x, params, needs, weight)
+    check(Problem(d, nodes, 2, mode, Hinge((1,), 0.3, True)), x, params, needs, weight, task=False)
+    check(Problem(d, nodes, 2, mode, Hinge((1,), -1e6)), x, params, needs)
+
+
+@pytest.mark.parametrize(("D", "mode"), [(1, "adjoint"), (2, "tangent"), (2, "adjoint")])
+@pytest.mark.parametrize("name", test_nodes.CASES)
+def test_every_node_between_layers(name: str, D: int, mode: Mode) -> None:
+    """Its inputs are layers of x, or what makes them positive, and it is the input of the last."""
+    case, nodes, places = test_nodes.CASES[name], list[Node](), 0
+    inputs = []
+    for width in case.widths:
+        nodes.append(linear(0, places, width))
+        places += 2
+        if case.positive:
+            nodes.append(Node("softplus", (len(nodes),), (), (1.0, 20.0, 0.0), width))
+            nodes.append(Node("line", (len(nodes),), (), (1.0, 0.1), width))
+        inputs.append(len(nodes))
+    own = [places + i for i in range(len(case.node.params))]
+    nodes.append(case.node._replace(inputs=tuple(inputs), params=tuple(own)))
+    nodes.append(linear(len(nodes), places + len(own), D))
+    x, params = operands(4, tuple(nodes), 19)
+    given = case.given(case.values(19)[1])
+    for place, t in zip(own, given, strict=True):
+        params[place] = None if t is None else t.detach()
+    if case.node.kind == "dropout":  # the case has the mask itself
+        params[own[0]] = torch.randint(0, 256, (8,)).double()
+    trained = [t is not None for t in params]
+    if case.node.kind == "dropout":
+        trained[own[0]] = False
+    check(Problem(4, tuple(nodes), 3, mode, None), x, params, [True, *trained])
+    p = Problem(4, tuple(nodes), 1, mode, Hinge((1,), 0.2, True))
+    check(p, x, params, [False, *trained], task=False)
+
+
+@BOTH_MODES
+def test_more_layers_than_the_kernel_of_chains_serves(mode: Mode) -> None:
+    nodes: list[Node] = []
+    for l in range(130):
+        nodes += [linear(2 * l, 2 * l, 3), Node("tanh", (2 * l + 1,), (), (0.0, 0.0, 0.0), 3)]
+    nodes.append(linear(260, 260, 1))
+    x, params = operands(3, tuple(nodes), 9)
+    p = Problem(3, tuple(nodes), 1, mode, Hinge((1,), 1.0))
+    check(p, x, params, [True] * (1 + len(params)))
+
+
+# Threads, reruns, low precision and numbers that are not finite, of what has a bit of everything.
+MIXED = (
+    linear(0, 0, 40),
+    silu(1, 40),
+    Node("normalise", (2,), (), (1e-5,), 40),
+    Node("scale", (3,), (2,), (), 40),
+    linear(4, 3, 33),
+    Node("prelu", (5,), (5,), (), 33),
+    Node("concat", (6, 0), (), (), 39),
+    linear(7, 6, 39),
+    Node("product", (8, 7), (), (), 39),
+    linear(9, 8, 1),
+)
+NATIVE = pytest.mark.skipif("cpu" not in HANDWRITTEN, reason="the native kernel was not built")
+
+
+def run(backend: str, p: Problem, x: Tensor, params: Params) -> list[Tensor]:
+    """y, the penalty or J, and every gradient of y and 2 J."""
+    of = load(backend)
+    y, out, saved = of.forward(p, x, None, params, True)
+    needs = [True] * (1 + len(params))
+    grads = of.backward(
+        p, torch.ones_like(y), 2 * torch.ones_like(out), x, None, params, saved, needs
+    )
+    return [y, out, *(g for g in grads if g is not None)]
+
+
+@NATIVE
+@BOTH_MODES
+def test_thread_counts_agree_and_reruns_give_the_same_bits(mode: Mode) -> None:
+    p = Problem(6, MIXED, 2, mode, Hinge((1,), 0.1))
+    x, params = operands(6, MIXED, 700)
+    want, before = run("torch", p, x, params), torch.get_num_threads()
+    of, needs = load("cpu"), [True] * (1 + len(params))
+    try:
+        for forward, backward in ((1, 1), (2, 2), (3, 1), (1, 5)):
+            found = []
+            for _ in range(2):
+                torch.set_num_threads(forward)
+                y, out, saved = of.forward(p, x, None, params, True)
+                gy, gout = torch.ones_like(y), 2 * torch.ones_like(out)
+                torch.set_num_threads(backward)
+                grads = of.backward(p, gy, gout, x, None, params, saved, needs)
+                found.append([y, out, *(g for g in grads if g is not None)])
+            assert all(map(torch.equal, *found))
+            assert_same(found[0], want, 1e-11)
+    finally:
+        torch.set_num_threads(before)
+
+
+@NATIVE
+@BOTH_MODES
+def test_without_compaction(mode: Mode) -> None:
+    p = Problem(6, MIXED, 2, mode, Hinge((1,), 0.1))
+    x, params = operands(6, MIXED, 130)
+    want = run("torch", p, x, params)
+    try:
+        cpu.switch(compacts=False)
+        assert_same(run("cpu", p, x, params), want, 1e-11)
+    finally:
+        cpu.switch()
+
+
+@NATIVE
+@BOTH_MODES
+@pytest.mark.parametrize("name", ["pre-norm", "gates", "wide", "mixed"])
+def test_float32_is_as_exact_as_pytorch(name: str, mode: Mode) -> None:
+    """Root-mean-square error against float64 at most twice that of PyTorch's own float32."""
+    d, nodes = CASES[name] if name != "mixed" else (6, MIXED)
+    p = Problem(d, nodes, 2, mode, None)
+    x, params = operands(d, nodes, 200)
+    # Numbers of float32, and a mask that is none of the gradients.
+    x, params = x.float(), [None if t is None else t.float() for t in params]
+    nodes = tuple([n if n.kind != "dropout" else n._replace(kind="scale", numbers=()) for n in nodes])
+    if nodes != p.nodes:
+        p, params[2] = p._replace(nodes=nodes), torch.rand(1)
+    truth = run("torch", p, x.double(), [None if t is None else t.double() for t in params])
+    got, plain = run("cpu", p, x, params), run("torch", p, x, params)
+    for g, f, w in zip(got, plain, truth, strict=True):
+        error, its = ((t.double() - w).square().mean().sqrt() for t in (g, f))
+        # Of a few numbers PyTorch's error may happen to be next to nothing.
+        assert error <= 2 * its + (2e-7 if w.numel() > 8 else 1e-6) * w.abs().max()
+
+
+@BOTH_MODES
+@pytest.mark.parametrize("name", CASES)
+def test_no_nan_becomes_a_finite_penalty(name: str, mode: Mode) -> None:
+    """In a row of x, which leaves the others alone, or in a parameter: y is NaN where the reference
+    says so, and there the penalty is, too."""
+    d, nodes = CASES[name]
+    p = Problem(d, nodes, 1, mode, Hinge((1,), 0.0, False, True))
+    x, params = operands(d, nodes, 20, single=name == "one number for two widths")
+    rest = torch.arange(20) != 7
+    want, J = reference.value_and_jacobian(p, x, params)
+    clean = [want[rest], penalised(p, J, None)[rest]]
+    for number in (torch.nan, torch.inf):
+        x[7, 0] = number
+        for place in (None, *range(len(params))):
+            given = [t if t is None or i != place else t.clone() for i, t in enumerate(params)]
+            if place is not None:
+                given[place].view(-1)[0] = number  # type: ignore[union-attr]
+            want, _ = reference.value_and_jacobian(p, x, given)
+            for backend in HANDWRITTEN:
+                y, penalty, _ = load(backend).forward(p, x, None, given, True)
+                assert torch.equal(y.isnan(), want.isnan())
+                assert penalty[y.isnan()].isnan().all()
+                if place is None:
+                    assert_same([y[rest], penalty[rest]], clean, 1e-12)
+
+
+@BOTH_MODES
+@pytest.mark.parametrize("backend", HANDWRITTEN)
+@pytest.mark.parametrize("name", ["pre-norm", "pre-norm, several outputs", "gates"])
+def test_an_infinite_gradient_leaves_clean_rows_alone(name: str, backend: str, mode: Mode) -> None:
+    """It meets inactive entries only: their gradient is zero, not NaN."""
+    d, nodes = CASES[name]
+    p = Problem(d, nodes, 1, mode, Hinge((1,), -1e9))
+    x, params = operands(d, nodes, 20)
+    _, out, saved = load(backend).forward(p, x, None, params, True)
+    needs = [True] * (1 + len(params))
+    inf = torch.full_like(out, torch.inf)
+    grads = load(backend).backward(p, None, inf, x, None, params, saved, needs)
+    assert all((g == 0).all() for g in grads if g is not None)
 
 
 @BOTH_MODES
@@ -393,9 +636,23 @@ def test_a_drawn_mask_has_no_gradient_and_says_so() -> None:
     nodes = (Node("dropout", (0,), (0,), (0.5, 0.0), 3), linear(1, 1, 1))
     p = Problem(3, nodes, 1, "adjoint", None)
     x, params = operands(3, nodes, 4)
-    y, J, saved = handwritten.forward(p, x, None, params, True)
-    with pytest.raises(RuntimeError, match="expected a dropout that is drawn"):
-        handwritten.backward(p, y, J, x, None, params, saved, [False, True, True, True])
+    for name in HANDWRITTEN:
+        y, J, saved = load(name).forward(p, x, None, params, True)
+        with pytest.raises(RuntimeError, match="expected a dropout that is drawn"):
+            load(name).backward(p, y, J, x, None, params, saved, [False, True, True, True])
+
+
+@pytest.mark.parametrize("backend", HANDWRITTEN)
+def test_one_prelu_after_layers_of_several_widths(backend: str) -> None:
+    """Through the public call: its one number is one for all columns of both."""
+    net = mlp(3, 2, 1, (64, 20), nn.PReLU())
+    x1, x2 = points(50, 3, 2)
+    params = list(net.parameters())
+    found = []
+    for name in ("reference", backend):
+        y, penalty = fused_mono_penalty(net, x1, x2, margin=0.3, return_output=True, backend=name)
+        found.append([y, penalty, *gradients(y.square().sum() + penalty, params)])
+    assert_same(*found)
 
 
 # --- what it costs ------------------------------------------------------------------------------

@@ -80,15 +80,11 @@ def test_is_an_ordinary_network(name: str, D: int) -> None:
         assert_same(truth(build(name, D), x1, x2), [y, J], 0)  # the same for the same seed
 
 
-# Nothing but linear layers and activations, however it is written.
-CHAINS = ("MLP with dropout", "standardised", "shared layer", "own forward", "squeezed")
-
-
 @EVERY
 @OUTPUTS
 def test_is_served_without_double_backward(name: str, D: int) -> None:
     net, (x1, x2) = build(name, D), points(ROWS, FREE, 2)
-    assert plan(net, x1, x2).backend == (HANDWRITTEN[-1] if name in CHAINS else "torch")
+    assert plan(net, x1, x2).backend == HANDWRITTEN[-1]
 
 
 @QUIET

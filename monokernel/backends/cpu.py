@@ -60,7 +60,7 @@ def refuses(problem: Problem, x: Tensor) -> str | None:
 
 
 def saved_like(problem: Problem, x: Tensor) -> list[Tensor]:
-    """One uninitialised buffer, flat: the a_l, the P_l and ∂penalty/∂J (see ``csrc/net.h``)."""
+    """One uninitialised buffer, flat: values, cotangents P and ∂penalty/∂J."""
     plan = _plan(problem, x.dtype)
     return [x.new_empty(x.shape[0] * plan.row_size, dtype=plan.dtype)] if plan.row_size else []
 
@@ -105,6 +105,8 @@ def backward(
 ) -> list[Tensor | None]:
     """The gradients of x and of every parameter, None where ``needs`` is false."""
     plan = _plan(problem, x.dtype)
+    if any(needs[1 + place] for place in plan.keys):
+        raise RuntimeError("mlp: expected a dropout that is drawn, got one to be trained")
     dtype = x.dtype
     x, params = plan.operand(x), plan.operands(params)
     saved = [t.contiguous() for t in saved]
@@ -163,14 +165,8 @@ def step() -> Step | None:
 
 # What the operator calls, in the order of its ``Kernel``.
 CALLS = (
-    "node_names",
-    "plan_shape",
-    "plan_keep",
-    "plan_drop",
-    "take",
-    "give_back",
-    "forward",
-    "backward",
+    *("node_names", "plan_shape", "plan_keep", "plan_drop"),
+    *("take", "give_back", "forward", "backward"),
 )
 
 
@@ -197,7 +193,7 @@ def switch(stacks: bool = True, compacts: bool = True) -> None:
     library = _library()
     if isinstance(library, str):
         raise RuntimeError(library)
-    library.mk_switch(c_int64(stacks), c_int64(compacts))
+    library.mk_switch(stacks, compacts)
 
 
 def isa() -> str | None:
@@ -232,36 +228,32 @@ def _open() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return f"the native kernel could not be opened ({error})"
-    library.mk_isa.restype = library.mk_node_names.restype = c_char_p
-    library.mk_use_parallel_for.argtypes = [c_void_p]
-    library.mk_use_parallel_for.restype = None
-    library.mk_plan_new.restype = c_int64
-    library.mk_plan_new.argtypes = [
-        c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_double, c_void_p
-    ]  # fmt: skip
-    library.mk_plan_drop.argtypes = [c_int64]
-    library.mk_plan_drop.restype = None
-    library.mk_take.argtypes = [c_int64]
-    library.mk_take.restype = c_void_p
-    library.mk_give_back.argtypes = [c_void_p]
-    library.mk_give_back.restype = None
-    library.mk_plan_shape.argtypes = [c_int64, c_void_p]
-    library.mk_plan_shape.restype = None
-    library.mk_forward.restype = library.mk_backward.restype = c_int
-    library.mk_forward.argtypes = [
-        c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p,
-        c_void_p, c_void_p,
-    ]  # fmt: skip
-    library.mk_backward.argtypes = [
-        c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p,
-        c_void_p, c_void_p,
-    ]  # fmt: skip
-    library.mk_activation.argtypes = [
-        c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p
-    ]  # fmt: skip
-    library.mk_activation.restype = None
+    for name, (result, arguments) in SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
     library.mk_use_parallel_for(pool)
     return library
+
+
+# What each function of ``csrc/c_api.h`` returns and takes.
+SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "mk_isa": (c_char_p, ()),
+    "mk_use_parallel_for": (None, (c_void_p,)),
+    "mk_node_names": (c_char_p, ()),
+    "mk_plan_new": (
+        c_int64,
+        (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_double, c_void_p),
+    ),
+    "mk_plan_keep": (c_int64, (c_int64,)),
+    "mk_plan_drop": (None, (c_int64,)),
+    "mk_plan_shape": (None, (c_int64, c_void_p)),
+    "mk_take": (c_void_p, (c_int64,)),
+    "mk_give_back": (None, (c_void_p,)),
+    "mk_forward": (c_int, (*(c_int64,) * 3, *(c_void_p,) * 2, c_int64, *(c_void_p,) * 5)),
+    "mk_backward": (c_int, (*(c_int64,) * 3, *(c_void_p,) * 8)),
+    "mk_activation": (None, (c_int64, c_int64, c_void_p, c_int64, *(c_void_p,) * 4)),
+    "mk_switch": (None, (c_int64, c_int64)),
+}
 
 
 @cache
@@ -344,8 +336,10 @@ class _Plan:
         self.summed, self.row_size = bool(shape.summed), a + P + derivative
         self.itemsize = self.dtype.itemsize
         self._P, self._derivative = a * self.itemsize, (a + P) * self.itemsize
-        self._pointers, self._sizes = c_void_p * shape.params, c_int64 * shape.params
+        count: int = shape.params
+        self._pointers, self._sizes = c_void_p * count, c_int64 * count
         self._places = c_void_p * 3
+        self.keys = [p for n in problem.nodes if n.kind == "dropout" for p in n.params]
 
     def __del__(self) -> None:
         if getattr(self, "handle", None):
@@ -382,7 +376,7 @@ class _Plan:
         return self._sizes(*[0 if t is None else t.numel() for t in tensors])
 
     def places(self, saved: Sequence[Tensor], N: int) -> ctypes.Array[c_void_p]:
-        """Where the a_l, the P_l and ∂penalty/∂J begin in the one buffer."""
+        """Where the values, the P and ∂penalty/∂J begin in the one buffer."""
         base = saved[0].data_ptr() if saved else 0
         return self._places(base, base + N * self._P, base + N * self._derivative)
 

@@ -272,7 +272,7 @@ class _Cotangents:
         elif held.shape[:-1] != g.shape[:-1]:
             self.add(v, g @ W, True)
         else:
-            flat, g = held.reshape(-1, held.shape[-1]), g.reshape(-1, g.shape[-1])
+            flat, g = held.flatten(0, -2), g.flatten(0, -2)
             if v in self.own:
                 flat.addmm_(g, W)
             else:

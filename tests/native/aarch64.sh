@@ -7,5 +7,5 @@ cxx=${CXX:-aarch64-linux-gnu-g++-12}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 "$cxx" -std=c++17 -O2 -static -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi \
-  csrc/binding.cpp csrc/isa_baseline.cpp tests/native/selfcheck.cpp -o "$work/selfcheck"
+  csrc/binding.cpp csrc/describe.cpp csrc/isa_baseline.cpp tests/native/selfcheck.cpp -o "$work/selfcheck"
 qemu-aarch64 "$work/selfcheck"
