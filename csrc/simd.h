@@ -18,13 +18,14 @@
 namespace {
 
 template <class T> struct IntOf;
-template <> struct IntOf<float> { typedef int32_t type; };
-template <> struct IntOf<double> { typedef int64_t type; };
+template <> struct IntOf<float> { typedef int32_t type; typedef uint32_t bits; };
+template <> struct IntOf<double> { typedef int64_t type; typedef uint64_t bits; };
 
 template <class T> struct Simd {
   typedef typename IntOf<T>::type Int;
   typedef T V __attribute__((vector_size(MK_VECTOR_BYTES)));
   typedef Int I __attribute__((vector_size(MK_VECTOR_BYTES)));
+  typedef typename IntOf<T>::bits U __attribute__((vector_size(MK_VECTOR_BYTES)));
   // As V, but with the alignment of one element: what unaligned loads and stores go through.
   typedef T Any __attribute__((vector_size(MK_VECTOR_BYTES), aligned(sizeof(T)), may_alias));
   static constexpr int lanes = MK_VECTOR_BYTES / sizeof(T);
@@ -32,6 +33,7 @@ template <class T> struct Simd {
 
 template <class T> using Vec = typename Simd<T>::V;
 template <class T> using IVec = typename Simd<T>::I;
+template <class T> using UVec = typename Simd<T>::U;
 
 template <class T> MK_INLINE Vec<T> load(const T* p) {
   return *reinterpret_cast<const typename Simd<T>::Any*>(p);

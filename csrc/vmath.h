@@ -72,8 +72,10 @@ template <class T, bool Nonpositive> MK_INLINE Exp<T> exp_both(Vec<T> x) {
   const Vec<T> r = (x - n * F::ln2_high) - n * F::ln2_low;
   const Vec<T> q = r + r * r * horner(ExpTail<T>::c, r);
   // Half the power of two where 2^n itself may overflow: n can be one past the largest exponent.
-  const IVec<T> exponent = value_to_bits<T>(shifted) + (Nonpositive ? F::bias : F::bias - 1);
-  const Vec<T> power = bits_to_value<T>(exponent << F::mantissa);
+  // Without sign: past the last column x may be any NaN, whose bits overflow.
+  const UVec<T> bits = (UVec<T>)value_to_bits<T>(shifted);
+  const UVec<T> exponent = bits + typename IntOf<T>::bits(Nonpositive ? F::bias : F::bias - 1);
+  const Vec<T> power = bits_to_value<T>((IVec<T>)(exponent << F::mantissa));
   Exp<T> out;
   if (Nonpositive) {
     out.exp = x < F::lowest ? Vec<T>{} : power * q + power;
