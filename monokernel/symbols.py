@@ -54,6 +54,11 @@ class Unreadable(Exception):  # noqa: N818  # it is no error of anybody's
 class Tape:
     """What one forward has done so far: a program's nodes, and the parameters at their places."""
 
+    __slots__ = (
+        "autocast", "batch", "casts", "device", "device_type", "dtype", "ended", "hooks", "lead",
+        "mlp", "nodes", "params", "requires_grad", "sentence", "values",
+    )  # fmt: skip
+
     def __init__(self, mlp: nn.Module, inputs: Inputs) -> None:
         x1, x2 = inputs.x1, inputs.x2
         self.mlp = mlp
@@ -303,6 +308,16 @@ def _plain(t: Any) -> Tensor:
     return plain
 
 
+def _operand(tape: Tape, t: Any) -> Tensor:
+    """A weight or bias, which a product takes as it is."""
+    t = _plain(t)
+    if t.dtype is not tape.dtype and not (tape.casts and t.dtype.is_floating_point):
+        raise Unreadable(f"takes {t.dtype} to rows of {tape.dtype}")
+    if t.device != tape.device:
+        raise Unreadable(f"takes a tensor on {t.device} to rows on {tape.device}")
+    return t
+
+
 def _constant(v: Value, t: Any) -> tuple[Value, Tensor]:
     """v and a tensor to go with each of its rows, (H,) or (1,)."""
     t, tape = _plain(t), v.tape
@@ -354,7 +369,8 @@ def _combined(p: float, a: Any, q: float, b: Any) -> Value:
     if isinstance(b, Numbers):
         return _line(a, p, q * b)
     v, t = _constant(a, b)
-    return _new(v if p == 1 else _line(v, p, 0), "shift", (), t if q == 1 else q * t)
+    t = t if q == 1 else -t if q == -1 else q * t  # a number in a product is another tensor to make
+    return _new(v if p == 1 else _line(v, p, 0), "shift", (), t)
 
 
 def _add(a: Any, b: Any, *, alpha: float = 1) -> Value:
@@ -531,19 +547,14 @@ def _glu(v: Value, dim: int = -1) -> Value:
 
 
 def _linear(v: Any, weight: Any, bias: Any = None) -> Value:
-    tape, W = _columns(v).tape, _plain(weight)
-    b = None if bias is None else _plain(bias)
+    tape = _columns(v).tape
+    W, b = _operand(tape, weight), None if bias is None else _operand(tape, bias)
     size = W.shape
     if len(size) != 2 or size[1] != v.width:
         raise Unreadable(f"does not fit {v.width} columns")
     out = size[0]
     if b is not None and b.shape != (out,):
         raise Unreadable("has a bias of another size than its weight")
-    for t in (W,) if b is None else (W, b):
-        if t.dtype is not tape.dtype and not (tape.casts and t.dtype.is_floating_point):
-            raise Unreadable(f"takes {t.dtype} to rows of {tape.dtype}")
-        if t.device != tape.device:
-            raise Unreadable(f"takes a tensor on {t.device} to rows on {tape.device}")
     return tape.node("linear", (v.at,), out, (), (W, b))
 
 
@@ -624,8 +635,13 @@ def _batch_norm(
     dtype = v.tape.dtype
     if v.at == 0:  # far from 0 inputs lose digits unless their mean goes first
         return _affine(_sub(v, running_mean.to(dtype)), scale.to(dtype), bias)
-    shift = -running_mean * scale if bias is None else bias - running_mean * scale
-    return _affine(v, scale.to(dtype), shift.to(dtype))
+    if bias is None:
+        shift = -running_mean * scale
+    else:  # as one operation, which is one node for autograd
+        shift = torch.addcmul(bias, running_mean, scale, value=-1)
+    if scale.dtype is not dtype:
+        scale, shift = scale.to(dtype), shift.to(dtype)
+    return _affine(v, scale, shift)
 
 
 def _dropout(v: Value, p: float = 0.5, training: bool = True) -> Value:
