@@ -75,7 +75,7 @@ def _laid_out(tape: Tape, y: int, d: int, squeezed: bool) -> Reading | str:
     """The program of value y, its parameters in the order in which its nodes read them."""
     nodes, params, offsets = tape.nodes, tape.params, list[Tensor | float]()
     lines = [node for node in nodes if node.kind in LINES]
-    if not _needs_all(nodes, y) or any([not u or _pays(tape, w) for _, (u,), _, _, w in lines]):
+    if not _needs_all(nodes, y) or any([_pays(tape, node.width) for node in lines]):
         nodes, params, offsets = _rewritten(tape, y)
     if not nodes:
         nodes = [Node("identity", (0,), (), (0.0, 0.0, 0.0), d)]
