@@ -33,8 +33,7 @@ Refused = tuple[tuple[str, str], ...]  # a backend's name and the reason
 
 class Route(NamedTuple):
     """The decision for one call. ``network`` is None on the general path, where ``running`` says
-    that batch normalisations are in training mode and their slopes go by the running statistics.
-    ``autocast`` says that it is on: to ask takes longer than all else that is asked of a tensor."""
+    that batch normalisations are in training mode and their slopes go by the running statistics."""
 
     backend: str
     mode: Mode
@@ -42,7 +41,6 @@ class Route(NamedTuple):
     transformed: bool
     refused: Refused
     running: bool = False
-    autocast: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,14 +117,13 @@ def choose(
     if isinstance(found, str):
         return _general(mlp, found, mode, backend, functional, batch_stats)
     x = inputs.x2
-    autocast = torch.is_autocast_enabled(x.device.type)
-    dtype = operand_dtype(x) if autocast else x.dtype
+    dtype = operand_dtype(x) if inputs.autocast else x.dtype
     name, chosen, refused = serving(
         inputs.d, _constant(found.nodes), inputs.k, mode, backend, dtype, x.device, functional
     )
     if not name:
         raise ValueError(f"backend: {backend!r} was asked for but cannot serve: {refused[0][1]}")
-    return Route(name, chosen, found, functional, refused, autocast=autocast)
+    return Route(name, chosen, found, functional, refused)
 
 
 def serving(*asked: Any) -> tuple[str, Mode, Refused]:

@@ -67,7 +67,7 @@ class Tape:
         self.dtype, self.device = x2.dtype, x2.device
         self.requires_grad = x1.requires_grad or x2.requires_grad
         self.device_type = self.device.type
-        self.autocast = is_autocast_enabled(self.device_type)
+        self.autocast = inputs.autocast
         self.casts = self.autocast and operand_dtype(x2) != x2.dtype
         self.hooks = _saving(False)
         self.nodes: list[Node] = []
@@ -310,12 +310,12 @@ def _plain(t: Any) -> Tensor:
 
 def _operand(tape: Tape, t: Any) -> Tensor:
     """A weight or bias, which a product takes as it is."""
-    t = _plain(t)
+    plain = _plain(t)
     if t.dtype is not tape.dtype and not (tape.casts and t.dtype.is_floating_point):
         raise Unreadable(f"takes {t.dtype} to rows of {tape.dtype}")
     if t.device != tape.device:
         raise Unreadable(f"takes a tensor on {t.device} to rows on {tape.device}")
-    return t
+    return plain
 
 
 def _constant(v: Value, t: Any) -> tuple[Value, Tensor]:
@@ -540,10 +540,11 @@ def _prelu(v: Value, weight: Any) -> Value:
 
 
 def _glu(v: Value, dim: int = -1) -> Value:
-    if _last(v, dim).width % 2:
+    half, odd = divmod(_last(v, dim).width, 2)
+    if odd:
         raise Unreadable(f"halves {v.width} columns")
-    a, b = _chunk(v, 2, dim)
-    return _mul(a, _element(b, "sigmoid"))
+    gate = _element(_part(v, half, 1, half), "sigmoid")
+    return v.tape.node("product", (_part(v, 0, 1, half).at, gate.at), half)
 
 
 def _linear(v: Any, weight: Any, bias: Any = None) -> Value:
@@ -615,8 +616,11 @@ def _normalised(v: Value, kind: str, shape: Sequence[int], eps: float) -> Value:
 
 
 def _affine(v: Value, scale: Any, shift: Any) -> Value:
-    v = v if scale is None else _mul(v, _plain(scale))
-    return v if shift is None else _add(v, _plain(shift))
+    for kind, t in (("scale", scale), ("shift", shift)):
+        if t is not None:
+            v, t = _constant(v, t)
+            v = _new(v, kind, (), t)
+    return v
 
 
 def _batch_norm(
@@ -629,7 +633,7 @@ def _batch_norm(
         raise Unreadable("normalises along another axis than the columns")
     for t in (running_mean, running_var, weight, bias):
         if t is not None:
-            _plain(t)
+            _plain(t)  # the operations below would take anything
     scale = torch.rsqrt(running_var + eps)
     scale = scale if weight is None else scale * weight
     dtype = v.tape.dtype
