@@ -58,7 +58,7 @@ LINES = frozenset(("scale", "shift", "line"))
 
 # In the native kernel a node of few elements (rows times columns) costs less than what autograd
 # takes for the weight that it would be folded into; ``docs/native.md`` has the measurement.
-FOLDS_FROM = 1 << 16
+FOLDS_FROM = 1 << 15
 
 
 class Step(NamedTuple):
