@@ -276,7 +276,7 @@ def _fused(
     problem, x, params = _problem(inputs, route, hinge)
     kernel_weight = None if outside is not None else _kernel_weight(weight, inputs, problem)
     y, out = evaluate(problem, route.backend, x, kernel_weight, params)
-    if torch.is_autocast_enabled(x.device.type):  # the backend may have computed in a wider one
+    if inputs.autocast:  # the backend may have computed in a wider one
         y = y.to(inputs.x2.dtype if _unrounded(route) else operand_dtype(inputs.x2))
     y = _output(y, inputs, route)
     if out.dim():
@@ -300,7 +300,7 @@ def _problem(
     assert network is not None
     problem = Problem(inputs.d, network.nodes, inputs.k, route.mode, hinge)
     x, params = network.operands(inputs.joined())
-    if torch.is_autocast_enabled(x.device.type):  # without it all dtypes are known to be equal
+    if inputs.autocast:  # without it all dtypes are known to be equal
         dtype = operand_dtype(x)
         if route.backend in WIDENS:
             dtype = accumulate_dtype(dtype)

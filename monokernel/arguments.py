@@ -41,13 +41,15 @@ BATCH_STATS = ("error", "running")
 
 class Inputs(NamedTuple):
     """``x1`` (*batch, d1) and ``x2`` (*batch, k); d = d1 + k. The widths are plain numbers also
-    where torch.compile made the shapes symbolic."""
+    where torch.compile made the shapes symbolic. ``autocast`` says whether it is on for their
+    device: to ask a device for its type takes longer than all else that is asked of a tensor."""
 
     x1: Tensor
     x2: Tensor
     batch: torch.Size
     d: int
     k: int
+    autocast: bool
 
     def joined(self) -> Tensor:
         """cat[x1, x2], the network's input (*batch, d)."""
@@ -86,7 +88,8 @@ def check_inputs(x1: Any, x2: Any) -> Inputs:
         raise ValueError(f"x2: expected on the device of x1, {x1.device}, got {x2.device}")
     if x1.dtype != x2.dtype:
         raise TypeError(f"x2: expected the dtype of x1, {_dtype(x1)}, got {_dtype(x2)}")
-    return Inputs(x1, x2, batch, operator.index(free[-1]) + k, k)
+    autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x2.device.type)
+    return Inputs(x1, x2, batch, operator.index(free[-1]) + k, k, autocast)
 
 
 def check_parameter(t: Tensor, x: Tensor) -> None:

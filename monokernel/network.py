@@ -113,6 +113,7 @@ def read(mlp: nn.Module) -> Chain | Unfused:
     activations: list[Activation | None] = []
     widths: list[int] = []
     left = [mlp]
+    Linear, call, forward = nn.Linear, nn.Module.__call__, nn.Linear.forward
     entered: list[tuple[int, nn.Module]] = []  # each Sequential, and its place in ``left``
     while left:
         m = left.pop()
@@ -121,10 +122,10 @@ def read(mlp: nn.Module) -> Chain | Unfused:
             return Unfused(m, "has hooks")
         if "forward" in own:
             return Unfused(m, "has a forward of its own")
-        if kind.__call__ is not nn.Module.__call__:
+        if kind.__call__ is not call:
             return Unfused(m, "has a call of its own")
         # A parametrized Linear is a subclass whose forward is still nn.Linear's.
-        if isinstance(m, nn.Linear) and kind.forward is nn.Linear.forward:
+        if isinstance(m, Linear) and kind.forward is forward:
             weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
             if bias is None:
                 bias = own.get("bias")  # an attribute, in the place of a parameter

@@ -117,10 +117,10 @@ def choose(
     if isinstance(found, str):
         return _general(mlp, found, mode, backend, functional, batch_stats)
     x = inputs.x2
+    dtype = operand_dtype(x) if inputs.autocast else x.dtype
     name, chosen, refused = serving(
-        inputs.d, _constant(found.nodes), inputs.k, mode, backend, operand_dtype(x), x.device,
-        functional,
-    )  # fmt: skip
+        inputs.d, _constant(found.nodes), inputs.k, mode, backend, dtype, x.device, functional
+    )
     rounded = found.rounded if isinstance(found, reading.Reading) else None
     if rounded is not None and name and name not in WIDENS:
         why = f"under autocast backend {name!r} serves chains of linear layers and activations only"

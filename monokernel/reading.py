@@ -61,7 +61,7 @@ LINES = frozenset(("scale", "shift", "line"))
 
 # In the native kernel a node of few elements (rows times columns) costs less than what autograd
 # takes for the weight that it would be folded into; ``docs/native.md`` has the measurement.
-FOLDS_FROM = 1 << 16
+FOLDS_FROM = 1 << 15
 
 
 class Step(NamedTuple):
@@ -78,7 +78,7 @@ def _laid_out(tape: Tape, y: int, d: int, squeezed: bool) -> Reading | str:
     """The program of value y, its parameters in the order in which its nodes read them."""
     nodes, params, offsets = tape.nodes, tape.params, list[Tensor | float]()
     lines = [node for node in nodes if node.kind in LINES]
-    if not _needs_all(nodes, y) or any(not u or _pays(tape, w) for _, (u,), _, _, w in lines):
+    if not _needs_all(nodes, y) or any(_pays(tape, node.width) for node in lines):
         # What is folded into a layer is not the network's own arithmetic: in full precision.
         with torch.autocast(tape.device_type, enabled=False) if tape.autocast else nullcontext():
             nodes, params, offsets = _rewritten(tape, y)
@@ -252,24 +252,24 @@ def read(mlp: nn.Module, inputs: Inputs, rehearsal: bool = False) -> Reading | s
     if inputs.x2.is_meta or torch._C._get_tracing_state() is not None:
         return "its inputs have no numbers"
     forward = mlp.__dict__.get("forward", type(mlp).forward)
-    few = any(n < 2 for n in inputs.batch)  # so few rows may be squeezed, or tell no shape
+    few = 0 in inputs.batch or 1 in inputs.batch  # so few rows may be squeezed, or tell no shape
     key = mlp.training, len(inputs.batch), few, id(forward)
     known = _known.get(id(mlp))
     before: str | None = None if known is None else known[1].get(key)
     if before and not rehearsal:
         return before
-    state = _State(parts, inputs.x2.device) if before is None or rehearsal else None
-    with NOTHING if torch.is_grad_enabled() else torch.enable_grad(), state or NOTHING:
+    if before == "" and not rehearsal and torch.is_grad_enabled():  # the usual case, at once
         found = _record(mlp, inputs)
-    if state is not None and (rehearsal or isinstance(found, str)):
-        state.restore()
+    else:
+        state = _State(parts, inputs.x2.device) if before is None or rehearsal else None
+        with torch.enable_grad(), state or nullcontext():
+            found = _record(mlp, inputs)
+        if state is not None and (rehearsal or isinstance(found, str)):
+            state.restore()
     if known is None:
         _known[id(mlp)] = known = weakref.ref(mlp, _forgets(id(mlp))), {}
     known[1][key] = found if isinstance(found, str) else ""
     return found
-
-
-NOTHING = nullcontext()
 
 
 # Of each module, by identity, what was found of it in each mode: "" or why it is unreadable.
@@ -357,14 +357,14 @@ def _parts(mlp: nn.Module) -> list[nn.Module] | str:
         return "a global module hook is registered"
     found, seen = [mlp], {id(mlp)}
     for m in found:  # grows on the way
-        nature = _nature(type(m).__mro__)
-        if nature == "opaque" or "_compiled_call_impl" in m.__dict__:
+        own, nature = m.__dict__, _nature(type(m).__mro__)
+        if nature == "opaque" or "_compiled_call_impl" in own:
             return f"{where(mlp, m)} is compiled, distributed or quantised"
         if hooked(m):
             return f"{where(mlp, m)} has hooks"
         if nature == "batch" and (m.training or m.running_mean is None):
             return f"{where(mlp, m)} normalises with the statistics of the batch"
-        for part in m._modules.values():
+        for part in own["_modules"].values():
             if part is not None and id(part) not in seen:
                 seen.add(id(part))
                 found.append(part)

@@ -55,6 +55,11 @@ class Unreadable(Exception):  # noqa: N818  # it is no error of anybody's
 class Tape:
     """What one forward has done so far: a program's nodes, and the parameters at their places."""
 
+    __slots__ = (
+        "autocast", "batch", "casts", "device", "device_type", "dtype", "ended", "hooks", "lead",
+        "mlp", "nodes", "params", "requires_grad", "sentence", "values",
+    )  # fmt: skip
+
     def __init__(self, mlp: nn.Module, inputs: Inputs) -> None:
         x1, x2 = inputs.x1, inputs.x2
         self.mlp = mlp
@@ -63,7 +68,7 @@ class Tape:
         self.dtype, self.device = x2.dtype, x2.device
         self.requires_grad = x1.requires_grad or x2.requires_grad
         self.device_type = self.device.type
-        self.autocast = is_autocast_enabled(self.device_type)
+        self.autocast = inputs.autocast
         self.casts = self.autocast and operand_dtype(x2) != x2.dtype
         self.hooks = _saving(False)
         self.nodes: list[Node] = []
@@ -300,6 +305,16 @@ def _plain(t: Any) -> Tensor:
     return plain
 
 
+def _operand(tape: Tape, t: Any) -> Tensor:
+    """A weight or bias, which a product takes as it is."""
+    plain = _plain(t)
+    if t.dtype is not tape.dtype and not (tape.casts and t.dtype.is_floating_point):
+        raise Unreadable(f"takes {t.dtype} to rows of {tape.dtype}")
+    if t.device != tape.device:
+        raise Unreadable(f"takes a tensor on {t.device} to rows on {tape.device}")
+    return plain
+
+
 def _constant(v: Value, t: Any) -> tuple[Value, Tensor]:
     """v and a tensor to go with each of its rows, (H,) or (1,)."""
     t, tape = _plain(t), v.tape
@@ -351,7 +366,8 @@ def _combined(p: float, a: Any, q: float, b: Any) -> Value:
     if isinstance(b, Numbers):
         return _line(a, p, q * b)
     v, t = _constant(a, b)
-    return _new(v if p == 1 else _line(v, p, 0), "shift", (), t if q == 1 else q * t)
+    t = t if q == 1 else -t if q == -1 else q * t  # a number in a product is another tensor to make
+    return _new(v if p == 1 else _line(v, p, 0), "shift", (), t)
 
 
 def _add(a: Any, b: Any, *, alpha: float = 1) -> Value:
@@ -521,26 +537,22 @@ def _prelu(v: Value, weight: Any) -> Value:
 
 
 def _glu(v: Value, dim: int = -1) -> Value:
-    if _last(v, dim).width % 2:
+    half, odd = divmod(_last(v, dim).width, 2)
+    if odd:
         raise Unreadable(f"halves {v.width} columns")
-    a, b = _chunk(v, 2, dim)
-    return _mul(a, _element(b, "sigmoid"))
+    gate = _element(_part(v, half, 1, half), "sigmoid")
+    return v.tape.node("product", (_part(v, 0, 1, half).at, gate.at), half)
 
 
 def _linear(v: Any, weight: Any, bias: Any = None) -> Value:
-    tape, W = _columns(v).tape, _plain(weight)
-    b = None if bias is None else _plain(bias)
+    tape = _columns(v).tape
+    W, b = _operand(tape, weight), None if bias is None else _operand(tape, bias)
     size = W.shape
     if len(size) != 2 or size[1] != v.width:
         raise Unreadable(f"does not fit {v.width} columns")
     out = size[0]
     if b is not None and b.shape != (out,):
         raise Unreadable("has a bias of another size than its weight")
-    for t in (W,) if b is None else (W, b):
-        if t.dtype is not tape.dtype and not (tape.casts and t.dtype.is_floating_point):
-            raise Unreadable(f"takes {t.dtype} to rows of {tape.dtype}")
-        if t.device != tape.device:
-            raise Unreadable(f"takes a tensor on {t.device} to rows on {tape.device}")
     return tape.node("linear", (v.at,), out, (), (W, b))
 
 
@@ -601,8 +613,11 @@ def _normalised(v: Value, kind: str, shape: Sequence[int], eps: float) -> Value:
 
 
 def _affine(v: Value, scale: Any, shift: Any) -> Value:
-    v = v if scale is None else _mul(v, _plain(scale))
-    return v if shift is None else _add(v, _plain(shift))
+    for kind, t in (("scale", scale), ("shift", shift)):
+        if t is not None:
+            v, t = _constant(v, t)
+            v = _new(v, kind, (), t)
+    return v
 
 
 def _batch_norm(
@@ -615,14 +630,19 @@ def _batch_norm(
         raise Unreadable("normalises along another axis than the columns")
     for t in (running_mean, running_var, weight, bias):
         if t is not None:
-            _plain(t)
+            _plain(t)  # the operations below would take anything
     scale = torch.rsqrt(running_var + eps)
     scale = scale if weight is None else scale * weight
     dtype = v.tape.dtype
     if v.at == 0:  # far from 0 inputs lose digits unless their mean goes first
         return _affine(_sub(v, running_mean.to(dtype)), scale.to(dtype), bias)
-    shift = -running_mean * scale if bias is None else bias - running_mean * scale
-    return _affine(v, scale.to(dtype), shift.to(dtype))
+    if bias is None:
+        shift = -running_mean * scale
+    else:  # as one operation, which is one node for autograd
+        shift = torch.addcmul(bias, running_mean, scale, value=-1)
+    if scale.dtype is not dtype:
+        scale, shift = scale.to(dtype), shift.to(dtype)
+    return _affine(v, scale, shift)
 
 
 def _dropout(v: Value, p: float = 0.5, training: bool = True) -> Value:

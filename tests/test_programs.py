@@ -546,7 +546,8 @@ def test_float32_is_as_exact_as_pytorch(name: str, mode: Mode) -> None:
     x, params = operands(d, nodes, 200)
     # Numbers of float32, and a mask that is none of the gradients.
     x, params = x.float(), [None if t is None else t.float() for t in params]
-    nodes = tuple([n if n.kind != "dropout" else n._replace(kind="scale", numbers=()) for n in nodes])
+    scale = {"kind": "scale", "numbers": ()}
+    nodes = tuple([n if n.kind != "dropout" else n._replace(**scale) for n in nodes])
     if nodes != p.nodes:
         p, params[2] = p._replace(nodes=nodes), torch.rand(1)
     truth = run("torch", p, x.double(), [None if t is None else t.double() for t in params])

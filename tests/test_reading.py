@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from monokernel import fused_mono_penalty, plan, value_and_jacobian
 from monokernel.arguments import check_inputs
 from monokernel.nodes import rule, wrong_nodes
+from monokernel.program import chain_of
 from monokernel.reading import Reading, read
 from monokernel.symbols import Value
 from tests.support import HANDWRITTEN, assert_same, gradients, mlp, oracle, points
@@ -472,16 +473,20 @@ def test_branches_on_the_data_are_not_read(asks: Callable[[Tensor], Any]) -> Non
         (lambda n, x: n.b(3 * torch.tanh(n.a(x + 0.5)) - n.q), [6, 6]),
     ],
 )
-def test_scales_and_shifts_are_folded_so_that_a_chain_stays_one(
-    run: Forward, widths: list[int]
+@pytest.mark.parametrize("folded", [True, False])
+def test_scales_and_shifts_are_folded_where_that_pays(
+    run: Forward, widths: list[int], folded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The native kernel serves chains alone, in their very layout."""
+    """Into a chain of layers and activations; of few rows they stay nodes."""
+    monkeypatch.setattr("monokernel.reading.FOLDS_FROM", -math.inf if folded else math.inf)
     net, (x1, x2) = Net(run), points(9, D1, K)
     x = torch.cat([x1, x2], -1)
     found = reading(net, x)
     assert_same([values(found, x)], [net(x)], 1e-13)
     assert isinstance(found, Reading)
     assert [node.width for node in found.nodes if node.kind == "linear"] == widths
+    if folded:
+        assert chain_of(D, found.nodes) is not None
     chosen = plan(net, x1, x2)
     assert chosen.backend == ("cpu" if "cpu" in HANDWRITTEN else "torch")
     for backend in (*HANDWRITTEN, "reference"):
@@ -507,22 +512,31 @@ def oracle_of(net: nn.Module, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
     return y, torch.stack(rows, -2)
 
 
-def test_raw_inputs_far_from_zero_lose_no_digits() -> None:
-    """A year, say: what is taken from it is taken before the product, in float32."""
-    for run in (
+@pytest.mark.parametrize(
+    "run",
+    [
         lambda n, x: n.one(F.relu(n.a((x - n.mean) / n.std))),
         lambda n, x: n.one(torch.cat([(x[:, :3] - n.mean[:3]) @ n.W[:3], x[:, 3:] * 0], -1)),
-    ):
-        net = Net(run).float()
-        net.mean.add_(1e6)
-        x = net.mean + torch.randn(50, D)
-        exact = copy.deepcopy(net).double()
-        want = exact(x.double())
-        error = (values(reading(net, x), x) - want).abs().max()
-        assert error <= 2 * (net(x) - want).abs().max() + 1e-6
+    ],
+)
+@pytest.mark.parametrize("folds_from", [-math.inf, math.inf])
+def test_raw_inputs_far_from_zero_lose_no_digits(
+    run: Forward, folds_from: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A year, say: what is taken from it is taken before the product, in float32."""
+    monkeypatch.setattr("monokernel.reading.FOLDS_FROM", folds_from)
+    net = Net(run).float()
+    net.mean.add_(1e6)
+    x = net.mean + torch.randn(50, D)
+    exact = copy.deepcopy(net).double()
+    want = exact(x.double())
+    error = (values(reading(net, x), x) - want).abs().max()
+    assert error <= 2 * (net(x) - want).abs().max() + 1e-6
 
 
-def test_a_value_that_is_read_twice_is_not_folded() -> None:
+def test_a_value_that_is_read_twice_is_not_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("monokernel.reading.FOLDS_FROM", -math.inf)
+
     def run(n: Net, x: Tensor) -> Tensor:
         h = x - n.mean
         g = n.a(h)
@@ -889,7 +903,7 @@ def test_a_function_of_its_own_derivative_is_seen_without_gradients_too(grad: An
 
 
 def test_autocast_needs_to_know_the_dtype_of_the_output() -> None:
-    """A parameter that is added to the output decides, and may be of another dtype than the rows."""
+    """A parameter that is added to the output decides, and may be of another dtype."""
     x1, x2 = points(7, D1, K, torch.float32)
     shifted = Net(lambda n, x: n.one(F.relu(n.a(x - n.mean)))).float()
     unknown = Net(lambda n, x: n.one(F.relu(n.a(x))) + n.q.sum().reshape(1)).float()
