@@ -61,8 +61,8 @@ def pairs_down(
 ):  # fmt: skip
     """P = p W and Q = q W with one weight tile; below, p = σ'∘P and q = σ'∘Q + σ''∘ȧ∘P.
 
-    W is (OUTPUTS, INPUTS). Without p_out only Q is wanted (and ACT does not count), for dx; with ADD
-    it joins what is in q_out.
+    W is (OUTPUTS, INPUTS). Without p_out only Q is wanted (and ACT does not count); with ADD it is
+    added to what q_out has.
     """
     count = tl.load(total)
     if tl.program_id(0) * BM >= count:
