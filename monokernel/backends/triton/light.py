@@ -165,15 +165,18 @@ def centred(t, inside, H: tl.constexpr, KIND: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N"])
 def by_row(
-    out, P, base, u, s, rows, total, epsilon, N,
+    out, P, base, u, s, scale, shift, plain, rows, total, epsilon, N,
     KIND: tl.constexpr, DOES: tl.constexpr, H: tl.constexpr, T: tl.constexpr,
     O: tl.constexpr, P_: tl.constexpr, B: tl.constexpr, U: tl.constexpr, S: tl.constexpr,
+    SCALE: tl.constexpr, SHIFT: tl.constexpr, V: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
     """out = base + what a node that looks at whole rows (H) does, for T parts.
 
     Value, sum: of P. Push and pull: of P, at the input u of a norm or the value u of a softmax.
     Curvature: of P and the tangent s. A norm's x̂ is computed again from u: that is less to read.
+
+    A norm may have a scale after it, and its value a shift: ``plain`` is what it is without them.
     """
     count = count_of(total, N)
     if tl.program_id(0) * BM >= count:
@@ -197,6 +200,10 @@ def by_row(
             x *= r
     for part in range(T):
         t = tl.load(P + place_of(i, n, j, part, N, P_), mask=mask, other=0.0).to(A)
+        if scale is not None:
+            γ = tl.load(scale + place_of(i, n, j, 0, N, SCALE), mask=mask, other=0.0).to(A)
+            if DOES >= PULL:
+                t *= γ
         if KIND == SUM:
             single = tl.arange(0, 1)
             found = tl.sum(t, 1)[:, None]
@@ -245,6 +252,13 @@ def by_row(
             else:
                 b = centred(t, inside, H, KIND)
                 found = r * (b - x * (tl.sum(x * b, 1)[:, None] / H))
+            if plain is not None:
+                tl.store(plain + place_of(i, n, j, part, N, V), found, mask=mask)
+            if scale is not None and DOES < PULL:
+                found *= γ
+            if shift is not None:
+                at = place_of(i, n, j, 0, N, SHIFT)
+                found += tl.load(shift + at, mask=mask, other=0.0).to(A)
             if base is not None:
                 more = base + place_of(i, n, j, part, N, B)
                 found += tl.load(more, mask=mask, other=0.0).to(A)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -187,9 +188,12 @@ class On:
         u: Operand | None = None,
         s: Operand | None = None,
         base: Operand | None = None,
+        scale: Operand | None = None,
+        shift: Operand | None = None,
+        plain: Tensor | None = None,
         epsilon: float = 0.0,
     ) -> None:
-        """out = base + what a node of that kind does to P."""
+        """out = base + what a node of that kind does to P, scaled and shifted."""
         t, pairs = _tensor(P), self.active is not None
         assert t is not None
         H, N = t.shape[-1], 1 if out.dim() == 2 else self.count
@@ -199,10 +203,13 @@ class On:
             return
         launch(
             light.by_row, (-(-N // BM),), self.x,
-            out, t, _tensor(base), _tensor(u), _tensor(s), *self._rows(), float(epsilon), N,
+            out, t, _tensor(base), _tensor(u), _tensor(s), _tensor(scale), _tensor(shift), plain,
+            *self._rows(), float(epsilon), N,
             KIND=kind, DOES=does, H=H, T=out.shape[0],
             O=_layout(out, pairs), P_=_layout(P, pairs), B=_layout(base, pairs),
-            U=_layout(u, pairs), S=_layout(s, pairs), BM=BM, BN=BN, A=accumulator(self.x.dtype),
+            U=_layout(u, pairs), S=_layout(s, pairs), SCALE=_layout(scale, pairs),
+            SHIFT=_layout(shift, pairs), V=_layout(plain, pairs),
+            BM=BM, BN=BN, A=accumulator(self.x.dtype),
             num_warps=min(16, max(4, BN // 512)),
         )  # fmt: skip
 
@@ -268,12 +275,13 @@ def _weight(θ: Params) -> Tensor:
 
 
 class At(NamedTuple):
-    """A light node with what it reads."""
+    """A light node with what it reads. A norm may have the scale after it in what it pulls."""
 
     node: Node
     u: list[Operand]
     v: Operand
     θ: Params
+    scale: Operand | None = None
 
     @property
     def parameter(self) -> Operand:
@@ -456,7 +464,8 @@ class _Chain:
         width = _given(_tensor(at.u[i])).shape[-1]
         if kind in BY_ROW:
             does = light.PULL.value
-            self.add_by_row(v, P, BY_ROW[kind], does, width, u=at.point, epsilon=at.epsilon)
+            more = {"u": at.point, "scale": at.scale, "epsilon": at.epsilon}
+            self.add_by_row(v, P, BY_ROW[kind], does, width, **more)
         elif kind == "expand":
             self.add_by_row(v, P, light.SUM.value, light.VALUE.value, 1)
         elif kind == "total":
@@ -493,6 +502,83 @@ def _bend(
         return None if t is None else (P, _times(t))
     t = _given(u_dot[0])
     return P, Factor(light.CURVATURE.value, at.u[0], t, _act(at.node))
+
+
+class _Affine(NamedTuple):
+    """A norm, the scale and the shift that it alone has after it: one launch for all of them."""
+
+    norm: _Step
+    scale: _Step
+    shift: _Step | None
+
+    @property
+    def last(self) -> _Step:
+        return self.shift or self.scale
+
+    def row(self, θ: dict[int, Params]) -> Tensor:
+        """The scale."""
+        return _row(_given(θ[self.scale.v][0]), self.scale.node.width)
+
+    def run(self, on: On, at: At, out: Tensor, P: Operand, does: int, θ: dict[int, Params],
+            plain: Tensor | None = None) -> None:  # fmt: skip
+        """Value or tangent (of P) in ``out``, that of the norm itself in ``plain``."""
+        H = self.norm.node.width
+        shift = None
+        if self.shift is not None and does == light.VALUE.value:
+            shift = _row(_given(θ[self.shift.v][0]), H)
+        on.by_row(
+            out, P, BY_ROW[self.norm.node.kind], does,
+            u=None if does == light.VALUE.value else at.u[0],
+            scale=self.row(θ), shift=shift, plain=plain, epsilon=at.epsilon,
+        )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _affine(steps: tuple[_Step, ...]) -> dict[int, _Affine]:
+    """By the number of its last value."""
+    readers: dict[int, list[_Step]] = {}
+    for step in steps:
+        for u in step.node.inputs:
+            readers.setdefault(u, []).append(step)
+
+    def only(step: _Step | None, kind: str) -> _Step | None:
+        after = [] if step is None else readers.get(step.v, [])
+        return after[0] if len(after) == 1 and after[0].node.kind == kind else None
+
+    found: dict[int, _Affine] = {}
+    for norm in steps:
+        if norm.node.kind in ("normalise", "root_mean_square"):
+            scale = only(norm, "scale")
+            if scale is not None:
+                one = _Affine(norm, scale, only(scale, "shift"))
+                found[one.last.v] = one
+    return found
+
+
+class _Up(NamedTuple):
+    """A step of the forward: a node, or a norm with what follows it."""
+
+    step: _Step  # that makes the value
+    affine: _Affine | None
+    spent: tuple[int, ...]
+
+
+@lru_cache(maxsize=1024)
+def _ups(steps: tuple[_Step, ...]) -> tuple[_Up, ...]:
+    affine, last = _affine(steps), dict[int, int]()
+    within = {s.v for a in affine.values() for s in (a.norm, a.scale) if s is not a.last}
+    found: list[_Up] = []
+    for step in steps:
+        if step.v in within:
+            continue
+        of = affine.get(step.v)
+        for u in (of.norm if of else step).node.inputs:
+            last[u] = len(found)
+        found.append(_Up(step, of, ()))
+    spent: list[list[int]] = [[] for _ in found]
+    for u, i in last.items():
+        spent[i].append(u)
+    return tuple([up._replace(spent=tuple(us)) for up, us in zip(found, spent, strict=True)])
 
 
 # --- forward ------------------------------------------------------------------------------------
@@ -556,10 +642,18 @@ class _Ascent:
         """The values, those of linear nodes in ``buffers`` if given, the outputs in y; in tangent
         mode the tangents beside them."""
         last = self.facts.steps[-1].v
-        for step in self.facts.steps:
-            v, node, _, linear, spent = step
+        for step, affine, spent in _ups(self.facts.steps):
+            v, node, _, linear, _ = step
             beside = self.tangent and self.facts.moving[v]
-            if linear:
+            if affine is not None:
+                at = self.at(affine.norm)
+                value = self.values[v] = self.on.new(1, node.width)
+                affine.run(self.on, at, value, at.u[0], light.VALUE.value, self.θ)
+                if beside:
+                    t: Tensor = _given(self._dots_of(at.node)[0])
+                    dot = self.dots[v] = self.on.new(t.shape[0], node.width)
+                    affine.run(self.on, at, dot, t, light.PUSH.value, self.θ)
+            elif linear:
                 to = y if v == last else buffers.get(v)
                 self.values[v] = _linear(self.values[node.inputs[0]], self.θ[v], to)
                 if beside:
@@ -618,7 +712,7 @@ class _Ascent:
         last, filled, chain = facts.steps[-1], set[int](), _Chain(self.on)
         if not last.linear:
             chain.add(last.v, _one_hot(self.on.x, self.D))
-        for step in reversed(facts.steps):
+        for step, affine, _ in reversed(_ups(facts.steps)):
             v, node, _, linear, _ = step
             if not wanted[v]:
                 continue
@@ -626,7 +720,9 @@ class _Ascent:
                 chain.add(v, pulled[v].unsqueeze(0))
             P = chain.pop(v)
             if not linear:
-                at = self.at(step)
+                at = self.at(step if affine is None else affine.norm)
+                if affine is not None:
+                    node, at = at.node, at._replace(scale=affine.row(self.θ))
                 for i, u in enumerate(node.inputs):
                     if wanted[u] or not u:
                         chain.add_pulled(at, _given(P), i)
@@ -825,6 +921,10 @@ class _Descent:
         self.facts, self.k, self.rows = facts, problem.k, rows
         self.fan = problem.D if problem.mode == "adjoint" else problem.k
         self.y = facts.steps[-1].v
+        self.affine = _affine(facts.steps)
+        self.parts = {
+            s.v: one for one in self.affine.values() for s in (one.norm, one.scale, one.last)
+        }
         x = x[rows]
         self.θ = _parameters(facts, params, rows)
         self.on = On(x, x.shape[0])
@@ -852,8 +952,7 @@ class _Descent:
         return At(step.node, u, u[0] if v is None else OfRows(v), self.θ[step.v])
 
     def run(self, way: Any, grads: _Gradients) -> None:
-        for step in way.again:
-            self.values[step.v] = _value(self.on, self.at(step))
+        self._again(way.again)
         if self.pairs is not None:
             self.pairs.run_tangent(way.tangents)
         for down in way.nodes:
@@ -871,6 +970,34 @@ class _Descent:
         q = None if self.pairs is None else self.pairs.q.of.get(0)
         if self.pairs is not None and q is not None:
             self.pairs.join(dx.unsqueeze(0), q)
+
+    def _again(self, steps: Sequence[_Step]) -> None:
+        """The values of light nodes, once more."""
+        here = {step.v for step in steps}
+        within = dict[int, _Affine]()
+        for one in self.affine.values():
+            inner = [s.v for s in (one.norm, one.scale) if s is not one.last]
+            if here.issuperset((*inner, one.last.v)):
+                within |= dict.fromkeys((*inner, one.last.v), one)
+        for step in steps:
+            affine = within.get(step.v)
+            if affine is None:
+                self.values[step.v] = _value(self.on, self.at(step))
+            elif step.v == affine.last.v:
+                at, H = self.at(affine.norm), step.node.width
+                plain, out = self.on.new(1, H), self.on.new(1, H)
+                affine.run(self.on, at, out, at.u[0], light.VALUE.value, self.θ, plain)
+                # A shift asks of its input the width alone.
+                self.values |= {affine.norm.v: plain, affine.scale.v: out, step.v: out}
+
+    def _pulling(self, at: At, step: _Step) -> At:
+        """The node as it pulls: a scale after a norm leaves its part to the norm."""
+        one = self.parts.get(step.v)
+        if one is None or step.node.kind == "shift":
+            return at
+        if step.v == one.norm.v:
+            return at._replace(scale=one.row(self.θ))
+        return at._replace(node=at.node._replace(kind="identity", params=(), numbers=(0, 0, 0)))
 
     def _cotangent(self, v: int, P: Tensor | None) -> Tensor | None:
         """g of value v for all rows, without what is the pairs'."""
@@ -904,18 +1031,19 @@ class _Descent:
         step, trained, direct, kept, _ = down
         v, node, P = step.v, step.node, self.P.pop(step.v)
         at = self.at(step)
+        pulling = self._pulling(at, step)
         g = self._cotangent(v, P) if trained or True in direct else None
         if g is not None:
             if trained:
                 grads.rows(node.params[0], self.on, g, _by_value(at))
             for i, mine in enumerate(direct):
                 if mine:
-                    self.g.add_pulled(at, g, i)
+                    self.g.add_pulled(pulling, g, i)
         if self.pairs is not None:
-            self.pairs.light(down, at, P, grads)
+            self.pairs.light(down, at, pulling, P, grads)
         for i, mine in enumerate(kept):
             if mine and P is not None:
-                self.P.add_pulled(at, P, i)
+                self.P.add_pulled(pulling, P, i)
 
 
 def _by_value(at: At) -> Factor:
@@ -1019,7 +1147,7 @@ class _Pairs:
         self.on.combine(out, p)
         return out
 
-    def light(self, down: _Down, at: At, P: Tensor | None, grads: _Gradients) -> None:
+    def light(self, down: _Down, at: At, pulling: At, P: Tensor | None, grads: _Gradients) -> None:
         """The pairs' part in dθ; p and q go down the node, and its curvature joins them or g."""
         step, trained, direct, kept, _ = down
         v, node = step.v, step.node
@@ -1035,11 +1163,11 @@ class _Pairs:
             if not (direct[i] or kept[i]):
                 continue
             if q is not None:
-                self.q.add_pulled(at, q, i)
+                self.q.add_pulled(pulling, q, i)
             if not self.keeps and isinstance(p, Tensor) and u and self.facts.moving[u]:
-                self.p.add_pulled(at, p, i)
+                self.p.add_pulled(pulling, p, i)
             if p is not None and step.rule.curved:
-                self._curve(at, u_dot, p, i)
+                self._curve(pulling, u_dot, p, i)
 
     def _curve(self, at: At, u_dot: Sequence[Tensor | None], p: Operand, i: int) -> None:
         """The curvature in input i joins g of its rows, or q."""
@@ -1048,7 +1176,7 @@ class _Pairs:
         if node.kind in BY_ROW:
             chain.add_by_row(
                 u, p, BY_ROW[node.kind], light.BEND.value, node.width, u=at.point,
-                s=_given(u_dot[0]), epsilon=at.epsilon,
+                s=_given(u_dot[0]), scale=at.scale, epsilon=at.epsilon,
             )  # fmt: skip
         else:
             bent = _bend(at, u_dot, p, i)
