@@ -14,11 +14,14 @@ pytest.importorskip("triton")
 
 from monokernel import fused_mono_penalty, plan
 from monokernel.backends import handwritten
+from monokernel.backends import triton as backend
 from monokernel.backends.triton import programs as path
+from monokernel.backends.triton.config import WIDEST_ROW
 from monokernel.backends.triton.launch import interpreting
 from monokernel.nodes import wrong_nodes
 from monokernel.problem import Hinge, Mode, Problem
-from tests.gpu.cases import run
+from monokernel.program import Node
+from tests.gpu.cases import errors, run
 from tests.support import assert_same, gradients, points
 from tests.test_programs import BOTH_MODES, CASES, operands, programs
 from tests.zoo import ACTIVE, ZOO, network
@@ -105,3 +108,90 @@ def test_the_zoo(name: str, D: int, k: int, mode: Mode) -> None:
         grads = gradients(y.square().sum() + penalty, *leaves)
         found.append([y.detach(), penalty.detach(), *grads])
     assert_same(*found, 1e-4 if dtype == torch.float32 else 1e-10)
+
+
+# --- what random programs may miss ---------------------------------------------------------------
+
+
+def linear(u: int, place: int, width: int) -> Node:
+    return Node("linear", (u,), (place, place + 1), (), width)
+
+
+AFFINE = (
+    linear(0, 0, 6),
+    Node("normalise", (1,), (), (1e-3,), 6),
+    Node("scale", (2,), (2,), (), 6),
+    Node("shift", (3,), (3,), (), 6),
+    Node("silu", (4,), (), (0.0, 0.0, 0.0), 6),
+    linear(5, 4, 1),
+)
+
+
+@BOTH_MODES
+def test_a_norm_and_what_follows_it_with_any_of_them_frozen(mode: Mode) -> None:
+    p = Problem(4, AFFINE, 2, mode, None)
+    for single in (False, True):
+        x, params = operands(4, AFFINE, 22, single=single)
+        assert_agrees(p, x, params)
+        for on in (0, 3):  # x, the scale
+            assert_agrees(p, x, params, needs=[i == on for i in range(7)])
+
+
+def test_chunks_of_which_one_has_no_part_in_the_slopes() -> None:
+    """The columns of its cotangent are zero, and nobody wrote them."""
+    nodes = (
+        linear(0, 0, 8),
+        Node("columns", (1,), (), (0.0, 2.0), 4),
+        Node("columns", (1,), (), (1.0, 2.0), 4),
+        Node("silu", (2,), (), (0.0, 0.0, 0.0), 4),
+        Node("sum", (3, 4), (), (1.0, -0.5), 4),
+        linear(5, 2, 1),
+    )
+    for mode in ("tangent", "adjoint"):
+        x, params = operands(4, nodes, 22)
+        for task in (True, False):
+            assert_agrees(Problem(4, nodes, 2, mode, None), x, params, task=task)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@BOTH_MODES
+def test_precision(dtype: torch.dtype, mode: Mode) -> None:
+    """As precise as PyTorch at the same precision, and the same bits in a second run."""
+    d, nodes = CASES["gates"]
+    p = Problem(d, nodes, 2, mode, None)
+    # The same numbers in every precision.
+    x, params = operands(d, nodes, 60)
+    x, params = x.bfloat16(), [None if t is None else t.bfloat16() for t in params]
+    truth = run(handwritten, p, x.double(), [None if t is None else t.double() for t in params])
+    x = x.to(dtype)
+    low = [None if t is None else t.to(dtype) for t in params]
+    ours = run(path, p, x, low)
+    torchs = errors(run(handwritten, p, x, low), truth)
+    # The interpreter truncates where it stores bfloat16, which devices round: towards zero, so that
+    # no sum averages it out.
+    factor = 32 if dtype == torch.bfloat16 else 3
+    for i, (a, b) in enumerate(zip(errors(ours, truth), torchs, strict=True)):
+        assert a <= factor * b + 2 * torch.finfo(dtype).eps, f"tensor {i}: {a:.2e}, PyTorch {b:.2e}"
+    assert all(map(torch.equal, ours, run(path, p, x, low)))
+
+
+def test_what_is_given_out_shares_no_memory() -> None:
+    for name in ("x itself is y", "pre-norm", "gates"):
+        d, nodes = CASES[name]
+        p = Problem(d, nodes, 2, "adjoint", Hinge())
+        x, params = operands(d, nodes, 20)
+        y, out, saved = path.forward(p, x, None, params, True)
+        gy, needs = torch.ones_like(y), [True] * (1 + len(params))
+        grads = path.backward(p, gy, torch.ones_like(out), x, None, params, saved, needs)
+        tensors = [t for t in (x, y, out, gy, *params, *saved, *grads) if t is not None]
+        places = {t.untyped_storage().data_ptr() for t in tensors}
+        assert len(places) == len(tensors)
+
+
+def test_refuses_rows_that_no_program_of_a_kernel_holds() -> None:
+    x = torch.empty(2, 3)
+    for width, refused in ((WIDEST_ROW, False), (WIDEST_ROW + 1, True)):
+        nodes = (linear(0, 0, width), Node("softmax", (1,), (), (), width), linear(2, 2, 1))
+        why = backend.refuses(Problem(3, nodes, 1, "adjoint", None), x)
+        assert (why is not None) == refused
+        assert not refused or f"a softmax is {width} wide" in str(why)

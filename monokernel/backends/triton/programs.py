@@ -402,13 +402,22 @@ class _Chain:
     A sum is written in place only where its memory is known to be no one else's.
     """
 
-    def __init__(self, on: On, product: _Products | None = None) -> None:
-        self.on, self.products = on, product
+    def __init__(
+        self, on: On, parted: dict[int, tuple[slice, ...]], products: _Products | None = None
+    ) -> None:
+        self.on, self.parted, self.products = on, parted, products
         self.of: dict[int, Tensor] = {}
         self.own = set[int]()
+        # Of a value that is nothing but its parts, those that have no sum yet.
+        self.missing: dict[int, list[slice]] = {}
 
     def pop(self, v: int) -> Tensor | None:
+        self._complete(v)
         return self.of.pop(v, None)
+
+    def _complete(self, v: int) -> None:
+        for columns in self.missing.pop(v, ()):
+            self.of[v][..., columns].zero_()
 
     def _target(self, v: int, T: int, H: int, one_row: bool) -> tuple[Tensor, Tensor | None]:
         """Where the next sum of v goes, and what it begins with."""
@@ -480,16 +489,45 @@ class _Chain:
             self.add(v, P, c, factor)
 
     def _add_columns(self, v: int, P: Tensor, columns: slice, width: int) -> None:
+        """Adds P to those columns. The parts of a chunk go to where they belong: the pull of each
+        by itself is mostly 0."""
         held = self.of.get(v)
+        if held is None and v in self.parted:
+            held, _ = self._target(v, P.shape[0], width, P.dim() == 2)
+            self.missing[v] = list(self.parted[v])
+        missing = self.missing.get(v, [])
+        if held is not None and columns in missing and held.dim() == P.dim():
+            missing.remove(columns)
+            self.on.combine(held[..., columns], P)
+            return
+        self._complete(v)
         if held is None or v not in self.own or held.dim() < P.dim():
-            one_row = P.dim() == 2 and _one_row(held)
-            out, base = self._target(v, P.shape[0], width, one_row)
+            out, base = self._target(v, P.shape[0], width, P.dim() == 2 and _one_row(held))
             if base is None:
                 out.zero_()
-            elif base is not out:
+            else:
                 self.on.combine(out, base)
         part = self.of[v][..., columns]
         self.on.combine(part, P, base=part)
+
+
+@lru_cache(maxsize=1024)
+def _parted(widths: tuple[int, ...], steps: tuple[_Step, ...]) -> dict[int, tuple[slice, ...]]:
+    """The values that are read in columns alone, each column once: the chunks of a gate."""
+    found: dict[int, list[slice] | None] = {}
+    for _, node, *_ in steps:
+        for u in node.inputs:
+            parts = found.setdefault(u, [])
+            if node.kind != "columns" or parts is None:
+                found[u] = None
+            else:
+                parts.append(columns_of(node))
+    return {
+        u: tuple(parts)
+        for u, parts in found.items()
+        if parts
+        and sorted(c for part in parts for c in range(widths[u])[part]) == [*range(widths[u])]
+    }
 
 
 def _bend(
@@ -709,7 +747,8 @@ class _Ascent:
         pull.
         """
         facts, k, d = self.facts, self.k, self.facts.widths[0]
-        last, filled, chain = facts.steps[-1], set[int](), _Chain(self.on)
+        last, filled = facts.steps[-1], set[int]()
+        chain = _Chain(self.on, _parted(facts.widths, facts.steps))
         if not last.linear:
             chain.add(last.v, _one_hot(self.on.x, self.D))
         for step, affine, _ in reversed(_ups(facts.steps)):
@@ -741,7 +780,7 @@ class _Ascent:
             else:
                 torch.mm(P[0], W, out=pulled[u])
                 filled.add(u)
-        of_x = chain.of.get(0)
+        of_x = chain.pop(0)
         if of_x is not None:
             chain.add(X2, of_x[..., d - k :])
         slopes = chain.of.get(X2)
@@ -932,7 +971,8 @@ class _Descent:
         for v, t in zip(facts.saved, saved, strict=False):
             self.values[v] = t[rows].unsqueeze(0)
         # Of all rows: g of the values that have it for themselves, P of those with gy∘P + q.
-        self.g, self.P = _Chain(self.on), _Chain(self.on)
+        self.parted = _parted(facts.widths, facts.steps)
+        self.g, self.P = _Chain(self.on, self.parted), _Chain(self.on, self.parted)
         for v, t in zip(facts.pulled, saved[len(facts.saved) :], strict=False):
             self.P.add(v, t[rows].unsqueeze(0))
         self.gy = None if gy is None else gy[rows].unsqueeze(0)
@@ -962,12 +1002,12 @@ class _Descent:
                 self.pairs.dots.pop(down.step.v, None)
         if grads.dx is None:
             return
-        dx, g = grads.dx[self.rows], self.g.of.get(0)
+        dx, g = grads.dx[self.rows], self.g.pop(0)
         if g is None:
             dx.zero_()
         else:
             dx.copy_(g[0])
-        q = None if self.pairs is None else self.pairs.q.of.get(0)
+        q = None if self.pairs is None else self.pairs.q.pop(0)
         if self.pairs is not None and q is not None:
             self.pairs.join(dx.unsqueeze(0), q)
 
@@ -1071,7 +1111,8 @@ class _Pairs:
         self.block, self.active, self.facts = block, active, block.facts
         self.on = On(block.on.x, active.rows.shape[0], active)
         self.products = _Products(self.on, active)
-        self.p, self.q = _Chain(self.on, self.products), _Chain(self.on, self.products)
+        self.p = _Chain(self.on, block.parted, self.products)
+        self.q = _Chain(self.on, block.parted, self.products)
         self.x_dot = active.x_dot.unsqueeze(0)
         self.dots: dict[int, Tensor] = {}
         self.keeps = self.facts.kept[block.y]
@@ -1172,7 +1213,7 @@ class _Pairs:
     def _curve(self, at: At, u_dot: Sequence[Tensor | None], p: Operand, i: int) -> None:
         """The curvature in input i joins g of its rows, or q."""
         node, u = at.node, at.node.inputs[i]
-        chain = _Chain(self.on, self.products) if self.joins else self.q
+        chain = _Chain(self.on, {}, self.products) if self.joins else self.q
         if node.kind in BY_ROW:
             chain.add_by_row(
                 u, p, BY_ROW[node.kind], light.BEND.value, node.width, u=at.point,
