@@ -87,9 +87,10 @@ def factor_of(
     u, F, i, n, j, mask, N, FACTOR: tl.constexpr, ACT: tl.constexpr, U: tl.constexpr,
     F_: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
-    """The factor, and σ(u) where it is one of σ."""
+    """The factor; σ(u) and σ''(u) where it is one of σ."""
     factor = tl.zeros(mask.shape, A) + 1
     value = factor
+    second = factor
     if F is not None:
         factor = tl.load(F + place_of(i, n, j, 0, N, F_), mask=mask, other=0.0).to(A)
     if u is not None:
@@ -104,17 +105,21 @@ def factor_of(
                 factor = first
             else:
                 factor *= second
-    return factor, value
+    return factor, value, second
 
 
 @triton.jit(do_not_specialize=["N"])
 def combine(
-    out, P, base, u, F, value, rows, total, constant, c, c_base, N,
+    out, P, base, u, F, value, p, s, rows, total, constant, c, c_base, N,
     FACTOR: tl.constexpr, ACT: tl.constexpr, H: tl.constexpr, T: tl.constexpr,
     O: tl.constexpr, P_: tl.constexpr, B: tl.constexpr, U: tl.constexpr, F_: tl.constexpr,
-    V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, A: tl.constexpr,
+    V: tl.constexpr, BENT: tl.constexpr, S: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
-    """out = constant + c_base·base + c·factor ∘ P for T parts, and value = σ(u)."""
+    """out = constant + c_base·base + c·factor ∘ P for T parts, and value = σ(u).
+
+    With p and s, of a factor σ'(u), σ''(u)∘s∘p is added: the curvature joins what is pulled.
+    """
     count = count_of(total, N)
     if tl.program_id(0) * BM >= count:
         return
@@ -122,7 +127,7 @@ def combine(
     n = rows_of(rows, i, count)
     j = tl.program_id(1) * BN + tl.arange(0, BN)
     mask = (i[:, None] < count) & (j[None, :] < H)
-    factor, own = factor_of(u, F, i, n, j, mask, N, FACTOR, ACT, U, F_, A)
+    factor, own, second = factor_of(u, F, i, n, j, mask, N, FACTOR, ACT, U, F_, A)
     if out is not None:
         for t in range(T):
             found = tl.load(P + place_of(i, n, j, t, N, P_), mask=mask, other=0.0).to(A)
@@ -130,6 +135,10 @@ def combine(
             if base is not None:
                 at = place_of(i, n, j, t, N, B)
                 found += c_base * tl.load(base + at, mask=mask, other=0.0).to(A)
+            if p is not None:
+                bent = tl.load(p + place_of(i, n, j, t, N, BENT), mask=mask, other=0.0).to(A)
+                bent *= tl.load(s + place_of(i, n, j, t, N, S), mask=mask, other=0.0).to(A)
+                found += second * bent
             tl.store(out + place_of(i, n, j, t, N, O), found, mask=mask)
     if value is not None:
         tl.store(value + place_of(i, n, j, 0, N, V), own, mask=mask)
@@ -149,7 +158,9 @@ def column_sums(
         i = tile * tl.full((), BM, tl.int64) + tl.arange(0, BM)
         n = rows_of(rows, i, count)
         mask = (i[:, None] < count) & (j[None, :] < H)
-        factor, _value = factor_of(u, F, i, n, j, mask, N, FACTOR, (0, 0.0, 0.0, 0.0), U, F_, A)
+        factor, _value, _second = factor_of(
+            u, F, i, n, j, mask, N, FACTOR, (0, 0.0, 0.0, 0.0), U, F_, A
+        )
         own = tl.load(P + place_of(i, n, j, 0, N, P_), mask=mask, other=0.0).to(A)
         acc += tl.where(mask, factor * own, tl.zeros_like(own))
     tl.store(sums + tl.program_id(0) * H + j, tl.sum(acc, 0), mask=j < H)

@@ -158,11 +158,14 @@ class On:
         constant: float = 0.0,
         factor: Factor | None = None,
         value: Tensor | None = None,
+        bent: tuple[Operand, Tensor] | None = None,
     ) -> None:
-        """out = constant + c_base·base + c·factor ∘ P; of a factor σ' also value = σ(u)."""
+        """out = constant + c_base·base + c·factor ∘ P; of a factor σ' also value = σ(u), and σ'' ∘
+        what is ``bent`` is added."""
         to = out if out is not None else value
         assert to is not None
         factor, pairs = factor or Factor(), self.active is not None
+        p, s = bent or (None, None)
         H, N = to.shape[-1], 1 if to.dim() == 2 else self.count
         BN = min(64, _power_of_two(H))
         BM = LIGHT_TILE // BN
@@ -171,10 +174,11 @@ class On:
         launch(
             light.combine, (-(-N // BM), -(-H // BN)), self.x,
             out, _tensor(P), _tensor(base), _tensor(factor.u), _tensor(factor.F), value,
-            *self._rows(), float(constant), float(c), float(c_base), N,
+            _tensor(p), s, *self._rows(), float(constant), float(c), float(c_base), N,
             FACTOR=factor.kind, ACT=factor.act, H=H, T=1 if out is None else out.shape[0],
             O=_layout(out, pairs), P_=_layout(P, pairs), B=_layout(base, pairs),
             U=_layout(factor.u, pairs), F_=_layout(factor.F, pairs), V=_layout(value, pairs),
+            BENT=_layout(p, pairs), S=_layout(s, pairs),
             BM=BM, BN=BN, A=accumulator(self.x.dtype),
         )  # fmt: skip
 
@@ -428,8 +432,15 @@ class _Chain:
         self.own.add(v)
         return out, held
 
-    def add(self, v: int, P: Operand, c: float = 1.0, factor: Factor = ONE) -> None:
-        """Adds c·factor ∘ P, or takes P itself where that is all."""
+    def add(
+        self,
+        v: int,
+        P: Operand,
+        c: float = 1.0,
+        factor: Factor = ONE,
+        bent: tuple[Operand, Tensor] | None = None,
+    ) -> None:
+        """Adds c·factor ∘ P, and what is bent, or takes P itself where that is all."""
         held = self.of.get(v)
         if held is None and factor.kind == ONE.kind and c == 1 and not isinstance(P, OfRows):
             self.of[v] = P
@@ -438,7 +449,7 @@ class _Chain:
         # What the pairs take from a row is theirs.
         one_row = t.dim() == 2 and factor.one_row and _one_row(held) and self.products is None
         out, base = self._target(v, t.shape[0], t.shape[-1], one_row)
-        self.on.combine(out, P, c=c, base=base, factor=factor)
+        self.on.combine(out, P, c=c, base=base, factor=factor, bent=bent)
 
     def add_by_row(self, v: int, P: Operand, kind: int, does: int, H: int, **more: Any) -> None:
         t = _given(_tensor(P))
@@ -1203,12 +1214,16 @@ class _Pairs:
         for i, u in enumerate(node.inputs):
             if not (direct[i] or kept[i]):
                 continue
-            if q is not None:
-                self.q.add_pulled(pulling, q, i)
             if not self.keeps and isinstance(p, Tensor) and u and self.facts.moving[u]:
                 self.p.add_pulled(pulling, p, i)
-            if p is not None and step.rule.curved:
-                self._curve(pulling, u_dot, p, i)
+            curved = p is not None and step.rule.curved
+            if q is not None and curved and node.kind in ACTIVATIONS:
+                self.q.add(u, q, 1.0, _slope(node, at.u[0]), (_given(p), _given(u_dot[0])))
+                continue
+            if q is not None:
+                self.q.add_pulled(pulling, q, i)
+            if curved:
+                self._curve(pulling, u_dot, _given(p), i)
 
     def _curve(self, at: At, u_dot: Sequence[Tensor | None], p: Operand, i: int) -> None:
         """The curvature in input i joins g of its rows, or q."""
