@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from monokernel import MonotonePenalty, audit, fused_mono_penalty, value_and_jacobian
 from tests.support import mlp, points
+from tests.zoo import network
 
 __all__ = ["CALLS", "main"]
 
@@ -62,13 +63,15 @@ def _step(
     slopes: bool = True,
     dx: bool = False,
     frozen: bool = False,
+    zoo: str = "",
     autocast: bool = False,
     weight: Callable[[int], Tensor | float] | None = None,
     of: Callable[..., Any] = fused_mono_penalty,
     **options: Any,
 ) -> Call:
     """Forward and backward. ``task`` and ``slopes`` say which of y and the penalty has a gradient,
-    ``dx`` whether the inputs have one, ``frozen`` that the first layer has none."""
+    ``dx`` whether the inputs have one, ``frozen`` that the first layer has none; ``zoo`` names the
+    network if it is no chain of layers."""
 
     def step(N: int, margin: float) -> None:
         x1, x2 = points(N, d1, k, dtype)
@@ -90,7 +93,7 @@ def _step(
                 loss = loss + out.float().sum()
             loss.backward()
 
-    net = mlp(d1, k, D, hidden, σ, bias, last, dtype)
+    net = network(zoo, d1 + k, D, 16, dtype) if zoo else mlp(d1, k, D, hidden, σ, bias, last, dtype)
     if frozen:
         net[0].requires_grad_(False)
     return step
@@ -133,6 +136,17 @@ call("strict float32, gradients of the inputs", dtype=torch.float32, dx=True, la
 call("strict float32, Jacobian", dtype=torch.float32, of=value_and_jacobian)
 call("wide", hidden=(144,), task=False, dx=True)
 call("wide, Jacobian in tangent mode", hidden=(144,), D=2, k=1, of=value_and_jacobian)
+
+# Node by node.
+call("pre-norm", zoo="pre-norm LayerNorm", backend="triton")
+call(
+    "mixture of experts in tangent mode",
+    zoo="mixture of experts",
+    D=2,
+    k=1,
+    backend="triton",
+    dx=True,
+)
 
 
 def module(N: int, margin: float) -> None:

@@ -27,6 +27,7 @@ import triton
 from monokernel.backends.triton import (
     elementwise,
     layer,
+    light,
     network_backward,
     network_forward,
     pairs,
@@ -130,7 +131,7 @@ def test_the_host_neither_waits_nor_copies(case: tuple[str, str], reports: Repor
 
 
 def test_every_kernel_was_compiled(reports: Reports) -> None:
-    modules = network_forward, network_backward, reduce, elementwise, layer, pairs
+    modules = network_forward, network_backward, reduce, elementwise, layer, light, pairs
     kernels = {name for module in modules for name in module.__all__}
     assert kernels == {name for turns in reports.values() for name in turns["first"]["compiled"]}
 

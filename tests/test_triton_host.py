@@ -23,11 +23,12 @@ pytest.importorskip("triton")
 
 import monokernel
 from monokernel import problem as problems
-from monokernel.backends.triton import layered, whole
+from monokernel.backends.triton import layered, programs, whole
 from monokernel.backends.triton.launch import instead_of_launching, interpreting
-from monokernel.problem import Hinge, Mode, direction_table, shared_direction_table
+from monokernel.problem import Hinge, Mode, Problem, direction_table, shared_direction_table
 from tests.gpu.cases import inputs, problem
 from tests.support import mlp, points
+from tests.test_programs import CASES, operands
 
 BOTH = pytest.mark.parametrize("path", [whole, layered], ids=["whole", "layered"])
 MODES = pytest.mark.parametrize("mode", ["tangent", "adjoint"])
@@ -100,6 +101,35 @@ def test_kernels_wait_for_nothing(
     handed_over = [t for _, args, _ in seen for t in tree_leaves(args) if isinstance(t, Tensor)]
     assert len(handed_over) > 10
     assert {t.device for t in handed_over} == {META}
+
+
+@MODES
+@pytest.mark.parametrize("cotangents", ["both", "slopes"])
+@pytest.mark.parametrize("name", CASES)
+def test_programs_wait_for_nothing(name: str, mode: Mode, cotangents: str) -> None:
+    """Of whatever number of rows: what is launched is the same."""
+    d, nodes = CASES[name]
+    p = Problem(d, nodes, 2, mode, Hinge(elementwise=True))
+    seen: dict[int, Launches] = {}
+    for N in (33, 1):
+        x, params = operands(d, nodes, N, single=name == "one number for two widths")
+        x, params = x.to(META), [None if t is None else t.to(META) for t in params]
+
+        def step() -> Launches:
+            with launches() as found:
+                y, out, saved = programs.forward(p, x, None, params, True)  # noqa: B023
+                gy = y if cotangents == "both" else None
+                needs = [True] * (1 + len(params))  # noqa: B023
+                programs.backward(p, gy, out, x, None, params, saved, needs)  # noqa: B023
+            return found
+
+        step()
+        with Host() as host:
+            seen[N] = step()
+        assert host.waits == []
+    kernels = [[(kernel, options) for kernel, _, options in found] for found in seen.values()]
+    assert kernels[0] == kernels[1]
+    assert len(kernels[0]) > 2
 
 
 @pytest.mark.skipif(not interpreting(), reason="runs under TRITON_INTERPRET=1")

@@ -20,10 +20,11 @@ pytest.importorskip("triton")
 
 from triton.runtime import interpreter
 
-from monokernel.backends.triton import layered, whole
+from monokernel.backends.triton import layered, programs, whole
 from monokernel.backends.triton.launch import interpreting
-from monokernel.problem import Hinge, Mode
+from monokernel.problem import Hinge, Mode, Problem
 from tests.gpu.cases import inputs, problem, run
+from tests.test_programs import CASES, operands
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="runs under TRITON_INTERPRET=1")
 
@@ -124,6 +125,15 @@ def test_no_race_in_one_kernel(
 @pytest.mark.parametrize("mode", ["tangent", "adjoint"])
 def test_no_race_layer_by_layer(mode: Mode) -> None:
     _assert_no_race(layered, (6, 20, 20, 2), mode)
+
+
+@pytest.mark.parametrize("mode", ["tangent", "adjoint"])
+def test_no_race_in_a_program(mode: Mode) -> None:
+    d, nodes = CASES["gates"]
+    x, params = operands(d, nodes, 70)
+    with recorded() as ledger:
+        run(programs, Problem(d, nodes, 2, mode, None), x, params, violating=torch.rand(70) < 0.3)
+    assert ledger.races == set()
 
 
 def _assert_no_race(path: ModuleType, widths: tuple[int, ...], mode: Mode) -> None:

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from monokernel.activations import KINDS, Activation
+from monokernel.activations import ACTIVATIONS, KINDS, Activation
 from monokernel.backends import handwritten
 from monokernel.problem import Hinge, Mode, Problem, chain_problem
 
@@ -18,8 +18,13 @@ NUMBERS = {
     "hardtanh": (-0.75, 1.125, 0.0),
     "elu": (1.0625, 1.625, 0.875),
     "softplus": (1.75, 2.5, 0.0),
+    "softshrink": (0.375, 0.0, 0.0),
+    "hardshrink": (0.25, 0.0, 0.0),
+    "threshold": (0.125, -0.5, 0.0),
+    "clamp": (-0.625, 0.875, 0.0),
 }
-TABLE = [Activation(kind, *NUMBERS.get(kind, ())) for kind in KINDS]
+EVERY_KIND = [Activation(kind, *NUMBERS.get(kind, ())) for kind in ACTIVATIONS]
+TABLE = EVERY_KIND[: len(KINDS)]
 IDENTITY = TABLE[0]
 
 

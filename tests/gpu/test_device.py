@@ -6,16 +6,19 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("triton")
 
 import monokernel
 from monokernel.activations import KINDS
 from monokernel.backends import handwritten, load
-from monokernel.backends.triton import layered, whole
-from monokernel.problem import Hinge, Mode
+from monokernel.backends.triton import layered, programs, whole
+from monokernel.problem import Hinge, Mode, Problem
 from tests.gpu.cases import assert_as_precise_as_pytorch, errors, inputs, problem, run
 from tests.support import mlp, points
+from tests.test_programs import CASES, operands
+from tests.zoo import network
 
 pytestmark = [pytest.mark.gpu]
 
@@ -95,10 +98,31 @@ def test_two_runs_give_the_same_bits(path: ModuleType) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("width", [64, 300])
-def test_a_step_is_captured_in_a_cuda_graph(width: int) -> None:
+@MODES
+@pytest.mark.parametrize("name", CASES)
+def test_programs(name: str, mode: Mode) -> None:
+    """Strict float32 against float64, and the same bits in a second run."""
+    d, nodes = CASES[name]
+    p = Problem(d, nodes, 2, mode, None)
+    x, params = operands(d, nodes, 3000, single=name == "one number for two widths")
+    violating = torch.rand(3000) < 0.3
+    truth = run(handwritten, p, x, params, violating=violating)
+    low, violating = [None if t is None else t.float().cuda() for t in params], violating.cuda()
+    ours = run(programs, p, x.float().cuda(), low, violating=violating)
+    torchs = run(handwritten, p, x.float().cuda(), low, violating=violating)
+    for a, b in zip(errors(ours, truth), errors(torchs, truth), strict=True):
+        assert a <= 3 * b + 1e-5
+    again = run(programs, p, x.float().cuda(), low, violating=violating)
+    assert all(map(torch.equal, ours, again))
+
+
+@pytest.mark.parametrize("name", [64, 300, "pre-norm LayerNorm", "nested GLU"])
+def test_a_step_is_captured_in_a_cuda_graph(name: int | str) -> None:
     """No host synchronisation anywhere: the replay follows new inputs and new violations."""
-    net = mlp(6, 2, 1, hidden=(width, width), dtype=torch.float16).cuda()
+    if isinstance(name, int):
+        net: nn.Module = mlp(6, 2, 1, hidden=(name, name), dtype=torch.float16).cuda()
+    else:
+        net = network(name, 8, 1, 64, torch.float16).cuda()
     x1, x2 = (t.cuda() for t in points(4096, 6, 2, torch.float16))
 
     def step() -> torch.Tensor:

@@ -1,7 +1,8 @@
 """The Triton kernels: the tangent beside the activations, on the GPU.
 
-Two paths, each with the four functions of the backend protocol: ``whole.py`` (narrow networks, the
-network is one kernel) and ``layered.py`` (every other). This module only chooses.
+Three paths, each with the four functions of the backend protocol: ``whole.py`` (narrow chains of
+layers, the network is one kernel), ``layered.py`` (every other chain) and ``programs.py`` (every
+other program). This module only chooses.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...problem import Problem
-from . import layered, whole
+from . import layered, programs, whole
 from .launch import interpreting
 
 __all__ = ["backward", "forward", "refuses", "saved_like"]
@@ -30,15 +31,17 @@ def refuses(problem: Problem, x: Tensor) -> str | None:
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return f"x is {x.dtype}; the Triton kernels serve float32, float16 and bfloat16"
     if problem.chain is None:
-        return "the kernels serve chains of linear layers and activations"
+        return programs.refuses(problem, x)
     return None if whole.refuses(problem, x) is None else layered.refuses(problem, x)
 
 
 def _path(problem: Problem, x: Tensor, saved: Sequence[Tensor] | None = None) -> ModuleType:
-    """The whole network in one kernel where it fits, else layer by layer.
+    """Of a chain the whole network in one kernel where it fits, else layer by layer.
 
     In the backward what was saved decides, should the float32 precision have been changed since.
     """
+    if problem.chain is None:
+        return programs
     if saved is not None and len(saved) != len(whole.saved_like(problem, x[:0])):
         return layered
     return whole if whole.refuses(problem, x) is None else layered

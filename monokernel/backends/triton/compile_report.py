@@ -32,8 +32,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ...activations import Activation
-from ...problem import Hinge, Mode, chain_problem
-from . import launch, layered, whole
+from ...nodes import parameter_shapes
+from ...problem import Hinge, Mode, Problem, chain_problem
+from ...program import Node
+from . import launch, layered, programs, whole
+from .config import WIDEST_ROW
 
 __all__ = ["main"]
 
@@ -58,6 +61,7 @@ TARGETS = {
 
 
 LINEAR = Hinge()
+PATHS: dict[str, Any] = {"whole": whole, "layered": layered, "programs": programs}
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,16 @@ class Case:
     bias: bool = True
     row_weight: bool = False  # a hinge weight for each row
     N: int = 1024
+    nodes: tuple[Node, ...] = ()  # of a program, which ``kind`` is then the name of
+
+    @property
+    def problem(self) -> Problem:
+        if self.nodes:
+            return Problem(self.widths[0], self.nodes, self.k, self.mode, self.hinge)
+        hidden = {"softplus": (1.0, 20.0), "elu": (1.0, 1.0, 1.0)}.get(self.kind, ())
+        σ = Activation(self.kind, *hidden)
+        acts = (*(σ,) * (len(self.widths) - 2), Activation("identity"))
+        return chain_problem(self.widths, acts, self.k, self.mode, self.hinge)
 
     @property
     def name(self) -> str:
@@ -160,6 +174,82 @@ def layered_cases() -> Iterator[Case]:
         yield from Case((8, 512, 512, D), "silu", k, mode, half, "highest", "layered").variants()
 
 
+class _Program:
+    """Nodes in a row, each with parameters of its own."""
+
+    def __init__(self, d: int) -> None:
+        self.nodes: list[Node] = []
+        self.widths, self.places = [d], 0
+
+    def add(self, kind: str, *inputs: int, numbers: tuple[float, ...] = (), width: int = 0) -> int:
+        """The number of the node's value, of the width of the last input if none is given."""
+        parameters = {"linear": 2, "scale": 1, "shift": 1, "prelu": 1, "mask": 1}.get(kind, 0)
+        places = tuple(range(self.places, self.places + parameters))
+        self.places += parameters
+        self.widths.append(width or self.widths[inputs[-1]])
+        self.nodes.append(Node(kind, inputs, places, numbers, self.widths[-1]))
+        return len(self.nodes)
+
+
+def residual(d: int, H: int, D: int) -> tuple[Node, ...]:
+    """A pre-norm block."""
+    of = _Program(d)
+    h = of.add("linear", 0, width=H)
+    z = of.add("normalise", h, numbers=(1e-5,))
+    z = of.add("shift", of.add("scale", z))
+    z = of.add("silu", of.add("linear", z, width=H), numbers=(0.0, 0.0, 0.0))
+    h = of.add("sum", h, of.add("linear", z, width=H), numbers=(1.0, 1.0))
+    of.add("linear", h, width=D)
+    return tuple(of.nodes)
+
+
+def every_node(d: int, H: int, D: int) -> tuple[Node, ...]:
+    """A program of all kinds of light nodes."""
+    of = _Program(d)
+    h = of.add("linear", 0, width=2 * H)
+    gate = of.add("columns", h, numbers=(0.0, 1.0), width=H)
+    h = of.add("columns", h, numbers=(H, 1.0), width=H)
+    gate = of.add("sigmoid", gate, numbers=(0.0, 0.0, 0.0))
+    h = of.add("mask", of.add("product", gate, h))
+    h = of.add("prelu", of.add("line", h, numbers=(0.5, 0.25)))
+    z = of.add("shift", of.add("scale", of.add("normalise", h, numbers=(1e-5,))))
+    h = of.add("sum", h, of.add("linear", z, width=H), numbers=(1.0, 0.5))
+    z = of.add("root_mean_square", h, numbers=(1e-5,))
+    z = of.add("softmax", of.add("gelu", z, numbers=(0.0, 0.0, 0.0)))
+    total = of.add("total", of.add("product", z, h), width=1)
+    h = of.add("product", of.add("log_softmax", h), of.add("expand", total, width=H))
+    h = of.add("concat", h, 0, width=H + d)
+    of.add("linear", h, width=D)
+    return tuple(of.nodes)
+
+
+def whole_rows(d: int, H: int, D: int) -> tuple[Node, ...]:
+    """A program of nodes that hold whole rows."""
+    of = _Program(d)
+    h = of.add("linear", 0, width=H)
+    for kind, numbers in (("normalise", (1e-5,)), ("softmax", ()), ("log_softmax", ())):
+        h = of.add(kind, h, numbers=numbers)
+    of.add("linear", h, width=D)
+    return tuple(of.nodes)
+
+
+def program_cases() -> Iterator[Case]:
+    """Programs as wide as ordinary ones, and with the widest rows that are held in registers."""
+    half, brain, single = torch.float16, torch.bfloat16, torch.float32
+    for D, k, mode in SIDES:
+        for make, H, dtype in ((every_node, 512, half), (whole_rows, WIDEST_ROW, single)):
+            yield Case(
+                (8, H, D), make.__name__, k, mode, dtype, path="programs", dx=True,
+                nodes=make(8, H, D), N=256,
+            )  # fmt: skip
+        block = Case(
+            (8, 512, D), "residual", k, mode, brain, path="programs", nodes=residual(8, 512, D)
+        )
+        yield block
+        yield replace(block, cotangents="slopes")
+        yield replace(block, hinge=None, N=1)
+
+
 def quick_cases() -> Iterator[Case]:
     """What ``make test`` compiles."""
     half = torch.float16
@@ -170,6 +260,9 @@ def quick_cases() -> Iterator[Case]:
             small = Case((8, 32, D), "silu", k, mode, half, "highest", path)
             yield replace(small, hinge=None)
             yield replace(small, N=1)
+    yield Case(
+        (8, 32, 1), "residual", 2, "adjoint", half, path="programs", nodes=residual(8, 32, 1)
+    )
 
 
 @dataclass(frozen=True)
@@ -202,25 +295,23 @@ def launches(case: Case, target: str) -> list[Launch]:
 
 
 def _step(case: Case) -> None:
-    L, N = len(case.widths) - 1, case.N
-    hidden = {"softplus": (1.0, 20.0), "elu": (1.0, 1.0, 1.0)}.get(case.kind, ())
-    acts = (*(Activation(case.kind, *hidden),) * (L - 1), Activation("identity"))
-    problem = chain_problem(case.widths, acts, case.k, case.mode, case.hinge)
+    problem, N = case.problem, case.N
+    biases = {node.params[1] for node in problem.nodes if node.kind == "linear"}
     params: list[Tensor | None] = []
-    for rows, columns in zip(case.widths[1:], case.widths, strict=False):
-        params += [
-            torch.empty(rows, columns, dtype=case.dtype),
-            torch.empty(rows, dtype=case.dtype) if case.bias else None,
-        ]
-    x = torch.empty(N, case.widths[0], dtype=case.dtype)
+    for place, (_, shapes) in sorted(parameter_shapes(problem.d, problem.nodes).items()):
+        sizes = [N if n == -1 else n for n in shapes[0]]
+        given = case.bias or place not in biases
+        params.append(torch.empty(sizes, dtype=case.dtype) if given else None)
+    x = torch.empty(N, problem.d, dtype=case.dtype)
     weight = torch.empty(N, problem.D, problem.k) if case.row_weight else None
-    path = layered if case.path == "layered" else whole
+    path = PATHS[case.path]
     if path.refuses(problem, x) is not None:
         return
     y, out, saved = path.forward(problem, x, weight, params, True)
     gy = None if case.cotangents == "slopes" else y
     gout = None if case.cotangents == "y" else out
-    needs = [case.dx, *(p is not None for p in params)]
+    drawn = {place for node in problem.nodes if node.kind == "mask" for place in node.params}
+    needs = [case.dx, *(p is not None and i not in drawn for i, p in enumerate(params))]
     path.backward(problem, gy, gout, x, weight, params, saved, needs)
 
 
@@ -387,7 +478,9 @@ def main(arguments: list[str] | None = None) -> int:
     if launch.interpreting():
         print("TRITON_INTERPRET is set: nothing can be compiled", file=sys.stderr)
         return 1
-    cases = [*quick_cases()] if options.quick else [*whole_cases(), *layered_cases()]
+    cases = (
+        [*quick_cases()] if options.quick else [*whole_cases(), *layered_cases(), *program_cases()]
+    )
     targets = ["sm_90"] if options.quick else options.targets
     jobs = []
     seen: set[str] = set()

@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 __all__ = [
+    "LIGHT_TILE",
     "ROWS",
+    "WIDEST_ROW",
     "LayerConfig",
     "NetworkConfig",
     "backward_config",
@@ -96,6 +98,9 @@ def candidates(config: NetworkConfig) -> list[NetworkConfig]:
 # --- layer by layer -----------------------------------------------------------------------------
 
 ROWS = 64  # rows of an element-wise tile of 32 columns: 2048 elements for 4 warps
+LIGHT_TILE = 2048  # elements of a tile of a program's light nodes
+# Columns of a row that a light node holds in registers, of 16 warps.
+WIDEST_ROW = 8192
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ __all__ = [
     "weight_tile",
 ]
 
-# Kinds, as indices of ``activations.KINDS``.
+# Kinds, as indices of ``activations.ACTIVATIONS``, which begins with ``KINDS``.
 RELU = tl.constexpr(1)
 LEAKY_RELU = tl.constexpr(2)
 HARDTANH = tl.constexpr(3)
@@ -40,6 +40,21 @@ SOFTSIGN = tl.constexpr(10)
 TANH = tl.constexpr(11)
 SIGMOID = tl.constexpr(12)
 LOGSIGMOID = tl.constexpr(13)
+HARDSIGMOID = tl.constexpr(14)
+HARDSWISH = tl.constexpr(15)
+SOFTSHRINK = tl.constexpr(16)
+HARDSHRINK = tl.constexpr(17)
+THRESHOLD = tl.constexpr(18)
+CLAMP = tl.constexpr(19)
+TANHSHRINK = tl.constexpr(20)
+ABS = tl.constexpr(21)
+SQUARE = tl.constexpr(22)
+SQRT = tl.constexpr(23)
+EXP = tl.constexpr(24)
+LOG = tl.constexpr(25)
+RECIPROCAL = tl.constexpr(26)
+SIN = tl.constexpr(27)
+COS = tl.constexpr(28)
 
 # What the second output is.
 JACOBIAN = tl.constexpr(0)
@@ -168,6 +183,64 @@ def activation(a, ACT: tl.constexpr):
         value = tl.where(a < 0, a, zero) - log1p_exp(-tl.abs(a))
         first = 1 - s
         second = -s * (1 - s)
+    elif CODE == HARDSIGMOID:
+        value = tl.where(a <= -3, zero, tl.where(a >= 3, zero + 1, a / 6 + 0.5))
+        first = tl.where((a > -3) & (a < 3), (zero + 1) / 6, zero)
+    elif CODE == HARDSWISH:
+        inside = (a > -3) & (a < 3)
+        value = a * tl.where(a <= -3, zero, tl.where(a >= 3, zero + 1, a / 6 + 0.5))
+        first = tl.where(a <= -3, zero, tl.where(a < 3, a / 3 + 0.5, zero + 1))
+        second = tl.where(inside, (zero + 1) / 3, zero)
+    elif CODE == SOFTSHRINK:
+        flat = (a >= -p) & (a <= p)
+        value = tl.where(flat, zero, tl.where(a > 0, a - p, a + p))
+        first = tl.where(flat, zero, zero + 1)
+    elif CODE == HARDSHRINK:
+        flat = (a >= -p) & (a <= p)
+        value = tl.where(flat, zero, a)
+        first = tl.where(flat, zero, zero + 1)
+    elif CODE == THRESHOLD:
+        value = tl.where(a <= p, zero + q, a)
+        first = tl.where(a <= p, zero, zero + 1)
+    elif CODE == CLAMP:
+        value = tl.where(a <= p, zero + p, tl.where(a >= q, zero + q, a))
+        first = tl.where((a >= p) & (a <= q), zero + 1, zero)
+    elif CODE == TANHSHRINK:
+        t = tanh(a)
+        value = a - t
+        first = t * t
+        second = 2 * t * (1 - t * t)
+    elif CODE == ABS:
+        value = tl.abs(a)
+        first = tl.where(a > 0, zero + 1, tl.where(a < 0, zero - 1, zero))
+    elif CODE == SQUARE:
+        value = a * a
+        first = 2 * a
+        second = zero + 2
+    elif CODE == SQRT:
+        value = tl.sqrt(a)
+        first = 0.5 / value
+        second = -0.25 / (a * value)
+    elif CODE == EXP:
+        value = tl.exp(a)
+        first = value
+        second = value
+    elif CODE == LOG:
+        value = tl.log(a)
+        first = 1 / a
+        second = -1 / (a * a)
+    elif CODE == RECIPROCAL:
+        value = 1 / a
+        first = -1 / (a * a)
+        second = 2 / (a * a * a)
+    elif CODE == SIN:
+        value = tl.sin(a)
+        first = tl.cos(a)
+        second = -value
+    elif CODE == COS:
+        value = tl.cos(a)
+        first = -tl.sin(a)
+        second = -value
     return value, first, second
 
 

@@ -12,11 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...activations import ACTIVATIONS, Activation
 from ...problem import Problem, accumulate_dtype
 
 __all__ = [
+    "CODES",
     "LaunchCount",
     "accumulator",
+    "activation_code",
     "activation_table",
     "compute_dtype",
     "dot_precision",
@@ -33,6 +36,10 @@ TL_DTYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
+
+
+# What the kernels call an activation's kind; those that whole-network kernels serve come first.
+CODES = {kind: code for code, kind in enumerate(ACTIVATIONS)}
 
 
 class LaunchCount:
@@ -132,4 +139,8 @@ def dot_precision(dtype: torch.dtype, highest: str = "ieee") -> str:
 @lru_cache(maxsize=256)
 def activation_table(problem: Problem) -> tuple[tuple[int, float, float, float], ...]:
     """The activations as the kernels take them at compile time: (code, p, q, r) for each layer."""
-    return tuple((a.code, a.p, a.q, a.r) for a in problem.activations)
+    return tuple(map(activation_code, problem.activations))
+
+
+def activation_code(a: Activation) -> tuple[int, float, float, float]:
+    return CODES[a.kind], a.p, a.q, a.r

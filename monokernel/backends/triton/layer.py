@@ -56,12 +56,13 @@ def pairs_up(
 def pairs_down(
     p, q, W, rows, total, a, a_dot, p_out, q_out,
     OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, ACT: tl.constexpr, CURVED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, A: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    A: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """P = p W and Q = q W with one weight tile; below, p = σ'∘P and q = σ'∘Q + σ''∘ȧ∘P.
 
-    W is (OUTPUTS, INPUTS). Without p_out only Q is wanted, for dx (and ACT does not count).
+    W is (OUTPUTS, INPUTS). Without p_out only Q is wanted (and ACT does not count); with ADD it is
+    added to what q_out has.
     """
     count = tl.load(total)
     if tl.program_id(0) * BM >= count:
@@ -88,6 +89,8 @@ def pairs_down(
     mask = (i[:, None] < count) & (j[None, :] < INPUTS)
     at = i[:, None] * INPUTS + j[None, :]
     if p_out is None:
+        if ADD:
+            Q += tl.load(q_out + at, mask=mask, other=0.0).to(A)
         tl.store(q_out + at, Q, mask=mask)
     else:
         n = tl.load(rows + i, mask=i < count, other=0).to(tl.int64)
@@ -104,14 +107,15 @@ def pairs_down(
 @triton.jit
 def pairs_weight(
     p, q, h_dot, below, rows, total, dW, db,
-    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, TANGENTS: tl.constexpr, ACT: tl.constexpr,
-    FRESH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
-    C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
+    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, TANGENTS: tl.constexpr,
+    BELOW_ROW: tl.constexpr, ACT: tl.constexpr, FRESH: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BR: tl.constexpr, C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dW += qᵀ h + pᵀ ḣ and db += Σ q over the pairs, by one program per tile: a fixed order.
 
-    h = σ(below[row]), or below[row] itself for the input (ACT is the identity there). ``h_dot`` has
-    TANGENTS columns, which stand for the last ones of INPUTS. FRESH: the sums begin at 0.
+    h = σ(below[row]), or below[row] itself for the input (ACT is the identity there), in rows that
+    lie BELOW_ROW apart. ``h_dot`` has TANGENTS columns, which stand for the last ones of INPUTS.
+    FRESH: the sums begin at 0.
     """
     count = tl.load(total)
     o = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -124,18 +128,19 @@ def pairs_weight(
         ok = i < count
         i = i.to(tl.int64)
         inside = (o[:, None] < OUTPUTS) & ok[None, :]
-        left = tl.load(p + i[None, :] * OUTPUTS + o[:, None], mask=inside, other=0.0)
-        right = tl.load(
-            h_dot + i[:, None] * TANGENTS + t[None, :],
-            mask=ok[:, None] & (t[None, :] >= 0) & (j[None, :] < INPUTS),
-            other=0.0,
-        )
-        acc += tl.dot(left.to(C), right.to(C), input_precision=PRECISION)
+        if p is not None:
+            left = tl.load(p + i[None, :] * OUTPUTS + o[:, None], mask=inside, other=0.0)
+            right = tl.load(
+                h_dot + i[:, None] * TANGENTS + t[None, :],
+                mask=ok[:, None] & (t[None, :] >= 0) & (j[None, :] < INPUTS),
+                other=0.0,
+            )
+            acc += tl.dot(left.to(C), right.to(C), input_precision=PRECISION)
         if q is not None:
             left = tl.load(q + i[None, :] * OUTPUTS + o[:, None], mask=inside, other=0.0)
             n = tl.load(rows + i, mask=ok, other=0).to(tl.int64)
             own = tl.load(
-                below + n[:, None] * INPUTS + j[None, :],
+                below + n[:, None] * BELOW_ROW + j[None, :],
                 mask=ok[:, None] & (j[None, :] < INPUTS),
                 other=0.0,
             )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +34,17 @@ from .reduce import reduce_sum
 from .tuning import choose, enabled
 from .whole import compiled, output_code
 
-__all__ = ["backward", "forward", "refuses", "saved_like"]
+__all__ = [
+    "backward",
+    "forward",
+    "hinged",
+    "list_active",
+    "product_config",
+    "product_options",
+    "product_tile",
+    "refuses",
+    "saved_like",
+]
 
 Params = Sequence[Tensor | None]
 BLOCK = 1024  # pairs that one program lists
@@ -101,7 +111,7 @@ def forward(
         y = _values(problem, x.contiguous(), params, keep)
         kept = saved[kept_layers(problem) :][: L - 1] if save and problem.keeps_adjoint else []
         J = _adjoint_slopes(problem, params, keep, kept)
-    return y, _hinge(problem, J, y, weight, saved), saved
+    return y, hinged(problem, J, y, weight, saved), saved
 
 
 def _tangent_forward(
@@ -177,7 +187,7 @@ def _adjoint_slopes(
     return torch.mm(P, first).view(D, N, k).transpose(0, 1)
 
 
-def _hinge(
+def hinged(
     problem: Problem, J: Tensor, y: Tensor, weight: Tensor | None, saved: list[Tensor]
 ) -> Tensor:
     """The second output from the slopes J (N, D, k) of any strides."""
@@ -219,7 +229,7 @@ def backward(
     saved: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    config = _rule(x)
+    config = product_config(x)
     if enabled(x.device) and x.shape[0] and gout is not None:
         config = choose(
             ("pairs", compiled(problem), x.dtype, x.device, x.shape[0].bit_length(), tuple(needs)),
@@ -229,9 +239,24 @@ def backward(
     return _backward(problem, gy, gout, x, params, saved, needs, config)
 
 
-def _rule(x: Tensor) -> LayerConfig:
+def product_config(x: Tensor) -> LayerConfig:
     ieee = x.dtype == torch.float32 and dot_precision(x.dtype) == "ieee"
     return layer_config(ieee)
+
+
+def product_options(dtype: torch.dtype, config: LayerConfig) -> dict[str, Any]:
+    """How a kernel multiplies over the active pairs."""
+    return {
+        "C": TL_DTYPES[compute_dtype(dtype)],
+        "A": accumulator(dtype),
+        "PRECISION": dot_precision(dtype),
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
+
+
+def product_tile(config: LayerConfig) -> dict[str, int]:
+    return {"BM": config.rows, "BN": config.columns, "BK": config.inner}
 
 
 def _backward(
@@ -316,9 +341,45 @@ def _task_backward(
     return torch.mm(g, _weight(params, 0)) if needs_dx else None
 
 
+class Active(NamedTuple):
+    """The active pairs as the device lists them, of at most M: row (M), the place of each of the M
+    in the list or -1, their number, ẋ (M, k) and s (M, D)."""
+
+    rows: Tensor
+    place: Tensor
+    total: Tensor
+    x_dot: Tensor
+    seed: Tensor
+
+
+def list_active(problem: Problem, gout: Tensor, S: Tensor | None, x: Tensor) -> Active:
+    """Those of the rows x (N, d), of the cotangent gout and the hinge's derivatives S of theirs."""
+    N, D, k, adjoint = x.shape[0], problem.D, problem.k, problem.mode == "adjoint"
+    M = N * (D if adjoint else k)
+    blocks = -(-M // BLOCK)
+    found = Active(
+        rows=x.new_empty(M, dtype=torch.int32),
+        place=x.new_empty(M, dtype=torch.int32),
+        total=x.new_empty((), dtype=torch.int32),
+        x_dot=x.new_empty(M, k),
+        seed=x.new_empty(M, D),
+    )
+    shape = {
+        "D": D, "K": k, "ADJOINT": adjoint, "OUT": output_code(problem), "BLOCK": BLOCK,
+        **register_limit(x.device),
+    }  # fmt: skip
+    counts = x.new_empty(blocks, dtype=torch.int32)
+    launch(count_pairs, (blocks,), x, gout, S, counts, N, **shape)
+    launch(
+        list_pairs, (blocks,), x, gout, S, counts, found.rows, found.place, found.x_dot,
+        found.seed, found.total, N, **shape,
+    )  # fmt: skip
+    return found
+
+
 @dataclass
 class _Pairs:
-    """The active pairs as the device lists them: row (M), place (M), ẋ (M, k), s (M, D)."""
+    """The active pairs of a backward (see ``Active``)."""
 
     problem: Problem
     x: Tensor
@@ -341,48 +402,17 @@ class _Pairs:
         saved: Sequence[Tensor],
         config: LayerConfig,
     ) -> _Pairs:
-        N, D, k, adjoint = x.shape[0], problem.D, problem.k, problem.mode == "adjoint"
-        M = N * (D if adjoint else k)
-        blocks = -(-M // BLOCK)
         S = None if problem.hinge is None else saved[-1]
-        pairs = cls(
-            problem,
-            x,
-            params,
-            saved,
-            rows=x.new_empty(M, dtype=torch.int32),
-            place=x.new_empty(M, dtype=torch.int32),
-            total=x.new_empty((), dtype=torch.int32),
-            x_dot=x.new_empty(M, k),
-            seed=x.new_empty(M, D),
-            config=config,
-        )
-        shape = {
-            "D": D, "K": k, "ADJOINT": adjoint, "OUT": output_code(problem), "BLOCK": BLOCK,
-            **register_limit(x.device),
-        }  # fmt: skip
-        counts = x.new_empty(blocks, dtype=torch.int32)
-        launch(count_pairs, (blocks,), x, gout, S, counts, N, **shape)
-        launch(
-            list_pairs, (blocks,), x, gout, S, counts, pairs.rows, pairs.place, pairs.x_dot,
-            pairs.seed, pairs.total, N, **shape,
-        )  # fmt: skip
-        return pairs
+        active = list_active(problem, gout, S, x)
+        return cls(problem, x, params, saved, *active, config)
 
     @property
     def dots(self) -> dict[str, Any]:
-        dtype = self.x.dtype
-        return {
-            "C": TL_DTYPES[compute_dtype(dtype)],
-            "A": accumulator(dtype),
-            "PRECISION": dot_precision(dtype),
-            "num_warps": self.config.warps,
-            "num_stages": self.config.stages,
-        }
+        return product_options(self.x.dtype, self.config)
 
     @property
     def tile(self) -> dict[str, int]:
-        return {"BM": self.config.rows, "BN": self.config.columns, "BK": self.config.inner}
+        return product_tile(self.config)
 
     def grid(self, columns: int) -> tuple[int, int]:
         return -(-len(self.rows) // self.config.rows), -(-columns // self.config.columns)
@@ -456,7 +486,7 @@ class _Pairs:
             pairs_down, self.grid(H), p, p, q, _weight(self.params, l), self.rows, self.total,
             self.saved[l - 1], a_dot, p_out, q_out,
             OUTPUTS=self.problem.widths[l + 1], INPUTS=H,
-            ACT=activation_table(self.problem)[l - 1], CURVED=not σ.piecewise_linear,
+            ACT=activation_table(self.problem)[l - 1], CURVED=not σ.piecewise_linear, ADD=False,
             **self.tile, **self.dots,
         )  # fmt: skip
         return p_out, q_out
@@ -485,7 +515,7 @@ class _Pairs:
             pairs_weight, (-(-O // config.rows), -(-I // config.columns)), p, p, q, h_dot,
             self.saved[l - 1] if l else self.x, self.rows, self.total, grads[2 * l],
             grads[2 * l + 1],
-            OUTPUTS=O, INPUTS=I, TANGENTS=I if l else self.problem.k,
+            OUTPUTS=O, INPUTS=I, TANGENTS=I if l else self.problem.k, BELOW_ROW=I,
             ACT=activation_table(self.problem)[l - 1] if l else (0, 0.0, 0.0, 0.0), FRESH=fresh,
             BM=config.rows, BN=config.columns, BR=config.inner, **self.dots,
         )  # fmt: skip
@@ -500,7 +530,7 @@ class _Pairs:
         launch(
             pairs_down, self.grid(d), x, q, q, _weight(self.params, 0), self.rows, self.total,
             None, None, None, part,
-            OUTPUTS=problem.widths[1], INPUTS=d, ACT=(0, 0.0, 0.0, 0.0), CURVED=False,
+            OUTPUTS=problem.widths[1], INPUTS=d, ACT=(0, 0.0, 0.0, 0.0), CURVED=False, ADD=False,
             **self.tile, **self.dots,
         )  # fmt: skip
         fresh = dx is None
@@ -508,7 +538,8 @@ class _Pairs:
         grid, tile = _tiles(N, d)
         launch(
             gather_inputs, grid, x, dx, part, self.place, N,
-            d=d, T=problem.D if problem.mode == "adjoint" else problem.k, FRESH=fresh,
+            d=d, ROW=d, COLUMN=1, T=problem.D if problem.mode == "adjoint" else problem.k,
+            FRESH=fresh,
             **tile, A=accumulator(x.dtype),
         )  # fmt: skip
         return dx

@@ -112,19 +112,25 @@ def seed_cotangents(
 
 @triton.jit(do_not_specialize=["N"])
 def gather_inputs(
-    dx, part, place, N, d: tl.constexpr, T: tl.constexpr, FRESH: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, A: tl.constexpr,
+    dx, part, place, N, d: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr, T: tl.constexpr,
+    FRESH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
-    """dx[n] += Σ_t part[place of pair (n, t)], in the order of t; dx begins at 0 if FRESH."""
+    """dx[n] += Σ_t part[place of pair (n, t)], in the order of t; dx begins at 0 if FRESH.
+
+    dx is (N, d) of the strides ROW and COLUMN. Unless FRESH, rows without a pair are left alone.
+    """
     n = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     j = tl.program_id(1) * BN + tl.arange(0, BN)
     mask = (n[:, None] < N) & (j[None, :] < d)
-    at = n[:, None] * d + j[None, :]
+    at = n[:, None] * ROW + j[None, :] * COLUMN
     total = tl.zeros((BM, BN), A)
-    if not FRESH:
-        total += tl.load(dx + at, mask=mask, other=0.0).to(A)
+    touched = n < 0
     for t in range(T):
         i = tl.load(place + n + tl.full((), 1, tl.int64) * t * N, mask=n < N, other=-1).to(tl.int64)
+        touched |= i >= 0
         there = mask & (i[:, None] >= 0)
         total += tl.load(part + i[:, None] * d + j[None, :], mask=there, other=0.0).to(A)
+    if not FRESH:
+        mask = mask & touched[:, None]
+        total += tl.load(dx + at, mask=mask, other=0.0).to(A)
     tl.store(dx + at, total, mask=mask)

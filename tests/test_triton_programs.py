@@ -1,0 +1,197 @@
+"""Programs on the Triton backend under its interpreter, against the twin in PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from monokernel import fused_mono_penalty, plan
+from monokernel.backends import handwritten
+from monokernel.backends import triton as backend
+from monokernel.backends.triton import programs as path
+from monokernel.backends.triton.config import WIDEST_ROW
+from monokernel.backends.triton.launch import interpreting
+from monokernel.nodes import wrong_nodes
+from monokernel.problem import Hinge, Mode, Problem
+from monokernel.program import Node
+from tests.gpu.cases import errors, run
+from tests.support import assert_same, gradients, points
+from tests.test_programs import BOTH_MODES, CASES, operands, programs
+from tests.zoo import ACTIVE, ZOO, network
+
+pytestmark = pytest.mark.skipif(not interpreting(), reason="runs under TRITON_INTERPRET=1")
+
+Params = list[Tensor | None]
+
+
+def assert_agrees(p: Problem, x: Tensor, params: Params, **options: Any) -> None:
+    got, want = (run(backend, p, x, params, **options) for backend in (path, handwritten))
+    assert_same(got, want)
+
+
+@settings(max_examples=50)
+@given(data=st.data())
+def test_random_programs(data: st.DataObject) -> None:
+    draw = data.draw
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    k, D = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    d = k + draw(st.integers(0, 3))
+    nodes = draw(programs(d, D))
+    assert wrong_nodes(d, nodes) == ""
+    N = draw(st.sampled_from([0, 1, 16, 29]))
+    x, params = operands(d, nodes, N, draw(st.booleans()), draw(st.booleans()))
+    signs = tuple([(1, 0, -1)[i % 3] for i in range(D * k)])
+    hinges = None, Hinge(), Hinge((1, -1)[:k], 0.1, True), Hinge(signs, 0.2, False, True)
+    hinge = draw(st.sampled_from(hinges))
+    weight = None
+    if hinge is not None and draw(st.booleans()):
+        # Weights that are 0 leave some pairs without a violation.
+        shape = draw(st.sampled_from([(D, k), (N, D, k)]))
+        weight = torch.randint(0, 2, shape).double() * 1.5
+    masks = {place for node in nodes if node.kind == "mask" for place in node.params}
+    needs = [draw(st.booleans())]
+    needs += [
+        t is not None and i not in masks and draw(st.sampled_from([True, True, False]))
+        for i, t in enumerate(params)
+    ]
+    mode: Mode = draw(st.sampled_from(["tangent", "adjoint"]))
+    task, slopes = draw(st.sampled_from([(True, True), (True, False), (False, True)]))
+    violating = torch.rand(N) < 0.5 if hinge is None or hinge.elementwise else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(handwritten, "BLOCK_ELEMENTS", {"cpu": 1})
+        patch.setattr(handwritten, "FEWEST_ROWS", draw(st.sampled_from([5, 1000])))
+        assert_agrees(
+            Problem(d, nodes, k, mode, hinge), x, params, weight=weight, task=task, slopes=slopes,
+            needs=needs, violating=violating,
+        )  # fmt: skip
+
+
+@BOTH_MODES
+@pytest.mark.parametrize("name", CASES)
+def test_value_slopes_and_gradients(name: str, mode: Mode) -> None:
+    d, nodes = CASES[name]
+    x, params = operands(d, nodes, 22, single=name == "one number for two widths")
+    violating = torch.rand(22) < 0.5
+    p = Problem(d, nodes, 2, mode, None)
+    assert_agrees(p, x, params, violating=violating)
+    assert_agrees(p, x, params, violating=violating, task=False)
+
+
+# Chains of layers, which have kernels of their own.
+CHAINS = ("MLP with dropout", "standardised", "shared layer", "own forward", "squeezed")
+
+
+@pytest.mark.parametrize(
+    ("name", "D", "k", "mode"),
+    [(name, 1, 3, "adjoint") for name in ZOO if name not in (*ACTIVE, *CHAINS)]
+    + [(name, 3, 1, "tangent") for name in ZOO if name not in (*ACTIVE, *CHAINS)]
+    + [("pre-norm RMSNorm", 3, 3, "adjoint"), ("DCN-v2", 1, 1, "tangent")],
+)
+def test_the_zoo(name: str, D: int, k: int, mode: Mode) -> None:
+    dtype = torch.float32 if mode == "tangent" else torch.float64
+    net, (x1, x2) = network(name, 3 + k, D, 12, dtype, seed=7), points(40, 3, k, dtype)
+    assert plan(net, x1, x2, backend="triton").backend == "triton"
+    leaves = [x1.requires_grad_(), x2.requires_grad_(), *net.parameters()]
+    found = []
+    for way in ({"backend": "triton", "mode": mode}, {"backend": "reference"}):
+        # Squared: without a jump in the derivative that rounding could cross.
+        y, penalty = fused_mono_penalty(
+            net, x1, x2, margin=0.05, hinge="squared", return_output=True, **way
+        )
+        grads = gradients(y.square().sum() + penalty, *leaves)
+        found.append([y.detach(), penalty.detach(), *grads])
+    assert_same(*found, 1e-4 if dtype == torch.float32 else 1e-10)
+
+
+# --- what random programs may miss ---------------------------------------------------------------
+
+
+def linear(u: int, place: int, width: int) -> Node:
+    return Node("linear", (u,), (place, place + 1), (), width)
+
+
+AFFINE = (
+    linear(0, 0, 6),
+    Node("normalise", (1,), (), (1e-3,), 6),
+    Node("scale", (2,), (2,), (), 6),
+    Node("shift", (3,), (3,), (), 6),
+    Node("silu", (4,), (), (0.0, 0.0, 0.0), 6),
+    linear(5, 4, 1),
+)
+
+
+@BOTH_MODES
+def test_a_norm_and_what_follows_it_with_any_of_them_frozen(mode: Mode) -> None:
+    p = Problem(4, AFFINE, 2, mode, None)
+    for single in (False, True):
+        x, params = operands(4, AFFINE, 22, single=single)
+        assert_agrees(p, x, params)
+        for on in (0, 3):  # x, the scale
+            assert_agrees(p, x, params, needs=[i == on for i in range(7)])
+
+
+def test_chunks_of_which_one_has_no_part_in_the_slopes() -> None:
+    """The columns of its cotangent are zero, and nobody wrote them."""
+    nodes = (
+        linear(0, 0, 8),
+        Node("columns", (1,), (), (0.0, 2.0), 4),
+        Node("columns", (1,), (), (1.0, 2.0), 4),
+        Node("silu", (2,), (), (0.0, 0.0, 0.0), 4),
+        Node("sum", (3, 4), (), (1.0, -0.5), 4),
+        linear(5, 2, 1),
+    )
+    for mode in ("tangent", "adjoint"):
+        x, params = operands(4, nodes, 22)
+        for task in (True, False):
+            assert_agrees(Problem(4, nodes, 2, mode, None), x, params, task=task)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@BOTH_MODES
+def test_precision(dtype: torch.dtype, mode: Mode) -> None:
+    """As precise as PyTorch at the same precision, and the same bits in a second run."""
+    d, nodes = CASES["gates"]
+    p = Problem(d, nodes, 2, mode, None)
+    # The same numbers in every precision.
+    x, params = operands(d, nodes, 60)
+    x, params = x.bfloat16(), [None if t is None else t.bfloat16() for t in params]
+    truth = run(handwritten, p, x.double(), [None if t is None else t.double() for t in params])
+    x = x.to(dtype)
+    low = [None if t is None else t.to(dtype) for t in params]
+    ours = run(path, p, x, low)
+    torchs = errors(run(handwritten, p, x, low), truth)
+    # What sums of a few terms lose is luck. Where the interpreter stores bfloat16 it truncates,
+    # which devices round: towards zero, so that no sum averages it out.
+    factor = 32 if dtype == torch.bfloat16 else 3
+    for i, (a, b) in enumerate(zip(errors(ours, truth), torchs, strict=True)):
+        assert a <= factor * b + 8 * torch.finfo(dtype).eps, f"tensor {i}: {a:.2e}, PyTorch {b:.2e}"
+    assert all(map(torch.equal, ours, run(path, p, x, low)))
+
+
+def test_what_is_given_out_shares_no_memory() -> None:
+    for name in ("x itself is y", "pre-norm", "gates"):
+        d, nodes = CASES[name]
+        p = Problem(d, nodes, 2, "adjoint", Hinge())
+        x, params = operands(d, nodes, 20)
+        y, out, saved = path.forward(p, x, None, params, True)
+        gy, needs = torch.ones_like(y), [True] * (1 + len(params))
+        grads = path.backward(p, gy, torch.ones_like(out), x, None, params, saved, needs)
+        tensors = [t for t in (x, y, out, gy, *params, *saved, *grads) if t is not None]
+        places = {t.untyped_storage().data_ptr() for t in tensors}
+        assert len(places) == len(tensors)
+
+
+def test_refuses_rows_that_no_program_of_a_kernel_holds() -> None:
+    x = torch.empty(2, 3)
+    for width, refused in ((WIDEST_ROW, False), (WIDEST_ROW + 1, True)):
+        nodes = (linear(0, 0, width), Node("softmax", (1,), (), (), width), linear(2, 2, 1))
+        why = backend.refuses(Problem(3, nodes, 1, "adjoint", None), x)
+        assert (why is not None) == refused
+        assert not refused or f"a softmax is {width} wide" in str(why)
