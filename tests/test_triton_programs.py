@@ -55,7 +55,7 @@ def test_random_programs(data: st.DataObject) -> None:
         # Weights that are 0 leave some pairs without a violation.
         shape = draw(st.sampled_from([(D, k), (N, D, k)]))
         weight = torch.randint(0, 2, shape).double() * 1.5
-    masks = {place for node in nodes if node.kind == "mask" for place in node.params}
+    masks = {place for node in nodes if node.kind == "dropout" for place in node.params}
     needs = [draw(st.booleans())]
     needs += [
         t is not None and i not in masks and draw(st.sampled_from([True, True, False]))

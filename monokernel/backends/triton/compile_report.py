@@ -183,7 +183,7 @@ class _Program:
 
     def add(self, kind: str, *inputs: int, numbers: tuple[float, ...] = (), width: int = 0) -> int:
         """The number of the node's value, of the width of the last input if none is given."""
-        parameters = {"linear": 2, "scale": 1, "shift": 1, "prelu": 1, "mask": 1}.get(kind, 0)
+        parameters = {"linear": 2, "scale": 1, "shift": 1, "prelu": 1, "dropout": 1}.get(kind, 0)
         places = tuple(range(self.places, self.places + parameters))
         self.places += parameters
         self.widths.append(width or self.widths[inputs[-1]])
@@ -210,7 +210,7 @@ def every_node(d: int, H: int, D: int) -> tuple[Node, ...]:
     gate = of.add("columns", h, numbers=(0.0, 1.0), width=H)
     h = of.add("columns", h, numbers=(H, 1.0), width=H)
     gate = of.add("sigmoid", gate, numbers=(0.0, 0.0, 0.0))
-    h = of.add("mask", of.add("product", gate, h))
+    h = of.add("dropout", of.add("product", gate, h), numbers=(0.1, 0.0))
     h = of.add("prelu", of.add("line", h, numbers=(0.5, 0.25)))
     z = of.add("shift", of.add("scale", of.add("normalise", h, numbers=(1e-5,))))
     h = of.add("sum", h, of.add("linear", z, width=H), numbers=(1.0, 0.5))
@@ -299,9 +299,8 @@ def _step(case: Case) -> None:
     biases = {node.params[1] for node in problem.nodes if node.kind == "linear"}
     params: list[Tensor | None] = []
     for place, (_, shapes) in sorted(parameter_shapes(problem.d, problem.nodes).items()):
-        sizes = [N if n == -1 else n for n in shapes[0]]
         given = case.bias or place not in biases
-        params.append(torch.empty(sizes, dtype=case.dtype) if given else None)
+        params.append(torch.zeros(shapes[0], dtype=case.dtype) if given else None)
     x = torch.empty(N, problem.d, dtype=case.dtype)
     weight = torch.empty(N, problem.D, problem.k) if case.row_weight else None
     path = PATHS[case.path]
@@ -310,7 +309,7 @@ def _step(case: Case) -> None:
     y, out, saved = path.forward(problem, x, weight, params, True)
     gy = None if case.cotangents == "slopes" else y
     gout = None if case.cotangents == "y" else out
-    drawn = {place for node in problem.nodes if node.kind == "mask" for place in node.params}
+    drawn = {place for node in problem.nodes if node.kind == "dropout" for place in node.params}
     needs = [case.dx, *(p is not None and i not in drawn for i, p in enumerate(params))]
     path.backward(problem, gy, gout, x, weight, params, saved, needs)
 

@@ -289,14 +289,14 @@ class At(NamedTuple):
 
     @property
     def parameter(self) -> Operand:
-        """Of a scale, shift, PReLU or mask, which has one for each row."""
+        """Of a scale, shift or PReLU; the mask of a dropout, with one for each row."""
         θ: Tensor = _given(self.θ[0])
         return _row(θ, self.node.width) if θ.dim() == 1 else OfRows(θ.unsqueeze(0))
 
     def factor(self, i: int) -> tuple[Factor, float]:
         """How an element-wise node's input i enters its tangent: a factor and a number."""
         kind, numbers = self.node.kind, self.node.numbers
-        if kind in ("scale", "mask"):
+        if kind in ("scale", "dropout"):
             return _times(self.parameter), 1.0
         if kind == "prelu":
             return Factor(light.KINK.value, self.u[0], self.parameter), 1.0
@@ -647,7 +647,7 @@ def forward(
     x, params = x.contiguous(), _contiguous(params)
     J: Tensor | None = None
     for rows in _blocks(problem, facts, x):
-        ascent = _Ascent(problem, facts, x[rows], _parameters(facts, params, rows))
+        ascent = _Ascent(problem, facts, x[rows], _parameters(facts, params, rows, x))
         buffers = {v: t[rows] for v, t in zip(facts.saved, saved, strict=False)}
         ascent.run(buffers, y[rows])
         if problem.mode == "tangent":
@@ -976,7 +976,7 @@ class _Descent:
             s.v: one for one in self.affine.values() for s in (one.norm, one.scale, one.last)
         }
         x = x[rows]
-        self.θ = _parameters(facts, params, rows)
+        self.θ = _parameters(facts, params, rows, x)
         self.on = On(x, x.shape[0])
         self.values: dict[int, Tensor] = {0: x.unsqueeze(0)}
         for v, t in zip(facts.saved, saved, strict=False):
