@@ -253,6 +253,34 @@ def _product(P: Form, s: Form) -> Form:
     return Form(c, g, e, (linear + e) * (1 + SHORT))
 
 
+def _contracted(P: Form, s: Form, W: Tensor, layers: Layers) -> tuple[Form, Tensor]:
+    """Wᵀ(P∘s) for W (H, K), the first layer's, where the only ε of s are the m of the box; and how
+    much of its error each of these is to blame for, (B, m, K).
+
+    What is quadratic is one form εᵀMε for each output, M (S, m) = Σ_j W_j g_P,j g_s,jᵀ, in which
+    the neurons cancel; of its diagonal ε² is in [0, 1].
+    """
+    m, K, H = s.g.shape[1], W.shape[1], W.shape[0]
+    n = H + 4 + layers.folded
+    γ = n * U / (1 - n * U)
+    g = P.g * s.c.unsqueeze(1)
+    g[:, :m].addcmul_(s.g, P.c.unsqueeze(1))
+    lumped = s.c.abs() * P.e + P.c.abs() * s.e + P.r * s.e + P.e * s.r
+    rounding = (P.c.abs() + P.r) * (s.c.abs() + s.r) * (4 * γ) + TINY
+    error = ((lumped * (1 + SHORT) + rounding) @ W.abs()) * (1 + 2 * γ)
+    c, blame = (P.c * s.c) @ W, P.c.new_zeros(len(P.c), m, K)
+    for k in range(K):
+        M = P.g @ (s.g * W[:, k]).mT  # (B, S, m)
+        square = M[:, :m]
+        diagonal = square.diagonal(dim1=1, dim2=2)
+        c[:, k] += 0.5 * diagonal.sum(1)
+        crossed = (square + square.mT).abs()
+        size = 0.5 * crossed.sum(1) - 0.5 * diagonal.abs() + M[:, m:].abs().sum(1)
+        error[:, k] += size.sum(1) * (1 + 4 * (m + 4) * U)
+        blame[:, :, k] = size
+    return Form(c, g @ W, error, error), blame
+
+
 def _through(h: Form, W: Tensor, layers: Layers, b: Tensor | None, keep: bool) -> Form:
     """W h + b, W (out, in). With ``keep`` what h was off becomes one ε for each of its columns."""
     n = W.shape[1] + 2 + layers.folded
@@ -305,6 +333,7 @@ def slopes(
             h = _along(a, line(σ, 0, a.c, a.r, tier == INTERVALS))
     known = max((s.g.shape[1] for s in first if s is not None), default=0)
     P: Form | None = None
+    blame: Tensor | None = None
     for l in range(L - 1, -1, -1):
         W, s = layers.W[l], first[l]
         if l == L - 1:
@@ -317,6 +346,9 @@ def slopes(
             P = _constant(row, known)._replace(e=off, r=off)
             continue
         p = _constant(c.new_ones(len(c), 1), known) if P is None else P
+        if s is not None and l == 0 and tier != INTERVALS:
+            P, blame = _contracted(p, s, W, layers)
+            break
         p = p if s is None else _product(p, s)
         P = _through(p, W.mT, layers, None, keep and l > 0)
     assert P is not None
@@ -326,16 +358,12 @@ def slopes(
     else:
         slant = P.g[:, :m]
         error = (_sizes(P.g[:, m:]) + P.e) * (1 + 2 * (P.g.shape[1] + 2) * U)
-    reach = layers.W[0][:, moving].abs() * r[:, None, moving]  # (B, H_1, m)
-    reach = reach / (reach.sum(2, keepdim=True) + TINY)
-    blame = (reach.mT * p.e.unsqueeze(1)) @ layers.W[0][:, columns].abs()
-    blame = blame * (error / (blame.sum(1) + TINY)).unsqueeze(1)
     known_at = torch.isfinite(P.c) & torch.isfinite(error) & torch.isfinite(slant).all(1)
     return Slopes(
         torch.where(known_at, P.c, 0.0),
         torch.where(known_at.unsqueeze(1), slant, 0.0),
         torch.where(known_at, error, torch.inf),
-        blame.nan_to_num(1.0, 1.0),
+        torch.zeros_like(slant) if blame is None else blame.nan_to_num(1.0, 1.0),
         moving,
     )
 
