@@ -27,7 +27,7 @@ AT_A_TIME = {INTERVALS: 512, AFFINE: 256, LINEAR: 128}
 COST = {INTERVALS: 1.0, AFFINE: 6.0, LINEAR: 15.0}
 AGAIN = 32
 SLACK = 1e-9  # relative; cuts are wider by it than rounding could make them
-STEEP = 0.25  # what a linear change counts beside an error of its size in the choice of a column
+STEEP = 0.1  # what a linear change counts beside an error of its size in the choice of a column
 
 
 class Constraints(NamedTuple):
@@ -229,9 +229,7 @@ def _worst(boxes: Boxes) -> Tensor:
     return torch.where(boxes.wanted, boxes.known, torch.inf).argmin(1)
 
 
-def _corners(
-    constraints: Constraints, boxes: Boxes, form: _Forms
-) -> tuple[Tensor, Tensor, Tensor]:
+def _corners(constraints: Constraints, boxes: Boxes, form: _Forms) -> tuple[Tensor, Tensor, Tensor]:
     """Where the form of each box's worst constraint is lowest: points, verdicts, constraints."""
     q = _worst(boxes)
     slant = form.slant[torch.arange(len(q), device=q.device), :, q]

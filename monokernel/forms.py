@@ -32,7 +32,7 @@ from torch import Tensor
 from . import ranges
 from .activations import Activation
 
-__all__ = ["AFFINE", "INTERVALS", "LINEAR", "TIERS", "Layers", "Slopes", "slopes"]
+__all__ = ["AFFINE", "INTERVALS", "LINEAR", "TIERS", "Layers", "Slopes", "slopes", "values"]
 
 INTERVALS, AFFINE, LINEAR = 0, 1, 2
 TIERS = ("intervals", "affine forms", "linear bounds")
@@ -366,6 +366,21 @@ def slopes(
         torch.zeros_like(slant) if blame is None else blame.nan_to_num(1.0, 1.0),
         moving,
     )
+
+
+def values(layers: Layers, lower: Tensor, upper: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Both bounds of every a_l (B, H_l) over the boxes (B, d), by intervals."""
+    c = 0.5 * lower + 0.5 * upper
+    r = torch.maximum(upper - c, c - lower) * (1 + 2 * U)
+    for offset in layers.offsets:
+        c = c + offset
+        r = (r + 2 * U * c.abs()) * (1 + 2 * U)
+    h, found = Form(c, c.new_zeros(len(c), 0, c.shape[1]), r, r), []
+    for W, b, σ in zip(layers.W, layers.b, layers.σ, strict=True):
+        a = _through(h, W, layers, b, False)
+        found.append((a.c - a.r * (1 + 2 * U), a.c + a.r * (1 + 2 * U)))
+        h = _along(a, line(σ, 0, a.c, a.r, True))
+    return found
 
 
 def _moving(lower: Tensor, upper: Tensor) -> Tensor:
