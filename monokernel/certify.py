@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import attack, branching, forms, network, reading
+from . import attack, branching, forms, network, reading, switches
 from .arguments import Inputs, check_direction, check_module, check_number
 from .audit import evaluating, slopes_in_direction
 from .branching import Boxes, Constraints
@@ -32,6 +32,7 @@ ARITHMETIC = (
 )
 STARTS = 2048  # of descents and of sampled points, over all boxes and constraints
 MOST_ROWS = 100_000  # boxes that one-hot groups may make of those given
+FEW_COLUMNS = 2  # in so few, cutting boxes is faster than deciding neurons
 LINES = 40
 
 
@@ -279,12 +280,36 @@ def certify(
         _attack(layers, constraints, start, probe, seed)
     going = start.at(~probe.violated[start.owner])
     if Q:
-        found = branching.search(layers, constraints, going, B, probe, deadline, line)
+        found = _search(layers, constraints, going, B, probe, deadline, line)
     else:
         found = branching.Found(going.known.new_zeros(B, 0), going.at(slice(0, 0)), 0, {})
     line.end()
     return _certificate(
         begin, batched, layers, constraints, table, low, high, dtype, probe, found, start
+    )
+
+
+def _search(
+    layers: Layers,
+    constraints: Constraints,
+    start: Boxes,
+    B: int,
+    probe: _Probe,
+    deadline: float,
+    line: _Progress,
+) -> branching.Found:
+    """By boxes; where neurons are switches and a box is wide in more than a few columns, by those
+    after the first bounds of the whole box."""
+    wide = (start.lower < start.upper).sum(1) > FEW_COLUMNS
+    if not (switches.serves(layers) and wide.any()):
+        return branching.search(layers, constraints, start, B, probe, deadline, line)
+    found = branching.search(layers, constraints, start.at(~wide), B, probe, deadline, line)
+    split = switches.search(layers, constraints, start.at(wide), B, probe, deadline, line)
+    return branching.Found(
+        torch.minimum(found.lower, split.lower),
+        Boxes.joined([found.left, split.left]),
+        found.boxes + split.boxes,
+        {**found.proved, switches.METHOD: split.proved},
     )
 
 

@@ -32,7 +32,21 @@ from torch import Tensor
 from . import ranges
 from .activations import Activation
 
-__all__ = ["AFFINE", "INTERVALS", "LINEAR", "TIERS", "Layers", "Slopes", "slopes", "values"]
+__all__ = [
+    "AFFINE",
+    "INTERVALS",
+    "LINEAR",
+    "TIERS",
+    "Form",
+    "Layers",
+    "Line",
+    "Slopes",
+    "along",
+    "input_form",
+    "slopes",
+    "through",
+    "values",
+]
 
 INTERVALS, AFFINE, LINEAR = 0, 1, 2
 TIERS = ("intervals", "affine forms", "linear bounds")
@@ -218,7 +232,7 @@ def _sizes(g: Tensor) -> Tensor:
 # --- forms ---------------------------------------------------------------------------------------
 
 
-def _along(a: Form, f: Line) -> Form:
+def along(a: Form, f: Line) -> Form:
     """f(a) for the line's a."""
     steep = f.slope.abs()
     e = steep * a.e + f.off + SHORT * (steep * a.r + f.at.abs() + f.off)
@@ -305,18 +319,9 @@ def slopes(
 
     ``tier`` is INTERVALS, AFFINE or LINEAR. What is not finite has an infinite error.
     """
-    c = 0.5 * lower + 0.5 * upper
-    r = torch.maximum(upper - c, c - lower) * (1 + 2 * U)
-    for offset in layers.offsets:
-        c = c + offset
-        r = (r + 2 * U * c.abs()) * (1 + 2 * U)
-    moving = _moving(lower, upper)
-    L, keep = len(layers.W), tier == LINEAR
-    x = Form(c, c.new_zeros(len(c), 0, c.shape[1]), r, r)
-    if tier != INTERVALS:
-        x = _box(c, r, moving)
+    h, r, moving = _input(layers, lower, upper, tier)
+    c, L, keep = h.c, len(layers.W), tier == LINEAR
     first: list[Form | None] = []
-    h = x
     for l, (W, b, σ) in enumerate(zip(layers.W, layers.b, layers.σ, strict=True)):
         if l == L - 1:
             if σ.kind == "identity":
@@ -328,9 +333,9 @@ def slopes(
             first.append(None)
             h = a
             continue
-        first.append(_along(a, line(σ, 1, a.c, a.r, tier == INTERVALS)))
+        first.append(along(a, line(σ, 1, a.c, a.r, tier == INTERVALS)))
         if l < L - 1:
-            h = _along(a, line(σ, 0, a.c, a.r, tier == INTERVALS))
+            h = along(a, line(σ, 0, a.c, a.r, tier == INTERVALS))
     known = max((s.g.shape[1] for s in first if s is not None), default=0)
     P: Form | None = None
     blame: Tensor | None = None
@@ -368,19 +373,39 @@ def slopes(
     )
 
 
-def values(layers: Layers, lower: Tensor, upper: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Both bounds of every a_l (B, H_l) over the boxes (B, d), by intervals."""
+def values(
+    layers: Layers, lower: Tensor, upper: Tensor, tier: int = INTERVALS
+) -> list[tuple[Tensor, Tensor]]:
+    """Both bounds of every a_l (B, H_l) over the boxes (B, d)."""
+    h, found = _input(layers, lower, upper, tier)[0], []
+    for l, (W, b, σ) in enumerate(zip(layers.W, layers.b, layers.σ, strict=True)):
+        a = _through(h, W, layers, b, tier == LINEAR and l > 0)
+        found.append((a.c - a.r * (1 + 2 * U), a.c + a.r * (1 + 2 * U)))
+        h = a if σ.kind == "identity" else along(a, line(σ, 0, a.c, a.r, tier == INTERVALS))
+    return found
+
+
+def input_form(layers: Layers, lower: Tensor, upper: Tensor) -> Form:
+    """x over the boxes (B, d), with one ε for each moving column."""
+    return _input(layers, lower, upper, LINEAR)[0]
+
+
+def through(h: Form, layers: Layers, l: int) -> Form:
+    """a_l of h_{l-1}; what h was off of its lines becomes an ε for each neuron."""
+    return _through(h, layers.W[l], layers, layers.b[l], l > 0)
+
+
+def _input(layers: Layers, lower: Tensor, upper: Tensor, tier: int) -> tuple[Form, Tensor, Tensor]:
+    """x as a form, its half-widths (B, d), and the columns in which any box has an extent."""
     c = 0.5 * lower + 0.5 * upper
     r = torch.maximum(upper - c, c - lower) * (1 + 2 * U)
     for offset in layers.offsets:
         c = c + offset
         r = (r + 2 * U * c.abs()) * (1 + 2 * U)
-    h, found = Form(c, c.new_zeros(len(c), 0, c.shape[1]), r, r), []
-    for W, b, σ in zip(layers.W, layers.b, layers.σ, strict=True):
-        a = _through(h, W, layers, b, False)
-        found.append((a.c - a.r * (1 + 2 * U), a.c + a.r * (1 + 2 * U)))
-        h = _along(a, line(σ, 0, a.c, a.r, True))
-    return found
+    moving = _moving(lower, upper)
+    if tier == INTERVALS:
+        return Form(c, c.new_zeros(len(c), 0, c.shape[1]), r, r), r, moving
+    return _box(c, r, moving), r, moving
 
 
 def _moving(lower: Tensor, upper: Tensor) -> Tensor:
