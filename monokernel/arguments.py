@@ -24,6 +24,7 @@ __all__ = [
     "check_choice",
     "check_count",
     "check_direction",
+    "check_flag",
     "check_hinge",
     "check_inputs",
     "check_module",
@@ -173,6 +174,11 @@ def check_number(name: str, value: Any) -> None:
 def check_count(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"{name}: expected a number of points >= 0, got {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
 
 
 def check_weight(weight: Any, x: Tensor, D: int, k: int) -> Tensor | None:

@@ -4,23 +4,25 @@ Gradient descent on the slope from many starts, each step followed to the corner
 piecewise linear network's slope has no gradient, since it changes at kinks alone; there the descent
 follows that of the slope averaged over a little of each kink's neighbourhood, (σ(a + w) - σ(a - w))
 / 2w with w falling, which knows on which side of what kink the slope is lower. Only true slopes
-count. Networks that are no chain are asked for slopes alone: gradients where they have one, and
-random steps.
+count. Networks that are no chain are asked for slopes and their gradients; where those are 0
+everywhere, steps are random.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .forms import Layers
+from .layers import Layers
 
-__all__ = ["Lowest", "descend", "of_layers"]
+__all__ = ["STEPS", "Lowest", "descend", "of_layers", "of_network"]
 
-STEPS, STEPS_BY_CHANCE = 40, 60
+STEPS = 40
 WIDEST, NARROWEST = 0.5, 0.02  # w, in standard deviations of the neuron's arguments
 
 # The slopes (n,) of points (n, d), each of its own constraint (n,), as they are and, as a function
@@ -38,37 +40,43 @@ class Lowest(NamedTuple):
 
 def descend(
     slope: Slope,
-    smooth: Smooth | None,
+    smooth: Smooth,
     x: Tensor,
     lower: Tensor,
     upper: Tensor,
     q: Tensor,
     generator: torch.Generator | None = None,
     steps: int = STEPS,
+    deadline: float = math.inf,
 ) -> Lowest:
     """Follows every start x (n, d) downhill inside its own box [lower, upper] (n, d).
 
     Args:
         slope: what is to be low, of points (n, d) and their constraints (n,).
-        smooth: the same as a function with a gradient; None where there is none to be had, which
-            leaves random steps.
+        smooth: the same as a function with a gradient; where that is 0 in every point, steps are
+            random.
         x, lower, upper, q: starts, their boxes and their constraints.
+        deadline: of ``time.monotonic``; from then on no further step is made.
     """
     best = Lowest(slope(x, q), x)
     width = upper - lower
     for step in range(steps):
+        if time.monotonic() > deadline:
+            break
         left = 1 - step / steps
-        if smooth is None:
-            jitter = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-            some = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device) < 0.5
-            tried = best.x + some * jitter * width * (0.3 * left**2 + 0.002)
-            best = _better(best, slope, tried.clamp(lower, upper), q)
-            continue
         with torch.enable_grad():
             at = x.detach().requires_grad_()
             value = smooth(at, q, WIDEST * (NARROWEST / WIDEST) ** (1 - left))
-            (g,) = torch.autograd.grad(value.sum(), at, materialize_grads=True)
+            g = torch.zeros_like(x)
+            if value.requires_grad:
+                (g,) = torch.autograd.grad(value.sum(), at, materialize_grads=True)
         g = (g * width).nan_to_num(0.0)
+        if not g.any():
+            chance = torch.rand(2, *x.shape, generator=generator, dtype=x.dtype, device=x.device)
+            by = (chance[0] - 0.5) * (chance[1] < 0.5)
+            tried = best.x + by * width * (left**2 + 0.01)
+            best = _better(best, slope, tried.clamp(lower, upper), q)
+            continue
         size = g.abs().amax(1, keepdim=True)
         unit = torch.where(size > 0, g / size, 0.0)
         x = (x - 0.25 * left * width * unit).clamp(lower, upper)
@@ -108,6 +116,23 @@ def of_layers(
                 tangent = tangent * σ.first(a)
             x = σ.value(a) if l < last else a
         return signs[q] * tangent.gather(1, outputs[q].unsqueeze(1)).squeeze(1)
+
+    def slope(x: Tensor, q: Tensor) -> Tensor:
+        with torch.no_grad():
+            return smooth(x, q, 0.0)
+
+    return slope, smooth
+
+
+def of_network(
+    slopes: Callable[[Tensor], Tensor], outputs: Tensor, columns: Tensor, signs: Tensor
+) -> tuple[Slope, Smooth]:
+    """The same of any network, by ``slopes`` of points (n, d): (n, D, k). Where no gradient of them
+    is to be had, the descent goes by random steps."""
+
+    def smooth(x: Tensor, q: Tensor, share: float) -> Tensor:
+        J = slopes(x)
+        return signs[q] * J[torch.arange(len(q), device=q.device), outputs[q], columns[q]]
 
     def slope(x: Tensor, q: Tensor) -> Tensor:
         with torch.no_grad():

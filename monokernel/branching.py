@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from . import forms
-from .forms import AFFINE, INTERVALS, LINEAR, TIERS, Layers
+from .forms import AFFINE, INTERVALS, LINEAR, TIERS
+from .layers import Layers
 
 __all__ = ["Boxes", "Constraints", "Found", "search"]
 
@@ -79,7 +80,6 @@ class _Forms(NamedTuple):
     slant: Tensor
     error: Tensor
     blame: Tensor
-    moving: Tensor
 
 
 def search(
@@ -92,8 +92,8 @@ def search(
     tell: Callable[[int, int], None],
 ) -> Found:
     """Decides the boxes of ``start``, as far as there is time until ``deadline`` of
-    ``time.monotonic``; a verdict that is violated is followed no further. ``tell`` hears after every
-    round how many boxes were bounded and how many are open."""
+    ``time.monotonic``; a verdict that is violated is followed no further. ``tell`` hears after
+    every round how many boxes were bounded and how many are open."""
     lower = start.lower.new_full((verdicts, len(constraints.signs)), torch.inf)
     stack, stuck, boxes = [start], list[Boxes](), 0
     tiers = _Tiers()
@@ -107,7 +107,7 @@ def search(
             going = ~violated[taken.owner]
             _lower(lower, taken.at(~going))
             taken = taken.at(going)
-            form = _Forms(*(t[going] for t in form[:-1]), form.moving)
+            form = _Forms(*(t[going] for t in form))
             halves, whole = _halves(constraints, taken, form, lower)
             stack += [halves] if len(halves.owner) else []
             stuck += [whole] if len(whole.owner) else []
@@ -188,16 +188,12 @@ class _Tiers:
                 share = 1 - len(boxes.owner) / before
                 self.share[tier] = 0.7 * self.share[tier] + 0.3 * share
             if tier == LINEAR:
-                found = _Forms(
-                    *(torch.cat(part)[still] for part in list(zip(*parts, strict=True))[:-1]),
-                    parts[0].moving,
-                )
+                found = _Forms(*(torch.cat(part)[still] for part in zip(*parts, strict=True)))
         return boxes, found
 
 
 def _bounds(layers: Layers, constraints: Constraints, boxes: Boxes, tier: int) -> _Forms:
     """The forms of all constraints over the boxes; where one is not open, of whatever there is."""
-    moving = torch.arange(layers.d, device=boxes.lower.device)
     n, Q, m = len(boxes.owner), len(constraints.signs), layers.d
     centre, slant = boxes.lower.new_zeros(n, Q), boxes.lower.new_zeros(n, m, Q)
     error, blame = torch.full_like(centre, torch.inf), torch.zeros_like(slant)
@@ -214,7 +210,7 @@ def _bounds(layers: Layers, constraints: Constraints, boxes: Boxes, tier: int) -
         at = rows.view(-1, 1, 1), s.moving.view(1, -1, 1), of
         slant[at] = sign * s.slant
         blame[at] = s.blame
-    return _Forms(centre, slant, error, blame, moving)
+    return _Forms(centre, slant, error, blame)
 
 
 def _low(constraints: Constraints, form: _Forms) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import json
 import sys
 import time
@@ -16,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import attack, branching, forms, network, reading, switches
-from .arguments import Inputs, check_direction, check_module, check_number
+from . import attack, branching, forms, network, ranges, switches
+from .arguments import check_direction, check_module, check_number
 from .audit import evaluating, slopes_in_direction
 from .branching import Boxes, Constraints
-from .forms import INTERVALS, Layers
+from .forms import INTERVALS
+from .layers import Layers, layers_of
 from .problem import direction_table
-from .program import chain_of
 
 __all__ = ["Certificate", "certify"]
 
@@ -127,10 +125,10 @@ class Certificate:
             ValueError: one sentence, where it is not.
         """
         check_module(mlp)
-        layers, dtype = _layers(network.unwrap(mlp), self.lower.shape[-1])
+        layers, dtype = _read(network.unwrap(mlp), self.lower.shape[-1])
         if dtype != self.dtype:
             raise ValueError(f"mlp: expected a network of dtype {self.dtype}, got {dtype}")
-        found = _hash(layers, dtype)
+        found = layers.digest(dtype)
         if found != self.weights:
             raise ValueError(
                 f"mlp: expected the certified layers and weights, of hash {self.weights[:16]}, got "
@@ -260,7 +258,7 @@ def certify(
     check_number("seconds", seconds)
     low, high, batched = _box(mlp, lower, upper)
     B, d = low.shape
-    layers, dtype = _layers(mlp, d)
+    layers, dtype = _read(mlp, d)
     D = layers.D
     signs = check_direction(direction, d)
     table = direction_table(signs.for_network(D), D, d, torch.float64, low.device)
@@ -277,9 +275,10 @@ def certify(
     deadline = begin + seconds
     line = _Progress(progress, begin, probe)
     if Q and B:
-        _attack(layers, constraints, start, probe, seed)
+        _attack(layers, constraints, start, probe, seed, deadline)
     going = start.at(~probe.violated[start.owner])
     if Q:
+        line(0, len(going.owner))
         found = _search(layers, constraints, going, B, probe, deadline, line)
     else:
         found = branching.Found(going.known.new_zeros(B, 0), going.at(slice(0, 0)), 0, {})
@@ -360,6 +359,14 @@ def _box(mlp: nn.Module, lower: Any, upper: Any) -> tuple[Tensor, Tensor, bool]:
     return low, high, batched
 
 
+def _read(mlp: nn.Module, d: int) -> tuple[Layers, str]:
+    """The network in float64 and its own dtype, or a ValueError that says why not."""
+    found = layers_of(mlp, d)
+    if isinstance(found, str):
+        raise ValueError(f"mlp: expected {found}")
+    return found
+
+
 def _groups(
     one_hot: Sequence[Sequence[int]], table: Tensor, low: Tensor, high: Tensor
 ) -> list[list[int]]:
@@ -414,63 +421,6 @@ def _rows(low: Tensor, high: Tensor, groups: list[list[int]]) -> tuple[Tensor, T
     return found
 
 
-def _layers(mlp: nn.Module, d: int) -> tuple[Layers, str]:
-    """The network in float64, and its own dtype. Folding and parametrizations are computed in
-    float64 too."""
-    dtypes = {str(p.dtype).removeprefix("torch.") for p in mlp.parameters()}
-    if len(dtypes) != 1:
-        raise TypeError(f"mlp: expected parameters of one dtype, got {sorted(dtypes) or 'none'}")
-    with torch.no_grad():
-        try:
-            wide = copy.deepcopy(mlp).cpu().double().eval()
-        except Exception as error:
-            raise ValueError(
-                f"mlp: expected a network that can be copied, got {type(error).__name__}: {error}"
-            ) from error
-        found: network.Chain | reading.Reading | str = network.read(wide)
-        x = torch.zeros(2, d, dtype=torch.float64)
-        offsets, folded = (), 0
-        if isinstance(found, str):
-            found = reading.read(wide, Inputs(x[:, :0], x, x.shape[:1], d, d), rehearsal=True)
-            if isinstance(found, str):
-                raise ValueError(f"mlp: expected a network that can be read, got one where {found}")
-            offsets, folded = found.offsets, 8
-        nodes = found.nodes
-        chain = chain_of(d, nodes)
-        if chain is None:
-            kinds = [node.kind for i, node in enumerate(nodes) if node.inputs != (i,)]
-            odd = kinds or [node.kind for node in nodes if node.kind != "linear"]
-            raise ValueError(
-                f"mlp: expected a chain of Linear layers and activations, got a program with a "
-                f"{odd[0]} node"
-            )
-        _, params = found.operands(x)
-    weights = [p.detach() for p in params if p is not None and p.dim() == 2]
-    biases = [p if p is None else p.detach() for p in params[1::2]]
-    return (
-        Layers(
-            tuple(weights),
-            tuple(
-                W.new_zeros(len(W)) if b is None else b
-                for W, b in zip(weights, biases, strict=True)
-            ),
-            chain.activations,
-            tuple(torch.as_tensor(o, dtype=torch.float64) for o in offsets),
-            folded,
-        ),
-        dtypes.pop(),
-    )
-
-
-def _hash(layers: Layers, dtype: str) -> str:
-    """SHA-256 of dtype, activations, shapes and numbers."""
-    digest = hashlib.sha256(f"{dtype} {[tuple(σ) for σ in layers.σ]}".encode())
-    for t in (*layers.W, *layers.b, *layers.offsets):
-        digest.update(str(tuple(t.shape)).encode())
-        digest.update(t.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 # --- points --------------------------------------------------------------------------------------
 
 
@@ -490,7 +440,7 @@ class _Probe:
         self.mlp, self.layers, self.constraints, self.table = mlp, layers, constraints, table
         self.dtype = getattr(torch, dtype)
         self.low, self.high = low, high
-        B, Q, d = len(low), len(constraints.signs), low.shape[1]
+        B, Q = len(low), len(constraints.signs)
         self.slope, _ = attack.of_layers(layers, *constraints[:3])
         self.lowest = low.new_full((B, Q), torch.inf)
         self.at = (0.5 * low + 0.5 * high).unsqueeze(1).repeat(1, Q, 1)
@@ -575,7 +525,12 @@ def _replay(mlp: nn.Module, x: Tensor, table: Tensor, dtype: torch.dtype) -> Ten
 
 
 def _attack(
-    layers: Layers, constraints: Constraints, start: Boxes, probe: _Probe, seed: int
+    layers: Layers,
+    constraints: Constraints,
+    start: Boxes,
+    probe: _Probe,
+    seed: int,
+    deadline: float,
 ) -> None:
     """A few descents in every box where there are few boxes, else a few points in each."""
     generator = torch.Generator().manual_seed(seed)
@@ -592,7 +547,7 @@ def _attack(
             part = slice(i, i + (1 << 16))
             probe(x[part], start.owner[row[part]], q[part])
         return
-    found = attack.descend(slope, smooth, x, lower, upper, q, generator)
+    found = attack.descend(slope, smooth, x, lower, upper, q, generator, deadline=deadline)
     probe.take(found.x, found.slope, start.owner[row], q)
 
 
@@ -650,7 +605,7 @@ def _certificate(
         boxes=found.boxes,
         seconds=time.monotonic() - begin,
         methods=methods,
-        weights=_hash(layers, dtype),
+        weights=layers.digest(dtype),
         dtype=dtype,
     )
 
@@ -675,7 +630,7 @@ def _float_step(
     layers: Layers, low: Tensor, high: Tensor, bound: Tensor, margin: float, dtype: str
 ) -> Tensor:
     """2E / rise (B, D, d) with E (B, D) a bound of the forward's rounding in the network's dtype,
-    by running error analysis: |Δa_l| <= |W|(|Δh| + γ_n |h|) + γ_n |b|, |Δh| <= max|σ'| |Δa| + 4u|h|.
+    by running error analysis: |Δa| <= |W|(|Δh| + γ_n |h|) + γ_n |b|, |Δh| <= max|σ'| |Δa| + 4u |h|.
     """
     u = torch.finfo(getattr(torch, dtype)).eps / 2
     c, r = 0.5 * low + 0.5 * high, 0.5 * (high - low)
@@ -686,8 +641,8 @@ def _float_step(
         γ = n * u / (1 - n * u) if n * u < 1 else torch.inf
         off = (off * (1 + γ) + γ * h) @ W.abs().mT + γ * b.abs()
         least, most = form[l][0] - off, form[l][1] + off
-        steep = torch.stack(forms.ranges.bounds(σ, 1, least, most)).abs().amax(0)
-        h = torch.stack(forms.ranges.bounds(σ, 0, least, most)).abs().amax(0)
+        steep = torch.stack(ranges.bounds(σ, 1, least, most)).abs().amax(0)
+        h = torch.stack(ranges.bounds(σ, 0, least, most)).abs().amax(0)
         off = steep * off + (4 * u * h if σ.kind != "identity" else 0.0)
     rise = bound.clamp(min=margin) if margin > 0 else bound
     step = 2 * off.unsqueeze(2) / rise
@@ -698,7 +653,7 @@ class _Progress:
     """One line on the standard error, five times a second."""
 
     def __init__(self, shown: bool, begin: float, probe: _Probe) -> None:
-        self.shown, self.begin, self.probe, self.last = shown, begin, probe, begin
+        self.shown, self.begin, self.probe, self.last = shown, begin, probe, 0.0
 
     def __call__(self, boxes: int, left: int) -> None:
         now = time.monotonic()
@@ -715,7 +670,7 @@ class _Progress:
         )
 
     def end(self) -> None:
-        if self.shown and self.last > self.begin:
+        if self.shown and self.last:
             print(file=sys.stderr)
 
 

@@ -12,8 +12,8 @@ LINEAR     and one for each neuron  what linear (CROWN-type) bounds with paralle
 =========  =======================  =========================================================
 
 Every σ and σ' is replaced by a line and its error over the range of its argument; the slopes are
-the adjoint recursion of ``docs/mathematics.md``, p_l = σ_l'(a_l) ∘ P_l and P_{l-1} = W_lᵀ p_l, where
-a product of two forms keeps what is linear and bounds the rest.
+the adjoint recursion of ``docs/mathematics.md``, p_l = σ_l'(a_l) ∘ P_l and P_{l-1} = W_lᵀ p_l,
+where a product of two forms keeps what is linear and bounds the rest.
 
 Floating point: a product over n terms is off by at most γ_n = n u / (1 - n u) times the product of
 the absolute values, in any order of summation, with or without FMA; curves are off by what
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from . import ranges
 from .activations import Activation
+from .layers import Layers
 
 __all__ = [
     "AFFINE",
@@ -38,7 +39,6 @@ __all__ = [
     "LINEAR",
     "TIERS",
     "Form",
-    "Layers",
     "Line",
     "Slopes",
     "along",
@@ -68,46 +68,6 @@ _THIRD = {
     "tanh": 2.001,
     "tanhshrink": 2.001,
 }
-
-
-class Layers(NamedTuple):
-    """A chain in float64: W_l (H_l, H_{l-1}), b_l (H_l,) and σ_l. ``offsets`` are added to x first;
-    ``folded`` is how many roundings made each weight out of those that are stored."""
-
-    W: tuple[Tensor, ...]
-    b: tuple[Tensor, ...]
-    σ: tuple[Activation, ...]
-    offsets: tuple[Tensor, ...] = ()
-    folded: int = 0
-
-    @property
-    def d(self) -> int:
-        return self.W[0].shape[1]
-
-    @property
-    def D(self) -> int:
-        return self.W[-1].shape[0]
-
-    def values(self, x: Tensor) -> list[Tensor]:
-        """Every a_l (N, H_l) at the points x (N, d), rounded as it comes."""
-        for offset in self.offsets:
-            x = x + offset
-        found = []
-        for W, b, σ in zip(self.W, self.b, self.σ, strict=True):
-            found.append(torch.addmm(b, x, W.mT))
-            x = σ.value(found[-1])
-        return found
-
-    def slopes(self, x: Tensor, output: int) -> Tensor:
-        """∂y_output/∂x (N, d) at the points x (N, d), rounded as it comes."""
-        a = self.values(x)
-        P = a[-1].new_ones(len(x), 1)
-        for l in range(len(self.W) - 1, -1, -1):
-            W, a_l = self.W[l], a[l]
-            if l == len(self.W) - 1:
-                W, a_l = W[output : output + 1], a_l[:, output : output + 1]
-            P = (P * self.σ[l].first(a_l)) @ W
-        return P
 
 
 class Form(NamedTuple):
@@ -172,9 +132,9 @@ def line(σ: Activation, order: int, c: Tensor, r: Tensor, flat: bool = False) -
     noise = _noise(f, at.abs().amax(0)) + SHORT * (c.abs() + wide)  # for the knots are rounded
     bent = _bent(σ, order, lower, upper)
     if σ.piecewise_linear:
-        places = torch.stack([torch.full_like(c, turn.place) for turn in derivative.turns])
-        places = places.clamp(lower, upper)
-        away, at = torch.cat((away, places - c)), torch.cat((at, f.formula(places)))
+        for turn in derivative.turns:
+            place = torch.full_like(c, turn.place).clamp(lower, upper).unsqueeze(0)
+            away, at = torch.cat((away, place - c)), torch.cat((at, f.formula(place)))
         slopes = [((at[1] - at[0]) / (2 * wide)).nan_to_num(0.0, 0.0, 0.0)]
     else:
         least, most = ranges.hull(derivative, lower, upper)
@@ -319,7 +279,7 @@ def slopes(
 
     ``tier`` is INTERVALS, AFFINE or LINEAR. What is not finite has an infinite error.
     """
-    h, r, moving = _input(layers, lower, upper, tier)
+    h, moving = _input(layers, lower, upper, tier)
     c, L, keep = h.c, len(layers.W), tier == LINEAR
     first: list[Form | None] = []
     for l, (W, b, σ) in enumerate(zip(layers.W, layers.b, layers.σ, strict=True)):
@@ -336,7 +296,7 @@ def slopes(
         first.append(along(a, line(σ, 1, a.c, a.r, tier == INTERVALS)))
         if l < L - 1:
             h = along(a, line(σ, 0, a.c, a.r, tier == INTERVALS))
-    known = max((s.g.shape[1] for s in first if s is not None), default=0)
+    known = max((s.g.shape[1] for s in first if s is not None), default=h.g.shape[1])
     P: Form | None = None
     blame: Tensor | None = None
     for l in range(L - 1, -1, -1):
@@ -395,8 +355,8 @@ def through(h: Form, layers: Layers, l: int) -> Form:
     return _through(h, layers.W[l], layers, layers.b[l], l > 0)
 
 
-def _input(layers: Layers, lower: Tensor, upper: Tensor, tier: int) -> tuple[Form, Tensor, Tensor]:
-    """x as a form, its half-widths (B, d), and the columns in which any box has an extent."""
+def _input(layers: Layers, lower: Tensor, upper: Tensor, tier: int) -> tuple[Form, Tensor]:
+    """x as a form, and the columns in which any box has an extent."""
     c = 0.5 * lower + 0.5 * upper
     r = torch.maximum(upper - c, c - lower) * (1 + 2 * U)
     for offset in layers.offsets:
@@ -404,8 +364,8 @@ def _input(layers: Layers, lower: Tensor, upper: Tensor, tier: int) -> tuple[For
         r = (r + 2 * U * c.abs()) * (1 + 2 * U)
     moving = _moving(lower, upper)
     if tier == INTERVALS:
-        return Form(c, c.new_zeros(len(c), 0, c.shape[1]), r, r), r, moving
-    return _box(c, r, moving), r, moving
+        return Form(c, c.new_zeros(len(c), 0, c.shape[1]), r, r), moving
+    return _box(c, r, moving), moving
 
 
 def _moving(lower: Tensor, upper: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ else. With z in {0, 1} the switch of a neuron, r = max(a, 0) and q = P z,
     h = s0 a + (s1 - s0) r,      p = s0 P + (s1 - s0) q,      a_l = W_l h_{l-1} + b_l,
     P_{l-1} = W_lᵀ p_l,          ∂y/∂x_c = ⟨W_1 e_c, p_1⟩
 
-is exact, and linear but for r, z and q of the undecided neurons. For those hold, with a in [l, u] and
-P in [P⁻, P⁺],
+is exact, and linear but for r, z and q of the undecided neurons. For those hold, with a in [l, u]
+and P in [P⁻, P⁺],
 
     t P⁻ z + (1 - t) (P - P⁺ (1 - z)) <= q <= t P⁺ z + (1 - t) (P - P⁻ (1 - z)),
     t a / u <= z <= 1 - t a / l,      t a <= r <= u (a - l) / (u - l)      for every t in [0, 1],
@@ -30,7 +30,8 @@ from torch import Tensor
 
 from . import forms
 from .branching import Boxes, Constraints, Witness
-from .forms import SHORT, U, Layers
+from .forms import SHORT, U
+from .layers import Layers
 
 __all__ = ["METHOD", "Split", "search", "serves"]
 
@@ -38,6 +39,10 @@ METHOD = "neuron splitting"
 AT_A_TIME = 128
 STEPS, RATE = 24, 0.25  # of the ascent in each branch
 KINDS = ("relu", "leaky_relu")
+
+
+# Of z, r and q in a hidden layer, each (n, H).
+Weights = tuple[Tensor, Tensor, Tensor]
 
 
 class Split(NamedTuple):
@@ -209,10 +214,11 @@ class _Dual:
             P_low[l], P_high[l] = c - r, c + r
             if l == 0:
                 break
-            s1 = self.s0[l] + self.rise[l]
             on, off = self._decided(_Ranges(low, high, [], []), l, switches[l])
-            least = torch.where(on, s1, torch.where(off, self.s0[l], min(self.s0[l], s1)))
-            most = torch.where(on, s1, torch.where(off, self.s0[l], max(self.s0[l], s1)))
+            # As tensors: of two numbers ``where`` makes float32.
+            s0, s1 = (torch.full_like(c, s) for s in (self.s0[l], self.s0[l] + self.rise[l]))
+            least = torch.where(on, s1, torch.where(off, s0, torch.minimum(s0, s1)))
+            most = torch.where(on, s1, torch.where(off, s0, torch.maximum(s0, s1)))
             ends = torch.stack([P * s for P in (P_low[l], P_high[l]) for s in (least, most)])
             p_low, p_high = ends.amin(0), ends.amax(0)
             p, p_r = 0.5 * p_low + 0.5 * p_high, 0.5 * p_high - 0.5 * p_low
@@ -278,7 +284,11 @@ class _Dual:
         return bound.nan_to_num(-torch.inf, -torch.inf, -torch.inf), x, score.nan_to_num(0.0)
 
     def _score(
-        self, branches: _Branch, ranges: _Ranges, weights: list[tuple[Tensor, ...]], x: Tensor
+        self,
+        branches: _Branch,
+        ranges: _Ranges,
+        weights: list[Weights],
+        x: Tensor,
     ) -> Tensor:
         """By how much the lines of z and r miss them at x."""
         found = []
@@ -302,7 +312,7 @@ class _Dual:
 
     def _backward(
         self, branches: _Branch, ranges: _Ranges, free: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, ...]]]:
+    ) -> tuple[Tensor, Tensor, Tensor, list[Weights]]:
         """The bound as it is rounded, the sizes of all terms that it was made of, by which it can
         be off a few units in the last place, the lowest point and the weights of z, r and q."""
         layers, s0, rise = self.layers, self.s0, self.rise

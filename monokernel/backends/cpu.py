@@ -162,16 +162,7 @@ def step() -> Step | None:
 
 
 # What the operator calls, in the order of its ``Kernel``.
-CALLS = (
-    "node_names",
-    "plan_shape",
-    "plan_keep",
-    "plan_drop",
-    "take",
-    "give_back",
-    "forward",
-    "backward",
-)
+CALLS = ("node_names", "plan_shape", "plan_keep", "plan_drop", "take", "give_back", "forward", "backward")
 
 
 def activation(σ: Activation, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
