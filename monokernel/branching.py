@@ -59,10 +59,11 @@ class Boxes(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Lower bounds (B, Q) over each of B boxes, what is left open, how many boxes were bounded, and
-    how many constraints each tier proved in them."""
+    """Lower bounds (B, Q) over each of B boxes, and over what is not open any more; what is left
+    open, how many boxes were bounded, and how many constraints each tier proved in them."""
 
     lower: Tensor
+    decided: Tensor
     left: Boxes
     boxes: int
     proved: dict[str, int]
@@ -90,15 +91,17 @@ def search(
     witness: Witness,
     deadline: float,
     tell: Callable[[int, int], None],
+    most: int | None = None,
 ) -> Found:
     """Decides the boxes of ``start``, as far as there is time until ``deadline`` of
     ``time.monotonic``; a verdict that is violated is followed no further. ``tell`` hears after
-    every round how many boxes were bounded and how many are open."""
+    every round how many boxes were bounded and how many are open. With ``most`` the largest boxes
+    come first, and after so many the search ends."""
     lower = start.lower.new_full((verdicts, len(constraints.signs)), torch.inf)
     stack, stuck, boxes = [start], list[Boxes](), 0
     tiers = _Tiers()
-    while stack and time.monotonic() < deadline:
-        taken = _taken(stack, tiers.at_a_time)
+    while stack and time.monotonic() < deadline and (most is None or boxes < most):
+        taken = _taken(stack, tiers.at_a_time, -1 if most is None else 0)
         boxes += len(taken.owner)
         taken, form = tiers.bounded(layers, constraints, taken, lower)
         if len(taken.owner):
@@ -118,20 +121,21 @@ def search(
                 stack = [left for left in stack if len(left.owner)]
         tell(boxes, sum(len(left.owner) for left in stack))
     left = Boxes.joined([start.at(slice(0, 0)), *stack, *stuck])
+    decided = lower.clone()
     _lower(lower, left)
-    return Found(lower, left, boxes, tiers.proved)
+    return Found(lower, decided, left, boxes, tiers.proved)
 
 
-def _taken(stack: list[Boxes], n: int) -> Boxes:
-    """The last n boxes, or as many as there are, taken from the stack."""
+def _taken(stack: list[Boxes], n: int, end: int) -> Boxes:
+    """The last (``end`` -1) or first (0) n boxes, or as many as there are, taken from the stack."""
     parts: list[Boxes] = []
     while stack and n > 0:
-        last = stack.pop()
-        if len(last.owner) > n:
-            stack.append(last.at(slice(0, -n)))
-            last = last.at(slice(-n, None))
-        parts.append(last)
-        n -= len(last.owner)
+        part = stack.pop(end)
+        if len(part.owner) > n:
+            stack.insert(len(stack) if end else 0, part.at(slice(n, None)))
+            part = part.at(slice(0, n))
+        parts.append(part)
+        n -= len(part.owner)
     return Boxes.joined(parts)
 
 

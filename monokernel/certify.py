@@ -30,7 +30,9 @@ ARITHMETIC = (
 )
 STARTS = 2048  # of descents and of sampled points, over all boxes and constraints
 MOST_ROWS = 100_000  # boxes that one-hot groups may make of those given
-FEW_COLUMNS = 2  # in so few, cutting boxes is faster than deciding neurons
+# In so few columns cutting boxes is faster than deciding neurons, and in so many it is of no use;
+# between, neurons are decided in the boxes that so many cuts leave.
+FEW_COLUMNS, MANY_COLUMNS, CUT = 2, 8, 8192
 LINES = 40
 
 
@@ -281,7 +283,8 @@ def certify(
         line(0, len(going.owner))
         found = _search(layers, constraints, going, B, probe, deadline, line)
     else:
-        found = branching.Found(going.known.new_zeros(B, 0), going.at(slice(0, 0)), 0, {})
+        none = going.known.new_zeros(B, 0)
+        found = branching.Found(none, none, going.at(slice(0, 0)), 0, {})
     line.end()
     return _certificate(
         begin, batched, layers, constraints, table, low, high, dtype, probe, found, start
@@ -297,15 +300,28 @@ def _search(
     deadline: float,
     line: _Progress,
 ) -> branching.Found:
-    """By boxes; where neurons are switches and a box is wide in more than a few columns, by those
-    after the first bounds of the whole box."""
-    wide = (start.lower < start.upper).sum(1) > FEW_COLUMNS
+    """By boxes. Where neurons are switches and a box is wide in more than a few columns, by those:
+    in some more columns after cutting it a few times, in many of the whole box."""
+    columns = (start.lower < start.upper).sum(1)
+    wide, many = columns > FEW_COLUMNS, columns > MANY_COLUMNS
     if not (switches.serves(layers) and wide.any()):
         return branching.search(layers, constraints, start, B, probe, deadline, line)
     found = branching.search(layers, constraints, start.at(~wide), B, probe, deadline, line)
-    split = switches.search(layers, constraints, start.at(wide), B, probe, deadline, line)
+    cut = branching.search(
+        layers, constraints, start.at(wide & ~many), B, probe, deadline, line, most=CUT
+    )
+    rest = Boxes.joined([cut.left, start.at(many)])
+    rest = rest.at(~probe.violated[rest.owner])
+    split = switches.search(layers, constraints, rest, B, probe, deadline, line)
+    # What the cutting left open is decided or open now; the rest of its bounds stand.
+    lower = torch.minimum(torch.minimum(found.lower, cut.decided), split.lower)
+    found = found._replace(
+        boxes=found.boxes + cut.boxes,
+        proved={tier: n + cut.proved.get(tier, 0) for tier, n in found.proved.items()},
+    )
     return branching.Found(
-        torch.minimum(found.lower, split.lower),
+        lower,
+        lower,
         Boxes.joined([found.left, split.left]),
         found.boxes + split.boxes,
         {**found.proved, switches.METHOD: split.proved},

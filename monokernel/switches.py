@@ -94,10 +94,13 @@ def search(
     """Decides the boxes of ``start``, as ``branching.search`` does, constraint by constraint."""
     lower = start.lower.new_full((verdicts, len(constraints.signs)), torch.inf)
     box, q = start.wanted.nonzero(as_tuple=True)
+    if not len(q):
+        return Split(lower, start, 0, 0)
     dual = _Dual(layers, constraints, start, box, q)
     H = sum(len(W) for W in layers.W[:-1])
-    none = start.known.new_full((len(q),), -torch.inf)
-    branches = _Branch(torch.arange(len(q)), torch.zeros(len(q), H, dtype=torch.int8), none)
+    branches = _Branch(
+        torch.arange(len(q)), torch.zeros(len(q), H, dtype=torch.int8), start.known[box, q]
+    )
     stack, stuck, count, proved = [branches], list[_Branch](), 0, 0
     while stack and time.monotonic() < deadline:
         taken = stack.pop()
