@@ -3,6 +3,7 @@
 from ._version import __version__
 from .api import MonotonePenalty, fused_mono_penalty, value_and_jacobian
 from .audit import Audit, audit
+from .monotone import Monotone
 from .multipliers import Multipliers
 from .planning import Plan, plan
 from .plots import plot_audit
@@ -10,6 +11,7 @@ from .sampling import sample_points
 
 __all__ = [
     "Audit",
+    "Monotone",
     "MonotonePenalty",
     "Multipliers",
     "Plan",
