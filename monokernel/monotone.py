@@ -95,6 +95,7 @@ class Monotone(nn.Module):
         rows = [flat[i : i + d] for i in range(0, len(flat), d)]
         self.direction = tuple(rows * D if len(rows) == 1 else rows)
         self.columns = tuple(c for c in range(d) if any(row[c] for row in self.direction))
+        self._boxes = cut(self.lower, self.upper, self.columns, self.parts)
         self._check_bounded(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,13 +113,17 @@ class Monotone(nn.Module):
     @property
     def bound(self) -> Tensor:
         """(D, d): the lower bound of ``direction · ∂mlp/∂x`` over the box, NaN where free."""
-        return self._spread(self._bound(self._example()), math.nan)
+        x = self._example()
+        with _full_precision(x.device.type):
+            return self._spread(self._bound(x), math.nan)
 
     @property
     def lift(self) -> Tensor:
         """(D, d): the slope that the linear term adds in the direction of each output and column,
         0 where free. What the guarantee costs: 0 everywhere if the network needs none of it."""
-        return self._spread(self._lift(self._bound(self._example())), 0.0)
+        x = self._example()
+        with _full_precision(x.device.type):
+            return self._spread(self._lift(self._bound(x)), 0.0)
 
     def frozen(self) -> nn.Module:
         """The network to deploy: a copy of ``mlp`` in evaluation mode and one linear layer with
@@ -172,7 +177,8 @@ class Monotone(nn.Module):
                     f"direction: expected (..., {found.widths[0]}) signs, one for each input of "
                     f"mlp's first layer, got {d}"
                 )
-            nodes, params = found.nodes, list[Param](found.parameters(example))
+            nodes = found.nodes
+            params: Sequence[Param] = found.parameters(example)
         else:
             coupled = network.batch_coupling(mlp)
             if coupled:
@@ -182,7 +188,7 @@ class Monotone(nn.Module):
                 found = reading.read(mlp, inputs, rehearsal=True, fold=False)
             if isinstance(found, str):
                 raise ValueError(f"mlp: expected nodes of which a range is known, got {found}")
-            nodes, params = found.nodes, list(found.params)
+            nodes, params = found.nodes, found.params
             kind = without_range(nodes)
             if kind:
                 raise ValueError(f"mlp: expected nodes of which a range is known, got a {kind}")
@@ -219,9 +225,8 @@ class Monotone(nn.Module):
         if found is not None:
             return found
         d, k = len(self.lower), len(self.columns)
-        boxes = list(cut(self.lower, self.upper, self.columns, self.parts))
         like: dict[str, Any] = {"dtype": dtype, "device": device}
-        lower, upper = (_tensor([box[end] for box in boxes], end, **like) for end in (0, 1))
+        lower, upper = (_tensor([box[end] for box in self._boxes], end, **like) for end in (0, 1))
         place = torch.zeros(k, d, **like)
         for i, c in enumerate(self.columns):
             place[i, c] = 1
