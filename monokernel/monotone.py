@@ -15,9 +15,11 @@ from torch.nn import functional as F
 
 from . import network, reading
 from .arguments import Inputs, check_box, check_direction, check_module, check_number
+from .chain_bound import Start, linear_term, serves, started
+from .function import transformed
 from .intervals import ENDS, Interval, jacobian, without_range
 from .problem import accumulate_dtype
-from .program import Node
+from .program import Node, chain_of
 from .symbols import Param
 
 __all__ = ["Monotone"]
@@ -27,6 +29,7 @@ class Constants(NamedTuple):
     """What a forward needs besides weights, in one dtype on one device."""
 
     box: Interval  # ends (B, d) of the parts of the box
+    start: tuple[Start, Any] | None  # the same for a chain, where the box is bounded
     sign: Tensor  # (D, k)
     place: Tensor  # (k, d), which columns of x the k are
     middle: Tensor  # (d,)
@@ -145,9 +148,13 @@ class Monotone(nn.Module):
 
     def _linear_term(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Its weight (D, d) and its bias (D,)."""
-        bound = self._bound(x)
-        own = self._constants_for(bound.dtype, bound.device)
-        W = (own.sign * self._lift(bound)) @ own.place
+        nodes, params, dtype = self._program(x)
+        own = self._constants_for(dtype, x.device)
+        if own.start is not None and not (torch.compiler.is_compiling() or transformed()):
+            chain = chain_of(len(self.lower), nodes)
+            if chain is not None and serves(chain.activations):
+                return linear_term(*own.start, self.margin, chain.activations, params)
+        W = (own.sign * self._lift(self._bound(x))) @ own.place
         return W, -(W @ own.middle)
 
     def _lift(self, bound: Tensor) -> Tensor:
@@ -164,12 +171,11 @@ class Monotone(nn.Module):
         lower, upper, _ = jacobian(nodes, params, own.box, self.columns)
         return torch.where(own.sign > 0, lower, -upper).amin(0)
 
-    def _program(self, x: Tensor) -> tuple[tuple[Node, ...], list[Param], torch.dtype]:
+    def _program(self, x: Tensor) -> tuple[tuple[Node, ...], Sequence[Param], torch.dtype]:
         """The nodes of ``mlp``, their parameters, and the dtype in which these are."""
         mlp = network.unwrap(self.mlp)
         d = len(self.lower)
         like = _like(mlp)
-        example = torch.zeros(2, d, **like)
         found: network.Chain | reading.Reading | str = network.read(mlp)
         if isinstance(found, network.Chain):
             if found.widths[0] != d:
@@ -178,12 +184,13 @@ class Monotone(nn.Module):
                     f"mlp's first layer, got {d}"
                 )
             nodes = found.nodes
-            params: Sequence[Param] = found.parameters(example)
+            params: Sequence[Param] = found.parameters(torch.empty(0, **like))
         else:
             coupled = network.batch_coupling(mlp)
             if coupled:
                 found = f"{coupled} normalises with the statistics of the batch"
             elif not torch.compiler.is_compiling():
+                example = torch.zeros(2, d, **like)
                 inputs = Inputs(example[:, :0], example, example.shape[:-1], d, d)
                 found = reading.read(mlp, inputs, rehearsal=True, fold=False)
             if isinstance(found, str):
@@ -193,7 +200,9 @@ class Monotone(nn.Module):
             if kind:
                 raise ValueError(f"mlp: expected nodes of which a range is known, got a {kind}")
         dtype = accumulate_dtype(like["dtype"])
-        return nodes, [p.to(dtype) if isinstance(p, Tensor) else p for p in params], dtype
+        if dtype != like["dtype"]:
+            params = [p.to(dtype) if isinstance(p, Tensor) else p for p in params]
+        return nodes, params, dtype
 
     def _check_bounded(self, x: Tensor) -> None:
         """A network with sound weights and no bound is one that this box does not fit."""
@@ -231,12 +240,12 @@ class Monotone(nn.Module):
         for i, c in enumerate(self.columns):
             place[i, c] = 1
         pairs = zip(self.lower, self.upper, strict=True)
-        made = Constants(
-            Interval(lower, upper, all(map(math.isfinite, (*self.lower, *self.upper)))),
-            torch.tensor([[row[c] for c in self.columns] for row in self.direction], **like),
-            place,
-            torch.tensor([_middle(l, u) for l, u in pairs], **like),
-        )
+        finite = all(map(math.isfinite, (*self.lower, *self.upper)))
+        box = Interval(lower, upper, finite)
+        sign = torch.tensor([[row[c] for c in self.columns] for row in self.direction], **like)
+        middle = torch.tensor([_middle(l, u) for l, u in pairs], **like)
+        start = started(box, sign, place, middle) if finite else None
+        made = Constants(box, start, sign, place, middle)
         if not torch.compiler.is_compiling():
             self._constants[dtype, device] = made
         return made
