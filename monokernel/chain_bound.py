@@ -3,8 +3,7 @@
 A training step takes it once, on a few rows, where every operation costs its call and little else.
 So value and tangents go through a layer as one matrix, an activation is evaluated once at all
 points of an interval that can be extreme, and the derivative is written by hand. It is the bound of
-``intervals.py`` but for tangents times slopes, which are taken by centre and radius instead of by
-their four corners: a tenth wider, which no loss noticed. Rounding is counted by the same terms.
+``intervals.py`` but for rounding, which is counted by the same terms.
 
 The arithmetic is written in what NumPy and PyTorch have in common. Where the weights are in the
 processor's memory and NumPy is installed it is NumPy's, whose calls cost a third of PyTorch's.
@@ -54,8 +53,8 @@ class Start(NamedTuple):
     middle: Array  # (d,)
 
 
-def started(box: Interval, sign: Tensor, place: Tensor, middle: Tensor) -> tuple[Start, Any]:
-    """For boxes (B, d), and in what: in NumPy's arrays where these are to be used."""
+def started(box: Interval, sign: Tensor, place: Tensor, middle: Tensor) -> Start:
+    """For boxes (B, d): NumPy's arrays where these are to be used."""
     lower, upper, _ = box
     info = torch.finfo(lower.dtype)
     g = _γ(lower.shape[1], lower.dtype)
@@ -65,8 +64,8 @@ def started(box: Interval, sign: Tensor, place: Tensor, middle: Tensor) -> tuple
     ρ = r * (1 + g) + g * C.abs() + info.tiny
     found = C.flatten(0, 1), ρ.flatten(0, 1), sign, place, middle
     if numpy is None or C.device.type != "cpu" or not has_memory(C):
-        return Start(lower.shape[0], *found), torch
-    return Start(lower.shape[0], *(t.numpy() for t in found)), numpy
+        return Start(lower.shape[0], *found)
+    return Start(lower.shape[0], *(t.numpy() for t in found))
 
 
 def serves(activations: Sequence[Activation]) -> bool:
@@ -135,19 +134,20 @@ def _γ(n: int, dtype: torch.dtype) -> float:
 
 
 def linear_term(
-    start: Start, xp: Any, margin: float, activations: Sequence[Activation], params: Sequence[Any]
+    start: Start, margin: float, activations: Sequence[Activation], params: Sequence[Any]
 ) -> tuple[Tensor, Tensor]:
     """W (D, d) and b (D,) for parameters W_1, b_1 (or None), W_2, …"""
-    term: tuple[Tensor, Tensor] = _Term.apply(start, xp, margin, activations, *params)  # type: ignore[no-untyped-call]
+    term: tuple[Tensor, Tensor] = _Term.apply(start, margin, activations, *params)  # type: ignore[no-untyped-call]
     return term
 
 
 class _Term(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, start: Start, xp: Any, margin: float, activations: Sequence[Activation], *θ: Any
+        ctx: Any, start: Start, margin: float, activations: Sequence[Activation], *θ: Any
     ) -> tuple[Tensor, Tensor]:
         B, C, ρ, sign, place, middle = start
+        xp = torch if isinstance(C, Tensor) else numpy
         dtype, device = θ[0].dtype, θ[0].device
         ε = torch.finfo(dtype).eps
         arrays = [
@@ -219,7 +219,7 @@ class _Term(torch.autograd.Function):
                     gZ, gQ = _activated(xp, layers[l - 1][1], gZ @ W, gQ @ A, B)
         if xp is not torch:
             grads = [g if g is None else torch.from_numpy(g) for g in grads]
-        return None, None, None, None, *grads
+        return None, None, None, *grads
 
 
 class _Active(NamedTuple):

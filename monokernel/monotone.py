@@ -29,7 +29,7 @@ class Constants(NamedTuple):
     """What a forward needs besides weights, in one dtype on one device."""
 
     box: Interval  # ends (B, d) of the parts of the box
-    start: tuple[Start, Any] | None  # the same for a chain, where the box is bounded
+    start: Start | None  # the same for a chain, where the box is bounded
     sign: Tensor  # (D, k)
     place: Tensor  # (k, d), which columns of x the k are
     middle: Tensor  # (d,)
@@ -153,7 +153,7 @@ class Monotone(nn.Module):
         if own.start is not None and not (torch.compiler.is_compiling() or transformed()):
             chain = chain_of(len(self.lower), nodes)
             if chain is not None and serves(chain.activations):
-                return linear_term(*own.start, self.margin, chain.activations, params)
+                return linear_term(own.start, self.margin, chain.activations, params)
         W = (own.sign * self._lift(self._bound(x))) @ own.place
         return W, -(W @ own.middle)
 
