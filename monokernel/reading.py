@@ -57,9 +57,9 @@ class Reading(NamedTuple):
 LINES = ("scale", "shift", "line")
 
 
-def _program(tape: Tape, y: int) -> tuple[list[Step], list[Tensor | float]]:
+def _program(tape: Tape, y: int, fold: bool) -> tuple[list[Step], list[Tensor | float]]:
     """The steps that y needs, renumbered, with neighbours of linear layers folded into them; and
-    what is added to x before them."""
+    what is added to x before them. Without ``fold``, as they are: folding rounds parameters."""
     steps = tape.steps
     uses = [0] * (len(steps) + 1)
     uses[y] = 1
@@ -78,7 +78,7 @@ def _program(tape: Tape, y: int) -> tuple[list[Step], list[Tensor | float]]:
         if inputs != step.inputs:
             step = step._replace(inputs=inputs)
         u = inputs[0]
-        if step.kind in LINES and once[u]:
+        if fold and step.kind in LINES and once[u]:
             if u == 0 and (c := _offset(step)) is not None:
                 offsets.append(c)
                 at[i + 1], once[0] = 0, uses[i + 1] == 1
@@ -87,7 +87,7 @@ def _program(tape: Tape, y: int) -> tuple[list[Step], list[Tensor | float]]:
                 kept[u - 1] = _after(kept[u - 1], step)
                 at[i + 1], once[u] = u, uses[i + 1] == 1
                 continue
-        if step.kind == "linear":
+        if fold and step.kind == "linear":
             # Only what lies last among those kept: no place of another value changes.
             while u == len(kept) > 0 and once[u] and _folds(kept, u, bool(offsets)):
                 step = _before(kept.pop(), step)
@@ -166,13 +166,16 @@ def _before(step: Step, linear: Step) -> Step:
 # --- the whole reading ---------------------------------------------------------------------------
 
 
-def read(mlp: nn.Module, inputs: Inputs, rehearsal: bool = False) -> Reading | str:
+def read(
+    mlp: nn.Module, inputs: Inputs, rehearsal: bool = False, fold: bool = True
+) -> Reading | str:
     """The program that the module's forward is for these inputs, or one sentence naming what is
     not known as a row-wise node.
 
     Runs the forward once. Where that turns out unreadable, the attributes, buffers and random
     generators that it changed are put back, since the general path runs it once more, and it is not
     tried again in later calls. A ``rehearsal`` tries all the same, and leaves no trace either way.
+    With ``fold``, scales and shifts are taken into the linear layers next to them.
     """
     parts = _parts(mlp)
     if isinstance(parts, str):
@@ -188,7 +191,7 @@ def read(mlp: nn.Module, inputs: Inputs, rehearsal: bool = False) -> Reading | s
         return before
     state = _State(parts, inputs.x2.device) if before is None or rehearsal else None
     with nullcontext() if torch.is_grad_enabled() else torch.enable_grad(), state or nullcontext():
-        found = _record(mlp, inputs)
+        found = _record(mlp, inputs, fold)
     if state is not None and (rehearsal or isinstance(found, str)):
         state.restore()
     if known is None:
@@ -205,7 +208,7 @@ def _forgets(key: int) -> Callable[[Any], None]:
     return lambda _: _known.pop(key, None)  # type: ignore[return-value]
 
 
-def _record(mlp: nn.Module, inputs: Inputs) -> Reading | str:
+def _record(mlp: nn.Module, inputs: Inputs, fold: bool) -> Reading | str:
     tape = Tape(mlp, inputs)
     try:
         y = mlp(tape.value(0, inputs.d, flat=False, shared=True))
@@ -220,7 +223,7 @@ def _record(mlp: nn.Module, inputs: Inputs) -> Reading | str:
         if any(n != nobody for n in holders):
             tape.refuse("its forward", "keeps a tensor that depends on its input")
             return tape.sentence
-        return _laid_out(tape, at, inputs.d, squeezed)
+        return _laid_out(tape, at, inputs.d, squeezed, fold)
     except Exception as error:  # whatever it is, the general path meets it if it is a real one
         part = place(mlp, _innermost(error))
         return tape.sentence or f"{part}: its forward does not run on symbols ({said(error)})"
@@ -228,9 +231,9 @@ def _record(mlp: nn.Module, inputs: Inputs) -> Reading | str:
         tape.end()
 
 
-def _laid_out(tape: Tape, y: int, d: int, squeezed: bool) -> Reading | str:
+def _laid_out(tape: Tape, y: int, d: int, squeezed: bool, fold: bool) -> Reading | str:
     """The program of value y, its parameters in the order in which its nodes read them."""
-    steps, offsets = _program(tape, y)
+    steps, offsets = _program(tape, y, fold)
     steps = steps or [Step("identity", (0,), d, (0.0, 0.0, 0.0), ())]
     nodes, params = [], list[Param]()
     for step in steps:
