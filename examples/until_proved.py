@@ -6,7 +6,9 @@ Disease progression (scikit-learn's diabetes set, ten measurements scaled to [-1
 body mass index, blood pressure and serum triglycerides: not on the data, but at every point of the
 box that the data spans. A penalty with a margin gets there, or nearly; ``certify`` says whether,
 and where not; the points it found join those that the penalty is taken on, and the margin is wider
-in every round. The loop ends with a proof. The picture shows the response of held-out patients along the whole range of body mass index, and
+in every round. The loop ends with a proof.
+
+The picture shows the response of held-out patients along the whole range of body mass index, and
 for each the slope that is proved on that line beside the lowest that was found there.
 """
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .layers import Layers
+from .layers import Layers, Straight
 
 __all__ = ["STEPS", "Lowest", "descend", "of_layers", "of_network"]
 
@@ -96,9 +96,11 @@ def _better(best: Lowest, slope: Slope, x: Tensor, q: Tensor) -> Lowest:
 
 
 def of_layers(
-    layers: Layers, outputs: Tensor, columns: Tensor, signs: Tensor
+    layers: Layers | Straight, outputs: Tensor, columns: Tensor, signs: Tensor
 ) -> tuple[Slope, Smooth]:
-    """sign·∂y_output/∂x_column of the Q constraints (Q,) of a chain, as ``descend`` takes them."""
+    """sign·∂y_output/∂x_column of the Q constraints (Q,), as ``descend`` takes them."""
+    if isinstance(layers, Straight):
+        return of_network(layers.jacobian, outputs, columns, signs)
 
     def smooth(x: Tensor, q: Tensor, share: float) -> Tensor:
         for offset in layers.offsets:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import forms
 from .forms import AFFINE, INTERVALS, LINEAR, TIERS
-from .layers import Layers
+from .layers import Layers, Straight
 
 __all__ = ["Boxes", "Constraints", "Found", "search"]
 
@@ -84,7 +84,7 @@ class _Forms(NamedTuple):
 
 
 def search(
-    layers: Layers,
+    layers: Layers | Straight,
     constraints: Constraints,
     start: Boxes,
     verdicts: int,
@@ -99,7 +99,7 @@ def search(
     come first, and after so many the search ends."""
     lower = start.lower.new_full((verdicts, len(constraints.signs)), torch.inf)
     stack, stuck, boxes = [start], list[Boxes](), 0
-    tiers = _Tiers()
+    tiers = _Tiers(isinstance(layers, Straight))
     while stack and time.monotonic() < deadline and (most is None or boxes < most):
         taken = _taken(stack, tiers.at_a_time, -1 if most is None else 0)
         boxes += len(taken.owner)
@@ -149,7 +149,8 @@ def _lower(lower: Tensor, boxes: Boxes, wanted: Tensor | None = None) -> None:
 class _Tiers:
     """Which tiers are asked, and what they proved."""
 
-    def __init__(self) -> None:
+    def __init__(self, intervals_alone: bool) -> None:
+        self.intervals_alone = intervals_alone
         self.proved = dict.fromkeys(TIERS, 0)
         self.share = {INTERVALS: 1.0, AFFINE: 1.0}
         self.rounds = 0
@@ -160,6 +161,8 @@ class _Tiers:
 
     def _asked(self) -> list[int]:
         asked = [LINEAR]
+        if self.intervals_alone:
+            return asked
         for tier in (AFFINE, INTERVALS):
             pays = self.share[tier] * COST[asked[0]] > COST[tier]
             if pays or self.rounds % AGAIN == 0:
@@ -167,7 +170,11 @@ class _Tiers:
         return asked
 
     def bounded(
-        self, layers: Layers, constraints: Constraints, boxes: Boxes, lower: Tensor
+        self,
+        layers: Layers | Straight,
+        constraints: Constraints,
+        boxes: Boxes,
+        lower: Tensor,
     ) -> tuple[Boxes, _Forms | None]:
         """The boxes that are still open, with what is known of them, and their linear forms."""
         asked, found = self._asked(), None
@@ -183,7 +190,8 @@ class _Tiers:
             known = torch.cat([_low(constraints, part) for part in parts])
             boxes = boxes._replace(known=torch.maximum(boxes.known, known))
             done = boxes.wanted & (boxes.known >= constraints.margin)
-            self.proved[TIERS[tier]] += int(done.sum())
+            name = TIERS[INTERVALS if self.intervals_alone else tier]
+            self.proved[name] += int(done.sum())
             _lower(lower, boxes, done)
             boxes = boxes._replace(wanted=boxes.wanted & ~done)
             still = boxes.wanted.any(1)
@@ -196,7 +204,7 @@ class _Tiers:
         return boxes, found
 
 
-def _bounds(layers: Layers, constraints: Constraints, boxes: Boxes, tier: int) -> _Forms:
+def _bounds(layers: Layers | Straight, constraints: Constraints, boxes: Boxes, tier: int) -> _Forms:
     """The forms of all constraints over the boxes; where one is not open, of whatever there is."""
     n, Q, m = len(boxes.owner), len(constraints.signs), layers.d
     centre, slant = boxes.lower.new_zeros(n, Q), boxes.lower.new_zeros(n, m, Q)

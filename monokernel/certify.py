@@ -19,7 +19,7 @@ from .arguments import check_direction, check_module, check_number
 from .audit import evaluating, slopes_in_direction
 from .branching import Boxes, Constraints
 from .forms import INTERVALS
-from .layers import Layers, layers_of
+from .layers import Layers, Straight, layers_of
 from .problem import direction_table
 
 __all__ = ["Certificate", "certify"]
@@ -59,7 +59,7 @@ class Certificate:
             have an extent.
         float_step: (D, d), units of x: a step in x_c from which on the rounding of the network's
             own forward cannot hide the rise that is proved, 2E / max(lower_bound, margin) with E a
-            bound of the error of y; NaN where no rise is proved.
+            bound of the error of y; NaN where no rise is proved, and for what is no chain.
         boxes: how many boxes were bounded; seconds: how long it took.
         methods: how many times what decided a constraint in a box.
         weights: SHA-256 of the network's layers and of their weights.
@@ -236,6 +236,8 @@ def certify(
     Args:
         mlp: a chain of Linear layers and activations of the table, or a module whose forward reads
             as one (``nn.Sequential``, a class of its own, dropout, BatchNorm in evaluation mode).
+            Other programs whose nodes all have a range are bounded by intervals alone, which
+            decides small boxes and what is monotone by construction.
         lower, upper: the box: (d,), numbers for all columns alike, or (B, d) for B boxes with a
             verdict each, over the columns of ``mlp``'s input. Both ends may be equal: a box without
             extent in all columns but one is one row along the whole range of that column.
@@ -292,7 +294,7 @@ def certify(
 
 
 def _search(
-    layers: Layers,
+    layers: Layers | Straight,
     constraints: Constraints,
     start: Boxes,
     B: int,
@@ -304,7 +306,7 @@ def _search(
     in some more columns after cutting it a few times, in many of the whole box."""
     columns = (start.lower < start.upper).sum(1)
     wide, many = columns > FEW_COLUMNS, columns > MANY_COLUMNS
-    if not (switches.serves(layers) and wide.any()):
+    if isinstance(layers, Straight) or not (switches.serves(layers) and wide.any()):
         return branching.search(layers, constraints, start, B, probe, deadline, line)
     found = branching.search(layers, constraints, start.at(~wide), B, probe, deadline, line)
     cut = branching.search(
@@ -375,7 +377,7 @@ def _box(mlp: nn.Module, lower: Any, upper: Any) -> tuple[Tensor, Tensor, bool]:
     return low, high, batched
 
 
-def _read(mlp: nn.Module, d: int) -> tuple[Layers, str]:
+def _read(mlp: nn.Module, d: int) -> tuple[Layers | Straight, str]:
     """The network in float64 and its own dtype, or a ValueError that says why not."""
     found = layers_of(mlp, d)
     if isinstance(found, str):
@@ -446,7 +448,7 @@ class _Probe:
     def __init__(
         self,
         mlp: nn.Module,
-        layers: Layers,
+        layers: Layers | Straight,
         constraints: Constraints,
         table: Tensor,
         dtype: str,
@@ -541,7 +543,7 @@ def _replay(mlp: nn.Module, x: Tensor, table: Tensor, dtype: torch.dtype) -> Ten
 
 
 def _attack(
-    layers: Layers,
+    layers: Layers | Straight,
     constraints: Constraints,
     start: Boxes,
     probe: _Probe,
@@ -573,7 +575,7 @@ def _attack(
 def _certificate(
     begin: float,
     batched: bool,
-    layers: Layers,
+    layers: Layers | Straight,
     constraints: Constraints,
     table: Tensor,
     low: Tensor,
@@ -643,11 +645,13 @@ def _share(left: Boxes, start: Boxes) -> float:
 
 
 def _float_step(
-    layers: Layers, low: Tensor, high: Tensor, bound: Tensor, margin: float, dtype: str
+    layers: Layers | Straight, low: Tensor, high: Tensor, bound: Tensor, margin: float, dtype: str
 ) -> Tensor:
     """2E / rise (B, D, d) with E (B, D) a bound of the forward's rounding in the network's dtype,
     by running error analysis: |Δa| <= |W|(|Δh| + γ_n |h|) + γ_n |b|, |Δh| <= max|σ'| |Δa| + 4u |h|.
     """
+    if isinstance(layers, Straight):
+        return torch.full_like(bound, torch.nan)
     u = torch.finfo(getattr(torch, dtype)).eps / 2
     c, r = 0.5 * low + 0.5 * high, 0.5 * (high - low)
     h, off = c.abs() + r, torch.zeros_like(c)

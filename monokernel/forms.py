@@ -31,7 +31,8 @@ from torch import Tensor
 
 from . import ranges
 from .activations import Activation
-from .layers import Layers
+from .intervals import Interval, jacobian
+from .layers import Layers, Straight
 
 __all__ = [
     "AFFINE",
@@ -273,12 +274,15 @@ def _through(h: Form, W: Tensor, layers: Layers, b: Tensor | None, keep: bool) -
 
 
 def slopes(
-    layers: Layers, lower: Tensor, upper: Tensor, output: int, columns: Tensor, tier: int
+    layers: Layers | Straight, lower: Tensor, upper: Tensor, output: int, columns: Tensor, tier: int
 ) -> Slopes:
     """Forms of ∂y_output/∂x_c for the K columns c over the boxes [lower, upper] (B, d), float64.
 
-    ``tier`` is INTERVALS, AFFINE or LINEAR. What is not finite has an infinite error.
+    ``tier`` is INTERVALS, AFFINE or LINEAR; of programs that are no chain there are only intervals.
+    What is not finite has an infinite error.
     """
+    if isinstance(layers, Straight):
+        return _by_intervals(layers, lower, upper, output, columns)
     h, moving = _input(layers, lower, upper, tier)
     c, L, keep = h.c, len(layers.W), tier == LINEAR
     first: list[Form | None] = []
@@ -331,6 +335,23 @@ def slopes(
         torch.zeros_like(slant) if blame is None else blame.nan_to_num(1.0, 1.0),
         moving,
     )
+
+
+def _by_intervals(
+    program: Straight, lower: Tensor, upper: Tensor, output: int, columns: Tensor
+) -> Slopes:
+    for offset in program.offsets:
+        lower, upper = lower + offset, upper + offset
+        lower, upper = lower - 2 * U * lower.abs(), upper + 2 * U * upper.abs()
+    box = Interval(lower, upper)
+    low, high, _ = jacobian(program.nodes, program.params, box, columns.tolist())
+    low, high = (end[:, output].expand(len(lower), -1) for end in (low, high))
+    c = (0.5 * low + 0.5 * high).nan_to_num(0.0, 0.0, 0.0)
+    error = torch.maximum(high - c, c - low) * (1 + 4 * U) + TINY
+    moving = torch.arange(program.d, device=lower.device)
+    none = c.new_zeros(len(c), program.d, len(columns))
+    error = torch.where(torch.isfinite(error), error, torch.inf)
+    return Slopes(c, none, error, none, moving)
 
 
 def values(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 from . import network, reading
 from .activations import ACTIVATIONS, IDENTITY, Activation
 from .arguments import Inputs
+from .intervals import without_range
+from .nodes import rule
 from .program import Node
 
-__all__ = ["Layers", "layers_of"]
+__all__ = ["Layers", "Straight", "layers_of"]
 
 FOLDED = 8  # roundings in a weight that a scale, a shift or a norm was folded into
 
@@ -37,9 +40,7 @@ class Layers(NamedTuple):
     def digest(self, dtype: str) -> str:
         """SHA-256, in hexadecimal, of a dtype's name and of all activations, shapes and numbers."""
         digest = hashlib.sha256(f"{dtype} {[tuple(σ) for σ in self.σ]}".encode())
-        for t in (*self.W, *self.b, *self.offsets):
-            digest.update(str(tuple(t.shape)).encode())
-            digest.update(t.cpu().contiguous().numpy().tobytes())
+        _add(digest, (*self.W, *self.b, *self.offsets))
         return digest.hexdigest()
 
     @property
@@ -72,7 +73,55 @@ class Layers(NamedTuple):
         return P
 
 
-def layers_of(mlp: nn.Module, d: int) -> tuple[Layers, str] | str:
+class Straight(NamedTuple):
+    """Any other program of which every node has a range, in float64, over d columns of x."""
+
+    d: int
+    nodes: tuple[Node, ...]
+    params: tuple[Tensor | None, ...]
+    offsets: tuple[Tensor, ...] = ()
+
+    @property
+    def D(self) -> int:
+        return self.nodes[-1].width
+
+    def digest(self, dtype: str) -> str:
+        """As ``Layers.digest``."""
+        digest = hashlib.sha256(f"{dtype} {[tuple(node) for node in self.nodes]}".encode())
+        _add(digest, (*self.params, *self.offsets))
+        return digest.hexdigest()
+
+    def to(self, device: torch.device) -> Straight:
+        """The same on another device."""
+        params = tuple([None if p is None else p.to(device) for p in self.params])
+        return self._replace(params=params, offsets=tuple([t.to(device) for t in self.offsets]))
+
+    def jacobian(self, x: Tensor) -> Tensor:
+        """∂y/∂x (N, D, d) at the points x (N, d), differentiable."""
+        for offset in self.offsets:
+            x = x + offset
+        values: list[Tensor] = [x]
+        tangents: list[Tensor | None] = [torch.eye(self.d, dtype=x.dtype, device=x.device)[:, None]]
+        for node in self.nodes:
+            u, t = [values[i] for i in node.inputs], [tangents[i] for i in node.inputs]
+            θ, of = [self.params[i] for i in node.params], rule(node)
+            v = of.value(node, u, θ)
+            moves = any(a is not None for a in t)
+            values.append(v)
+            tangents.append(of.push(node, u, v, t, θ) if moves else None)
+        y, t_y = values[-1], tangents[-1]
+        found = y.new_zeros(self.d, *y.shape) if t_y is None else t_y.expand(self.d, *y.shape)
+        return found.permute(1, 2, 0)
+
+
+def _add(digest: Any, tensors: Iterable[Tensor | None]) -> None:
+    for t in tensors:
+        if t is not None:
+            digest.update(str(tuple(t.shape)).encode())
+            digest.update(t.cpu().contiguous().numpy().tobytes())
+
+
+def layers_of(mlp: nn.Module, d: int) -> tuple[Layers | Straight, str] | str:
     """The network in evaluation mode, of d columns, and the name of its own dtype; or what was
     expected of it and what it is instead. Folding and parametrizations are computed in float64."""
     dtypes = {str(p.dtype).removeprefix("torch.") for p in mlp.parameters()}
@@ -93,20 +142,23 @@ def layers_of(mlp: nn.Module, d: int) -> tuple[Layers, str] | str:
                 return f"a network that can be read, got one where {found}"
             offsets, folded = found.offsets, FOLDED
         activations = _activations(found.nodes)
-        if isinstance(activations, str):
-            return activations
         _, params = found.operands(x)
+        moved = tuple([torch.as_tensor(offset, dtype=torch.float64) for offset in offsets])
+        if activations is None:
+            if kind := without_range(found.nodes):
+                return f"a network of which every node has a range, got one with a {kind} node"
+            held = tuple([None if p is None else p.detach() for p in params])
+            return Straight(d, found.nodes, held, moved), dtypes.pop()
     W = tuple([p.detach() for p in params[::2] if p is not None])
     b = [
         W_l.new_zeros(len(W_l)) if p is None else p.detach()
         for W_l, p in zip(W, params[1::2], strict=True)
     ]
-    moved = tuple([torch.as_tensor(offset, dtype=torch.float64) for offset in offsets])
     return Layers(W, tuple(b), activations, moved, folded), dtypes.pop()
 
 
-def _activations(nodes: tuple[Node, ...]) -> tuple[Activation, ...] | str:
-    """The activation behind each linear layer of a chain."""
+def _activations(nodes: tuple[Node, ...]) -> tuple[Activation, ...] | None:
+    """The activation behind each linear layer of a chain; None for what is none."""
     found = list[Activation]()
     for i, node in enumerate(nodes):
         if node.inputs == (i,) and node.kind == "linear":
@@ -114,8 +166,5 @@ def _activations(nodes: tuple[Node, ...]) -> tuple[Activation, ...] | str:
         elif node.inputs == (i,) and node.kind in ACTIVATIONS and found and found[-1] is IDENTITY:
             found[-1] = Activation(node.kind, *node.numbers)
         else:
-            return (
-                "a chain of Linear layers, each with an activation behind it or none, got a "
-                f"program with a {node.kind} node in another place"
-            )
+            return None
     return tuple(found)

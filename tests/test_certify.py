@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from monokernel import Certificate, audit, branching, certify, forms, ranges, switches
+from monokernel import Certificate, Monotone, audit, branching, certify, forms, ranges, switches
 from monokernel.activations import Activation
 from monokernel.certify import _read
 from tests.support import ACTIVATION_MODULES, mlp
@@ -354,17 +354,40 @@ def test_bad_input_gets_one_sentence(
         certify(given.pop("mlp"), given.pop("lower"), given.pop("upper"), **given)
 
 
-def test_what_is_no_chain_is_named() -> None:
-    class Gate(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
+class Gate(nn.Module):
+    """Rises in x_0 where x_1 >= 0, at least by 0.3."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.a(x) * torch.sigmoid(self.b(x))
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(2, 1)
+        with torch.no_grad():
+            self.a.weight.copy_(torch.tensor([[0.0, 1.0]]))
+            self.a.bias.fill_(0.3)
 
-    with pytest.raises(ValueError, match=r"^mlp: expected a chain .* with a \w+ node"):
-        certify(Gate(), torch.zeros(2), torch.ones(2), progress=False)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) * x[:, :1] + torch.tanh(x[:, 1:])
+
+
+def test_programs_that_are_no_chain_are_bounded_by_intervals() -> None:
+    given: dict[str, Any] = {"direction": [1, 0], "progress": False}
+    found = certify(Gate(), torch.zeros(2), torch.ones(2), margin=0.25, **given)
+    assert found.status == "proved"
+    assert {name for name, n in found.methods.items() if n} == {"intervals"}
+    found.check(Gate())
+    low, high = torch.tensor([0.0, -1.0]), torch.ones(2)
+    assert certify(Gate(), low, high, **given).status == "violated"
+    assert certify(Gate(), torch.tensor([0.0, -0.2]), high, **given).status == "proved"
+
+
+def test_what_is_monotone_by_construction_is_proved_at_once() -> None:
+    net = mlp(2, 2, 2, (9, 7), nn.Tanh(), dtype=torch.float32)
+    model = Monotone(net, -1.0, 1.0, direction=(0, 0, 1, -1), margin=0.1)
+    given: dict[str, Any] = {"direction": (0, 0, 1, -1), "margin": 0.1, "progress": False}
+    low, high = -torch.ones(4), torch.ones(4)
+    assert certify(net, low, high, **given).status == "violated"
+    found = certify(model.frozen(), low, high, **given)
+    assert found.status == "proved"
+    assert found.boxes == 1
 
 
 def test_progress_is_a_line_or_nothing(capsys: pytest.CaptureFixture[str]) -> None:
