@@ -3,6 +3,8 @@
 from ._version import __version__
 from .api import MonotonePenalty, fused_mono_penalty, value_and_jacobian
 from .audit import Audit, audit
+from .certify import Certificate, certify
+from .monotone import Monotone
 from .multipliers import Multipliers
 from .planning import Plan, plan
 from .plots import plot_audit
@@ -10,11 +12,14 @@ from .sampling import sample_points
 
 __all__ = [
     "Audit",
+    "Certificate",
+    "Monotone",
     "MonotonePenalty",
     "Multipliers",
     "Plan",
     "__version__",
     "audit",
+    "certify",
     "fused_mono_penalty",
     "plan",
     "plot_audit",

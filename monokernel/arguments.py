@@ -5,6 +5,7 @@ Everything a user can get wrong before the network runs is checked here, and her
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,9 +22,11 @@ __all__ = [
     "REDUCTIONS",
     "Direction",
     "Inputs",
+    "check_box",
     "check_choice",
     "check_count",
     "check_direction",
+    "check_flag",
     "check_hinge",
     "check_inputs",
     "check_module",
@@ -155,6 +158,33 @@ def _numbers(direction: Any) -> tuple[list[Any], tuple[int, ...]]:
     return [v for values, _ in rows for v in values], (len(rows), *inner)
 
 
+def check_box(lower: Any, upper: Any, d: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The ends of a box in d columns: numbers, which serve every column, or (d,)."""
+    ends = []
+    for name, end in (("lower", lower), ("upper", upper)):
+        try:
+            values, shape = _numbers(end)
+            values = [float(v) for v in values]
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(
+                f"{name}: expected a number, a sequence of numbers or a tensor, got "
+                f"{type(end).__name__}"
+            ) from None
+        if shape not in ((), (d,)):
+            raise ValueError(
+                f"{name}: expected a number or shape (d,) = ({d},), as direction has it, got "
+                f"{tuple(shape)}"
+            )
+        ends.append(tuple(values * d if not shape else values))
+    for c, (l, u) in enumerate(zip(*ends, strict=True)):
+        for name, end in (("lower", l), ("upper", u)):
+            if math.isnan(end) or (math.isinf(end) and l == u):
+                raise ValueError(f"{name}: expected an interval in column {c}, got [{l}, {u}]")
+        if l > u:
+            raise ValueError(f"lower: expected at most upper = {u} in column {c}, got {l}")
+    return ends[0], ends[1]
+
+
 def check_hinge(direction: tuple[int, ...], margin: Any, hinge: Any, reduction: Any) -> Hinge:
     """The static part of the penalty; ``direction`` as ``Direction.for_network`` gives it."""
     check_number("margin", margin)
@@ -176,6 +206,11 @@ def check_number(name: str, value: Any) -> None:
 def check_count(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"{name}: expected a number of points >= 0, got {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
 
 
 def check_weight(weight: Any, x: Tensor, D: int, k: int) -> Tensor | None:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import attack as descent
 from .api import slopes
-from .arguments import Direction, check_count, check_direction, check_inputs, check_number
+from .arguments import (
+    Direction,
+    check_count,
+    check_direction,
+    check_flag,
+    check_inputs,
+    check_number,
+)
 from .backends import general
+from .layers import layers_of
 from .network import ending, unwrap
 from .planning import choose
 from .problem import direction_table
@@ -25,6 +34,8 @@ ROWS_AT_A_TIME, SLOPES_AT_A_TIME = 1 << 14, 1 << 22
 LINES = 40
 # In so many rows a column whose slopes are all 0 is moved, over twice so many values.
 PROBED_ROWS, PROBED_VALUES = 256, 9
+# Descents of an attack, from rows and as many from elsewhere, for each constraint and altogether.
+STARTS, MOST_STARTS = 48, 1024
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,8 @@ class Audit:
         worst_point: the inputs there, cat[x1, x2] (D, k, d).
         blind: where the derivative says nothing (D, k).
         sampled: the same on points sampled away from the data, where they were asked for.
+        attacked: the same on the points at which an attack ended, where it was asked for: one for
+            each start and constraint, so that its rates are no shares of any data.
     """
 
     rows: int
@@ -57,6 +70,7 @@ class Audit:
     worst_point: Tensor
     blind: Tensor
     sampled: Audit | None = None
+    attacked: Audit | None = None
 
     @property
     def violation_rate(self) -> float:
@@ -90,13 +104,22 @@ class Audit:
             "worst_point": constrained(self.worst_point),
             "blind": self.blind.tolist(),
             "sampled": None if self.sampled is None else self.sampled.to_dict(),
+            "attacked": None if self.attacked is None else self.attacked.to_dict(),
         }
 
     def __str__(self) -> str:
-        text = self._table("rows")
-        return (
-            text if self.sampled is None else f"{text}\n\n{self.sampled._table('sampled points')}"
-        )
+        parts = [self._table("rows")]
+        if self.sampled is not None:
+            parts.append(self.sampled._table("sampled points"))
+        if self.attacked is not None:
+            seen = min(a.worst for a in (self, self.sampled) if a is not None)
+            worse = self.attacked.worst < seen
+            parts.append(
+                f"The attack found {'a worse slope than' if worse else 'no worse slope than'} any "
+                f"above: {self.attacked.worst:.4g}, where {seen:.4g} was the worst\n"
+                f"{self.attacked._table('points of the attack')}"
+            )
+        return "\n\n".join(parts)
 
     def _table(self, what: str) -> str:
         lines = [
@@ -149,6 +172,7 @@ def audit(
     sample: int = 0,
     strategy: str = "uniform",
     generator: torch.Generator | None = None,
+    attack: bool = False,
 ) -> Audit:
     """Measures violations on the given rows, with the network in evaluation mode.
 
@@ -157,6 +181,9 @@ def audit(
         sample: also measure on this many points away from the data, drawn as
             ``sample_points`` does by ``strategy`` and ``generator``; they are in
             the report's ``.sampled``.
+        attack: also descend on every constrained slope from rows and points within the range of
+            the rows, by gradients where there are any and past the kinks of ReLUs where there are
+            none; where that ended is in the report's ``.attacked``.
 
     Returns:
         An ``Audit``; print it for a table.
@@ -165,13 +192,64 @@ def audit(
     signs = check_direction(direction, inputs.k)
     check_number("margin", margin)
     check_count("sample", sample)
+    check_flag("attack", attack)
     x = inputs.joined().reshape(-1, inputs.d)
     with evaluating(mlp):
         sampled = None
         if sample:
             points = sample_points(x, sample, strategy, generator=generator)
             sampled = _measure(mlp, points, inputs.k, signs, margin, None)
-        return _measure(mlp, x, inputs.k, signs, margin, sampled)
+        report = _measure(mlp, x, inputs.k, signs, margin, sampled)
+        if attack and len(x):
+            points = _attacked(mlp, x, inputs.k, report, generator)
+            if len(points):
+                attacked = _measure(mlp, points, inputs.k, signs, margin, None)
+                report = replace(report, attacked=attacked)
+        return report
+
+
+def _attacked(
+    mlp: nn.Module, x: Tensor, k: int, report: Audit, generator: torch.Generator | None
+) -> Tensor:
+    """Where descents on every constrained slope end (n, d), within the range of the rows (N, d)."""
+    d = x.shape[1]
+    outputs, columns = (report.direction != 0).nonzero(as_tuple=True)
+    if not len(columns):
+        return x[:0]
+    signs = report.direction[outputs, columns].to(x.device, torch.float64)
+    outputs, columns = outputs.to(x.device), columns.to(x.device) + d - k
+    each = max(1, min(STARTS, MOST_STARTS // len(signs)))
+    lower, upper = x.amin(0).double(), x.amax(0).double()
+    starts = torch.cat(
+        [
+            x[report.worst_row.flatten().clamp(min=0).unique().to(x.device)],
+            _spread(x, each),
+            sample_points(x, each, generator=generator),
+        ]
+    ).double()
+    q = torch.arange(len(signs), device=x.device).repeat_interleave(len(starts))
+    starts = starts.repeat(len(signs), 1)
+    box = lower.expand_as(starts), upper.expand_as(starts)
+    chain = layers_of(unwrap(mlp), d)
+    if isinstance(chain, str):
+        slope, smooth = descent.of_network(_slopes_at(mlp, k), outputs, columns - (d - k), signs)
+        steps = descent.STEPS // 2
+    else:
+        layers = chain[0].to(x.device)
+        slope, smooth = descent.of_layers(layers, outputs, columns, signs)
+        steps = descent.STEPS
+    found = descent.descend(slope, smooth, starts, *box, q, generator, steps)
+    return found.x.to(x.dtype)
+
+
+def _slopes_at(mlp: nn.Module, k: int) -> Callable[[Tensor], Tensor]:
+    """∂y/∂x2 (n, D, k) at points (n, d), with a gradient where the network has one."""
+    dtype = next((p.dtype for p in mlp.parameters() if p.is_floating_point()), torch.float32)
+
+    def slopes_at(x: Tensor) -> Tensor:
+        return _slopes(mlp, *x.to(dtype).split([x.shape[1] - k, k], -1)).double()
+
+    return slopes_at
 
 
 @contextmanager

@@ -74,14 +74,15 @@ class Step(NamedTuple):
     params: tuple[Param, ...]
 
 
-def _laid_out(tape: Tape, y: int, d: int, squeezed: bool) -> Reading | str:
+def _laid_out(tape: Tape, y: int, d: int, squeezed: bool, fold: bool) -> Reading | str:
     """The program of value y, its parameters in the order in which its nodes read them."""
     nodes, params, offsets = tape.nodes, tape.params, list[Tensor | float]()
     lines = [node for node in nodes if node.kind in LINES]
-    if not _needs_all(nodes, y) or any(_pays(tape, node.width) for node in lines):
+    folds = fold and any(_pays(tape, node.width) for node in lines)
+    if folds or not _needs_all(nodes, y):
         # What is folded into a layer is not the network's own arithmetic: in full precision.
         with torch.autocast(tape.device_type, enabled=False) if tape.autocast else nullcontext():
-            nodes, params, offsets = _rewritten(tape, y)
+            nodes, params, offsets = _rewritten(tape, y, fold)
     if not nodes:
         nodes = [Node("identity", (0,), (), (0.0, 0.0, 0.0), d)]
     program = tuple(nodes)
@@ -115,9 +116,12 @@ def _needs_all(nodes: list[Node], y: int) -> bool:
     return len({y, 0}.union(*[node.inputs for node in nodes])) == len(nodes) + 1
 
 
-def _rewritten(tape: Tape, y: int) -> tuple[list[Node], list[Param], list[Tensor | float]]:
+def _rewritten(
+    tape: Tape, y: int, fold: bool
+) -> tuple[list[Node], list[Param], list[Tensor | float]]:
     """The nodes that y needs, renumbered, with their neighbours folded into linear layers where
-    that pays; their parameters; and what is added to x before them."""
+    that pays; their parameters; and what is added to x before them. Without ``fold``, as they are:
+    folding rounds parameters."""
     n = len(tape.nodes)
     uses = [0] * (n + 1)
     uses[y] = 1
@@ -136,7 +140,7 @@ def _rewritten(tape: Tape, y: int) -> tuple[list[Node], list[Param], list[Tensor
         params = tuple([tape.params[p] for p in node.params])
         step = Step(node.kind, inputs, node.width, node.numbers, params)
         u = inputs[0]
-        if step.kind in LINES and once[u]:
+        if fold and step.kind in LINES and once[u]:
             if u == 0 and (c := _offset(step)) is not None:
                 offsets.append(c)
                 at[i + 1], once[0] = 0, uses[i + 1] == 1
@@ -145,7 +149,7 @@ def _rewritten(tape: Tape, y: int) -> tuple[list[Node], list[Param], list[Tensor
                 kept[u - 1] = _after(kept[u - 1], step)
                 at[i + 1], once[u] = u, uses[i + 1] == 1
                 continue
-        if step.kind == "linear":
+        if fold and step.kind == "linear":
             # Only what lies last among those kept: no place of another value changes.
             while u == len(kept) > 0 and once[u] and _folds(tape, kept, step, bool(offsets)):
                 step = _before(kept.pop(), step)
@@ -238,13 +242,16 @@ def _before(step: Step, linear: Step) -> Step:
 # --- the whole reading ---------------------------------------------------------------------------
 
 
-def read(mlp: nn.Module, inputs: Inputs, rehearsal: bool = False) -> Reading | str:
+def read(
+    mlp: nn.Module, inputs: Inputs, rehearsal: bool = False, fold: bool = True
+) -> Reading | str:
     """The program that the module's forward is for these inputs, or one sentence naming what is
     not known as a row-wise node.
 
     Runs the forward once. Where that turns out unreadable, the attributes, buffers and random
     generators that it changed are put back, since the general path runs it once more, and it is not
     tried again in later calls. A ``rehearsal`` tries all the same, and leaves no trace either way.
+    With ``fold``, scales and shifts are taken into the linear layers next to them.
     """
     parts = _parts(mlp)
     if isinstance(parts, str):
@@ -259,11 +266,11 @@ def read(mlp: nn.Module, inputs: Inputs, rehearsal: bool = False) -> Reading | s
     if before and not rehearsal:
         return before
     if before == "" and not rehearsal and torch.is_grad_enabled():  # the usual case, at once
-        found = _record(mlp, inputs)
+        found = _record(mlp, inputs, fold)
     else:
         state = _State(parts, inputs.x2.device) if before is None or rehearsal else None
         with torch.enable_grad(), state or nullcontext():
-            found = _record(mlp, inputs)
+            found = _record(mlp, inputs, fold)
         if state is not None and (rehearsal or isinstance(found, str)):
             state.restore()
     if known is None:
@@ -280,7 +287,7 @@ def _forgets(key: int) -> Callable[[Any], None]:
     return lambda _: _known.pop(key, None)  # type: ignore[return-value]
 
 
-def _record(mlp: nn.Module, inputs: Inputs) -> Reading | str:
+def _record(mlp: nn.Module, inputs: Inputs, fold: bool) -> Reading | str:
     tape = Tape(mlp, inputs)
     try:
         y = mlp(tape.value(0, inputs.d, flat=False, shared=True))
@@ -294,7 +301,7 @@ def _record(mlp: nn.Module, inputs: Inputs) -> Reading | str:
         if len({sys.getrefcount(v) for v in tape.values}) > 1:
             tape.refuse("its forward", "keeps a tensor that depends on its input")
             return tape.sentence
-        return _laid_out(tape, at, inputs.d, squeezed)
+        return _laid_out(tape, at, inputs.d, squeezed, fold)
     except Exception as error:  # whatever it is, the general path meets it if it is a real one
         part = place(mlp, _innermost(error))
         return tape.sentence or f"{part}: its forward does not run on symbols ({said(error)})"

@@ -346,3 +346,48 @@ def test_plot_of_nothing_says_so() -> None:
     pytest.importorskip("matplotlib")
     with pytest.raises(ValueError, match="at least one row and one constrained slope"):
         plot_audit(nn.Linear(3, 1), X1, X2, direction=0)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.SiLU(), nn.Hardtanh()])
+def test_an_attack_finds_worse_slopes_than_sampling(activation: nn.Module) -> None:
+    """Within the range of the rows, and says so."""
+    torch.manual_seed(3)
+    net = mlp(3, 2, 2, (24, 24), activation)
+    x1, x2 = torch.randn(200, 3).double(), torch.randn(200, 2).double()
+    direction = [[1, 0], [-1, 1]]
+    seed = torch.Generator().manual_seed(0)
+    report = audit(net, x1, x2, direction=direction, sample=2000, generator=seed, attack=True)
+    assert report.attacked is not None
+    assert report.sampled is not None
+    wanted = torch.tensor(direction) != 0
+    sampled = torch.minimum(report.sampled.worst_slope, report.worst_slope)
+    assert (report.attacked.worst_slope[wanted] < sampled[wanted] - 1e-3).all()
+    x = torch.cat([x1, x2], -1)
+    points = report.attacked.worst_point[wanted]
+    assert ((points >= x.amin(0)) & (points <= x.amax(0))).all()
+    assert "The attack found a worse slope than any above" in str(report)
+    assert report.to_dict()["attacked"]["worst"] == report.attacked.worst
+
+
+def test_an_attack_on_what_is_no_chain() -> None:
+    """By the slopes' own gradients where there are any, and by chance where there are none."""
+    report = audit(Slopes(), X1, X2, direction=[[0, 0], [0, 1]], attack=True)
+    assert report.attacked is not None
+    assert report.attacked.worst == pytest.approx(-4.0)
+
+    class Kinked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 16).double(), nn.Linear(16, 1).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.relu(self.a(x))
+            return self.b(h) + 0.1 * torch.relu(h.sum(-1, keepdim=True))
+
+    torch.manual_seed(1)
+    x1, x2 = torch.randn(30, 1).double(), torch.randn(30, 2).double()
+    found = audit(Kinked(), x1, x2, attack=True)
+    assert found.attacked is not None
+    assert found.attacked.worst <= found.worst
+    with pytest.raises(TypeError, match=r"^attack: expected True or False, got int"):
+        audit(Kinked(), x1, x2, attack=1)  # type: ignore[arg-type]

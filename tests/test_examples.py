@@ -32,3 +32,19 @@ def test_diabetes_violations_go_at_no_loss_of_accuracy(tmp_path: Path) -> None:
     assert results["with"][1] < 0.1
     assert results["with"][0] < 1.02 * results["without"][0]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_training_ends_with_a_proof() -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    run = subprocess.run(
+        [sys.executable, ROOT / "examples" / "until_proved.py", "--seed", "1"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"^unconstrained: violated", run.stdout, re.M)
+    assert re.search(r"^proved, held-out", run.stdout, re.M)
+    assert "PROVED: direction * dy/dx >= 0 everywhere in the box" in run.stdout

@@ -25,7 +25,13 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
-from monokernel import MonotonePenalty, audit, fused_mono_penalty, value_and_jacobian
+from monokernel import (
+    Monotone,
+    MonotonePenalty,
+    audit,
+    fused_mono_penalty,
+    value_and_jacobian,
+)
 
 D1, K, D = 3, 2, 2
 DIRECTION = [[1, -1], [0, 1]]
@@ -73,6 +79,12 @@ def recipe(mlp: nn.Module, x1: Tensor, x2: Tensor, reduction: str = "sum") -> tu
     if reduction == "mean":
         total = total / (x1.shape[0] * int(sign.abs().sum()))
     return y, 0.1 * total
+
+
+def monotone() -> Monotone:
+    """The network that cannot fall, in the place of a penalty."""
+    signs = [[0] * D1 + row for row in DIRECTION]
+    return Monotone(network(), -2.0, 2.0, direction=signs, margin=0.1)
 
 
 def loss_of(pair: tuple[Tensor, Tensor], t: Tensor) -> Tensor:
@@ -629,6 +641,15 @@ def on_rank(rank: int, port: int, folder: str) -> None:
     inner = DistributedDataParallel(mlp)
     loss_of(penalised(inner, reduction="mean")(x1, x2), t).backward()
     found["ddp inside"] = grads(mlp)
+    x = torch.cat([x1, x2], -1)
+    built = monotone()
+    ddp = DistributedDataParallel(built)
+    (ddp(x) - t).square().mean().backward()
+    found["monotone ddp"] = grads(built)
+    built = monotone()
+    fully_shard(built, mesh=mesh)
+    (built(x) - t).square().mean().backward()
+    found["monotone fsdp"] = [p.grad.full_tensor() for p in built.parameters()]  # type: ignore[union-attr]
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -696,3 +717,14 @@ def test_fsdp_in_mixed_precision(distributed: list[dict[str, object]]) -> None:
 def test_fsdp_around_a_single_layer_says_what_to_do(distributed: list[dict[str, object]]) -> None:
     for found in distributed:
         assert "around the MonotonePenalty as a whole" in str(found["fsdp layer"])
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_a_network_monotone_by_construction_trains_in_several_processes(
+    distributed: list[dict[str, object]], way: str
+) -> None:
+    model = monotone()
+    x1, x2, t = data()
+    (model(torch.cat([x1, x2], -1)) - t).square().mean().backward()
+    for found in distributed:
+        torch.testing.assert_close(found[f"monotone {way}"], grads(model), rtol=1e-10, atol=1e-12)

@@ -1,0 +1,157 @@
+"""Is any bound contradicted by a point?
+
+    python -m benchmarks soundness                   a hundred thousand pairs, about two minutes
+    python -m benchmarks soundness --pairs 1000000
+
+Random networks and boxes: every activation with a range, one to three hidden layers, weights of
+very different size in float32 and float64, a third of them made to cancel; boxes from a point to
+all of space. Slopes at random points and corners, computed in float64, are held against the bounds
+of ``intervals.py`` and against the slopes that ``Monotone`` promises. Prints how many pairs were
+tried and how many points lie outside, and ends with an error if one does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from monokernel import Monotone, value_and_jacobian
+from monokernel.intervals import Interval, jacobian
+from monokernel.network import Chain, read
+
+__all__ = ["main", "trial"]
+
+ACTIVATIONS: tuple[Callable[[], nn.Module], ...] = (
+    nn.Identity, nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.Hardtanh, nn.ELU, nn.SELU, nn.CELU, nn.GELU,
+    lambda: nn.GELU("tanh"), nn.SiLU, nn.Mish, nn.Softplus, nn.Softsign, nn.Tanh, nn.Sigmoid,
+    nn.LogSigmoid, nn.Hardsigmoid, nn.Hardswish, nn.Softshrink, nn.Tanhshrink,
+)  # fmt: skip
+BOXES, POINTS = 50, 24
+
+
+def _network() -> nn.Sequential:
+    hidden = int(torch.randint(1, 4, ()))
+    widths = [int(torch.randint(2, 5, ())), *(int(w) for w in torch.randint(2, 13, (hidden,))), 2]
+    σ = ACTIVATIONS[int(torch.randint(len(ACTIVATIONS), ()))]
+    layers: list[nn.Module] = []
+    for n, m in itertools.pairwise(widths):
+        layers += [nn.Linear(n, m), σ()]
+    net = nn.Sequential(*layers[:-1])
+    dtype = torch.float32 if torch.rand(()) < 0.5 else torch.float64
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(float(10 ** (2 * torch.rand(()) - 0.7)))
+    net = net.to(dtype)
+    if torch.rand(()) < 0.3:
+        _cancel(net)
+    return net
+
+
+@torch.no_grad()
+def _cancel(net: nn.Sequential) -> None:
+    """Pairs of hidden units that are equal but for the last digit, and taken from each other."""
+    first, second = net[0], net[2]
+    assert isinstance(first, nn.Linear)
+    assert isinstance(second, nn.Linear)
+    half = first.out_features // 2
+    twins = first.weight[:half] * (1 + torch.finfo(first.weight.dtype).eps)
+    first.weight[half : 2 * half] = twins
+    first.bias[half : 2 * half] = first.bias[:half]
+    second.weight[:, half : 2 * half] = -second.weight[:, :half]
+
+
+def _boxes(d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    middle = torch.randn(BOXES, d, dtype=torch.float64) * 10 ** (2 * torch.rand(BOXES, 1) - 1)
+    radius = 10 ** (7 * torch.rand(BOXES, 1, dtype=torch.float64) - 5.5) * torch.rand(BOXES, d)
+    radius[::8] = 0
+    radius[1::8] *= (torch.rand(radius[1::8].shape) < 0.5).double()  # some columns stand still
+    lower, upper = (middle - radius).to(dtype), (middle + radius).to(dtype)
+    if torch.rand(()) < 0.3:
+        open_ = torch.rand(BOXES, d) < torch.rand(())
+        lower = lower.masked_fill(open_ & (torch.rand(BOXES, d) < 0.7), -math.inf)
+        upper = upper.masked_fill(open_ & (torch.rand(BOXES, d) < 0.7), math.inf)
+    return lower, upper
+
+
+def _points(lower: Tensor, upper: Tensor) -> Tensor:
+    """(points, B, d) of each box, its corners among them; where it is infinite, far out too."""
+    far = 10 ** (4 * torch.rand(POINTS, 1, 1, dtype=torch.float64))
+    low, high = lower.double(), upper.double()
+    low, high = (
+        torch.where(low.isinf(), high.clamp(max=far) - far, low),
+        torch.where(high.isinf(), low.clamp(min=-far) + far, high),
+    )
+    share = torch.rand(POINTS, *lower.shape, dtype=torch.float64)
+    share[: POINTS // 3] = share[: POINTS // 3].round()
+    x = low + (high - low) * share
+    return torch.minimum(torch.maximum(x, lower.double()), upper.double())
+
+
+def trial(seed: int) -> tuple[int, int, str]:
+    """Pairs tried with one network, points outside, and what network it was."""
+    torch.manual_seed(seed)
+    net = _network()
+    chain = read(net)
+    assert isinstance(chain, Chain)
+    d, dtype = chain.widths[0], chain.linears[0].weight.dtype
+    params = [p.detach() for p in net.parameters()]
+    lower, upper = _boxes(d, dtype)
+    finite = bool((lower.isfinite() & upper.isfinite()).all())
+    J = jacobian(chain.nodes, params, Interval(lower, upper, finite), range(d))
+    x = _points(lower, upper)
+    exact = copy.deepcopy(net).double()
+    with torch.no_grad():
+        rows = x.reshape(-1, d)
+        S = value_and_jacobian(exact, rows[:, :0], rows)[1].reshape(POINTS, BOXES, -1, d)
+        size = torch.eye(d, dtype=torch.float64)
+        for layer in exact:
+            if isinstance(layer, nn.Linear):
+                size = layer.weight.abs() @ size
+    # What float64 rounds the slopes by that were sampled.
+    noise = 1e-13 * size * (1 + x.abs().amax(-1)[..., None, None].clamp(max=100))
+    outside = int(((J.lower - noise > S) | (J.upper + noise < S)).sum())
+    outside += int((J.lower.isnan() | J.upper.isnan()).sum())
+    # The promise itself, for one of the boxes, as it is deployed.
+    i = int(torch.randint(BOXES, ()))
+    direction = [int(s) for s in torch.randint(0, 2, (d,)) * 2 - 1]
+    model = Monotone(net, lower[i], upper[i], direction=direction, margin=0.01)
+    term = model.frozen().linear.weight.double()  # type: ignore[union-attr, operator]
+    kept = (S[:, i] + term) * torch.tensor(direction) - 0.01
+    outside += int((kept < -noise[:, i]).sum())
+    return BOXES, outside, f"seed {seed}, {dtype}: {net}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks soundness",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("--pairs", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    pairs = outside = 0
+    begin, seed = time.perf_counter(), options.seed
+    while pairs < options.pairs:
+        tried, bad, what = trial(seed)
+        pairs, outside, seed = pairs + tried, outside + bad, seed + 1
+        if bad:
+            print(f"{bad} points outside: {what}", flush=True)
+    print(
+        f"{pairs} pairs of {seed - options.seed} networks and {BOXES} boxes each, "
+        f"{pairs * POINTS} points: {outside} outside ({time.perf_counter() - begin:.0f} s)"
+    )
+    if outside:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

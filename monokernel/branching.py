@@ -1,0 +1,305 @@
+"""Branch and bound over boxes: what the bounds of ``forms`` leave open is cut and tried again.
+
+The boxes of all verdicts are one list. A round takes some from its end, bounds every slope that is
+open there, cheapest tier first, keeps of each box what may lie below the margin (its linear form
+says which part that is) and halves it along the column that is most to blame. The corner where a
+form is lowest is a point to look for a violation at.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import forms
+from .forms import AFFINE, INTERVALS, LINEAR, TIERS
+from .layers import Layers, Straight
+
+__all__ = ["Boxes", "Constraints", "Found", "search"]
+
+# Boxes at a time, by tier: about what keeps a pass over the forms in the cache.
+AT_A_TIME = {INTERVALS: 512, AFFINE: 256, LINEAR: 128}
+# About what a box costs by each tier. One that decides too few to pay for itself is passed over,
+# and asked again every so many rounds.
+COST = {INTERVALS: 1.0, AFFINE: 6.0, LINEAR: 15.0}
+AGAIN = 32
+SLACK = 1e-9  # relative; cuts are wider by it than rounding could make them
+STEEP = 0.1  # what a linear change counts beside an error of its size in the choice of a column
+
+
+class Constraints(NamedTuple):
+    """Q constraints sign·∂y_output/∂x_column >= margin: the first three are (Q,)."""
+
+    outputs: Tensor
+    columns: Tensor
+    signs: Tensor
+    margin: float
+
+
+class Boxes(NamedTuple):
+    """n boxes to be decided: their ends (n, d), the verdict that each belongs to (n,), which
+    constraints are open there (n, Q), and lower bounds of them (n, Q)."""
+
+    lower: Tensor
+    upper: Tensor
+    owner: Tensor
+    wanted: Tensor
+    known: Tensor
+
+    def at(self, rows: Tensor | slice) -> Boxes:
+        return Boxes(*(t[rows] for t in self))
+
+    @staticmethod
+    def joined(parts: list[Boxes]) -> Boxes:
+        return parts[0] if len(parts) == 1 else Boxes(*map(torch.cat, zip(*parts, strict=True)))
+
+
+class Found(NamedTuple):
+    """Lower bounds (B, Q) over each of B boxes, and over what is not open any more; what is left
+    open, how many boxes were bounded, and how many constraints each tier proved in them."""
+
+    lower: Tensor
+    decided: Tensor
+    left: Boxes
+    boxes: int
+    proved: dict[str, int]
+
+
+# Of points x (n, d), the verdicts (n,) and the constraints (n,) they are for: a mask (B,) of the
+# verdicts that are "violated" by now.
+Witness = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class _Forms(NamedTuple):
+    """The linear forms of all constraints over n boxes: (n, Q) and (n, m, Q)."""
+
+    centre: Tensor
+    slant: Tensor
+    error: Tensor
+    blame: Tensor
+
+
+def search(
+    layers: Layers | Straight,
+    constraints: Constraints,
+    start: Boxes,
+    verdicts: int,
+    witness: Witness,
+    deadline: float,
+    tell: Callable[[int, int], None],
+    most: int | None = None,
+) -> Found:
+    """Decides the boxes of ``start``, as far as there is time until ``deadline`` of
+    ``time.monotonic``; a verdict that is violated is followed no further. ``tell`` hears after
+    every round how many boxes were bounded and how many are open. With ``most`` the largest boxes
+    come first, and after so many the search ends."""
+    lower = start.lower.new_full((verdicts, len(constraints.signs)), torch.inf)
+    stack, stuck, boxes = [start], list[Boxes](), 0
+    tiers = _Tiers(isinstance(layers, Straight))
+    while stack and time.monotonic() < deadline and (most is None or boxes < most):
+        taken = _taken(stack, tiers.at_a_time, -1 if most is None else 0)
+        boxes += len(taken.owner)
+        taken, form = tiers.bounded(layers, constraints, taken, lower)
+        if len(taken.owner):
+            assert form is not None
+            violated = witness(*_corners(constraints, taken, form))
+            going = ~violated[taken.owner]
+            _lower(lower, taken.at(~going))
+            taken = taken.at(going)
+            form = _Forms(*(t[going] for t in form))
+            halves, whole = _halves(constraints, taken, form, lower)
+            stack += [halves] if len(halves.owner) else []
+            stuck += [whole] if len(whole.owner) else []
+            if violated.any():
+                for i, left in enumerate(stack):
+                    _lower(lower, left.at(violated[left.owner]))
+                    stack[i] = left.at(~violated[left.owner])
+                stack = [left for left in stack if len(left.owner)]
+        tell(boxes, sum(len(left.owner) for left in stack))
+    left = Boxes.joined([start.at(slice(0, 0)), *stack, *stuck])
+    decided = lower.clone()
+    _lower(lower, left)
+    return Found(lower, decided, left, boxes, tiers.proved)
+
+
+def _taken(stack: list[Boxes], n: int, end: int) -> Boxes:
+    """The last (``end`` -1) or first (0) n boxes, or as many as there are, taken from the stack."""
+    parts: list[Boxes] = []
+    while stack and n > 0:
+        part = stack.pop(end)
+        if len(part.owner) > n:
+            stack.insert(len(stack) if end else 0, part.at(slice(n, None)))
+            part = part.at(slice(0, n))
+        parts.append(part)
+        n -= len(part.owner)
+    return Boxes.joined(parts)
+
+
+def _lower(lower: Tensor, boxes: Boxes, wanted: Tensor | None = None) -> None:
+    """Takes the bounds of the boxes' open constraints into those of their verdicts (B, Q)."""
+    wanted = boxes.wanted if wanted is None else wanted
+    known = torch.where(wanted, boxes.known, torch.inf)
+    lower.scatter_reduce_(0, boxes.owner.unsqueeze(1).expand_as(known), known, "amin")
+
+
+class _Tiers:
+    """Which tiers are asked, and what they proved."""
+
+    def __init__(self, intervals_alone: bool) -> None:
+        self.intervals_alone = intervals_alone
+        self.proved = dict.fromkeys(TIERS, 0)
+        self.share = {INTERVALS: 1.0, AFFINE: 1.0}
+        self.rounds = 0
+
+    @property
+    def at_a_time(self) -> int:
+        return AT_A_TIME[min(self._asked())]
+
+    def _asked(self) -> list[int]:
+        asked = [LINEAR]
+        if self.intervals_alone:
+            return asked
+        for tier in (AFFINE, INTERVALS):
+            pays = self.share[tier] * COST[asked[0]] > COST[tier]
+            if pays or self.rounds % AGAIN == 0:
+                asked.insert(0, tier)
+        return asked
+
+    def bounded(
+        self,
+        layers: Layers | Straight,
+        constraints: Constraints,
+        boxes: Boxes,
+        lower: Tensor,
+    ) -> tuple[Boxes, _Forms | None]:
+        """The boxes that are still open, with what is known of them, and their linear forms."""
+        asked, found = self._asked(), None
+        self.rounds += 1
+        for tier in asked:
+            before = len(boxes.owner)
+            if not before:
+                break
+            parts = [
+                _bounds(layers, constraints, boxes.at(slice(i, i + AT_A_TIME[tier])), tier)
+                for i in range(0, before, AT_A_TIME[tier])
+            ]
+            known = torch.cat([_low(constraints, part) for part in parts])
+            boxes = boxes._replace(known=torch.maximum(boxes.known, known))
+            done = boxes.wanted & (boxes.known >= constraints.margin)
+            name = TIERS[INTERVALS if self.intervals_alone else tier]
+            self.proved[name] += int(done.sum())
+            _lower(lower, boxes, done)
+            boxes = boxes._replace(wanted=boxes.wanted & ~done)
+            still = boxes.wanted.any(1)
+            boxes = boxes.at(still)
+            if tier in self.share:
+                share = 1 - len(boxes.owner) / before
+                self.share[tier] = 0.7 * self.share[tier] + 0.3 * share
+            if tier == LINEAR:
+                found = _Forms(*(torch.cat(part)[still] for part in zip(*parts, strict=True)))
+        return boxes, found
+
+
+def _bounds(layers: Layers | Straight, constraints: Constraints, boxes: Boxes, tier: int) -> _Forms:
+    """The forms of all constraints over the boxes; where one is not open, of whatever there is."""
+    n, Q, m = len(boxes.owner), len(constraints.signs), layers.d
+    centre, slant = boxes.lower.new_zeros(n, Q), boxes.lower.new_zeros(n, m, Q)
+    error, blame = torch.full_like(centre, torch.inf), torch.zeros_like(slant)
+    for output in constraints.outputs.unique().tolist():
+        of = (constraints.outputs == output).nonzero().flatten()
+        rows = boxes.wanted[:, of].any(1).nonzero().flatten()
+        if not len(rows):
+            continue
+        columns = constraints.columns[of]
+        s = forms.slopes(layers, boxes.lower[rows], boxes.upper[rows], output, columns, tier)
+        sign = constraints.signs[of]
+        centre[rows.unsqueeze(1), of] = sign * s.centre
+        error[rows.unsqueeze(1), of] = s.error
+        at = rows.view(-1, 1, 1), s.moving.view(1, -1, 1), of
+        slant[at] = sign * s.slant
+        blame[at] = s.blame
+    return _Forms(centre, slant, error, blame)
+
+
+def _low(constraints: Constraints, form: _Forms) -> Tensor:
+    """The lower bounds (n, Q) that the forms give, rounded down."""
+    m = form.slant.shape[1]
+    radius = (form.slant.abs().sum(1) + form.error) * (1 + 4 * (m + 4) * forms.U)
+    return (form.centre - radius) - 2 * forms.U * (form.centre.abs() + radius)
+
+
+def _worst(boxes: Boxes) -> Tensor:
+    """The open constraint (n,) of the lowest bound in each box."""
+    return torch.where(boxes.wanted, boxes.known, torch.inf).argmin(1)
+
+
+def _corners(constraints: Constraints, boxes: Boxes, form: _Forms) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the form of each box's worst constraint is lowest: points, verdicts, constraints."""
+    q = _worst(boxes)
+    slant = form.slant[torch.arange(len(q), device=q.device), :, q]
+    middle = 0.5 * boxes.lower + 0.5 * boxes.upper
+    x = torch.where(slant > 0, boxes.lower, torch.where(slant < 0, boxes.upper, middle))
+    return x, boxes.owner, q
+
+
+def _halves(
+    constraints: Constraints, boxes: Boxes, form: _Forms, lower: Tensor
+) -> tuple[Boxes, Boxes]:
+    """Both halves of what may violate in each box, and the boxes that no number lies inside of."""
+    if not len(boxes.owner):
+        return boxes, boxes
+    low, high = _cuts(constraints, boxes, form)
+    middle, r = 0.5 * boxes.lower + 0.5 * boxes.upper, 0.5 * (boxes.upper - boxes.lower)
+    # Rounded outward; what is cut off lies above the margin in every open constraint.
+    off = 4 * forms.U * (middle.abs() + r)
+    new_lower = torch.maximum(boxes.lower, middle + low * r - off)
+    new_upper = torch.minimum(boxes.upper, middle + high * r + off)
+    new_upper = torch.maximum(new_lower, new_upper)
+    cut = ((new_lower > boxes.lower) | (new_upper < boxes.upper)).any(1, keepdim=True)
+    _lower(
+        lower,
+        boxes._replace(known=torch.full_like(boxes.known, constraints.margin)),
+        boxes.wanted & cut,
+    )
+    boxes = boxes._replace(lower=new_lower, upper=new_upper)
+    rows = torch.arange(len(boxes.owner), device=r.device)
+    q = _worst(boxes)
+    share = (new_upper - new_lower) / (2 * r)
+    score = (form.blame[rows, :, q] + STEEP * form.slant[rows, :, q].abs()) * share.nan_to_num(0.0)
+    between = 0.5 * new_lower + 0.5 * new_upper
+    inside = (between > new_lower) & (between < new_upper)
+    # Where no form tells one column from another, the widest.
+    score = torch.where(inside, score + 1e-9 * (new_upper - new_lower), -1.0)
+    best, column = score.max(1)
+    whole = boxes.at(best < 0)
+    boxes, column, between = (boxes.at(best >= 0), column[best >= 0], between[best >= 0])
+    at = between.gather(1, column.unsqueeze(1))
+    return (
+        Boxes.joined(
+            [
+                boxes._replace(upper=boxes.upper.scatter(1, column.unsqueeze(1), at)),
+                boxes._replace(lower=boxes.lower.scatter(1, column.unsqueeze(1), at)),
+            ]
+        ),
+        whole,
+    )
+
+
+def _cuts(constraints: Constraints, boxes: Boxes, form: _Forms) -> tuple[Tensor, Tensor]:
+    """The part of each box, in half-widths (n, d) twice, that holds every point where the form of
+    an open constraint can be below the margin: g_i ε_i <= margin - c + error + Σ_{j≠i} |g_j|."""
+    size = form.slant.abs()
+    total = size.sum(1)
+    t = constraints.margin - form.centre + form.error + total
+    t = t + SLACK * (abs(constraints.margin) + form.centre.abs() + form.error + total)
+    end = ((t.unsqueeze(1) - size) / size).clamp(min=-1)  # of |g_i|: ε_i·sign(g_i) <= end
+    end = torch.where(size > 0, end, torch.inf)
+    # Of a constraint that is not open nothing has to be kept.
+    end = torch.where(boxes.wanted.unsqueeze(1), end, -torch.inf)
+    high = torch.where(form.slant > 0, end, torch.where(boxes.wanted.unsqueeze(1), 1.0, -1.0))
+    low = torch.where(form.slant < 0, -end, torch.where(boxes.wanted.unsqueeze(1), -1.0, 1.0))
+    return low.amin(2).clamp(-1, 1), high.amax(2).clamp(-1, 1)

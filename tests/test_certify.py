@@ -1,0 +1,405 @@
+"""No bound is contradicted by a point; what is known is decided; bad input gets one sentence."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from monokernel import Certificate, Monotone, audit, branching, certify, forms, ranges, switches
+from monokernel.activations import Activation
+from monokernel.certify import _read
+from tests.support import ACTIVATION_MODULES, mlp
+
+TIERS = (forms.INTERVALS, forms.AFFINE, forms.LINEAR)
+JUMPING = ("Hardshrink", "Threshold")
+
+
+def boxes(n: int, d: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """n boxes of all sizes around the origin, every third degenerate in some columns."""
+    c = torch.randn(n, d, dtype=torch.float64)
+    r = 10 ** torch.empty(n, 1, dtype=torch.float64).uniform_(-6, 0.7) * torch.rand(n, d)
+    r[::3] *= torch.rand(len(r[::3]), d) < 0.4
+    lower, upper = (c - r).to(dtype).double(), (c + r).to(dtype).double()
+    return lower, upper
+
+
+def inside(lower: Tensor, upper: Tensor, n: int) -> Tensor:
+    """Points (n, B, d), corners among them."""
+    share = torch.rand(n, *lower.shape, dtype=torch.float64)
+    share[: n // 4].round_()
+    return torch.lerp(lower, upper, share).clamp(lower, upper)
+
+
+def assert_sound(net: nn.Module, lower: Tensor, upper: Tensor, kinked: bool = False) -> None:
+    """No slope at any of many points of the boxes is outside of the forms, of any tier."""
+    layers, _ = _read(net, lower.shape[1])
+    x = inside(lower, upper, 80)
+    columns = torch.arange(lower.shape[1])
+    for output in range(layers.D):
+        J = layers.slopes(x.flatten(0, 1), output).view(*x.shape)
+        # The slopes at the points are rounded too.
+        off = 1e-11 * (1 + J.abs())
+        for tier in TIERS:
+            s = forms.slopes(layers, lower, upper, output, columns, tier)
+            assert not s.centre.isnan().any()
+            outside = (J - s.centre).abs() - s.radius() > off
+            assert not outside.any(), (forms.TIERS[tier], outside.sum())
+            # And not only by their radius: as functions of the point.
+            share = ((x - 0.5 * (lower + upper)) / (0.5 * (upper - lower))).nan_to_num(0.0)
+            at = s.centre + torch.einsum("nbm,bmk->nbk", share[..., s.moving], s.slant)
+            known = s.error.isfinite()
+            outside = ((J - at).abs() - s.error > 1e-8 * (1 + J.abs() + at.abs())) & known
+            assert not outside.any(), (forms.TIERS[tier], outside.sum())
+
+
+@pytest.mark.parametrize("name", [n for n in ACTIVATION_MODULES if n not in JUMPING])
+def test_no_form_is_contradicted(name: str) -> None:
+    for hidden, D, dtype in (((7,), 2, torch.float32), ((6, 5, 7), 1, torch.float64)):
+        net = mlp(2, 2, D, hidden, ACTIVATION_MODULES[name], dtype=dtype)
+        assert_sound(net, *boxes(30, 4, dtype))
+
+
+@pytest.mark.parametrize("name", ["SiLU", "Tanh", "ReLU", "Softplus"])
+def test_no_form_is_contradicted_behind_a_curved_output(name: str) -> None:
+    net = mlp(2, 1, 2, (6, 6), ACTIVATION_MODULES[name], last=nn.Sigmoid())
+    assert_sound(net, *boxes(40, 3))
+
+
+@pytest.mark.parametrize("name", ["SiLU", "Tanh", "ReLU", "GELU"])
+def test_no_form_is_contradicted_by_weights_that_cancel(name: str) -> None:
+    """Two halves of a layer that are the same but for 1e-9, with opposite weights of 1e6."""
+    net = mlp(1, 2, 1, (8, 6), ACTIVATION_MODULES[name])
+    with torch.no_grad():
+        first, last = net[0], net[2]
+        first.weight[4:] = first.weight[:4] * (1 + 1e-9)
+        first.bias[4:] = first.bias[:4]
+        last.weight.mul_(1e6)
+        last.weight[:, 4:] = -last.weight[:, :4]
+    layers, _ = _read(net, 3)
+    lower, upper = boxes(60, 3)
+    x = inside(lower, upper, 60)
+    J = layers.slopes(x.flatten(0, 1), 0).view(x.shape)
+    for tier in TIERS:
+        s = forms.slopes(layers, lower, upper, 0, torch.arange(3), tier)
+        # Slopes of 1e-3 out of terms of 1e6: the points' own rounding is 1e-10 of those.
+        assert ((J - s.centre).abs() <= s.radius() + 1e-7).all()
+
+
+def test_lines_hold_along_every_curve() -> None:
+    c = torch.empty(200, 1, dtype=torch.float64).uniform_(-6, 6)
+    r = 10 ** torch.empty(200, 1, dtype=torch.float64).uniform_(-9, 1.2)
+    t = torch.linspace(-1, 1, 61, dtype=torch.float64)
+    for name, module in ACTIVATION_MODULES.items():
+        layers, _ = _read(nn.Sequential(nn.Linear(1, 1), module).double(), 1)
+        σ = layers.σ[-1]
+        for order, f in ((0, σ.value), (1, σ.first)):
+            line = forms.line(σ, order, c, r)
+            a = c + r * t
+            off = (f(a) - line.slope * (a - c) - line.at).abs()
+            slack = 1e-13 * (1 + a.abs() + line.slope.abs() * r) + 2.2e-9 * (name == "Softplus")
+            assert (off <= line.off + slack).all(), (name, order)
+
+
+@pytest.mark.parametrize("kind", ["ReLU", "LeakyReLU"])
+@pytest.mark.parametrize("hidden", [(8,), (7, 6), (5, 6, 5)])
+def test_no_dual_bound_is_contradicted(kind: str, hidden: tuple[int, ...]) -> None:
+    """In any branch, with the switches that a point in it has."""
+    net = mlp(2, 2, 2, hidden, ACTIVATION_MODULES[kind])
+    layers, _ = _read(net, 4)
+    Q = 8
+    table = torch.tensor([[1.0, -1.0, 1.0, 1.0], [-1.0, 1.0, 1.0, -1.0]], dtype=torch.float64)
+    outputs, columns = (table != 0).nonzero(as_tuple=True)
+    constraints = branching.Constraints(outputs, columns, table[outputs, columns], 100.0)
+    lower, upper = boxes(12, 4)
+    n = len(lower)
+    start = branching.Boxes(
+        *(lower, upper, torch.arange(n), torch.ones(n, Q, dtype=torch.bool)),
+        torch.full((n, Q), -math.inf, dtype=torch.float64),
+    )
+    box, q = start.wanted.nonzero(as_tuple=True)
+    dual = switches._Dual(layers, constraints, start, box, q)
+    H = sum(hidden)
+    for x in inside(lower, upper, 5):
+        on = torch.cat([(a > 0) for a in layers.values(x)[:-1]], 1)
+        some = torch.rand(n, H) < 0.5
+        switch = torch.where(some, torch.where(on, 1, -1), 0).to(torch.int8)
+        undecided = torch.cat(
+            [(l < 0) & (h > 0) for l, h in zip(dual.low, dual.high, strict=True)], 1
+        )
+        switch = torch.where(undecided, switch, 0)
+        known = torch.full((len(q),), -math.inf, dtype=torch.float64)
+        bound, _, _ = dual.bounded(switches._Branch(torch.arange(len(q)), switch[box], known))
+        J = torch.stack([layers.slopes(x, o) for o in range(2)], 1) * table
+        assert (J[box, outputs[q], columns[q]] >= bound - 1e-11 * (1 + bound.abs())).all()
+
+
+def steep(net: nn.Module, columns: list[int], at_least: float) -> nn.Module:
+    """The network with a line added, through neurons that are on everywhere, that lifts slopes."""
+    first, last = net[0], net[-1]
+    wide = nn.Linear(first.in_features, first.out_features + 1).to(first.weight.dtype)
+    out = nn.Linear(last.in_features + 1, last.out_features).to(first.weight.dtype)
+    with torch.no_grad():
+        wide.weight.zero_()
+        wide.weight[:-1], wide.bias[:-1] = first.weight, first.bias
+        wide.weight[-1, columns] = 1.0
+        wide.bias[-1] = 30.0
+        out.weight[:, :-1], out.bias[:] = last.weight, last.bias
+        out.weight[:, -1] = at_least
+    return nn.Sequential(wide, net[1], out)
+
+
+@pytest.mark.parametrize("name", ["SiLU", "Softplus", "ReLU", "GELU", "LeakyReLU", "ELU"])
+def test_what_rises_is_proved_and_what_falls_is_found(name: str) -> None:
+    net = mlp(2, 1, 1, (6,), getattr(nn, name)(), dtype=torch.float32)
+    low, high = -torch.ones(3), torch.ones(3)
+    direction = [0, 0, 1]
+    lifted = steep(net, [2], 4.0)
+    found = certify(lifted, low, high, direction=direction, seconds=20, progress=False)
+    assert found.status == "proved"
+    assert found.verdicts == ("proved",)
+    assert found.lower_bound[0, 2] >= 0
+    assert found.lowest_found[0, 2] >= found.lower_bound[0, 2] - 1e-5
+    assert found.lower_bound[0, :2].isnan().all()
+    assert found.open_share == 0
+    assert "PROVED" in str(found)
+    # A margin above the lowest slope that was found cannot be.
+    above = found.lowest_found[0, 2].item() + 1e-3
+    bad = certify(lifted, low, high, direction=direction, margin=above, progress=False)
+    assert bad.status == "violated"
+    x = bad.witness[0, 2].float()
+    assert ((x >= low) & (x <= high)).all()
+    x.requires_grad_()
+    (g,) = torch.autograd.grad(lifted(x).sum(), x)
+    assert g[2].item() < above
+    assert g[2].item() == pytest.approx(bad.lowest_found[0, 2].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("hidden", [(6, 6), (5, 5, 5)])
+def test_deep_networks_are_decided(hidden: tuple[int, ...]) -> None:
+    for name in ("Tanh", "ReLU", "SiLU"):
+        net = mlp(1, 1, 2, hidden, ACTIVATION_MODULES[name])
+        for low in (-0.4, 0.3):
+            box = torch.full((2,), low), torch.full((2,), low + 0.2)
+            lowest = audit(net, *(torch.rand(4000, 2).double() * 0.2 + low).split(1, 1)).worst_slope
+            direction = torch.tensor([[0, 1], [0, 1]])
+            for margin, status in ((-0.3, "proved"), (0.3, "violated")):
+                found = certify(
+                    net,
+                    *box,
+                    direction=direction,
+                    margin=lowest.min().item() + margin,
+                    progress=False,
+                    seconds=30,
+                )
+                assert found.status == status, (name, low, margin, str(found))
+
+
+def test_a_batch_has_a_verdict_for_each() -> None:
+    """y = sin-like in x_0: rows whose range lies where it rises are proved, others violated."""
+    net = nn.Sequential(nn.Linear(2, 1), nn.SiLU(), nn.Linear(1, 1)).double()
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([[1.0, 0.0]]))
+        net[0].bias.zero_()
+        net[2].weight.fill_(1.0)
+    lower = torch.tensor([[-1.0, 0.0], [-3.0, 1.0], [0.0, 2.0], [-9.0, 0.0]])
+    upper = torch.tensor([[2.0, 0.0], [1.0, 1.0], [5.0, 2.0], [-2.0, 0.0]])
+    found = certify(net, lower, upper, direction=[1, 0], progress=False)
+    assert found.verdicts == ("proved", "violated", "proved", "violated")
+    assert found.not_proved == [1, 3]
+    assert found.status == "violated"
+    assert found.lower_bound.shape == (4, 1, 2)
+    assert found.witness.shape == (4, 1, 2, 2)
+    assert "2 proved, 2 violated" in str(found)
+    falling = certify(net, lower, upper, direction=[-1, 0], progress=False)
+    assert falling.verdicts == ("violated", "violated", "violated", "proved")
+
+
+def test_one_hot_rows_alone_are_asked_about() -> None:
+    """Rises in x_2 where exactly one of x_0, x_1 is 1, and falls where none is."""
+    net = nn.Sequential(nn.Linear(3, 1), nn.Softplus(), nn.Linear(1, 1)).double()
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([[6.0, 6.0, 1.0]]))
+        net[0].bias.fill_(-3.0)
+        net[2].weight.fill_(1.0)
+    lower, upper = torch.tensor([0.0, 0.0, -1.0]), torch.tensor([1.0, 1.0, 1.0])
+    given = {"direction": [0, 0, 1], "margin": 0.5, "progress": False}
+    assert certify(net, lower, upper, **given).status == "violated"
+    found = certify(net, lower, upper, one_hot=[[0, 1]], **given)
+    assert found.status == "proved"
+    assert found.witness[0, 2, :2].sum() == 1
+
+
+def test_what_is_not_finite_proves_nothing() -> None:
+    for value in (math.nan, math.inf):
+        for where in (0, 2):
+            net = mlp(1, 1, 1, (4,), nn.Tanh())
+            with torch.no_grad():
+                net[where].weight[0, 0] = value
+            found = certify(net, -1.0, 1.0, margin=-100.0, progress=False, seconds=0.3)
+            assert found.status == "unknown"
+
+
+def test_a_jump_proves_nothing() -> None:
+    net = nn.Sequential(nn.Linear(1, 1), nn.Hardshrink(0.5), nn.Linear(1, 1))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.fill_(1.0)
+        net[0].bias.zero_()
+    assert certify(net, -1.0, 1.0, progress=False, seconds=0.3).status == "unknown"
+    assert certify(net, 0.6, 1.0, progress=False).status == "proved"
+
+
+def test_modules_that_read_as_chains() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.first = nn.BatchNorm1d(3), nn.Linear(3, 4)
+            self.last = nn.Linear(4, 1)
+            self.norm.running_mean.uniform_(-1, 1)
+            self.norm.running_var.uniform_(0.5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.tanh(self.first(self.norm(x - 0.3)))).squeeze(-1)
+
+    net = Own()
+    x = torch.rand(500, 3) * 2 - 1
+    net.eval()
+    lowest = audit(net, x[:, :0], x).worst
+    net.train()
+    found = certify(net, -1.0 * torch.ones(3), torch.ones(3), margin=lowest - 0.2, progress=False)
+    assert found.status == "proved"
+    assert net.training
+    found.check(net)
+
+
+def test_time_is_kept_and_calls_repeat() -> None:
+    net = mlp(6, 2, 1, (20, 20), nn.SiLU(), dtype=torch.float32)
+    given: dict[str, Any] = {"direction": [0] * 6 + [1] * 2, "progress": False}
+    found = certify(net, -1.0, 1.0, margin=-1e3, seconds=0.0, **given)
+    assert found.status == "unknown"
+    assert found.boxes == 0
+    assert found.open_share == 1
+    assert (found.lower_bound[0, 6:] == -math.inf).all()
+    small = [certify(net, 0.0, 0.02, margin=-20.0, **given).to_dict() for _ in range(2)]
+    for entry in small:
+        entry.pop("seconds")
+    assert small[0] == small[1]
+
+
+def test_saved_and_checked(tmp_path: Path) -> None:
+    net = mlp(1, 1, 1, (4,), nn.Tanh(), dtype=torch.float32)
+    found = certify(net, -1.0, 1.0, direction=[0, 1], margin=-100.0, progress=False)
+    found.save(tmp_path / "certificate.json")
+    loaded = Certificate.load(tmp_path / "certificate.json")
+    assert loaded.to_dict() == found.to_dict() == json.loads(json.dumps(found.to_dict()))
+    assert str(loaded) == str(found)
+    loaded.check(net)
+    with torch.no_grad():
+        net[0].weight[0, 0] = torch.nextafter(net[0].weight[0, 0], torch.tensor(9.0))
+    with pytest.raises(ValueError, match=r"^mlp: expected the certified layers and weights"):
+        loaded.check(net)
+    net[1] = nn.SiLU()
+    with pytest.raises(ValueError, match=r"^mlp: expected the certified layers and weights"):
+        loaded.check(net)
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"^path: expected a saved certificate"):
+        Certificate.load(tmp_path / "other.json")
+
+
+def test_a_step_that_rounding_cannot_hide() -> None:
+    net = steep(mlp(2, 1, 1, (6,), nn.SiLU(), dtype=torch.float32), [2], 4.0)
+    found = certify(net, -1.0, 1.0, direction=[0, 0, 1], margin=0.5, progress=False)
+    assert found.status == "proved"
+    step = found.float_step[0, 2].item()
+    assert 0 < step < 0.1
+    x = torch.rand(20000, 3) * 2 - 1
+    x[:, 2] = x[:, 2].clamp(max=1 - 2 * step)
+    above = x.clone()
+    above[:, 2] += step
+    with torch.no_grad():
+        assert (net(above) > net(x)).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "sentence"),
+    [
+        ({"lower": [0.0, 2.0, 0.0]}, ValueError, "lower: expected lower <= upper, got 2 > 1"),
+        ({"lower": [0.0, 0.0]}, ValueError, r"lower: expected shape \(3,\) or \(B, 3\)"),
+        ({"upper": math.nan}, ValueError, "upper: expected numbers, got NaN"),
+        ({"upper": math.inf}, ValueError, "upper: expected finite numbers"),
+        ({"upper": "wide"}, TypeError, "upper: expected numbers, got str"),
+        ({"lower": torch.zeros(2, 3), "upper": torch.ones(4, 3)}, ValueError, "lower: expected 4"),
+        ({"direction": [1, 1]}, ValueError, "direction: expected a scalar"),
+        ({"direction": 2}, ValueError, "direction: expected entries"),
+        ({"margin": "0"}, TypeError, "margin: expected a number"),
+        ({"seconds": "1"}, TypeError, "seconds: expected a number"),
+        ({"one_hot": [[0, 3]]}, ValueError, "one_hot: expected columns 0 to 2"),
+        ({"one_hot": [[0, 1]], "direction": 1}, ValueError, "one_hot: expected free columns"),
+        ({"one_hot": [[0, 1]], "upper": 0.5}, ValueError, "one_hot: expected boxes with a row"),
+        ({"mlp": "net"}, TypeError, "mlp: expected an nn.Module"),
+    ],
+)
+def test_bad_input_gets_one_sentence(
+    change: dict[str, Any], error: type[Exception], sentence: str
+) -> None:
+    net = mlp(2, 1, 1, (4,), dtype=torch.float32)
+    given = {"mlp": net, "lower": 0.0, "upper": 1.0, "direction": [0, 0, 1]} | change
+    with pytest.raises(error, match=f"^{sentence}"):
+        certify(given.pop("mlp"), given.pop("lower"), given.pop("upper"), **given)
+
+
+class Gate(nn.Module):
+    """Rises in x_0 where x_1 >= 0, at least by 0.3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(2, 1)
+        with torch.no_grad():
+            self.a.weight.copy_(torch.tensor([[0.0, 1.0]]))
+            self.a.bias.fill_(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) * x[:, :1] + torch.tanh(x[:, 1:])
+
+
+def test_programs_that_are_no_chain_are_bounded_by_intervals() -> None:
+    given: dict[str, Any] = {"direction": [1, 0], "progress": False}
+    found = certify(Gate(), torch.zeros(2), torch.ones(2), margin=0.25, **given)
+    assert found.status == "proved"
+    assert {name for name, n in found.methods.items() if n} == {"intervals"}
+    found.check(Gate())
+    low, high = torch.tensor([0.0, -1.0]), torch.ones(2)
+    assert certify(Gate(), low, high, **given).status == "violated"
+    assert certify(Gate(), torch.tensor([0.0, -0.2]), high, **given).status == "proved"
+
+
+def test_what_is_monotone_by_construction_is_proved_at_once() -> None:
+    net = mlp(2, 2, 2, (9, 7), nn.Tanh(), dtype=torch.float32)
+    model = Monotone(net, -1.0, 1.0, direction=(0, 0, 1, -1), margin=0.1)
+    given: dict[str, Any] = {"direction": (0, 0, 1, -1), "margin": 0.1, "progress": False}
+    low, high = -torch.ones(4), torch.ones(4)
+    assert certify(net, low, high, **given).status == "violated"
+    found = certify(model.frozen(), low, high, **given)
+    assert found.status == "proved"
+    assert found.boxes == 1
+
+
+def test_progress_is_a_line_or_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    net = mlp(4, 1, 1, (9,), nn.Hardshrink(), dtype=torch.float32)  # whose jumps are never proved
+    certify(net, -1.0, 1.0, margin=-1e3, seconds=0.3, progress=True)
+    assert "open" in capsys.readouterr().err
+    certify(net, -1.0, 1.0, margin=-1e3, seconds=0.3, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_third_derivatives_are_bounded() -> None:
+    a = torch.linspace(-30, 30, 1_200_001, dtype=torch.float64)
+    for kind, bound in forms._THIRD.items():
+        second = ranges.curves(Activation(kind))[2].formula(a)
+        assert ((second[1:] - second[:-1]).abs() / (a[1] - a[0])).max() <= bound

@@ -1,0 +1,641 @@
+"""Networks that are monotone by construction: the bound is never contradicted, and they train."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import math
+import pickle
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.soundness import trial
+from monokernel import Monotone, audit, fused_mono_penalty, network, value_and_jacobian
+from monokernel.activations import KINDS, Activation
+from monokernel.arguments import check_inputs
+from monokernel.chain_bound import linear_term
+from monokernel.intervals import Interval, jacobian
+from monokernel.program import chain_of
+from monokernel.reading import read
+
+from . import zoo
+from .test_training import grads
+
+INF, NAN = math.inf, math.nan
+DIRECTION = (0, 1, 0, -1, 1)
+D = 5
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """At these sizes a second thread only makes the first one wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def chain(
+    σ: Callable[[], nn.Module] = nn.SiLU,
+    outputs: int = 2,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    width: int = 16,
+) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Linear(D, width), σ(), nn.Linear(width, width), σ(), nn.Linear(width, outputs)
+    ).to(dtype)
+
+
+def model(mlp: nn.Module | None = None, **options: Any) -> Monotone:
+    mlp = chain() if mlp is None else mlp
+    return Monotone(mlp, **({"lower": -1, "upper": 2, "direction": DIRECTION} | options))
+
+
+def slopes(net: nn.Module, x: Tensor) -> Tensor:
+    """∂y/∂x (N, D, d) in float64."""
+    x = x.double()
+    return value_and_jacobian(copy.deepcopy(net).double().eval(), x[:, :0], x)[1]
+
+
+def sampled(lower: float, upper: float, n: int = 400, d: int = D) -> Tensor:
+    """Rows in the box, its corners among them; where it is infinite, out to 100."""
+    low, high = max(lower, -100), min(upper, 100)
+    u = torch.rand(n, d)
+    u[: n // 4] = u[: n // 4].round()
+    return low + (high - low) * u
+
+
+# --- bounds ---------------------------------------------------------------------------------------
+
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    σ.__name__: σ
+    for σ in (
+        nn.Identity, nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.Hardtanh, nn.ELU, nn.SELU, nn.CELU,
+        nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Softsign, nn.Tanh, nn.Sigmoid, nn.LogSigmoid,
+        nn.Hardsigmoid, nn.Hardswish, nn.Tanhshrink, nn.PReLU, nn.Softshrink,
+    )
+}  # fmt: skip
+ACTIVATIONS["GELU tanh"] = lambda: nn.GELU("tanh")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_no_slope_contradicts_the_bound_of_a_chain(name: str, dtype: torch.dtype) -> None:
+    """Boxes of every size, a point among them; weights of every scale and made to cancel."""
+    for seed, scale in enumerate((0.3, 1.0, 4.0)):
+        mlp = chain(ACTIVATIONS[name], dtype=dtype, seed=seed, width=8)
+        with torch.no_grad():
+            for p in mlp.parameters():
+                p.mul_(scale)
+            first = mlp[0].weight
+            assert isinstance(first, Tensor)
+            if seed == 1:  # every slope is a difference of two that are equal but for rounding
+                first[4:] = first[:4] * (1 + torch.finfo(dtype).eps)
+                mlp[2].weight[:, 4:] = -mlp[2].weight[:, :4]  # type: ignore[index, operator]
+        for lower, upper in ((0.0, 0.0), (0.5, 0.5001), (-1, 1), (-30, 5), (0, INF), (-INF, INF)):
+            m = Monotone(mlp, lower, upper, direction=DIRECTION, parts=1 + 3 * (seed == 2))
+            x = sampled(lower, upper, 64).to(dtype)
+            bound = m.bound.detach().double()
+            with torch.no_grad():
+                got = slopes(mlp, x) * torch.tensor(DIRECTION)
+            # The slopes' own rounding, in float64.
+            noise = 1e-14 * (1 + scale) ** 3 * (1 + x.abs().max().item())
+            constrained = torch.tensor(DIRECTION) != 0
+            assert bound[:, ~constrained].isnan().all()
+            assert (got >= bound - noise)[..., constrained].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_no_slope_contradicts_the_intervals_of_the_zoo(name: str, dtype: torch.dtype) -> None:
+    """Both ends, of every kind of node that ordinary networks have."""
+    net = zoo.network(name, D, 1 if name == "squeezed" else 2, 8, dtype)
+    for half in (0.0, 0.01, 0.3, 3.0):
+        middle = torch.randn(3, D, dtype=dtype)
+        inputs = check_inputs(middle[:2, :0], middle[:2])
+        found = read(net, inputs, rehearsal=True, fold=False)
+        assert not isinstance(found, str), found
+        box = Interval(middle - half, middle + half)
+        J = jacobian(found.nodes, found.params, box, range(D))
+        for i in range(3):
+            u = torch.rand(50, D, dtype=torch.float64)
+            u[:25] = u[:25].round()
+            rows = torch.lerp(box.lower[i].double(), box.upper[i].double(), u)
+            with torch.no_grad():
+                got = slopes(net, rows)
+            if name in zoo.ACTIVE:
+                got = torch.cat([got, _dropped(net, rows)])
+            noise = 1e-9 * (J.upper[i] - J.lower[i]) + 1e-12
+            assert (got >= J.lower[i] - noise).all()
+            assert (got <= J.upper[i] + noise).all()
+
+
+def _dropped(net: nn.Module, rows: Tensor) -> Tensor:
+    active = copy.deepcopy(net).double().train()
+    with torch.no_grad():
+        return torch.cat([value_and_jacobian(active, rows[:, :0], rows)[1] for _ in range(4)])
+
+
+def test_the_bound_of_a_point_is_its_slope() -> None:
+    """But for rounding; so the intervals lose nothing that is not the box's."""
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-12)):
+        mlp = chain(dtype=dtype)
+        m = model(mlp, lower=0.3, upper=0.3)
+        want = slopes(mlp, torch.full((1, D), 0.3, dtype=dtype))[0] * torch.tensor(DIRECTION)
+        got = m.bound.double()
+        assert (got <= want + 1e-14)[:, 1].all()
+        torch.testing.assert_close(got[:, [1, 3, 4]], want[:, [1, 3, 4]], rtol=0, atol=tolerance)
+
+
+def test_more_parts_and_smaller_boxes_never_loosen_the_bound() -> None:
+    mlp = chain()
+    bounds = [model(mlp, parts=parts).bound.nan_to_num() for parts in (1, 2, 8, 27)]
+    assert all((b >= a - 1e-6).all() for a, b in itertools.pairwise(bounds))
+    assert (bounds[3] > bounds[0])[:, 1].all()
+    assert (model(mlp, lower=0, upper=1).bound >= model(mlp).bound).any()
+
+
+def test_parts_cut_the_box_of_the_constrained_columns() -> None:
+    from monokernel.monotone import cut
+
+    lower, upper = (0.0, -INF, 0.0, 1.0), (6.0, INF, 1.0, 1.0)
+    boxes = cut(lower, upper, (0, 1, 3), 4)
+    assert [(l[0], u[0]) for l, u in boxes] == [(0.0, 1.5), (1.5, 3.0), (3.0, 4.5), (4.5, 6.0)]
+    assert all(l[1:] == lower[1:] and u[1:] == upper[1:] for l, u in boxes)
+    assert len(cut((0.0,) * 3, (1.0,) * 3, (0, 2), 7)) == 6
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_point_contradicts_in_random_networks_and_boxes(seed: int) -> None:
+    """A few hundred pairs of those that ``python -m benchmarks soundness`` tries in numbers."""
+    pairs, outside, what = trial(1000 + seed)
+    assert pairs >= 50
+    assert outside == 0, what
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_weights_that_are_no_numbers_prove_nothing(value: float) -> None:
+    """Wherever they are: neither the bound nor an output is a number that could be trusted."""
+    count = len(list(chain().parameters()))
+    for box in ((-1.0, 2.0), (-INF, INF)):
+        for σ in (nn.ReLU, nn.Tanh, nn.SiLU):
+            for i in range(count):
+                m = model(chain(σ), lower=box[0], upper=box[1])
+                with torch.no_grad():
+                    list(m.parameters())[i].view(-1)[0] = value
+                bound = m.bound[:, 1]
+                # The other output does not see the last layer's first row.
+                assert not bound[0].isfinite(), (i, σ)
+                assert not m(torch.zeros(1, D))[0, 0].isfinite()
+                with pytest.raises(ValueError, match="finite bound"):
+                    m.frozen()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("arrays", ["numpy", "torch"])
+def test_the_term_of_a_chain_is_that_of_the_general_rules(
+    name: str, dtype: torch.dtype, arrays: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor more, but for rounding; and the slopes that come of it keep the margin."""
+    if arrays == "torch":
+        monkeypatch.setattr("monokernel.chain_bound.numpy", None)
+    for seed in range(2):
+        m = model(chain(ACTIVATIONS[name], dtype=dtype, seed=seed), margin=0.5, parts=1 + 2 * seed)
+        (W, _), lift = m._linear_term(torch.zeros(1, D, dtype=dtype)), m.lift
+        lifted = W * torch.tensor(DIRECTION)
+        near = 2e-4 if dtype == torch.float32 else 1e-7  # a softplus is within 2e-9 of a line
+        torch.testing.assert_close(lifted, lift, rtol=near, atol=near)
+        assert lowest(m, sampled(-1, 2, 100)) >= 0.5 - 1e-12
+
+
+@pytest.mark.parametrize("arrays", ["numpy", "torch"])
+@pytest.mark.parametrize(
+    "σ", [nn.SiLU, nn.Tanh, nn.GELU, nn.Softplus, nn.ELU, nn.ReLU, nn.LeakyReLU, nn.Mish]
+)
+def test_the_gradient_of_the_term_of_a_chain(
+    σ: type[nn.Module], arrays: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if arrays == "torch":
+        monkeypatch.setattr("monokernel.chain_bound.numpy", None)
+    for parts in (1, 3):
+        mlp = chain(σ, dtype=torch.float64, width=4)
+        m = model(mlp, lower=-0.3, upper=0.4, margin=2.0, parts=parts)
+        start = m._constants_for(torch.float64, torch.device("cpu")).start
+        assert start is not None
+        assert isinstance(start.C, Tensor) == (arrays == "torch")
+        kinds = read_chain(mlp)
+        params = [p.detach().clone().requires_grad_() for p in mlp.parameters()]
+
+        def term(*params: Tensor) -> tuple[Tensor, Tensor]:
+            return linear_term(start, 2.0, kinds, params)  # noqa: B023
+
+        assert torch.autograd.gradcheck(term, params, atol=1e-6)
+
+
+def read_chain(mlp: nn.Module) -> tuple[Activation, ...]:
+    found = network.read(mlp)
+    assert isinstance(found, network.Chain)
+    made = chain_of(D, found.nodes)
+    assert made is not None
+    return made.activations
+
+
+def test_bounds_hold_against_numbers_of_more_digits() -> None:
+    """In float64 the rounding of a sampled slope is as large as that of the bound: here the slope
+    is computed with eleven bits more."""
+    numpy = pytest.importorskip("numpy")
+    if numpy.finfo(numpy.longdouble).eps > 2e-19:
+        pytest.skip("this processor has no longer floats")
+    slopes_of = {
+        nn.ReLU: (lambda a: numpy.maximum(a, 0), lambda a: (a > 0) * 1.0),
+        nn.Tanh: (numpy.tanh, lambda a: 1 - numpy.tanh(a) ** 2),
+        nn.Sigmoid: (lambda a: 1 / (1 + numpy.exp(-a)), lambda a: 1 / (2 + 2 * numpy.cosh(a))),
+    }
+    for σ, (value, slope) in slopes_of.items():
+        for seed in range(15):
+            mlp = chain(σ, dtype=torch.float64, seed=seed, width=8)
+            with torch.no_grad():
+                mlp[0].weight[4:] = mlp[0].weight[:4]  # type: ignore[index, operator]
+                mlp[0].bias[4:] = mlp[0].bias[:4]  # type: ignore[index, operator]
+                mlp[2].weight[:, 4:] = -mlp[2].weight[:, :4]  # type: ignore[index, operator]
+                mlp[2].weight[:, 4:] += 1e-13 * torch.randn(8, 4)  # type: ignore[index, operator]
+            x = torch.randn(D, dtype=torch.float64)
+            m = model(mlp, lower=x.tolist(), upper=x.tolist())
+            h, J = x.numpy().astype(numpy.longdouble), numpy.eye(D, dtype=numpy.longdouble)
+            for layer in mlp:
+                if isinstance(layer, nn.Linear):
+                    W = layer.weight.detach().numpy().astype(numpy.longdouble)
+                    h, J = W @ h + layer.bias.detach().numpy(), W @ J
+                else:
+                    h, J = value(h), slope(h)[:, None] * J
+            exact = J * numpy.array(DIRECTION)
+            bound = m.bound.detach().numpy()
+            assert (exact >= bound)[:, [1, 3, 4]].all()
+            term = m._linear_term(x)[0].detach().numpy() * numpy.array(DIRECTION)
+            assert (exact + term >= 0)[:, [1, 3, 4]].all()
+            assert (exact - bound)[:, [1, 3, 4]].max() < 1e-11
+
+
+def test_the_gradient_of_the_bound() -> None:
+    mlp = chain(nn.Tanh, dtype=torch.float64, width=4)
+    m = model(mlp, lower=-0.2, upper=0.3)
+    columns = [1, 3, 4]
+    names = [n for n, _ in m.named_parameters()]
+
+    def bound(*values: Tensor) -> Tensor:
+        weights = dict(zip(names, values, strict=True))
+        held = copy.copy(m)
+        return torch.func.functional_call(
+            Bound(held), {f"m.{n}": w for n, w in weights.items()}, ()
+        )
+
+    class Bound(nn.Module):
+        def __init__(self, m: Monotone) -> None:
+            super().__init__()
+            self.m = m
+
+        def forward(self) -> Tensor:
+            return self.m.bound[:, columns]
+
+    params = tuple(p.detach().clone().requires_grad_() for p in m.parameters())
+    assert torch.autograd.gradcheck(bound, params, atol=1e-6)
+
+
+# --- the promise ----------------------------------------------------------------------------------
+
+
+def falling(x: Tensor) -> Tensor:
+    """A target that goes the wrong way in every constrained column."""
+    t = -x[:, 1:2] + x[:, 3:4] - x[:, 4:5] + x[:, :1].sin()
+    return torch.cat([t, t], 1)
+
+
+def lowest(net: nn.Module, x: Tensor) -> float:
+    return (slopes(net, x) * torch.tensor(DIRECTION))[..., [1, 3, 4]].min().item()
+
+
+@pytest.mark.parametrize("box", [(-1.0, 2.0), (-INF, INF)])
+@pytest.mark.parametrize("σ", [nn.ReLU, nn.SiLU, nn.Tanh])
+def test_monotone_at_every_step_of_training(σ: type[nn.Module], box: tuple[float, float]) -> None:
+    mlp = chain(σ)
+    m = model(mlp, lower=box[0], upper=box[1], margin=0.05)
+    optimizer = torch.optim.Adam(m.parameters(), lr=0.02)
+    x = sampled(*box, 128).clamp(-2, 2)
+    losses = []
+    for _ in range(25):
+        optimizer.zero_grad()
+        loss = (m(x) - falling(x)).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        assert lowest(m, sampled(*box, 100)) >= 0.05 - 1e-9
+    assert losses[-1] < losses[0]
+
+
+def test_nothing_jumps_at_the_start() -> None:
+    """The linear term is 0 in the middle of the box, whatever it lifts."""
+    mlp = chain()
+    m = model(mlp, lower=[-1, 0, 2, -3, 1], upper=[1, 4, 3, -1, INF])
+    x = torch.tensor([[0.0, 2.0, 2.5, -2.0, 0.0]])
+    torch.testing.assert_close(m(x), mlp(x), rtol=1e-5, atol=1e-5)
+    assert (m.lift >= 0).all()
+    assert m.lift[:, 1].max() > 0
+
+
+def test_no_term_where_the_network_is_monotone_already() -> None:
+    mlp = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
+    with torch.no_grad():
+        mlp[0].weight.abs_()
+        mlp[2].weight.abs_()  # type: ignore[operator]
+    m = Monotone(mlp, -1, 1, direction=(1, 1))
+    assert (m.bound > 0).all()
+    assert (m.lift == 0).all()
+    x = torch.randn(8, 2)
+    assert torch.equal(m(x), mlp(x))
+
+
+def test_directions_of_each_output() -> None:
+    mlp = chain()
+    m = model(mlp, direction=[(1, 0, 0, 0, 0), (0, 0, -1, 0, 1)])
+    free = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 0, 1, 0]]).bool()
+    assert torch.equal(m.bound.isnan(), free)
+    assert (m.lift[free] == 0).all()
+    J = slopes(m, sampled(-1, 2))
+    assert (J[:, 0, 0] >= -1e-9).all()
+    assert (J[:, 1, 2] <= 1e-9).all()
+    assert (J[:, 1, 4] >= -1e-9).all()
+    untouched = (J - slopes(mlp, sampled(-1, 2)))[:, free]
+    assert untouched.abs().max() < 10  # other rows: only that it runs
+    x = sampled(-1, 2)
+    torch.testing.assert_close(slopes(m, x)[:, free], slopes(mlp, x)[:, free])
+
+
+def test_squeezed_outputs_and_any_leading_axes() -> None:
+    net = zoo.network("squeezed", D, 1, 8)
+    m = model(net, lower=-0.5, upper=0.5)
+    x = torch.rand(3, 4, D)
+    assert m(x).shape == (3, 4)
+    torch.testing.assert_close(m(x)[1, 2], m(x[1, 2].unsqueeze(0))[0])
+    assert model()(x).shape == (3, 4, 2)
+
+
+def test_dropout_is_monotone_for_every_mask() -> None:
+    net = zoo.network("MLP with active dropout", D, 2, 8)
+    m = model(net)
+    x = sampled(-1, 2).double()
+    m = m.double().train()
+    J = value_and_jacobian(m, x[:, :0], x)[1] * torch.tensor(DIRECTION)
+    assert (J[..., [1, 3, 4]] >= -1e-9).all()
+
+
+def test_frozen_is_the_same_function_and_an_ordinary_module() -> None:
+    m = model(margin=0.1)
+    x = sampled(-1, 2)
+    f = m.frozen()
+    torch.testing.assert_close(f(x), m(x))
+    assert lowest(f, x) >= 0.1 - 1e-12
+    assert all(not p.requires_grad for p in f.parameters())
+    with torch.no_grad():
+        for p in m.parameters():
+            p.zero_()
+    assert f(x).abs().max() > 0  # a copy
+    torch.testing.assert_close(pickle.loads(pickle.dumps(f))(x), f(x), rtol=0, atol=0)
+    rows = torch.export.Dim("rows")
+    program = torch.export.export(f, (x,), dynamic_shapes=({0: rows},))
+    torch.testing.assert_close(program.module()(x[:7]), f(x[:7]))
+    assert not any("monokernel" in str(node.target) for node in program.graph.nodes)
+    scripted = torch.jit.trace(f, x)
+    torch.testing.assert_close(scripted(x), f(x))
+
+
+def test_frozen_onnx() -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    f = model().frozen()
+    assert torch.onnx.export(f, (torch.zeros(3, D),), dynamo=True) is not None
+
+
+def test_frozen_squeezes_as_the_network_does() -> None:
+    m = model(zoo.network("squeezed", D, 1, 8), lower=0, upper=0.1)
+    x = torch.rand(6, D)
+    torch.testing.assert_close(m.frozen()(x), m(x))
+    assert m.training
+    assert not m.frozen().training
+
+
+def test_the_penalty_takes_it_as_any_network() -> None:
+    m = model(chain(dtype=torch.float64))
+    x = sampled(-1, 2).double()
+    y, penalty = fused_mono_penalty(
+        m, x[:, :0], x, direction=DIRECTION, margin=0.5, return_output=True
+    )
+    torch.testing.assert_close(y, m(x))
+    want = torch.relu(0.5 - slopes(m, x) * torch.tensor(DIRECTION))[..., [1, 3, 4]].sum()
+    torch.testing.assert_close(penalty, want)
+    (y.sum() + penalty).backward()
+    got = grads(m)
+    m.zero_grad()
+    again, by_autograd = fused_mono_penalty(
+        m, x[:, :0], x, direction=DIRECTION, margin=0.5, return_output=True, backend="reference"
+    )
+    (again.sum() + by_autograd).backward()
+    torch.testing.assert_close(got, grads(m), rtol=1e-9, atol=1e-9)
+    assert audit(m, x[:, :0], x, direction=DIRECTION).violation_rate == 0
+
+
+# --- every way of training ------------------------------------------------------------------------
+
+
+def data(dtype: torch.dtype = torch.float64, seed: int = 1) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.rand(48, D, generator=g, dtype=dtype) * 3 - 1
+    return x, falling(x)
+
+
+def train(forward: Callable[[Tensor], Tensor], m: nn.Module, steps: int = 4) -> None:
+    optimizer = torch.optim.SGD(m.parameters(), lr=0.01, momentum=0.9)
+    for i in range(steps):
+        x, t = data(seed=i)
+        optimizer.zero_grad()
+        (forward(x) - t).square().mean().backward()
+        optimizer.step()
+
+
+def shallow() -> Monotone:
+    """The tracing of a bound is what takes time."""
+    torch.manual_seed(0)
+    return model(nn.Sequential(nn.Linear(D, 16), nn.SiLU(), nn.Linear(16, 2)).double())
+
+
+def trained(forward_of: Callable[[Monotone], Callable[[Tensor], Tensor]]) -> list[Tensor]:
+    m = shallow()
+    train(forward_of(m), m)
+    return [p.detach() for p in m.parameters()]
+
+
+def test_compile_and_checkpoint_train_as_the_plain_loop_does() -> None:
+    torch._dynamo.reset()
+    plain = trained(lambda m: m)
+    ways: Sequence[Callable[[Monotone], Callable[[Tensor], Tensor]]] = (
+        lambda m: torch.compile(m, fullgraph=True, backend="aot_eager"),
+        lambda m: lambda x: checkpoint(m, x, use_reentrant=False),
+        lambda m: lambda x: checkpoint(m, x.clone().requires_grad_(), use_reentrant=True),
+    )
+    for way in ways:
+        torch.testing.assert_close(trained(way), plain, rtol=1e-9, atol=1e-11)
+
+
+def test_compile_is_one_graph_for_every_step_and_size() -> None:
+    torch._dynamo.reset()
+    m = shallow()
+    compiled = torch.compile(m, fullgraph=True, dynamic=True, backend="aot_eager")
+    for i, n in enumerate((48, 32, 7)):
+        x = data()[0][:n].clone()
+        with torch._dynamo.config.patch(error_on_recompile=i > 0):
+            torch.testing.assert_close(compiled(x), m(x))
+        with torch.no_grad():
+            for p in m.parameters():
+                p.mul_(1.1)
+
+
+def test_compile_says_what_it_does_not_serve() -> None:
+    torch._dynamo.reset()
+    m = model(zoo.network("wide and deep", D, 2, 8))
+    with pytest.raises(Exception, match="expected nodes of which a range is known"):
+        torch.compile(m, fullgraph=True, backend="eager")(torch.zeros(3, D))
+
+
+def test_lbfgs() -> None:
+    m = model(chain(dtype=torch.float64))
+    x, t = data()
+    optimizer = torch.optim.LBFGS(m.parameters(), max_iter=6, line_search_fn="strong_wolfe")
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = (m(x) - t).square().mean()
+        loss.backward()
+        return loss.item()
+
+    first = closure()
+    optimizer.step(closure)
+    assert closure() < first
+    assert lowest(m, x) >= -1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_the_bound_in_full_precision(dtype: torch.dtype) -> None:
+    m = model()
+    x, t = data(torch.float32)
+    plain = m.bound
+    with torch.autocast("cpu", dtype=dtype):
+        assert torch.equal(m.bound.nan_to_num(), plain.nan_to_num())
+        y = m(x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), m(x), rtol=0.05, atol=0.05)
+    (y.float() - t).square().mean().backward()
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads(m))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_networks(dtype: torch.dtype) -> None:
+    m = model().to(dtype)
+    x, _ = data(torch.float32)
+    assert m(x.to(dtype)).dtype == dtype
+    assert m.bound.dtype == torch.float32
+    J = slopes(m.mlp, x) * torch.tensor(DIRECTION)
+    assert (m.bound.double() - 1e-9 <= J)[..., [1, 3, 4]].all()
+    m(x.to(dtype)).sum().backward()
+    assert lowest(m.frozen(), x) >= -1e-6
+
+
+@pytest.mark.parametrize("way", ["state_dict", "pickle", "torch.save", "deepcopy"])
+def test_persistence(way: str) -> None:
+    m = model(margin=0.1, parts=3)
+    x = sampled(-1, 2)
+    m(x).sum().backward()
+    if way == "state_dict":
+        assert set(m.state_dict()) == {f"mlp.{n}" for n in chain().state_dict()}
+        fresh = model(chain(seed=9), margin=0.1, parts=3)
+        fresh.load_state_dict(m.state_dict())
+    elif way == "pickle":
+        fresh = pickle.loads(pickle.dumps(m))
+    elif way == "torch.save":
+        buffer = io.BytesIO()
+        torch.save(m, buffer)
+        buffer.seek(0)
+        fresh = torch.load(buffer, weights_only=False)
+    else:
+        fresh = copy.deepcopy(m)
+    torch.testing.assert_close(fresh(x), m(x), rtol=0, atol=0)
+    with torch.no_grad():
+        for p in fresh.parameters():
+            p.zero_()
+    assert m(x).abs().max() > 0
+
+
+def test_functional_call_and_vmap_over_an_ensemble() -> None:
+    members = [model(chain(dtype=torch.float64, seed=s)) for s in range(3)]
+    params, buffers = torch.func.stack_module_state(members)  # type: ignore[arg-type]
+    x, _ = data()
+
+    def call(params: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(members[0], (params, buffers), (x,))
+
+    got = torch.func.vmap(call)(params, buffers)
+    torch.testing.assert_close(got, torch.stack([m(x) for m in members]))
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"lower": 3}, "lower: expected at most upper = 2.0 in column 0, got 3.0"),
+        ({"upper": [1, 2]}, r"upper: expected a number or shape \(d,\) = \(5,\)"),
+        ({"lower": NAN}, "lower: expected an interval in column 0"),
+        ({"lower": INF, "upper": INF}, "expected an interval in column 0"),
+        ({"lower": "low"}, "lower: expected a number, a sequence"),
+        ({"direction": 1}, "direction: expected"),
+        ({"direction": (1, 2, 0, 0, 0)}, r"direction: expected entries in \{-1, 0, 1\}"),
+        ({"direction": (1, 0)}, "direction: expected"),
+        ({"direction": [DIRECTION] * 3}, "direction: expected"),
+        ({"margin": INF}, "margin: expected a finite number"),
+        ({"margin": "much"}, "margin: expected a number"),
+        ({"parts": 0}, "parts: expected a number of parts >= 1, got 0"),
+        ({"mlp": 3}, "mlp: expected an nn.Module"),
+        ({"mlp": nn.Sequential(nn.Linear(D, 4), nn.Conv1d(1, 1, 1))}, "mlp: expected nodes .*Conv"),
+        ({"mlp": nn.Sequential(nn.Linear(D, 4), nn.BatchNorm1d(4))}, "mlp: expected .*BatchNorm"),
+        (
+            {"mlp": nn.Sequential(nn.Linear(D, 4), nn.GLU(), nn.Linear(2, 1)), "lower": -INF},
+            "mlp: expected slopes that are bounded on the box, got no finite bound for output 0",
+        ),
+        (
+            {"mlp": nn.Sequential(nn.Linear(D, 4), nn.Hardshrink(), nn.Linear(4, 1))},
+            "mlp: expected slopes that are bounded on the box",
+        ),
+    ],
+)
+def test_bad_input_is_one_sentence(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=sentence) as error:
+        model(**({"mlp": chain()} | options))
+    assert not re.search(r"\n", str(error.value))
+
+
+def test_every_kind_of_the_kernels_has_a_range() -> None:
+    from monokernel.intervals import RULES
+    from monokernel.nodes import RULES as NODES
+
+    assert set(NODES) <= set(RULES)
+    assert set(KINDS) <= set(RULES)
