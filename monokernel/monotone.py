@@ -230,7 +230,7 @@ class Monotone(nn.Module):
         return full.index_copy(1, torch.tensor(self.columns, device=t.device), t)
 
     def _constants_for(self, dtype: torch.dtype, device: torch.device) -> Constants:
-        found = None if torch.compiler.is_compiling() else self._constants.get((dtype, device))
+        found = self._constants.get((dtype, device))
         if found is not None:
             return found
         d, k = len(self.lower), len(self.columns)
