@@ -32,3 +32,22 @@ def test_diabetes_violations_go_at_no_loss_of_accuracy(tmp_path: Path) -> None:
     assert results["with"][1] < 0.1
     assert results["with"][0] < 1.02 * results["without"][0]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_monotone_by_construction_beside_a_penalty_and_trees(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    run = subprocess.run(
+        [sys.executable, ROOT / "examples" / "monotone.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stderr
+    found = re.findall(r"^(\w+) +(-?[\d.]+) +([\d.]+)% +(-?[\d.]+) ", run.stdout, re.M)
+    results = {name: (float(fit), float(rate), float(worst)) for name, fit, rate, worst in found}
+    assert results["network"][1] > results["penalty"][1] > 0
+    assert results["Monotone"][1] == 0
+    assert results["Monotone"][2] >= 0
+    assert results["Monotone"][0] > 0.4
