@@ -150,9 +150,8 @@ class _Term(torch.autograd.Function):
         xp = torch if isinstance(C, Tensor) else numpy
         dtype, device = θ[0].dtype, θ[0].device
         ε = torch.finfo(dtype).eps
-        arrays = [
-            t if t is None or xp is torch else t.detach().numpy() for t in θ
-        ]  # of the parameters' own memory
+        # Copies: memory that NumPy sees can never be resized again, which is how FSDP frees it.
+        arrays = [t if t is None or xp is torch else t.detach().clone().numpy() for t in θ]
         layers: list[tuple[Any, _Active | None]] = []
         last = len(activations) - 1
         with _quiet(xp, device.type):
