@@ -80,7 +80,7 @@ def _known(σ: Activation) -> bool:
     if σ.kind == "softplus":
         return σ.p > 0 and σ.q >= SMOOTH
     if σ.kind == "elu":
-        return 0 <= σ.p * σ.q * σ.r <= σ.p
+        return σ.r > 0 and 0 <= σ.p * σ.q * σ.r <= σ.p
     return σ.kind == "relu" or (σ.kind == "leaky_relu" and 0 <= σ.p <= 1)
 
 
@@ -150,12 +150,11 @@ class _Term(torch.autograd.Function):
         xp = torch if isinstance(C, Tensor) else numpy
         dtype, device = θ[0].dtype, θ[0].device
         ε = torch.finfo(dtype).eps
-        arrays = [
-            t if t is None or xp is torch else t.detach().numpy() for t in θ
-        ]  # of the parameters' own memory
+        # Copies: memory that NumPy sees can never be resized again, which is how FSDP frees it.
+        arrays = [t if t is None or xp is torch else t.detach().clone().numpy() for t in θ]
         layers: list[tuple[Any, _Active | None]] = []
         last = len(activations) - 1
-        with _quiet(xp):
+        with _quiet(xp, device.type):
             for l, σ in enumerate(activations):
                 W, b = arrays[2 * l], arrays[2 * l + 1]
                 A = abs(W)
@@ -196,7 +195,7 @@ class _Term(torch.autograd.Function):
         B, (D, k) = start.boxes, start.sign.shape
         g_W, g_b = (g if xp is torch else g.numpy() for g in (g_weight, g_bias))
         grads: list[Any] = [None] * len(θ)
-        with _quiet(xp):
+        with _quiet(xp, θ[0].device.type):
             g = g_W - g_b[:, None] * start.middle
             g = ((g @ start.place.T) * lifted).T  # of -b_c, (k, D)
             C = layers[-1][0][0]
@@ -299,6 +298,10 @@ def _most(a: Array, axis: int) -> Array:
     return a.amax(axis) if isinstance(a, Tensor) else a.max(axis)
 
 
-def _quiet(xp: Any) -> Any:
-    """NumPy warns of what overflows. That bounds nothing, and is no error."""
-    return nullcontext() if xp is torch else numpy.errstate(all="ignore")
+def _quiet(xp: Any, device_type: str) -> Any:
+    """NumPy warns of what overflows, which bounds nothing and is no error; PyTorch would round to
+    half precision under autocast, also in a backward that is called under it."""
+    if xp is not torch:
+        return numpy.errstate(all="ignore")
+    enabled = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if enabled else nullcontext()

@@ -132,15 +132,18 @@ def layers_of(mlp: nn.Module, d: int) -> tuple[Layers | Straight, str] | str:
             wide = copy.deepcopy(mlp).cpu().double().eval()
         except Exception as error:  # whatever a module of one's own says to being copied
             return f"a network that can be copied, got {type(error).__name__}: {error}"
-        found: network.Chain | reading.Reading | str = network.read(wide)
+        chain = network.read(wide)
         x = torch.zeros(2, d, dtype=torch.float64)
         offsets: tuple[Tensor | float, ...] = ()
         folded = 0
-        if isinstance(found, str):
-            found = reading.read(wide, Inputs(x[:, :0], x, x.shape[:1], d, d), rehearsal=True)
-            if isinstance(found, str):
-                return f"a network that can be read, got one where {found}"
-            offsets, folded = found.offsets, FOLDED
+        found: network.Chain | reading.Reading
+        if isinstance(chain, network.Chain):
+            found = chain
+        else:
+            own = reading.read(wide, Inputs(x[:, :0], x, x.shape[:1], d, d, False), rehearsal=True)
+            if isinstance(own, str):
+                return f"a network that can be read, got one where {own}"
+            found, offsets, folded = own, own.offsets, FOLDED
         activations = _activations(found.nodes)
         _, params = found.operands(x)
         moved = tuple([torch.as_tensor(offset, dtype=torch.float64) for offset in offsets])

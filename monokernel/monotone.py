@@ -176,22 +176,23 @@ class Monotone(nn.Module):
         mlp = network.unwrap(self.mlp)
         d = len(self.lower)
         like = _like(mlp)
-        found: network.Chain | reading.Reading | str = network.read(mlp)
-        if isinstance(found, network.Chain):
-            if found.widths[0] != d:
+        chain = network.read(mlp)
+        if isinstance(chain, network.Chain):
+            if chain.widths[0] != d:
                 raise ValueError(
-                    f"direction: expected (..., {found.widths[0]}) signs, one for each input of "
+                    f"direction: expected (..., {chain.widths[0]}) signs, one for each input of "
                     f"mlp's first layer, got {d}"
                 )
-            nodes = found.nodes
-            params: Sequence[Param] = found.parameters(torch.empty(0, **like))
+            nodes = chain.nodes
+            params: Sequence[Param] = chain.parameters(torch.empty(0, **like))
         else:
+            found: reading.Reading | str = chain.sentence(mlp)
             coupled = network.batch_coupling(mlp)
             if coupled:
                 found = f"{coupled} normalises with the statistics of the batch"
             elif not torch.compiler.is_compiling():
                 example = torch.zeros(2, d, **like)
-                inputs = Inputs(example[:, :0], example, example.shape[:-1], d, d)
+                inputs = Inputs(example[:, :0], example, example.shape[:-1], d, d, False)
                 found = reading.read(mlp, inputs, rehearsal=True, fold=False)
             if isinstance(found, str):
                 raise ValueError(f"mlp: expected nodes of which a range is known, got {found}")
@@ -230,7 +231,7 @@ class Monotone(nn.Module):
         return full.index_copy(1, torch.tensor(self.columns, device=t.device), t)
 
     def _constants_for(self, dtype: torch.dtype, device: torch.device) -> Constants:
-        found = None if torch.compiler.is_compiling() else self._constants.get((dtype, device))
+        found = self._constants.get((dtype, device))
         if found is not None:
             return found
         d, k = len(self.lower), len(self.columns)

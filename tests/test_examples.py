@@ -48,3 +48,22 @@ def test_training_ends_with_a_proof() -> None:
     assert re.search(r"^unconstrained: violated", run.stdout, re.M)
     assert re.search(r"^proved, held-out", run.stdout, re.M)
     assert "PROVED: direction * dy/dx >= 0 everywhere in the box" in run.stdout
+
+
+def test_monotone_by_construction_beside_a_penalty_and_trees(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    run = subprocess.run(
+        [sys.executable, ROOT / "examples" / "monotone.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stderr
+    found = re.findall(r"^(\w+) +(-?[\d.]+) +([\d.]+)% +(-?[\d.]+) ", run.stdout, re.M)
+    results = {name: (float(fit), float(rate), float(worst)) for name, fit, rate, worst in found}
+    assert results["network"][1] > results["penalty"][1] > 0
+    assert results["Monotone"][1] == 0
+    assert results["Monotone"][2] >= 0
+    assert results["Monotone"][0] > 0.4
