@@ -16,7 +16,7 @@ from .arguments import (
     check_inputs,
     check_weight,
 )
-from .backends import WIDENS, general, reference
+from .backends import BACKENDS, general, reference
 from .function import evaluate, operand_dtype
 from .network import unwrap
 from .operands import has_memory
@@ -302,7 +302,7 @@ def _problem(
     x, params = network.operands(inputs.joined())
     if inputs.autocast:  # without it all dtypes are known to be equal
         dtype = operand_dtype(x)
-        if route.backend in WIDENS:
+        if route.backend in BACKENDS and BACKENDS[route.backend].widens:
             dtype = accumulate_dtype(dtype)
         x, params = x.to(dtype), [None if p is None else p.to(dtype) for p in params]
     return problem, x, params

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from .problem import Hinge, accumulate_dtype
 
 __all__ = [
-    "BACKENDS",
     "BATCH_STATS",
     "MODES",
     "REDUCTIONS",
@@ -36,7 +35,6 @@ __all__ = [
 ]
 
 MODES = ("auto", "tangent", "adjoint")
-BACKENDS = ("auto", "triton", "cpu", "torch", "reference")
 REDUCTIONS = ("sum", "mean", "none")
 HINGES = ("linear", "squared")
 BATCH_STATS = ("error", "running")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .backends import MODULES, load
+from .backends import BACKENDS, Step, load
 from .operands import check_forward, check_gradients, check_saved, shapes_of
 from .problem import Problem, accumulate_dtype, pack, unpack
 
@@ -51,10 +51,9 @@ def evaluate(
 
 
 @cache
-def _step(backend: str) -> Any:
+def _step(backend: str) -> Step | None:
     """The backend's own operator for a whole step, if it has one."""
-    found = getattr(load(backend), "step", None)
-    return found() if found else None
+    return load(backend).step()
 
 
 def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
@@ -90,17 +89,17 @@ class FusedMonoPenalty(torch.autograd.Function):
         ctx.problem, ctx.backend = problem, backend
         ctx.count, ctx.shapes = len(params), shapes_of(saved)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, *params, *saved)
+        ctx.save_for_backward(x, *params, *saved)
         return y, out
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor | None, gout: Tensor | None) -> Any:
-        x, weight, *rest = ctx.saved_tensors
+        x, *rest = ctx.saved_tensors
         params, saved = rest[: ctx.count], rest[ctx.count :]
         if not _traced():
             check_saved(saved, ctx.shapes, x.device)
         needs = ctx.needs_input_grad[3:]
-        asked = ctx.problem, ctx.backend, gy, gout, x, weight, params, saved, needs
+        asked = ctx.problem, ctx.backend, gy, gout, x, params, saved, needs
         if torch.is_grad_enabled():  # create_graph=True
             with torch.no_grad():
                 grads = _backward(*asked)
@@ -160,21 +159,20 @@ def _backward(
     gy: Tensor | None,
     gout: Tensor | None,
     x: Tensor,
-    weight: Tensor | None,
     params: Params,
     saved: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     if _traced():
         found = torch.ops.monokernel.backward(
-            gy, gout, x, weight, list(params), list(saved), list(needs), backend, *pack(problem)
+            gy, gout, x, list(params), list(saved), list(needs), backend, *pack(problem)
         )
         present = iter(found)
         return [next(present) if need else None for need in needs]
-    x, weight, params = check_forward(problem, x, weight, params)
+    x, _, params = check_forward(problem, x, None, params)
     gy, gout = check_gradients(problem, x, gy, gout)
     with _no_autocast(x):
-        return load(backend).backward(problem, gy, gout, x, weight, params, saved, needs)
+        return load(backend).backward(problem, gy, gout, x, params, saved, needs)
 
 
 def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -198,7 +196,7 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    "backward(Tensor? gy, Tensor? gout, Tensor x, Tensor? weight, Tensor?[] params, "
+    "backward(Tensor? gy, Tensor? gout, Tensor x, Tensor?[] params, "
     f"Tensor[] saved, bool[] needs, {_PROBLEM}) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -216,8 +214,8 @@ def _forward_op(
 
 
 def _problem(backend: str, packed: Any, x: Tensor) -> Problem:
-    if backend not in MODULES:
-        raise ValueError(f"backend: expected one of {', '.join(MODULES)}, got {backend!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     problem = unpack(*packed)
     if x.dim() != 2:
         raise ValueError(f"x: expected shape (N, {problem.d}), got {tuple(x.shape)}")
@@ -244,7 +242,6 @@ def _backward_op(
     gy: Tensor | None,
     gout: Tensor | None,
     x: Tensor,
-    weight: Tensor | None,
     params: Params,
     saved: Sequence[Tensor],
     needs: Sequence[bool],
@@ -252,14 +249,14 @@ def _backward_op(
     *packed: Any,
 ) -> list[Tensor]:
     problem = _problem(backend, packed, x)
-    x, weight, params = check_forward(problem, x, weight, params)
+    x, _, params = check_forward(problem, x, None, params)
     gy, gout = check_gradients(problem, x, gy, gout)
     like = load(backend).saved_like(problem, x.new_empty(x.shape, device="meta"))
     check_saved(saved, shapes_of(like), x.device)
     if len(needs) != 1 + len(params):
         raise ValueError(f"needs: expected {1 + len(params)} values, got {len(needs)}")
     with _no_autocast(x):
-        grads = load(backend).backward(problem, gy, gout, x, weight, params, saved, needs)
+        grads = load(backend).backward(problem, gy, gout, x, params, saved, needs)
     return [g for g in grads if g is not None]
 
 
@@ -267,7 +264,6 @@ def _backward_fake(
     gy: Tensor | None,
     gout: Tensor | None,
     x: Tensor,
-    weight: Tensor | None,
     params: Params,
     saved: Sequence[Tensor],
     needs: Sequence[bool],

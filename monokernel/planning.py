@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from . import network, reading
 from .arguments import (
-    BACKENDS,
     BATCH_STATS,
     MODES,
     Inputs,
@@ -20,7 +19,7 @@ from .arguments import (
     check_module,
     check_parameter,
 )
-from .backends import DEVICES, MODULES, WIDENS, refusal
+from .backends import BACKENDS, refusal
 from .function import operand_dtype, transformed
 from .operands import has_memory
 from .problem import Mode, Problem, cheaper_mode
@@ -59,13 +58,9 @@ class Plan:
         return "\n".join(lines)
 
 
-KERNELS = {
-    "triton": "fused Triton kernels",
-    "cpu": "native C++ kernel",
-    "torch": "hand-written backward in PyTorch operations",
-    "reference": "autograd through the layer-by-layer reference",
-    "general": "autograd through one call of the module",
-}
+CHOICES = ("auto", *BACKENDS, "reference")
+REFERENCE = "autograd through the layer-by-layer reference"
+GENERAL = "autograd through one call of the module"
 
 
 def plan(
@@ -85,7 +80,9 @@ def plan(
     """
     inputs = check_inputs(x1, x2)
     route = choose(network.unwrap(mlp), inputs, mode, backend, batch_stats, rehearsal=True)
-    kernel = KERNELS["general" if route.network is None else route.backend]
+    kernel = GENERAL if route.network is None else REFERENCE
+    if route.backend in BACKENDS:
+        kernel = BACKENDS[route.backend].kernel
     return Plan(route.backend, route.mode, kernel, dict(route.refused))
 
 
@@ -100,7 +97,7 @@ def choose(
     """The route of a call; raises where ``backend`` was asked for by name and cannot serve. A
     ``rehearsal`` leaves no trace of that."""
     check_choice("mode", mode, MODES)
-    check_choice("backend", backend, BACKENDS)
+    check_choice("backend", backend, CHOICES)
     check_choice("batch_stats", batch_stats, BATCH_STATS)
     check_module(mlp)
     functional = transformed()
@@ -122,7 +119,7 @@ def choose(
         inputs.d, _constant(found.nodes), inputs.k, mode, backend, dtype, x.device, functional
     )
     rounded = found.rounded if isinstance(found, reading.Reading) else None
-    if rounded is not None and name and name not in WIDENS:
+    if rounded is not None and name in BACKENDS and not BACKENDS[name].widens:
         why = f"under autocast backend {name!r} serves chains of linear layers and activations only"
         return _general(mlp, why, mode, backend, functional, batch_stats)
     if not name:
@@ -165,11 +162,12 @@ def _serving(
     chosen: Mode = automatic if mode == "auto" else mode  # type: ignore[assignment]
     problem = Problem(d, nodes, k, chosen, None)
     refused: Refused = ()
-    for name in MODULES if backend == "auto" else (backend,):
+    for name in BACKENDS if backend == "auto" else (backend,):
         if name == "reference":
             return name, chosen, refused
-        if backend == "auto" and DEVICES.get(name, device.type) != device.type:
-            why = f"the tensors are on {device.type}, it serves {DEVICES[name]}"
+        own = BACKENDS[name].device
+        if backend == "auto" and own is not None and own != device.type:
+            why = f"the tensors are on {device.type}, it serves {own}"
         elif functional:
             why = "a functorch transform or forward-mode AD is at work"
         else:
@@ -207,7 +205,7 @@ def _general(
             "forward mode can be silently wrong inside a general module"
         )
     functional = functional or torch.compiler.is_compiling()
-    refused = tuple((name, reason) for name in MODULES) if backend == "auto" else ()
+    refused = tuple((name, reason) for name in BACKENDS) if backend == "auto" else ()
     return Route("reference", "adjoint", None, functional, refused, coupled is not None)
 
 

@@ -189,7 +189,9 @@ def stub_device(library: Path, target: str) -> Iterator[ctypes.CDLL]:
         mock.patch.object(torch._C, "_cuda_getCurrentRawStream", create=True, return_value=0),
         mock.patch.object(launch, "instead_of_device", [card.products]),
         mock.patch.object(backends.load("triton"), "interpreting", return_value=True),
-        mock.patch.dict(backends.DEVICES, {"triton": "cpu"}),
+        mock.patch.dict(
+            backends.BACKENDS, {"triton": backends.BACKENDS["triton"]._replace(device="cpu")}
+        ),
     ):
         triton.runtime.driver.set_active(CudaDriver())
         yield driver

@@ -86,7 +86,7 @@ def run(
     gout = torch.randn(out.shape, dtype=torch.float64, generator=noise).to(out.dtype)
     needs = [True] + [q is not None for q in params]
     grads = backend.backward(  # type: ignore[attr-defined]
-        p, gy if task else None, gout, x, weight, params, saved, needs
+        p, gy if task else None, gout, x, params, saved, needs
     )
     return [y, out, *(g for g in grads if g is not None)]
 
@@ -175,8 +175,8 @@ def test_any_strides_and_partly_wanted_gradients() -> None:
     assert_same(run(cpu, p, expanded, params), run(handwritten, p, expanded, params), 1e-11)
     y, out, saved = cpu.forward(p, x, None, params, True)
     needs = [False, True, False, False, True, True, False]
-    full = cpu.backward(p, y, out, x, None, params, saved, [True] * 7)
-    some = cpu.backward(p, y, out, x, None, params, saved, needs)
+    full = cpu.backward(p, y, out, x, params, saved, [True] * 7)
+    some = cpu.backward(p, y, out, x, params, saved, needs)
     for need, a, b in zip(needs, some, full, strict=True):
         assert (a is not None and b is not None and torch.equal(a, b)) if need else a is None
 
@@ -216,8 +216,8 @@ def test_half_precision_is_float32_rounded_once(
     assert torch.equal(out, wide_out)
     assert all(map(torch.equal, saved, wide_saved))
     needs = [True, False, True, True, True, True, True]
-    got = cpu.backward(p, y, out, x, None, params, saved, needs)
-    want = cpu.backward(p, y.float(), out, x.float(), None, wide, saved, needs)
+    got = cpu.backward(p, y, out, x, params, saved, needs)
+    want = cpu.backward(p, y.float(), out, x.float(), wide, saved, needs)
     for g, w in zip(got, want, strict=True):
         assert (g is None) == (w is None)
         assert g is None or (g.dtype == dtype and torch.equal(g, w.to(dtype)))  # type: ignore[union-attr]
@@ -384,7 +384,7 @@ def test_infinite_slopes_of_clean_rows_leave_gradients_alone() -> None:
     x, params = torch.randn(20, 4), parameters(p, torch.float32)
     _, out, saved = cpu.forward(p, x, None, params, True)
     inf = torch.full_like(out, float("inf"))
-    grads = cpu.backward(p, None, inf, x, None, params, saved, [True] * 5)
+    grads = cpu.backward(p, None, inf, x, params, saved, [True] * 5)
     assert all((g == 0).all() for g in grads if g is not None)
 
 
@@ -406,10 +406,10 @@ def test_thread_counts_agree_and_may_change_before_backward() -> None:
             torch.set_num_threads(forward)
             y, out, saved = cpu.forward(p, x, None, params, True)
             torch.set_num_threads(backward)
-            grads = cpu.backward(p, y, out, x, None, params, saved, [True] * 7)
+            grads = cpu.backward(p, y, out, x, params, saved, [True] * 7)
             assert_same([y, out], want[:2], 1e-12)
             one = handwritten.forward(p, x, None, params, True)
-            twin = handwritten.backward(p, one[0], one[1], x, None, params, one[2], [True] * 7)
+            twin = handwritten.backward(p, one[0], one[1], x, params, one[2], [True] * 7)
             assert_same(grads, twin, 1e-11)  # type: ignore[arg-type]
     finally:
         torch.set_num_threads(before)

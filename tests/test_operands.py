@@ -307,7 +307,7 @@ def a_normed_network_made_half(backend: str) -> None:
 
 
 @ends_in(r"^RuntimeError: ")
-def a_hook_that_saves_half_of_a_mask(backend: str) -> None:
+def a_hook_that_saves_half_of_a_key(backend: str) -> None:
     net = dropping()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t[: N // 2].clone(), lambda t: t):
         total = loss(net, *data(), backend)
@@ -315,7 +315,7 @@ def a_hook_that_saves_half_of_a_mask(backend: str) -> None:
 
 
 @right
-def a_hook_that_copies_a_mask(backend: str) -> None:
+def a_hook_that_copies_a_key(backend: str) -> None:
     net, found = dropping(), []
     for pack in (torch.clone, lambda t: t):
         torch.manual_seed(2)
@@ -524,7 +524,7 @@ def operator(backend: str, problem: list[Any] = PROBLEM, **changed: Any) -> None
 def backward_operator(backend: str, **changed: Any) -> None:
     x, params = torch.randn(4, 5), [torch.randn(H, 5), None]
     y, out, *saved = torch.ops.monokernel.forward(x, None, params, True, backend, *PROBLEM)
-    given = {"gy": y, "gout": out, "x": x, "weight": None, "params": params}
+    given = {"gy": y, "gout": out, "x": x, "params": params}
     given |= {"saved": saved, "needs": [True, True, False]} | changed
     torch.ops.monokernel.backward(*given.values(), backend, *PROBLEM)
 
@@ -666,7 +666,7 @@ def a_backward_operator_of_a_program(backend: str) -> None:
 
     def run(params: list[Tensor | None], saved: list[Tensor], needs: list[bool]) -> list[Tensor]:
         found: list[Tensor] = torch.ops.monokernel.backward(
-            y, out, x, None, params, saved, needs, backend, *PROGRAM
+            y, out, x, params, saved, needs, backend, *PROGRAM
         )
         return found
 
@@ -702,8 +702,9 @@ def a_step_of_a_program(backend: str) -> None:
     for few in (good[:-1], [*good, good[0]]):
         with pytest.raises(RuntimeError, match=f"params: expected 8, got {len(few)}"):
             step(plan.handle, torch.randn(4, 5), None, few)
-    with pytest.raises(RuntimeError, match=r"mask: expected float32 of shape \(3, 64\)"):
-        step(plan.handle, torch.randn(3, 5), None, good)
+    few = [*good[:5], good[5][:4], *good[6:]]
+    with pytest.raises(RuntimeError, match=r"dropout: expected float32 of shape \(8,\)"):
+        step(plan.handle, torch.randn(3, 5), None, few)
     y, _ = step(plan.handle, torch.randn(4, 5), None, [t.requires_grad_() for t in good])
     with pytest.raises(RuntimeError, match="a dropout that is drawn, got one to be trained"):
         y.sum().backward()
@@ -780,7 +781,7 @@ def test_both_boundaries_say_the_same() -> None:
     one, other = outcomes("cpu", "1"), outcomes("cpu", "0")
     # Which of two wrong operands is met first, and PyTorch's own words, may differ.
     own = {name for name, said in one.items() if "in memory of its own" in said}
-    own -= {"a_hook_that_saves_in_half", "a_hook_that_saves_half_of_a_mask", "gradients_in_a_batch"}
+    own -= {"a_hook_that_saves_in_half", "a_hook_that_saves_half_of_a_key", "gradients_in_a_batch"}
     assert len(own) >= 10
     assert {name: one[name] for name in own} == {name: other[name] for name in own}
 

@@ -146,7 +146,7 @@ def test_opcheck(D: int, mode: Any, backend: str, dtype: torch.dtype) -> None:
     y, out, *saved = _forward_op(*arguments)
     needs = [True, True, False, True, False]
     arguments = (
-        torch.randn_like(y), torch.rand_like(out), x, weight, params, saved, needs, backend,
+        torch.randn_like(y), torch.rand_like(out), x, params, saved, needs, backend,
         *pack(problem),
     )  # fmt: skip
     torch.library.opcheck(torch.ops.monokernel.backward.default, arguments)

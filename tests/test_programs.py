@@ -115,7 +115,7 @@ def check(
             assert not any(t.isnan().any() for t in saved), "a buffer was not filled"
         before = [t.clone() for t in saved]
         for _ in range(2):  # a graph that is retained may be walked again
-            grads = backend.backward(p, *cotangents, x, weight, plain, saved, needs)
+            grads = backend.backward(p, *cotangents, x, plain, saved, needs)
             assert [g is not None for g in grads] == list(needs)
             assert_same([g for g in grads if g is not None], want, tolerance)
         same = [
@@ -494,9 +494,7 @@ def run(backend: str, p: Problem, x: Tensor, params: Params) -> list[Tensor]:
     of = load(backend)
     y, out, saved = of.forward(p, x, None, params, True)
     needs = [True] * (1 + len(params))
-    grads = of.backward(
-        p, torch.ones_like(y), 2 * torch.ones_like(out), x, None, params, saved, needs
-    )
+    grads = of.backward(p, torch.ones_like(y), 2 * torch.ones_like(out), x, params, saved, needs)
     return [y, out, *(g for g in grads if g is not None)]
 
 
@@ -515,7 +513,7 @@ def test_thread_counts_agree_and_reruns_give_the_same_bits(mode: Mode) -> None:
                 y, out, saved = of.forward(p, x, None, params, True)
                 gy, gout = torch.ones_like(y), 2 * torch.ones_like(out)
                 torch.set_num_threads(backward)
-                grads = of.backward(p, gy, gout, x, None, params, saved, needs)
+                grads = of.backward(p, gy, gout, x, params, saved, needs)
                 found.append([y, out, *(g for g in grads if g is not None)])
             assert all(map(torch.equal, *found))
             assert_same(found[0], want, 1e-11)
@@ -595,7 +593,7 @@ def test_an_infinite_gradient_leaves_clean_rows_alone(name: str, backend: str, m
     _, out, saved = load(backend).forward(p, x, None, params, True)
     needs = [True] * (1 + len(params))
     inf = torch.full_like(out, torch.inf)
-    grads = load(backend).backward(p, None, inf, x, None, params, saved, needs)
+    grads = load(backend).backward(p, None, inf, x, params, saved, needs)
     assert all((g == 0).all() for g in grads if g is not None)
 
 
@@ -640,7 +638,7 @@ def test_a_drawn_mask_has_no_gradient_and_says_so() -> None:
     for name in HANDWRITTEN:
         y, J, saved = load(name).forward(p, x, None, params, True)
         with pytest.raises(RuntimeError, match="expected a dropout that is drawn"):
-            load(name).backward(p, y, J, x, None, params, saved, [False, True, True, True])
+            load(name).backward(p, y, J, x, params, saved, [False, True, True, True])
 
 
 @pytest.mark.parametrize("backend", HANDWRITTEN)
@@ -672,7 +670,7 @@ def test_a_residual_network_costs_the_products_of_a_chain(D: int, mode: Mode, v:
     with Operations() as counter:
         y, penalty, saved = handwritten.forward(p, x, weight, params, True)
         needs = [False] + [True] * len(params)
-        handwritten.backward(p, y, torch.ones_like(penalty), x, weight, params, saved, needs)
+        handwritten.backward(p, y, torch.ones_like(penalty), x, params, saved, needs)
     fan = D if mode == "adjoint" and D > 1 else 1
     want = 3 + 3 * v if mode == "adjoint" and D == 1 else 3 + fan + 3 * fan * v
     assert counter.total / (2 * N * H * H * 2 * blocks) == pytest.approx(want, rel=SLACK)
@@ -685,9 +683,7 @@ def test_rows_without_a_violation_cost_nothing_where_the_penalty_alone_is_wanted
     _, penalty, saved = handwritten.forward(p, x, None, params, True)
     needs = [True] * (1 + len(params))
     with Operations() as counter:
-        grads = handwritten.backward(
-            p, None, torch.ones_like(penalty), x, None, params, saved, needs
-        )
+        grads = handwritten.backward(p, None, torch.ones_like(penalty), x, params, saved, needs)
     assert counter.total == 0
     assert not any(g.any() for g in grads if g is not None)
 

@@ -248,8 +248,8 @@ def test_what_violates_nothing_is_zero_whatever_its_weight(
     _, weighted, _ = path.forward(p, x, weight, params, True)
     assert torch.equal(weighted, plain)
     needs = [True] * 5
-    want = path.backward(p, None, torch.ones_like(plain), x, None, params, saved, needs)
-    assert_same(path.backward(p, None, weight, x, None, params, saved, needs), want)
+    want = path.backward(p, None, torch.ones_like(plain), x, params, saved, needs)
+    assert_same(path.backward(p, None, weight, x, params, saved, needs), want)
 
 
 @BOTH
@@ -277,7 +277,7 @@ def test_saved_and_gradients_share_no_memory() -> None:
         x, params = inputs(p, 20)
         y, out, saved = path.forward(p, x, None, params, True)
         grads = path.backward(
-            p, torch.ones_like(y), torch.ones_like(out), x, None, params, saved, [True] * 7
+            p, torch.ones_like(y), torch.ones_like(out), x, params, saved, [True] * 7
         )
         tensors = [t for t in [x, y, out, *params, *saved, *grads] if t is not None]
         places = {t.untyped_storage().data_ptr() for t in tensors}
@@ -291,7 +291,7 @@ def _launches(p: Problem, N: int) -> tuple[int, int]:
     y, out, saved = whole.forward(p, x, None, params, True)
     middle = LaunchCount.total
     needs = [True] * (1 + len(params))
-    whole.backward(p, torch.ones_like(y), torch.ones_like(out), x, None, params, saved, needs)
+    whole.backward(p, torch.ones_like(y), torch.ones_like(out), x, params, saved, needs)
     return middle - before, LaunchCount.total - middle
 
 

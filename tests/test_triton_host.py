@@ -91,7 +91,7 @@ def test_kernels_wait_for_nothing(
         with launches() as seen:
             y, out, saved = path.forward(p, x, weight, params, True)
             needs = [True, *(t is not None for t in params)]
-            path.backward(p, y, out, x, weight, params, saved, needs)
+            path.backward(p, y, out, x, params, saved, needs)
         return seen
 
     step()
@@ -120,7 +120,7 @@ def test_programs_wait_for_nothing(name: str, mode: Mode, cotangents: str) -> No
                 y, out, saved = programs.forward(p, x, None, params, True)  # noqa: B023
                 gy = y if cotangents == "both" else None
                 needs = [True] * (1 + len(params))  # noqa: B023
-                programs.backward(p, gy, out, x, None, params, saved, needs)  # noqa: B023
+                programs.backward(p, gy, out, x, params, saved, needs)  # noqa: B023
             return found
 
         step()
@@ -242,7 +242,7 @@ def test_a_margin_that_moves_is_not_tuned_again(
         x, params = inputs(p, 40)
         with launches():
             y, out, saved = path.forward(p, x, None, params, True)
-            path.backward(p, y, out, x, None, params, saved, [True] * 5)
+            path.backward(p, y, out, x, params, saved, [True] * 5)
     assert len(tuned) == 2 * len(set(tuned)) > 0
 
 

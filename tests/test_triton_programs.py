@@ -182,7 +182,7 @@ def test_what_is_given_out_shares_no_memory() -> None:
         x, params = operands(d, nodes, 20)
         y, out, saved = path.forward(p, x, None, params, True)
         gy, needs = torch.ones_like(y), [True] * (1 + len(params))
-        grads = path.backward(p, gy, torch.ones_like(out), x, None, params, saved, needs)
+        grads = path.backward(p, gy, torch.ones_like(out), x, params, saved, needs)
         tensors = [t for t in (x, y, out, gy, *params, *saved, *grads) if t is not None]
         places = {t.untyped_storage().data_ptr() for t in tensors}
         assert len(places) == len(tensors)

@@ -1,36 +1,51 @@
 """Who computes.
 
 ``reference`` is autograd's own truth for a chain of layers, ``general`` serves any module. The
-other backends have a hand-written backward and share one protocol, the four functions of
+other backends have a hand-written backward and share one protocol, that of
 ``handwritten.py``: PyTorch operations (``"torch"``), C++ (``"cpu"``) and Triton (``"triton"``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from ..problem import Problem
 
-__all__ = ["DEVICES", "MODULES", "WIDENS", "Backend", "load", "refusal"]
+__all__ = ["BACKENDS", "Backend", "Record", "Step", "load", "refusal"]
 
-# Public name -> module, imported when first asked for: Triton must not be paid for on a CPU.
-MODULES = {"triton": ".triton", "cpu": ".cpu", "torch": ".handwritten"}
 
-# Where ``auto`` looks for it (AMD's GPUs are "cuda" too). Asked for by name it answers for itself:
-# under its interpreter Triton serves CPU tensors.
-DEVICES = {"triton": "cuda", "cpu": "cpu"}
+class Record(NamedTuple):
+    """A backend with a hand-written backward: what ``plan`` calls it, and the module that serves,
+    imported when first asked for (Triton must not be paid for on a CPU).
 
-# Computes in ``accumulate_dtype`` whatever it reads: under autocast it takes the weights as they
-# are, for to round them first would only lose digits.
-WIDENS = frozenset({"cpu"})
+    ``device`` is where ``auto`` looks for it, anywhere if None; asked for by name it answers for
+    itself: under its interpreter Triton serves CPU tensors. One that ``widens`` computes in
+    ``accumulate_dtype`` whatever it reads: under autocast it takes the weights as they are, for to
+    round them first would only lose digits.
+    """
+
+    kernel: str
+    module: str
+    device: str | None = None
+    widens: bool = False
+
+
+# By public name, in the order in which ``auto`` asks them. AMD's GPUs are "cuda" too.
+BACKENDS = {
+    "triton": Record("fused Triton kernels", ".triton", "cuda"),
+    "cpu": Record("native C++ kernel", ".cpu", "cpu", widens=True),
+    "torch": Record("hand-written backward in PyTorch operations", ".handwritten"),
+}
 
 Params = Sequence[Tensor | None]
+# A whole step, autograd included: y and the penalty or J.
+Step = Callable[[Problem, Tensor, Tensor | None, Params], tuple[Tensor, Tensor]]
 
 
 class Backend(Protocol):
@@ -53,18 +68,20 @@ class Backend(Protocol):
         gy: Tensor | None,
         gout: Tensor | None,
         x: Tensor,
-        weight: Tensor | None,
         params: Params,
         saved: Sequence[Tensor],
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
         """The gradients of x and of every parameter, None where ``needs`` is false."""
 
+    def step(self) -> Step | None:
+        """One operator for the whole step that autograd knows, if it has one. Asked once."""
+
 
 @cache
 def load(name: str) -> Backend:
     """The module that serves the backend of this public name."""
-    return cast(Backend, import_module(MODULES[name], __name__))
+    return cast(Backend, import_module(BACKENDS[name].module, __name__))
 
 
 def refusal(name: str, problem: Problem, dtype: torch.dtype, device: torch.device) -> str | None:

@@ -18,7 +18,7 @@ import ctypes
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
 from functools import cache, lru_cache
 from pathlib import Path
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ..activations import Activation
 from ..problem import Hinge, Problem, accumulate_dtype
+from . import Step
 
 __all__ = ["activation", "backward", "forward", "isa", "refuses", "saved_like", "step", "switch"]
 
@@ -98,7 +99,6 @@ def backward(
     gy: Tensor | None,
     gout: Tensor | None,
     x: Tensor,
-    weight: Tensor | None,
     params: Params,
     saved: Sequence[Tensor],
     needs: Sequence[bool],
@@ -131,9 +131,6 @@ def backward(
     )
     _check(status)
     return [None if g is None else g.to(dtype) for g in grads]
-
-
-Step = Callable[[Problem, Tensor, Tensor | None, Params], tuple[Tensor, Tensor]]
 
 
 def step() -> Step | None:

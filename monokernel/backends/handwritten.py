@@ -34,7 +34,7 @@ from ..nodes import Rule, columns_of, moving, rule, used
 from ..problem import Problem, accumulate_dtype, nan_rule
 from ..program import Node
 
-__all__ = ["backward", "forward", "refuses", "saved_like"]
+__all__ = ["backward", "forward", "refuses", "saved_like", "step"]
 
 Params = Sequence[Tensor | None]
 Values = dict[int, Tensor]  # by number: 0 is x, i + 1 what node i made
@@ -50,6 +50,10 @@ FEWEST_ROWS = 256
 def refuses(problem: Problem, x: Tensor) -> str | None:
     """Why this backend cannot serve the problem, or None. It serves every one."""
     return None
+
+
+def step() -> None:
+    """It has no operator for a whole step of its own."""
 
 
 def saved_like(problem: Problem, x: Tensor) -> list[Tensor]:
@@ -419,7 +423,6 @@ def backward(
     gy: Tensor | None,
     gout: Tensor | None,
     x: Tensor,
-    weight: Tensor | None,
     params: Params,
     saved: Sequence[Tensor],
     needs: Sequence[bool],

@@ -26,7 +26,8 @@ def value_and_jacobian(problem: Problem, x: Tensor, params: Params) -> tuple[Ten
     ``params`` are those of the program's nodes, each at its place.
     """
     nodes = problem.nodes
-    values, θ = {0: x}, dict[int, Maybe]()
+    values: dict[int, Tensor] = {0: x}
+    θ: dict[int, Maybe] = {}
     for i in used(nodes):
         node = nodes[i]
         θ[i + 1] = _parameters(node, params, x)

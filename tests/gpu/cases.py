@@ -90,7 +90,7 @@ def run(
     wanted = [q is not None for q in params]
     needs = [True, *wanted] if needs is None else needs
     grads = backend.backward(
-        p, gy if task else None, gout if slopes else None, x, weight, params, saved, list(needs)
+        p, gy if task else None, gout if slopes else None, x, params, saved, list(needs)
     )
     assert [g is not None for g in grads] == list(needs)
     return [y, out, *(g for g in grads if g is not None)]

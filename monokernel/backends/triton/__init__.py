@@ -17,7 +17,7 @@ from ...problem import Problem
 from . import layered, programs, whole
 from .launch import interpreting
 
-__all__ = ["backward", "forward", "refuses", "saved_like"]
+__all__ = ["backward", "forward", "refuses", "saved_like", "step"]
 
 Params = Sequence[Tensor | None]
 
@@ -47,6 +47,10 @@ def _path(problem: Problem, x: Tensor, saved: Sequence[Tensor] | None = None) ->
     return whole if whole.refuses(problem, x) is None else layered
 
 
+def step() -> None:
+    """It has no operator for a whole step of its own."""
+
+
 def saved_like(problem: Problem, x: Tensor) -> list[Tensor]:
     """Uninitialised buffers for what the backward needs again."""
     saved: list[Tensor] = _path(problem, x).saved_like(problem, x)
@@ -68,13 +72,12 @@ def backward(
     gy: Tensor | None,
     gout: Tensor | None,
     x: Tensor,
-    weight: Tensor | None,
     params: Params,
     saved: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients of x and of every parameter, None where ``needs`` is false."""
     grads: list[Tensor | None] = _path(problem, x, saved).backward(
-        problem, gy, gout, x, weight, params, saved, needs
+        problem, gy, gout, x, params, saved, needs
     )
     return grads

@@ -311,7 +311,7 @@ def _step(case: Case) -> None:
     gout = None if case.cotangents == "y" else out
     drawn = {place for node in problem.nodes if node.kind == "dropout" for place in node.params}
     needs = [case.dx, *(p is not None and i not in drawn for i, p in enumerate(params))]
-    path.backward(problem, gy, gout, x, weight, params, saved, needs)
+    path.backward(problem, gy, gout, x, params, saved, needs)
 
 
 # --- one kernel, one target ---------------------------------------------------------------------

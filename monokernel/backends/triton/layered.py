@@ -224,7 +224,6 @@ def backward(
     gy: Tensor | None,
     gout: Tensor | None,
     x: Tensor,
-    weight: Tensor | None,
     params: Params,
     saved: Sequence[Tensor],
     needs: Sequence[bool],
