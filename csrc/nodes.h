@@ -69,25 +69,35 @@ template <class T, class F> MK_INLINE T total(int64_t n, const F& f) {
   return sum<T>(sums) + rest;
 }
 
-// to[j] += Σ_i f(i, j), or f alone if `to` is null: four vectors of columns at a time, so that the
-// sums stay in registers.
+// to[j] += Σ_i f(i, j), or f alone if `to` is null: up to four vectors of columns at a time, so that
+// the sums stay in registers, and even and odd rows apart, so that the chains of roundings are short.
+template <class T, int Wide, class F>
+MK_INLINE void add_some_columns(int64_t rows, int64_t j, T* to, const F& f) {
+  constexpr int64_t lanes = Simd<T>::lanes;
+  Vec<T> even[Wide] = {}, odd[Wide] = {};
+  int64_t i = 0;
+  for (; i + 2 <= rows; i += 2) {
+    MK_UNROLL
+    for (int q = 0; q < Wide; ++q) even[q] += f(i, j + q * lanes);
+    MK_UNROLL
+    for (int q = 0; q < Wide; ++q) odd[q] += f(i + 1, j + q * lanes);
+  }
+  if (i < rows) {
+    MK_UNROLL
+    for (int q = 0; q < Wide; ++q) even[q] += f(i, j + q * lanes);
+  }
+  if (!to) return;
+  for (int q = 0; q < Wide; ++q) {
+    T* at = to + j + q * lanes;
+    store(at, load(at) + (even[q] + odd[q]));
+  }
+}
 template <class T, class F>
 MK_INLINE void add_columns(int64_t rows, int64_t columns, T* to, const F& f) {
   constexpr int64_t lanes = Simd<T>::lanes;
   int64_t j = 0;
-  for (; j + 4 * lanes <= columns; j += 4 * lanes) {
-    Vec<T> sums[4] = {};
-    for (int64_t i = 0; i < rows; ++i) {
-      MK_UNROLL
-      for (int q = 0; q < 4; ++q) sums[q] += f(i, j + q * lanes);
-    }
-    for (int q = 0; to && q < 4; ++q) store(to + j + q * lanes, load(to + j + q * lanes) + sums[q]);
-  }
-  for (; j < columns; j += lanes) {
-    Vec<T> sums = Vec<T>{};
-    for (int64_t i = 0; i < rows; ++i) sums += f(i, j);
-    if (to) store(to + j, load(to + j) + sums);
-  }
+  for (; j + 4 * lanes <= columns; j += 4 * lanes) add_some_columns<T, 4>(rows, j, to, f);
+  for (; j < columns; j += lanes) add_some_columns<T, 1>(rows, j, to, f);
 }
 
 // What a node other than a linear one is computed from, over some rows.

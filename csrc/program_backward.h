@@ -643,6 +643,15 @@ template <class T> struct ProgramBackward {
   // to (M, N) += leftᵀ·right over K rows.
   void product(int64_t M, int64_t K, Mat<const T> left, Mat<const T> right, int64_t N, T* to,
                int64_t ld, const More<T>& more) const {
+    if (M == 1) {  // a tile of one row would be one long chain of sums
+      const auto row = [](Mat<const T> a, Mat<const T> x) {
+        return [=](int64_t i, int64_t j) { return a.row(i)[0] * load(x.row(i) + j); };
+      };
+      add_columns<T>(K, whole_vectors<T>(N), to, row(left, right));
+      add_columns<T>(more.K, whole_vectors<T>(N), to,
+                     row({more.a, more.lda}, {more.b, more.ldb}));
+      return;
+    }
     const Matrix<T> b{right.at, K, N, right.ld};
     gemm<true>(M, K, left.at, left.ld, b, 0, from_zero<T>(), to, ld, Nothing{}, more);
   }

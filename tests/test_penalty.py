@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from monokernel import MonotonePenalty, fused_mono_penalty, plan, value_and_jacobian
+from monokernel import MonotonePenalty, fused_mono_penalty, value_and_jacobian
 from tests.support import (
     ACTIVATION_MODULES,
     BACKENDS,
@@ -56,14 +56,6 @@ def test_every_activation(name: str, last: bool, mode: str, backend: str) -> Non
     for D, k in ((1, 1), (1, 3), (3, 2)):
         net = mlp(3, k, D, activation=activation, last=activation if last else None)
         compare(net, *points(37, 3, k), mode=mode, backend=backend, margin=0.05)
-
-
-@pytest.mark.parametrize("name", sorted(set(ACTIVATION_MODULES) - set(activations_of("triton"))))
-def test_what_triton_does_not_know_is_served_all_the_same(name: str) -> None:
-    net, (x1, x2) = mlp(3, 1, 1, activation=ACTIVATION_MODULES[name]), points(4, 3, 1)
-    assert plan(net, x1, x2).backend == HANDWRITTEN[-1]
-    with pytest.raises(ValueError, match="'triton' was asked for but cannot serve"):
-        value_and_jacobian(net, x1, x2, backend="triton")
 
 
 def compare(
