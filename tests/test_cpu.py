@@ -316,11 +316,13 @@ def truth(σ: Activation, a: Tensor) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_activations_to_a_few_ulp(σ: Activation, dtype: torch.dtype) -> None:
     """Units in the last place of the value, or of 1/4 where it is smaller (it may cross zero)."""
+    torch.manual_seed(0)
     a = torch.cat([torch.linspace(-12, 12, 241) + 0.003, torch.randn(60) * 2]).to(dtype)
     if σ.kind in ("sqrt", "log"):
         a = a.abs()
-    # gelu_tanh rounds u(a) before exp, tanhshrink is a difference.
-    allowed = 8 if σ.kind in ("gelu_tanh", "tanhshrink") else 4
+    # gelu_tanh rounds u(a) before exp, tanhshrink is a difference, tanh'' without FMA a product of
+    # three that are rounded.
+    allowed = 8 if σ.kind in ("gelu_tanh", "tanhshrink", "tanh") else 4
     for got, want in zip(cpu.activation(σ, a), truth(σ, a), strict=True):
         ulp = torch.finfo(dtype).eps * want.abs().clamp(min=0.25)
         assert ((got.double() - want).abs() / ulp).max() <= allowed
