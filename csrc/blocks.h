@@ -138,15 +138,4 @@ template <class T> MK_INLINE void copy_few(T* to, const T* from, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = from[i];
 }
 
-// to[i][j] = x[i][j]·y[i][j] over rows x columns (whole vectors).
-template <class T>
-MK_INLINE void multiply(int64_t rows, int64_t columns, const T* x, int64_t ldx, const T* y,
-                        int64_t ldy, T* to, int64_t ldto) {
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < columns; j += Simd<T>::lanes) {
-      store(to + i * ldto + j, load(x + i * ldx + j) * load(y + i * ldy + j));
-    }
-  }
-}
-
 }  // namespace

@@ -119,6 +119,10 @@ MK_INLINE bool normalises(int64_t kind) {
   return kind == node_normalise || kind == node_root_mean_square;
 }
 MK_INLINE bool is_elementwise(int64_t kind) { return kind < kinds; }
+// Kinds whose Jacobian is computed from more than u and v: from s.
+MK_INLINE bool needs_first(const Node& node) {
+  return (is_elementwise(node.kind) && node.varies) || normalises(node.kind);
+}
 
 // --- value ----------------------------------------------------------------------------------------
 

@@ -148,7 +148,6 @@ template <class T> struct ProgramBackwardScratch {
     }
     slopes = memory.take<T>(capacity * net.D * net.k);
   }
-  static bool needs_first(const Node& node) { return ProgramForwardScratch<T>::needs_first(node); }
   static bool is_mask(const Program<T>& net, const BackwardCall& call, int64_t v) {
     const Way& way = call.way[v];
     return net.node(v).kind == node_dropout && (way.wanted || way.dot || way.value);

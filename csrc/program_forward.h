@@ -103,10 +103,6 @@ template <class T> struct ProgramForwardScratch {
         chain(memory, net, capacity) {
     slopes = memory.take<T>(own_slopes ? capacity * net.D * net.k : 0);
   }
-  // Kinds whose Jacobian is computed from more than u and v.
-  static bool needs_first(const Node& node) {
-    return (is_elementwise(node.kind) && node.varies) || normalises(node.kind);
-  }
 };
 
 template <class T> struct ProgramForward {
