@@ -6,8 +6,9 @@ of the table takes part in it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -206,46 +207,63 @@ def operands(
     return torch.randn(N, d, dtype=torch.float64), params
 
 
-@settings(max_examples=400)
-@given(data=st.data())
-def test_random_programs(data: st.DataObject) -> None:
-    draw = data.draw
+class RandomCall(NamedTuple):
+    """A random program with operands for it, and what is asked of its backward."""
+
+    problem: Problem
+    x: Tensor
+    params: Params
+    weight: Tensor | None
+    needs: list[bool]
+    task: bool  # whether y is in the loss
+    slopes: bool  # whether the penalties or slopes are
+    block_rows: int
+
+    @contextmanager
+    def blocks(self) -> Iterator[None]:
+        """Blocks of ``block_rows`` in the walk in PyTorch operations."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(handwritten, "BLOCK_ELEMENTS", {"cpu": 1})
+            patch.setattr(handwritten, "FEWEST_ROWS", self.block_rows)
+            yield
+
+
+@st.composite
+def random_calls(draw: Any, rows: Sequence[int]) -> RandomCall:
+    """``rows`` are the numbers of rows to choose from."""
     torch.manual_seed(draw(st.integers(0, 2**16)))
     k, D = draw(st.integers(1, 2)), draw(st.integers(1, 3))
     d = k + draw(st.integers(0, 3))
     nodes = draw(programs(d, D))
     assert wrong_nodes(d, nodes) == ""
-    N = draw(st.sampled_from([0, 1, 7, 29, 97]))
+    N = draw(st.sampled_from(rows))
     x, params = operands(d, nodes, N, draw(st.booleans()), draw(st.booleans()))
-    hinge = draw(
-        st.sampled_from(
-            [
-                None,
-                Hinge(),
-                Hinge((1, -1)[:k], 0.1, True),
-                Hinge(tuple([(1, 0, -1)[i % 3] for i in range(D * k)]), 0.2, False, True),
-            ]
-        )
-    )
+    signs = tuple([(1, 0, -1)[i % 3] for i in range(D * k)])
+    hinges = None, Hinge(), Hinge((1, -1)[:k], 0.1, True), Hinge(signs, 0.2, False, True)
+    hinge = draw(st.sampled_from(hinges))
     weight = None
     if hinge is not None and draw(st.booleans()):
         # Weights that are 0 leave some pairs without a violation.
         shape = draw(st.sampled_from([(D, k), (N, D, k)]))
         weight = torch.randint(0, 2, shape).double() * 1.5
-    masks = {place for node in nodes if node.kind == "dropout" for place in node.params}
+    keys = {place for node in nodes if node.kind == "dropout" for place in node.params}
     needs = [draw(st.booleans())]
     needs += [
-        t is not None and i not in masks and draw(st.sampled_from([True, True, False]))
+        t is not None and i not in keys and draw(st.sampled_from([True, True, False]))
         for i, t in enumerate(params)
     ]
     mode: Mode = draw(st.sampled_from(["tangent", "adjoint"]))
     task, slopes = draw(st.sampled_from([(True, True), (True, False), (False, True)]))
+    block_rows = draw(st.sampled_from([5, 1000]))
     p = Problem(d, nodes, k, mode, hinge)
-    rows = draw(st.sampled_from([5, 1000]))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(handwritten, "BLOCK_ELEMENTS", {"cpu": 1})
-        patch.setattr(handwritten, "FEWEST_ROWS", rows)
-        check(p, x, params, needs, weight, task, slopes)
+    return RandomCall(p, x, params, weight, needs, task, slopes, block_rows)
+
+
+@settings(max_examples=400)
+@given(call=random_calls([0, 1, 7, 29, 97]))
+def test_random_programs(call: RandomCall) -> None:
+    with call.blocks():
+        check(call.problem, call.x, call.params, call.needs, call.weight, call.task, call.slopes)
 
 
 # --- what random programs may miss ---------------------------------------------------------------

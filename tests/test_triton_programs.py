@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -18,12 +17,11 @@ from monokernel.backends import triton as backend
 from monokernel.backends.triton import programs as path
 from monokernel.backends.triton.config import WIDEST_ROW
 from monokernel.backends.triton.launch import interpreting
-from monokernel.nodes import wrong_nodes
 from monokernel.problem import Hinge, Mode, Problem
 from monokernel.program import Node
 from tests.gpu.cases import errors, run
 from tests.support import assert_same, gradients, points
-from tests.test_programs import BOTH_MODES, CASES, operands, programs
+from tests.test_programs import BOTH_MODES, CASES, RandomCall, operands, random_calls
 from tests.zoo import ACTIVE, ZOO, network
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="runs under TRITON_INTERPRET=1")
@@ -37,39 +35,16 @@ def assert_agrees(p: Problem, x: Tensor, params: Params, **options: Any) -> None
 
 
 @settings(max_examples=50)
-@given(data=st.data())
-def test_random_programs(data: st.DataObject) -> None:
-    draw = data.draw
-    torch.manual_seed(draw(st.integers(0, 2**16)))
-    k, D = draw(st.integers(1, 2)), draw(st.integers(1, 3))
-    d = k + draw(st.integers(0, 3))
-    nodes = draw(programs(d, D))
-    assert wrong_nodes(d, nodes) == ""
-    N = draw(st.sampled_from([0, 1, 16, 29]))
-    x, params = operands(d, nodes, N, draw(st.booleans()), draw(st.booleans()))
-    signs = tuple([(1, 0, -1)[i % 3] for i in range(D * k)])
-    hinges = None, Hinge(), Hinge((1, -1)[:k], 0.1, True), Hinge(signs, 0.2, False, True)
-    hinge = draw(st.sampled_from(hinges))
-    weight = None
-    if hinge is not None and draw(st.booleans()):
-        # Weights that are 0 leave some pairs without a violation.
-        shape = draw(st.sampled_from([(D, k), (N, D, k)]))
-        weight = torch.randint(0, 2, shape).double() * 1.5
-    masks = {place for node in nodes if node.kind == "dropout" for place in node.params}
-    needs = [draw(st.booleans())]
-    needs += [
-        t is not None and i not in masks and draw(st.sampled_from([True, True, False]))
-        for i, t in enumerate(params)
-    ]
-    mode: Mode = draw(st.sampled_from(["tangent", "adjoint"]))
-    task, slopes = draw(st.sampled_from([(True, True), (True, False), (False, True)]))
-    violating = torch.rand(N) < 0.5 if hinge is None or hinge.elementwise else None
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(handwritten, "BLOCK_ELEMENTS", {"cpu": 1})
-        patch.setattr(handwritten, "FEWEST_ROWS", draw(st.sampled_from([5, 1000])))
+@given(call=random_calls([0, 1, 16, 29]))
+def test_random_programs(call: RandomCall) -> None:
+    hinge = call.problem.hinge
+    violating = None
+    if hinge is None or hinge.elementwise:
+        violating = torch.rand(len(call.x)) < 0.5
+    with call.blocks():
         assert_agrees(
-            Problem(d, nodes, k, mode, hinge), x, params, weight=weight, task=task, slopes=slopes,
-            needs=needs, violating=violating,
+            call.problem, call.x, call.params, weight=call.weight, task=call.task,
+            slopes=call.slopes, needs=call.needs, violating=violating,
         )  # fmt: skip
 
 
