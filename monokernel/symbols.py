@@ -13,6 +13,7 @@ import operator
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from .arguments import Inputs
 from .function import operand_dtype
 from .network import where
 from .operands import PLAIN
+from .problem import accumulate_dtype
 from .program import Node
 
 __all__ = ["Key", "Param", "Tape", "Unreadable", "Value", "place", "placed", "said"]
@@ -600,10 +602,23 @@ def _rms_norm(
     v: Value, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None
 ) -> Value:
     if eps is None:
-        if v.tape.dtype not in (torch.float32, torch.float64):
-            raise Unreadable(f"leaves it to PyTorch what eps is for {v.tape.dtype}")
-        eps = torch.finfo(v.tape.dtype).eps
+        eps = _usual_eps(v.tape.dtype, v.tape.device_type)
     return _affine(_normalised(v, "root_mean_square", normalized_shape, eps), weight, None)
+
+
+@lru_cache
+def _usual_eps(dtype: torch.dtype, device_type: str) -> float:
+    """PyTorch's own eps of an RMSNorm: of the dtype that it computes in, or, in some versions, of
+    the input's. On the CPU it shows which."""
+    own = torch.finfo(dtype).eps
+    if accumulate_dtype(dtype) is dtype:
+        return own
+    if device_type != "cpu":
+        raise Unreadable(f"leaves it to PyTorch what eps is for {dtype}")
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        small = F.rms_norm(torch.full((1,), 1e-4, dtype=dtype), (1,))  # 1e-4 / √eps
+    usual = torch.finfo(accumulate_dtype(dtype)).eps
+    return min((own, usual), key=lambda eps: abs(float(small) - 1e-4 / math.sqrt(eps)))
 
 
 def _normalised(v: Value, kind: str, shape: Sequence[int], eps: float) -> Value:

@@ -917,6 +917,16 @@ def test_autocast_needs_to_know_the_dtype_of_the_output() -> None:
     assert math.isfinite(fused_mono_penalty(shifted, x1, x2).item())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_rms_norm_without_an_eps_has_pytorch_s(dtype: torch.dtype) -> None:
+    """Seen where the squares are small beside it."""
+    net = Net(lambda n, x: n.one(F.rms_norm(1e-3 * n.a(x), (D,)))).to(dtype)
+    x1, x2 = points(9, D1, K, dtype)
+    assert plan(net, x1, x2).backend == "cpu"
+    y, _ = value_and_jacobian(net, x1, x2)
+    assert_same([y], [net(torch.cat([x1, x2], -1))], 8 * torch.finfo(dtype).eps)
+
+
 def test_structural_chains_are_not_run() -> None:
     """Their layers are read by type, which costs less."""
     net = mlp(D1, K, 1)
