@@ -2,6 +2,7 @@
 #include "describe.h"
 
 #include <algorithm>
+#include <utility>
 
 const char* const node_names =
     "identity relu leaky_relu hardtanh elu gelu gelu_tanh silu mish softplus softsign tanh sigmoid "
@@ -13,6 +14,8 @@ namespace {
 
 // A first layer of so few inputs is computed again: that costs less than to save it.
 constexpr int64_t few_inputs = 48;
+// Of the widest vectors, AVX-512's in float32.
+constexpr int64_t most_lanes = 16;
 
 // The facts of a kind.
 Node traits(int64_t kind) {
@@ -36,11 +39,43 @@ bool reaches_x2(const Plan& plan, const Node& node) {
   return node.width > 0 && start + step * (node.width - 1) >= plan.d - plan.k;
 }
 
+// Views that make up a value, as a gate's two halves do: what comes down to each is written where it
+// belongs in what comes down to the whole.
+void find_parts(const Plan& plan, std::vector<Flow>* found) {
+  std::vector<Flow>& flow = *found;
+  std::vector<std::vector<std::pair<int64_t, int64_t>>> parts(plan.count + 1);  // start and width
+  std::vector<char> fits(plan.count + 1, true);
+  for (int64_t v = 1; v <= plan.count; ++v) {
+    const Node& node = plan.nodes[v - 1];
+    if (!flow[v].used) continue;
+    const bool view = node.kind == node_columns && node.numbers[1] == 1;
+    for (int64_t q = 0; q < node.inputs; ++q) {
+      const int64_t u = node.input[q];
+      // One row for all is a view of one row for all.
+      fits[u] &= view && node.width % most_lanes == 0 && !flow[v].pulled &&
+                 flow[v].uniform == flow[u].uniform;
+      if (view) parts[u].emplace_back(int64_t(node.numbers[0]), node.width);
+    }
+  }
+  for (int64_t u = 1; u <= plan.count; ++u) {
+    if (!fits[u] || parts[u].empty()) continue;
+    std::sort(parts[u].begin(), parts[u].end());
+    int64_t end = 0;
+    for (const auto& [start, width] : parts[u]) end = start == end ? end + width : -1;
+    flow[u].parted = end == plan.width(u);
+  }
+  for (int64_t v = 1; v <= plan.count; ++v) {
+    const Node& node = plan.nodes[v - 1];
+    flow[v].part = flow[v].used && node.kind == node_columns && flow[node.input[0]].parted;
+  }
+}
+
 void find_flow(const Plan& plan, std::vector<Flow>* found) {
   const int64_t y = plan.count;
   std::vector<Flow>& flow = *found;
   flow.assign(y + 1, Flow{});
   std::vector<char> trains(y + 1, false);  // a parameter lies at the value or below it
+  std::vector<char> near(y + 1, true);     // no product lies between x and the value
   flow[0].moving = flow[0].constant = true;
   for (int64_t v = 1; v <= y; ++v) {
     const Node& node = plan.nodes[v - 1];
@@ -52,6 +87,7 @@ void find_flow(const Plan& plan, std::vector<Flow>* found) {
       f.moving |= flow[u].moving;
       f.constant &= flow[u].constant || !flow[u].moving;
       trains[v] |= trains[u];
+      near[v] &= near[u] && node.kind != node_linear;
     }
     if (node.kind == node_columns && node.input[0] == 0) f.moving = reaches_x2(plan, node);
   }
@@ -67,7 +103,8 @@ void find_flow(const Plan& plan, std::vector<Flow>* found) {
                 plan.nodes[v - 2].kind == node_linear;
     f.viewed |= node.kind == node_concat;
     f.kept = plan.keeps_adjoint() && (f.moving || trains[v]);
-    f.saved = linear && v < y && !(node.input[0] == 0 && plan.d <= few_inputs);
+    f.saved = linear && v < y &&
+              !(near[node.input[0]] && plan.width(node.input[0]) <= few_inputs);
     for (int64_t q = 0; q < node.inputs; ++q) {
       const int64_t u = node.input[q];
       flow[u].used = true;
@@ -79,6 +116,7 @@ void find_flow(const Plan& plan, std::vector<Flow>* found) {
     }
   }
   for (int64_t v = 0; v <= y; ++v) flow[v].once = readers[v] == 1;
+  find_parts(plan, found);
 }
 
 // Makes of what one node expects of a parameter what fits another too: of several widths that is one

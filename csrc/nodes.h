@@ -42,6 +42,10 @@ template <class T> MK_INLINE void copy_rows(int64_t rows, int64_t n, Mat<const T
   put(rows, n, to, false, [&](int64_t i, int64_t j) { return load(from.row(i) + j); });
 }
 
+template <class T> MK_INLINE void clear_rows(int64_t rows, int64_t n, Mat<T> to) {
+  put(rows, n, to, false, [](int64_t, int64_t) { return Vec<T>{}; });
+}
+
 // to[i][j] += from[i][j] where to's neighbours to the right are others': exactly n columns.
 template <class T>
 MK_INLINE void add_exactly(int64_t rows, int64_t n, Mat<const T> from, Mat<T> to) {
@@ -365,7 +369,7 @@ template <class T> void node_push(const Operands<T>& o, const Mat<const T>* dots
         if (dots[q]) {
           copy_rows<T>(rows, o.whole(q), dots[q], part);
         } else {
-          put(rows, o.whole(q), part, false, [](int64_t, int64_t) { return Vec<T>{}; });
+          clear_rows(rows, o.whole(q), part);
         }
         at += o.width(q);
       }
@@ -373,7 +377,6 @@ template <class T> void node_push(const Operands<T>& o, const Mat<const T>* dots
     }
     case node_columns: {
       const int64_t start = int64_t(node.numbers[0]), step = int64_t(node.numbers[1]);
-      if (step == 1) return copy_rows<T>(rows, columns, {t.at + start, t.ld, t.index}, to);
       for (int64_t i = 0; i < rows; ++i) {
         for (int64_t j = 0; j < node.width; ++j) to.row(i)[j] = t.row(i)[start + j * step];
       }

@@ -60,6 +60,8 @@ struct Flow {
   bool saved;     // forward leaves it for backward
   bool pulled;    // forward leaves its P for backward
   bool viewed;    // columns of it are read in whole vectors from the middle
+  bool parted;    // all that reads it are views of whole vectors that make it up
+  bool part;      // it is such a view: its cotangent is a view of its input's
   bool once;      // one node reads it, once
   bool follows;   // an elementwise node that reads the value before it, a linear one's
 };

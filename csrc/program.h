@@ -1,6 +1,8 @@
 // One call's view of a program: its weights packed, and where forward leaves what backward reads.
 #pragma once
 
+#include <vector>
+
 #include "blocks.h"
 #include "dropout.h"
 #include "nodes.h"
@@ -9,7 +11,7 @@ namespace {
 
 // What is packed of one node: of a linear one W (out, in) and b, of others a row of parameters.
 template <class T> struct Weights {
-  const T *w, *b;        // the user's tensors
+  const T* b;            // the user's tensor
   Matrix<T> forward;     // Wᵀ (in, out), for h·Wᵀ
   Matrix<T> back;        // W (out, in), for g·W
   Matrix<T> slopes;      // the columns of W that meet x2, (out, k), as `back`
@@ -25,15 +27,13 @@ template <class T> struct Program {
   const int64_t* sizes;
   int64_t d, D, k, y;        // y: the number of the last value
   Weights<T>* weights;       // by node; null while memory is counted
-  Packing<T>* packings;
-  int64_t noted = 0;
+  std::vector<Packing<T>> packings;  // each once, however many nodes read it
   // Where a value and its P begin in what is saved of one row, and how much that is in all.
   int64_t *value_at, *cotangent_at, saved_values = 0, saved_cotangents = 0;
 
   Program(const Plan& p, const void* const* given, const int64_t* elements, Bump& memory)
       : plan(&p), params(given), sizes(elements), d(p.d), D(p.D), k(p.k), y(p.count) {
     weights = memory.take<Weights<T>>(p.count);
-    packings = memory.take<Packing<T>>(3 * p.count);
     value_at = memory.take<int64_t>(p.count + 1);
     cotangent_at = memory.take<int64_t>(p.count + 1);
     for (int64_t v = 0; v <= y; ++v) {
@@ -46,7 +46,6 @@ template <class T> struct Program {
       weights[i] = Weights<T>{};
       const Node& node = p.nodes[i];
       if (node.kind != node_linear) continue;
-      weights[i].w = static_cast<const T*>(given[node.place[0]]);
       weights[i].b = static_cast<const T*>(given[node.place[1]]);
     }
   }
@@ -75,6 +74,10 @@ template <class T> struct Program {
   bool is_view(int64_t v) const {
     return v > 0 && node(v).kind == node_columns && node(v).numbers[1] == 1;
   }
+  Mat<T> view_of(const Mat<T>* of_values, int64_t v) const {
+    const Mat<T> from = of_values[node(v).input[0]];
+    return {from.at ? from.at + int64_t(node(v).numbers[0]) : nullptr, from.ld};
+  }
   // Whether only products read x, element by element; others want its rows in whole vectors.
   bool x_as_it_is() const {
     for (int64_t v = 1; v <= y; ++v) {
@@ -94,21 +97,23 @@ template <class T> struct Program {
 
   // The weights to be packed are first noted, then packed by so many threads.
   Matrix<T> note(Bump& memory, const T* w, int64_t row, int64_t column, int64_t K, int64_t N) {
-    T* to = memory.take<T>(packed_size<T>(K, N));
-    if (!to) return {};
-    packings[noted] = {to, w, row, column, K, N};
-    return packings[noted++].matrix();
+    for (const Packing<T>& p : packings) {
+      const bool same = p.w == w && p.row == row && p.column == column;
+      if (same && p.K == K && p.N == N) return p.matrix();
+    }
+    packings.push_back({memory.take<T>(packed_size<T>(K, N)), w, row, column, K, N});
+    return packings.back().matrix();
   }
   void pack(int64_t threads, int64_t thread) const {
     int64_t panel = 0;
-    for (int64_t i = 0; i < noted; ++i) {
-      for (int64_t p = 0; p < packings[i].panels(); ++p, ++panel) {
-        if (panel % threads == thread) packings[i].panel(p);
+    for (const Packing<T>& packing : packings) {
+      for (int64_t p = 0; p < packing.panels(); ++p, ++panel) {
+        if (panel % threads == thread) packing.panel(p);
       }
     }
   }
 
-  const T* w_of(int64_t v) const { return weights ? weights[v - 1].w : nullptr; }
+  const T* w_of(int64_t v) const { return static_cast<const T*>(params[node(v).place[0]]); }
 
   void pack_forward(Bump& memory, int64_t v) {
     const int64_t in = width(below(v)), out = width(v);

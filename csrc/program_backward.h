@@ -129,16 +129,20 @@ template <class T> struct ProgramBackwardScratch {
       const auto take = [&](bool wanted, int64_t n) {
         return Mat<T>{wanted ? memory.take<T>(n) : nullptr, ld};
       };
-      Mat<T> c = take(flow.used && way.wanted && !flow.pulled, one_row ? ld : size);
+      Mat<T> c = take(flow.used && way.wanted && !flow.pulled && !flow.part, one_row ? ld : size);
       if (one_row) c.ld = 0;
       const bool bends = v && flow.used && way.first && is_elementwise(net.node(v).kind) &&
                          net.node(v).curved;
       const Mat<T> s = take(errand.pairs && bends, size);
-      const Mat<T> t = take(errand.pairs && flow.used && way.dot, size);
-      const Mat<T> q = take(errand.pairs && flow.used && way.wanted &&
+      const Mat<T> t = take(errand.pairs && flow.used && way.dot && !net.is_view(v), size);
+      const Mat<T> q = take(errand.pairs && flow.used && way.wanted && !flow.part &&
                                 (flow.kept ? errand.curved : flow.moving),
                             size);
-      if (cotangent) cotangent[v] = c, second[v] = s, dot[v] = t, chain[v] = q;
+      if (!cotangent) continue;
+      cotangent[v] = flow.part ? net.view_of(cotangent, v) : c;
+      chain[v] = flow.part ? net.view_of(chain, v) : q;
+      dot[v] = net.is_view(v) ? net.view_of(dot, v) : t;
+      second[v] = s;
     }
     dots = memory.take<Mat<const T>>(most);
     Mat<T>* const blocks[] = {&g, &p, &bend};
@@ -241,8 +245,7 @@ template <class T> struct ProgramBackward {
       if (flow(v).saved) {
         at.value[v] = saved.value(call.saved[0], block, v);
       } else if (net.is_view(v)) {
-        const Mat<T> from = at.value[node.input[0]];
-        if (way(v).value) at.value[v] = {from.at + int64_t(node.numbers[0]), from.ld};
+        if (way(v).value) at.value[v] = net.view_of(at.value, v);
       } else if (net.linear(v)) {
         if (!way(v).value) continue;
         const bool next = net.followed(v) && (way(v + 1).value || at.first[v + 1]);
@@ -360,7 +363,7 @@ template <class T> struct ProgramBackward {
       }
     }
     for (int64_t v = 1; v <= net.y; ++v) {
-      if (!flow(v).used || !way(v).dot) continue;
+      if (!flow(v).used || !way(v).dot || net.is_view(v)) continue;
       if (!net.linear(v)) {
         const Operands<T> o = operands(pass, v);
         dots_of(pass, v);
@@ -401,6 +404,11 @@ template <class T> struct ProgramBackward {
     const Scratch& s = pass.scratch;
     for (int64_t v = net.y; v > 0; --v) {
       if (!flow(v).used || !way(v).wanted) continue;
+      if (flow(v).parted) {
+        if (pass.m) join(v, pass.m, s.chain, s.chained);
+        if (with_rows) join(v, rows_of(pass, v), s.cotangent, s.begun);
+      }
+      if (flow(v).part) continue;
       const bool slopes = way(v).trained || net.node(v).curved;
       const Mat<const T> P = slopes ? seeds(pass, v) : Mat<const T>{};
       const Mat<const T> down =
@@ -416,6 +424,15 @@ template <class T> struct ProgramBackward {
       } else if (with_rows && !s.done[v]) {
         rows_light(pass, v, G);
       }
+    }
+  }
+
+  // What has come down to the parts of value u is what came down to u; to some perhaps nothing did.
+  void join(int64_t u, int64_t rows, Mat<T>* at, bool* begun) const {
+    const auto is_part = [&](int64_t v) { return flow(v).part && net.node(v).input[0] == u; };
+    for (int64_t v = u + 1; v <= net.y; ++v) begun[u] |= is_part(v) && begun[v];
+    for (int64_t v = u + 1; begun[u] && v <= net.y; ++v) {
+      if (is_part(v) && !begun[v]) clear_rows(rows, net.whole(v), at[v]);
     }
   }
 
@@ -508,7 +525,7 @@ template <class T> struct ProgramBackward {
 
   // Zeros for what is added to piece by piece.
   void start(Mat<T>* at, bool* begun, int64_t u, int64_t rows) const {
-    if (!begun[u]) clear(at[u].at, (rows - 1) * at[u].ld + net.whole(u));
+    if (!begun[u]) clear_rows(rows, net.whole(u), at[u]);
     begun[u] = true;
   }
 

@@ -28,6 +28,10 @@ template <class T> struct SlopeChain {
       if (v) most = max_of(most, program.node(v).inputs);
       widest = max_of(widest, program.width(v));
       const Flow& flow = program.flow(v);
+      if (program.plan->adjoint ? flow.part : program.is_view(v)) {
+        if (at) at[v] = program.view_of(at, v);
+        continue;
+      }
       const bool one_row = program.plan->adjoint ? flow.uniform : flow.constant;
       const int64_t stride = scratch_ld<T>(program.width(v));
       T* own = memory.take<T>((one_row ? 1 : capacity) * stride);
@@ -147,8 +151,7 @@ template <class T> struct ProgramForward {
       } else if (net.linear(v)) {
         linear_value<T>(net, v, rows, at.value[net.below(v)], at.value[v], Nothing{});
       } else if (net.is_view(v)) {
-        const Mat<T> from = at.value[net.node(v).input[0]];
-        at.value[v] = {from.at + int64_t(net.node(v).numbers[0]), from.ld};
+        at.value[v] = net.view_of(at.value, v);
       } else {
         if (net.node(v).kind == node_dropout) at.draw_mask(net, v, rows, row0);
         node_value<T>(at.operands(net, v, rows), at.value[v], at.first[v]);
@@ -173,6 +176,8 @@ template <class T> struct ProgramForward {
       if (!walked(v)) continue;
       if (net.linear(v)) {
         pull_linear(scratch, rows, v, d);
+      } else if (net.flow(v).part) {
+        P.begun[net.node(v).input[0]] = true;  // what reads a part pulls to it, so none is left out
       } else if (!P.done[v]) {
         pull_light(scratch, rows, v);
       }
@@ -244,7 +249,7 @@ template <class T> struct ProgramForward {
       if (u == 0 ? !net.flow(v).moving : !walked(u)) continue;
       o.rows = P.rows_of(u, rows);
       if (node.kind == node_columns && !P.begun[u]) {
-        clear(P.at[u].at, (o.rows - 1) * P.at[u].ld + net.whole(u));
+        clear_rows(o.rows, net.whole(u), P.at[u]);
         P.begun[u] = true;
       }
       node_pull<T>(o, P.at[v], q, P.at[u], P.begun[u]);
@@ -259,7 +264,7 @@ template <class T> struct ProgramForward {
     clear(chain.at[0].at, net.whole(0));
     chain.at[0].at[net.d - net.k + c] = T(1);
     for (int64_t v = 1; v <= net.y; ++v) {
-      if (!net.flow(v).used || !net.flow(v).moving) continue;
+      if (!net.flow(v).used || !net.flow(v).moving || net.is_view(v)) continue;
       const Node& node = net.node(v);
       const int64_t n = chain.rows_of(v, rows);
       if (net.linear(v)) {

@@ -154,9 +154,14 @@ def programs(draw: Any, d: int, D: int) -> tuple[Node, ...]:
         H = widths[v]
         alike = st.sampled_from([u for u, width in enumerate(widths) if width == H])
         kinds = [kind for kind in RULES if kind not in UNRULY and (kind != "expand" or H == 1)]
-        kind = draw(st.sampled_from([*kinds, "linear", "linear", "linear", "sum", "product"]))
+        more = ["linear", "linear", "linear", "sum", "product", *["split"] * (3 * (H >= 32))]
+        kind = draw(st.sampled_from([*kinds, *more]))
         if kind == "linear":
-            append(kind, (v,), (), draw(st.one_of(st.integers(1, 6), st.sampled_from([17, 40]))))
+            wide = st.sampled_from([17, 32, 40, 48])
+            append(kind, (v,), (), draw(st.one_of(st.integers(1, 6), wide)))
+        elif kind == "split":  # all of it, or all but what is no whole vector
+            for start in draw(st.permutations(range(0, H - H % 16, 16))):
+                append("columns", (v,), (float(start), 1.0), 16)
         elif kind in TAME:
             append(kind, (v,), TAME[kind][1:], H)
         elif kind == "sum":
@@ -393,6 +398,34 @@ CASES: dict[str, tuple[int, tuple[Node, ...]]] = {
             Node("scale", (6,), (3,), (), 371),
             linear(7, 4, 200),
             Node("total", (8,), (), (), 1),
+        ),
+    ),
+    "parts of parts": (
+        5,
+        (
+            linear(0, 0, 64),
+            Node("columns", (1,), (), (48.0, 1.0), 16),
+            Node("columns", (1,), (), (0.0, 1.0), 16),
+            Node("columns", (1,), (), (16.0, 1.0), 32),
+            silu(2, 16),
+            Node("columns", (4,), (), (0.0, 1.0), 16),
+            Node("columns", (4,), (), (16.0, 1.0), 16),
+            Node("product", (5, 7), (), (), 16),
+            Node("sum", (8, 3), (), (1.0, 0.5), 16),
+            linear(9, 2, 1),
+            linear(6, 4, 1),
+            Node("sum", (10, 11), (), (1.0, 1.0), 1),
+        ),
+    ),
+    "parts, one of which only gates": (
+        4,
+        (
+            linear(0, 0, 32),
+            Node("columns", (1,), (), (0.0, 1.0), 16),
+            Node("columns", (1,), (), (16.0, 1.0), 16),
+            silu(3, 16),
+            Node("sum", (2, 4), (), (1.0, 1.0), 16),
+            Node("total", (5,), (), (), 1),
         ),
     ),
     "only x1": (
