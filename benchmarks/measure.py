@@ -17,17 +17,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 
 import torch
 
-from .cases import Case, Job
-from .rivals import rivals
-
 __all__ = ["QUIET", "Bystanders", "Timings", "interleave", "machine", "matmul_flops", "peak_bytes"]
 
-TINY_ROWS, TINY_WIDTH = 2, 8
 MOST_ROUNDS, FEWEST_ROUNDS, WARM_UP = 200, 5, 2
 BOUT = 0.3  # seconds; the system counts in hundredths
 # A step shorter than this runs three times in a row and the third counts. The threads of the
@@ -39,6 +35,7 @@ QUIET = 0.05  # the share of the machine that others may take in a measurement t
 
 Timings = dict[str, list[float]]
 Clock = Callable[[], float]
+Prepare = Callable[..., Callable[[], object]]
 
 
 @dataclass
@@ -216,36 +213,28 @@ def _processor() -> str:
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def peak_bytes(case: Case, name: str) -> int | None:
-    """Bytes by which one step of this rival raises the peak; None where Linux does not tell."""
+def peak_bytes(prepare: Prepare, *arguments: object) -> int | None:
+    """Bytes by which the step that ``prepare`` makes of the arguments raises the peak; None where
+    Linux does not tell. It also runs a small one, so that the code is loaded."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.measure"])
     threads = torch.get_num_threads()
     try:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
-            return pool.submit(_peak, case, name, threads).result()
+            return pool.submit(_peak, prepare, arguments, threads).result()
     except (OSError, BrokenProcessPool):
         return None
 
 
-def _peak(case: Case, name: str, threads: int) -> int:
+def _peak(prepare: Prepare, arguments: Sequence[object], threads: int) -> int:
     torch.set_num_threads(threads)
-    job = Job(case)
-    rival = next(r for r in rivals(job, with_compiled=True, with_peers=True) if r.name == name)
-    step = rival.make(job)
-    if rival.compiled:
-        step.run()  # compiling is not part of a step
-    else:  # load the code, and leave every buffer that grows with the rows to be counted
-        tiny = Job(replace(case, rows=TINY_ROWS, width=TINY_WIDTH))
-        rival.make(tiny).run()
-    for p in job.parameters():
-        p.grad = None
+    step = prepare(*arguments)
     gc.collect()
     _trim()
     before = _status("VmRSS")
     with open("/proc/self/clear_refs", "w") as reset:
         reset.write("5")  # the high-water mark starts anew
-    step.run()
+    step()
     return max(0, _status("VmHWM") - before)
 
 

@@ -15,6 +15,7 @@ import csv
 import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -32,6 +33,7 @@ SECONDS_PER_CASE = 1.5
 SLOWEST_STEP = 3.0  # seconds; a rival slower than this at a size is skipped
 MEMORY_LIMIT = 8e9
 MEMORY_ROWS = 1024  # below this the peak is noise
+TINY_ROWS, TINY_WIDTH = 2, 8  # of a step that only loads the code
 
 GRID: dict[str, list[object]] = {
     "rows": [256, 1024, 8192, 65536],
@@ -129,11 +131,26 @@ def run_case(
         row |= {"matmul_gflops": f"{rate / 1e9:.0f}", "others": f"{others:.3f}"}
     if with_memory and device == "cpu" and case.rows >= MEMORY_ROWS:
         for name in times.keys() - pooling:
-            peak = peak_bytes(case, name)
+            peak = peak_bytes(prepared, case, name)
             if peak is not None:
                 rows[name]["peak_mib"] = f"{peak / 2**20:.1f}"
     _ratios(case, rows)
     return list(rows.values())
+
+
+def prepared(case: Case, name: str) -> Callable[[], object]:
+    """A rival's step, for the peak of its memory: nothing is left to load or to compile, and every
+    buffer that grows with the rows is yet to be made."""
+    job = Job(case)
+    rival = next(r for r in rivals(job, with_compiled=True, with_peers=True) if r.name == name)
+    step = rival.make(job)
+    if rival.compiled:
+        step.run()
+    else:
+        rival.make(Job(replace(case, rows=TINY_ROWS, width=TINY_WIDTH))).run()
+    for p in job.parameters():
+        p.grad = None
+    return step.run
 
 
 def _row(case: Case, job: Job, device: str, name: str) -> Row:

@@ -14,8 +14,9 @@ import argparse
 import copy
 import csv
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -27,7 +28,8 @@ from monokernel.problem import cheaper_mode
 from tests.zoo import ACTIVE, ZOO, network
 
 from .cases import FREE_INPUTS, ROWS_AT_A_TIME, margin_for
-from .measure import QUIET, interleave, machine
+from .measure import QUIET, interleave, machine, peak_bytes
+from .step import MEMORY_ROWS, TINY_ROWS, TINY_WIDTH
 
 __all__ = ["Case", "main", "measure", "table"]
 
@@ -44,7 +46,7 @@ FIELDS = [
     *["date", "machine", "processor", "threads", "python", "torch"],
     *["network", "rows", "width", "outputs", "columns", "wanted_share", "share"],
     *["backend", "mode", "rounds", "plain_ms", "p20_ms", "p50_ms", "p80_ms", "ratio"],
-    *["others", "error", "note"],
+    *["plain_mib", "peak_mib", "peak_ratio", "others", "error", "note"],
 ]
 Row = dict[str, str]
 
@@ -68,9 +70,10 @@ class Case:
 
 @dataclass
 class Job:
-    """A case with its tensors, and the margin that makes the share."""
+    """A case with its tensors, and the margin that makes the share, unless it is known."""
 
     case: Case
+    known: InitVar[float | None] = None
     net: nn.Module = field(init=False)
     x1: Tensor = field(init=False)
     x2: Tensor = field(init=False)
@@ -78,13 +81,16 @@ class Job:
     margin: float = field(init=False)
     share: float = field(init=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, known: float | None) -> None:
         case = self.case
         torch.manual_seed(0)
         self.net = network(case.network, FREE_INPUTS + case.columns, case.outputs, case.width)
         self.x1 = torch.randn(case.rows, FREE_INPUTS)
         self.x2 = torch.randn(case.rows, case.columns)
         self.target = torch.randn(case.rows, case.outputs)
+        if known is not None:
+            self.margin, self.share = known, math.nan
+            return
         # A pair of the mode that "auto" takes violates if the lowest of its slopes does.
         over = 1 if cheaper_mode(case.outputs, case.columns) == "tangent" else 2
         net = copy.deepcopy(self.net).double()
@@ -179,6 +185,7 @@ def measure(case: Case, seconds: float = SECONDS, patience: float = 0.0) -> Row:
     p20, _, _, p80 = quantiles(times["ours"], n=5, method="inclusive")
     base, middle = median(times["plain"]), median(times["ours"])
     return row | {
+        **(_peaks(case, job.margin) if case.rows >= MEMORY_ROWS else {}),
         "rounds": str(len(times["ours"])),
         "plain_ms": f"{1e3 * base:.4f}",
         "p20_ms": f"{1e3 * p20:.4f}",
@@ -187,6 +194,30 @@ def measure(case: Case, seconds: float = SECONDS, patience: float = 0.0) -> Row:
         "ratio": f"{middle / base:.2f}",
         "others": f"{others:.3f}",
     }
+
+
+def _peaks(case: Case, margin: float) -> Row:
+    """Of both steps, each in a process of its own."""
+    plain, ours = (peak_bytes(prepared, case, margin, own) for own in (False, True))
+    if not plain or ours is None:
+        return {}
+    return {
+        "plain_mib": f"{plain / 2**20:.1f}",
+        "peak_mib": f"{ours / 2**20:.1f}",
+        "peak_ratio": f"{ours / plain:.2f}",
+    }
+
+
+def prepared(case: Case, margin: float, own: bool) -> Callable[[], object]:
+    """One of the two steps, for the peak of its memory: the code is loaded, and every buffer that
+    grows with the rows is yet to be made."""
+    steps = []
+    for each in (replace(case, rows=TINY_ROWS, width=TINY_WIDTH), case):
+        job = Job(each, margin)
+        steps.append(job.step(job.penalised if own else job.plain))
+    tiny, step = steps
+    tiny()
+    return step
 
 
 def append(path: Path, row: Row) -> None:
@@ -207,15 +238,19 @@ SIZES = [(str(N), str(D), str(k)) for N, D, k in itertools.product(ROWS, OUTPUTS
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Ratios to the plain step, one line for each network, from the newest row of each case."""
+    """Ratios to the plain step, one line for each network, from the newest row of each case; of
+    the peaks of memory the largest."""
     found = {(r["network"], r["rows"], r["outputs"], r["columns"]): r for r in rows}
-    heads = [f"{N} × {D}, k = {k}" for N, D, k in SIZES]
+    heads = [f"{N} × {D}, k = {k}" for N, D, k in SIZES] + [f"memory, D = {D}" for D in OUTPUTS]
     lines = [f"| network | served by | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
     for name in NETWORKS:
         own = [found.get((name, *size)) for size in SIZES]
         backends = dict.fromkeys(row["backend"] for row in own if row)
         if backends:
             cells = [_cell(row) for row in own]
+            for D in OUTPUTS:
+                peaks = [r["peak_ratio"] for r in own if r and r["outputs"] == str(D)]
+                cells.append(max(filter(None, peaks), default=""))
             lines.append(f"| {name} | {', '.join(backends)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
