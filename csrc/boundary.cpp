@@ -124,6 +124,11 @@ bool readable(const Tensor& t, at::IntArrayRef sizes, at::ScalarType dtype) {
   return t.storage().data() && extent(t) * int64_t(t.element_size()) <= int64_t(t.storage().nbytes());
 }
 
+// As PyTorch's own ``to``, which asks its dispatcher before it sees that there is nothing to do.
+Tensor as_dtype(const Tensor& t, at::ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : t.to(dtype);
+}
+
 // `given` in contiguous memory and the plan's dtype, once it is known to be readable.
 template <class Name>
 Tensor operand(const PlanReference& plan, const Tensor& given, at::IntArrayRef sizes,
@@ -132,7 +137,7 @@ Tensor operand(const PlanReference& plan, const Tensor& given, at::IntArrayRef s
   const Tensor t = copied ? given.clone() : given;
   TORCH_CHECK(readable(t, sizes, dtype), name(), ": expected ", dtype_name(dtype),
               " of shape ", tuple(sizes), " on cpu in memory of its own, got ", describe(t));
-  return t.to(plan.dtype()).contiguous();
+  return as_dtype(t, plan.dtype()).contiguous();
 }
 
 // The network's dtype is that of x.
@@ -240,7 +245,7 @@ Outputs run(const PlanReference& plan, const Tensor& given, const std::optional<
   check(kernel.forward(plan.handle, N, at::get_num_threads(), x.data_ptr(), address(w), per_row,
                        pointers.data(), sizes_of(params).data(), o.y.data_ptr(), o.out.data_ptr(),
                        save ? at.data() : nullptr));
-  o.y = o.y.to(network);
+  o.y = as_dtype(o.y, network);
   return o;
 }
 
@@ -340,7 +345,7 @@ struct Step : torch::autograd::Function<Step> {
                           sizes_of(params).data(), address(gy), address(gout), at.data(),
                           address(grads[0]), to.data()));
     for (Tensor& g : grads) {
-      if (g.defined()) g = g.to(network);
+      if (g.defined()) g = as_dtype(g, network);
     }
     return grads;
   }

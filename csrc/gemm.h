@@ -37,7 +37,7 @@ template <class T> struct Tile {
   int64_t lda;
   const T* b;
   int64_t ldb;
-  const T* init;  // a row: a bias or zeros; or a matrix, of stride ldi
+  const T* init;  // a row: a bias or zeros; or a matrix, of stride ldi. Aᵀ·B starts from zero
   int64_t ldi;
   T* c;
   int64_t ldc;
@@ -53,10 +53,19 @@ __attribute__((noinline)) void tile(const Tile<T>& t) {
   const T *a = t.a, *b = t.b;
   const int64_t lda = t.lda, ldb = t.ldb;
   Vec<T> acc[M][N];
-  MK_UNROLL
-  for (int i = 0; i < M; ++i) {
+  if (ATransposed || t.ldi == 0) {  // loads for every row would cost short products 3 %
     MK_UNROLL
-    for (int j = 0; j < N; ++j) acc[i][j] = load(t.init + i * t.ldi + j * lanes);
+    for (int j = 0; j < N; ++j) {
+      const Vec<T> first = ATransposed ? Vec<T>{} : load(t.init + j * lanes);
+      MK_UNROLL
+      for (int i = 0; i < M; ++i) acc[i][j] = first;
+    }
+  } else {
+    MK_UNROLL
+    for (int i = 0; i < M; ++i) {
+      MK_UNROLL
+      for (int j = 0; j < N; ++j) acc[i][j] = load(t.init + i * t.ldi + j * lanes);
+    }
   }
   for (int64_t k = 0; k < t.K; ++k) {
     Vec<T> row[N];

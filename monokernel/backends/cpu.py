@@ -344,7 +344,7 @@ class _Plan:
 
     def operand(self, t: Tensor) -> Tensor:
         """The tensor as the kernel reads it: contiguous and of the plan's dtype."""
-        return t.to(self.dtype).contiguous()
+        return (t if t.dtype is self.dtype else t.to(self.dtype)).contiguous()
 
     def operands(self, params: Params) -> Params:
         return [None if t is None else self.operand(t) for t in params]
