@@ -142,7 +142,8 @@ def compile_one(case: Case, index: int, target_name: str) -> Row:
         seconds=seconds,
     )
     known = known_spill(case, name, target_name)
-    found = complaints(row, call, known)
+    multiplies = "tt.dot" in compiled.asm["ttir"]
+    found = complaints(row, call, known, multiplies)
     if re.search(r"^\s*trap;", compiled.asm.get("ptx", ""), re.M):
         found.append("a trap in the PTX")
     warning = f"known: spills {stack} bytes" if 0 < stack <= known else ""
@@ -155,14 +156,14 @@ def known_spill(case: Case, kernel: str, target: str) -> int:
     return KNOWN_SPILLS.get((kernel, target, max(case.widths[1:-1]), wide_dx), 0)
 
 
-def complaints(row: Row, call: Launch, known: int) -> list[str]:
+def complaints(row: Row, call: Launch, known: int, multiplies: bool) -> list[str]:
     """What is wrong with a kernel by its figures; ``known`` bytes of stack are let pass."""
     target, found = TARGETS[row.target], list[str]()
     if row.stack > known:
         found.append(f"spills {row.stack} bytes")
     # No tensor core computes strict float32.
     strict = str(call.options.get("C")) == "fp32" and call.options.get("PRECISION") == "ieee"
-    if "C" in call.options and not strict and not row.tensor_core:
+    if multiplies and not strict and not row.tensor_core:
         found.append("no tensor-core instruction")
     if row.shared > target.shared:
         found.append(f"shared memory above {target.shared}")

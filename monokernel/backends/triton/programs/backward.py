@@ -163,9 +163,10 @@ class Descent:
         W, u, P = weight_of(self.θ[v]), node.inputs[0], self.P.pop(v)
         trained = [grads.wanted[place] for place in node.params]
         g = self._cotangent(v, P) if any(trained) or direct else None
+        q = None if self.pairs is None else self.pairs.q.pop(v)
         if g is not None:
-            if self.pairs is not None and self.facts.kept[v]:
-                self.pairs.join_q(g, v)
+            if self.pairs is not None and q is not None:
+                self.pairs.join(g, q)
             if trained[0]:
                 grads.product(node.params[0], g, self.values[u])
             if trained[1]:
@@ -173,7 +174,7 @@ class Descent:
             if direct:
                 self.g.add_product(u, g, W)
         if self.pairs is not None:
-            self.pairs.linear(down, P, trained, grads, g is not None)
+            self.pairs.linear(down, P, q, trained, grads, g is not None)
         if kept and P is not None and self.facts.uniform[v]:  # else it was saved
             self.P.add_product(u, P, W)
 

@@ -87,20 +87,20 @@ class Pairs:
             A=accumulator(q.dtype),
         )  # fmt: skip
 
-    def join_q(self, g: Tensor, v: int) -> None:
-        """The same with the q of value v, if there is one."""
-        q = self.q.of.get(v)
-        if q is not None:
-            self.join(g, q)
-
     def linear(
-        self, down: Down, P: Tensor | None, trained: Sequence[bool], grads: Gradients, joined: bool
+        self,
+        down: Down,
+        P: Tensor | None,
+        q: Tensor | None,
+        trained: Sequence[bool],
+        grads: Gradients,
+        joined: bool,
     ) -> None:
         """The pairs' part in dW and db; p and q go down the node. If q ``joined`` g its part is in
         there, also in what g hands down."""
         (v, node, *_), _, (direct,), (kept,), _ = down
         u, wanted = node.inputs[0], direct or kept
-        p, q = self._seeds(v, P), self.q.pop(v)
+        p = self._seeds(v, P)
         alone = None if joined else q
         if trained[0] and not (p is None and alone is None):
             seeds: Tensor | None = None
