@@ -16,7 +16,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks
 
 kernels: $(READY)
-	$(BIN)/python -m monokernel.backends.triton.compile_report
+	$(BIN)/python -m tools.compile_report
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from monokernel import fused_mono_penalty, value_and_jacobian
-from monokernel.problem import cheaper_mode
+from monokernel.problem import accumulate_dtype, cheaper_mode
 
-__all__ = ["Case", "Job", "Truth", "margin_for"]
+__all__ = ["PRECISIONS", "Case", "Job", "Truth", "margin_for"]
 
 FREE_INPUTS = 8
 HIDDEN_LAYERS = 3
-ROWS_AT_A_TIME = 4096
+ROWS_AT_A_TIME, ROWS_AT_A_TIME_ELSEWHERE = 4096, 1 << 16
+# A dtype, and how PyTorch multiplies float32 on a GPU.
+PRECISIONS: dict[str, tuple[torch.dtype, str]] = {
+    "fp32": (torch.float32, "highest"),
+    "tf32": (torch.float32, "high"),
+    "bf16": (torch.bfloat16, "highest"),
+    "fp16": (torch.float16, "highest"),
+}
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "silu": nn.SiLU,
@@ -35,10 +44,12 @@ class Case:
     activation: str
     share: float
     depth: int = HIDDEN_LAYERS
+    precision: str = "fp32"
 
     def __str__(self) -> str:
+        precision = "" if self.precision == "fp32" else f"{self.precision} "
         return (
-            f"N={self.rows} width={self.width} D={self.outputs} k={self.columns} "
+            f"{precision}N={self.rows} width={self.width} D={self.outputs} k={self.columns} "
             f"{self.activation} v={self.share:g}"
         )
 
@@ -87,20 +98,27 @@ class Job:
     def __post_init__(self) -> None:
         case = self.case
         torch.manual_seed(0)
-        self.net = network(case).to(self.device)
-        x = torch.randn(case.rows, FREE_INPUTS + case.columns, device=self.device)
+        dtype, _ = PRECISIONS[case.precision]
+        self.net = network(case).to(self.device, dtype)
+        x = torch.randn(case.rows, FREE_INPUTS + case.columns, device=self.device).to(dtype)
         self.x1, self.x2 = x[:, :FREE_INPUTS].contiguous(), x[:, FREE_INPUTS:].contiguous()
-        self.target = torch.randn(case.rows, case.outputs, device=self.device)
+        self.target = torch.randn(case.rows, case.outputs, device=self.device).to(dtype)
         pairs = self._pair_slopes()
         self.margin = margin_for(pairs.flatten(), case.share)
         share = (pairs < self.margin).double().mean().item()
         self.truth = Truth(*self._truth(), share)
 
     def task_loss(self, y: Tensor) -> Tensor:
-        return (y - self.target).square().sum() / self.case.rows
+        # Half precision ends at 65504: less than a sum over 65536 rows.
+        squares = (y - self.target).square().sum(dtype=accumulate_dtype(y.dtype))
+        return squares / self.case.rows
 
-    def loss(self, y: Tensor, penalty: Tensor) -> Tensor:
+    def loss(self, y: Tensor, penalty: Tensor | float) -> Tensor:
         return self.task_loss(y) + penalty / self.case.rows
+
+    def hinge(self, slopes: Tensor) -> Tensor:
+        """The penalty of the slopes, summed over all."""
+        return torch.relu(self.margin - slopes.to(accumulate_dtype(slopes.dtype))).sum()
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.net.parameters())
@@ -111,25 +129,29 @@ class Job:
         of_gradient = (gradient.double() - self.truth.gradient).norm() / self.truth.gradient.norm()
         return max(of_loss, float(of_gradient))
 
+    def _parts(self) -> Iterator[slice]:
+        """Rows to be taken at a time in float64."""
+        step = ROWS_AT_A_TIME if self.device == "cpu" else ROWS_AT_A_TIME_ELSEWHERE
+        for start in range(0, self.case.rows, step):
+            yield slice(start, start + step)
+
     @torch.no_grad()
     def _pair_slopes(self) -> Tensor:
         """The lowest slope of each pair: (row, column) or, in adjoint mode, (row, output)."""
-        net = _double(self.net, self.case)
+        net = copy.deepcopy(self.net).double()
         over = 1 if self.case.mode == "tangent" else 2
         lowest = []
-        for x1, x2 in zip(
-            self.x1.split(ROWS_AT_A_TIME), self.x2.split(ROWS_AT_A_TIME), strict=True
-        ):
-            _, J = value_and_jacobian(net, x1.double(), x2.double(), backend="reference")
+        for rows in self._parts():
+            x1, x2 = self.x1[rows].double(), self.x2[rows].double()
+            _, J = value_and_jacobian(net, x1, x2, backend="reference")
             lowest.append(J.amin(over))
         return torch.cat(lowest)
 
     def _truth(self) -> tuple[float, Tensor]:
-        """By the reference in float64, a few thousand rows at a time."""
-        net = _double(self.net, self.case)
+        """By the reference in float64."""
+        net = copy.deepcopy(self.net).double()
         total = 0.0
-        for start in range(0, self.case.rows, ROWS_AT_A_TIME):
-            rows = slice(start, start + ROWS_AT_A_TIME)
+        for rows in self._parts():
             y, penalty = fused_mono_penalty(
                 net,
                 self.x1[rows].double(),
@@ -151,12 +173,6 @@ def network(case: Case) -> nn.Sequential:
         layers += [nn.Linear(inputs, case.width), ACTIVATIONS[case.activation]()]
         inputs = case.width
     return nn.Sequential(*layers, nn.Linear(inputs, case.outputs))
-
-
-def _double(net: nn.Sequential, case: Case) -> nn.Sequential:
-    twin = network(case).to(next(net.parameters()).device).double()
-    twin.load_state_dict(net.state_dict())
-    return twin
 
 
 def margin_for(slopes: Tensor, share: float) -> float:

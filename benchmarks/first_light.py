@@ -3,7 +3,7 @@
     smoke     each kind of problem once on each path, against the float64 twin; --processes 12
     stress    the same step again and again: a result that moves is a race
     one       two steps of each path and nothing else, for compute-sanitizer and profilers
-    sweep     times of launch configurations beside those that the rules of ``config.py`` take
+    sweep     times of launch configurations beside those that the rules take
     host      the host's part of an eager step, at sizes where the device waits for it
 
 In which order is said in docs/triton.md. Nothing stops at a failure; the exit status tells of one.
@@ -26,13 +26,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from benchmarks import gpu
+from benchmarks.cases import PRECISIONS, Case, Job
+from benchmarks.rivals import BASE, MONOKERNEL
 from monokernel.backends import handwritten
 from monokernel.backends.triton import layered, whole
-from monokernel.backends.triton.config import NetworkConfig, backward_config, forward_config
-from monokernel.backends.triton.launch import interpreting, products
+from monokernel.backends.triton.target import interpreting, products
+from monokernel.backends.triton.whole.backward import launch_backward
+from monokernel.backends.triton.whole.config import WholeConfig, backward_config, forward_config
+from monokernel.backends.triton.whole.forward import launch_forward
 from monokernel.problem import Hinge, Mode, Problem
-from tests.gpu.cases import errors, inputs, problem, run
+from tests.problems import errors, inputs, problem, run
 
 __all__ = ["main"]
 
@@ -43,7 +46,7 @@ PATIENCE = 300.0  # seconds for one trial in a process of its own
 
 @dataclass(frozen=True)
 class Trial:
-    """A network of three hidden layers on one path, in a precision of ``gpu.PRECISIONS``."""
+    """A network of three hidden layers on one path, in a precision of ``PRECISIONS``."""
 
     path: str
     precision: str
@@ -61,11 +64,11 @@ class Trial:
 
     @property
     def dtype(self) -> torch.dtype:
-        return gpu.PRECISIONS[self.precision][0]
+        return PRECISIONS[self.precision][0]
 
     def run(self, N: int, device: str) -> list[Tensor] | None:
         """y, out and the gradients; None where the path does not serve the problem."""
-        torch.set_float32_matmul_precision(gpu.PRECISIONS[self.precision][1])
+        torch.set_float32_matmul_precision(PRECISIONS[self.precision][1])
         x, params = inputs(self.problem, N, self.dtype, device)
         if PATHS[self.path].refuses(self.problem, x) is not None:
             return None
@@ -215,7 +218,7 @@ def one(options: argparse.Namespace) -> bool:
 # --- sweep ----------------------------------------------------------------------------------------
 
 
-def configurations(width: int) -> Iterator[tuple[str, NetworkConfig]]:
+def configurations(width: int) -> Iterator[tuple[str, WholeConfig]]:
     """What the rules take in half precision, and what else a card may like better."""
     way = products(torch.device("cuda"))
     forward = forward_config(width, 4, 2, False, way, False)
@@ -252,9 +255,9 @@ def sweep(options: argparse.Namespace) -> bool:
                 continue  # which the forward does not know
             call: partial[Any]
             if kind == "forward":
-                call, result = partial(whole._forward, p, x, None, params, True, config), 0
+                call, result = partial(launch_forward, p, x, None, params, True, config), 0
             else:  # a hidden layer's weight
-                call, result = partial(whole._backward, p, gy, gJ, x, params, [], needs, config), 5
+                call, result = partial(launch_backward, p, gy, gJ, x, params, [], needs, config), 5
             name = f"{kind:8} width={width} v={share:<4g} {config}"
             try:
                 found = cast(Tensor, call()[result]).float()
@@ -295,10 +298,11 @@ def microseconds(call: Callable[[], object], calls: int = 20, rounds: int = 9) -
 def host(options: argparse.Namespace) -> bool:
     """Microseconds of a step, eager and as a graph: what lies between them is the host's."""
     for width in (64, 128, 1024):
-        job = gpu.Job(gpu.Case("bf16", 1024, width, 1, 1, 0.05), options.device)
+        case = Case(1024, width, 1, 1, "silu", 0.05, precision="bf16")
+        job = Job(case, options.device)
         told = []
-        for name, loss in (("plain", gpu.plain), ("monokernel", gpu.ours)):
-            step = gpu.eager(job, loss)
+        for rival in (BASE, MONOKERNEL):
+            step = rival.make(job).run
             for _ in range(20):
                 step()
             torch.cuda.synchronize()
@@ -307,8 +311,8 @@ def host(options: argparse.Namespace) -> bool:
                 step()
             torch.cuda.synchronize()
             eager = (time.perf_counter() - began) / options.rounds * 1e6
-            told.append(f"{name} eager {eager:.0f}, graph {microseconds(step, 1):.0f}")
-        _say([f"{job.case}: {'; '.join(told)} us"], True)
+            told.append(f"{rival.name}: eager {eager:.0f}, graph {microseconds(step, 1):.0f}")
+        _say([f"{case}: {'; '.join(told)} us"], True)
     return True
 
 

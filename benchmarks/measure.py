@@ -8,6 +8,7 @@ not.
 
 from __future__ import annotations
 
+import csv
 import gc
 import multiprocessing
 import os
@@ -19,10 +20,22 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from pathlib import Path
+from statistics import median, quantiles
 
 import torch
 
-__all__ = ["QUIET", "Bystanders", "Timings", "interleave", "machine", "matmul_flops", "peak_bytes"]
+__all__ = [
+    "QUIET",
+    "Bystanders",
+    "Timings",
+    "append_rows",
+    "interleave",
+    "machine",
+    "matmul_flops",
+    "peak_bytes",
+    "spread",
+]
 
 MOST_ROUNDS, FEWEST_ROUNDS, WARM_UP = 200, 5, 2
 BOUT = 0.3  # seconds; the system counts in hundredths
@@ -126,6 +139,13 @@ def _rounds(
     return Bout(times, time.perf_counter() - start, others)
 
 
+def spread(times: Sequence[float]) -> dict[str, str]:
+    """What a row of the CSV says of a step's times."""
+    p20, _, _, p80 = quantiles(times, n=5, method="inclusive")
+    found = {"p20_ms": p20, "p50_ms": median(times), "p80_ms": p80}
+    return {"rounds": str(len(times)), **{key: f"{1e3 * s:.4f}" for key, s in found.items()}}
+
+
 class Bystanders:
     """The share of the machine that other processes take, between two looks (on Linux)."""
 
@@ -161,6 +181,17 @@ class Bystanders:
             time.sleep(0.5)
             if self.share() < QUIET:
                 break
+
+
+def append_rows(path: Path, fields: Sequence[str], rows: Sequence[Mapping[str, object]]) -> None:
+    """To a CSV, which is only ever added to."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fields, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
 
 
 _best_flops: dict[str, float] = {}

@@ -8,6 +8,7 @@ monotone by construction) say so and are compared by cost alone.
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -19,7 +20,19 @@ from monokernel import fused_mono_penalty, plan
 
 from .cases import FREE_INPUTS, Case, Job
 
-__all__ = ["BASE", "PLAIN", "Rival", "Step", "ours", "rivals", "usual"]
+__all__ = [
+    "BASE",
+    "COMPILED_JVP",
+    "COMPILED_PLAIN",
+    "JAX",
+    "MONOKERNEL",
+    "PLAIN",
+    "Rival",
+    "Step",
+    "ours",
+    "rivals",
+    "usual",
+]
 
 PLAIN = "PyTorch plain step"
 # PyTorch (2.11 to 2.14 at least) traces torch.autograd.grad into the graph if asked to.
@@ -96,10 +109,10 @@ def monokernel(backend: str, mode: str = "auto") -> Callable[[Job], Step]:
 
 def _loop_loss(job: Job, x2: Tensor) -> Tensor:
     y = job.net(torch.cat([job.x1, x2], -1))
-    penalty = y.new_zeros(())
+    penalty: Tensor | float = 0.0
     for d in range(y.shape[1]):
         (slope,) = torch.autograd.grad(y[:, d].sum(), x2, create_graph=True)
-        penalty = penalty + torch.relu(job.margin - slope).sum()
+        penalty = penalty + job.hinge(slope)
     return job.loss(y, penalty)
 
 
@@ -115,7 +128,7 @@ def sum_of_outputs(job: Job) -> Step:
         x2 = job.x2.detach().requires_grad_()
         y = job.net(torch.cat([job.x1, x2], -1))
         (slope,) = torch.autograd.grad(y.sum(), x2, create_graph=True)
-        return job.loss(y, torch.relu(job.margin - slope).sum())
+        return job.loss(y, job.hinge(slope))
 
     return _step(job, loss)
 
@@ -128,12 +141,12 @@ def func_jvp(job: Job) -> Step:
             y: Tensor = job.net(torch.cat([job.x1, x2], -1))
             return y
 
-        penalty = job.x2.new_zeros(())
+        penalty: Tensor | float = 0.0
         for c in range(job.case.columns):
             direction = torch.zeros_like(job.x2)
             direction[:, c] = 1
             y, slope = torch.func.jvp(f, (job.x2,), (direction,))[:2]
-            penalty = penalty + torch.relu(job.margin - slope).sum()
+            penalty = penalty + job.hinge(slope)
         return job.loss(y, penalty)
 
     return _step(job, loss)
@@ -150,7 +163,7 @@ def vmap_jacrev(job: Job) -> Step:
 
     def loss() -> Tensor:
         slopes, y = slopes_and_output(job.x1, job.x2)
-        return job.loss(y, torch.relu(job.margin - slopes).sum())
+        return job.loss(y, job.hinge(slopes))
 
     return _step(job, loss)
 
@@ -200,7 +213,7 @@ def _jvp_loss(job: Job) -> Tensor:
         a = F.linear(h, W, b)
         a_dot = W[:, FREE_INPUTS:].t().unsqueeze(1) if h_dot is None else F.linear(h_dot, W)
         if l == len(layers) - 1:
-            return job.loss(a, torch.relu(job.margin - a_dot).sum())
+            return job.loss(a, job.hinge(a_dot))
         h, h_dot = value(a), _derivative(job.case.activation, a) * a_dot
     raise AssertionError("no layers")
 
@@ -218,7 +231,7 @@ def _vjp_loss(job: Job) -> Tensor:
     y, p = F.linear(h, W, b), W
     for derivative, (W, _) in zip(reversed(derivatives), reversed(layers[:-1]), strict=True):
         p = (derivative * p) @ W
-    return job.loss(y, torch.relu(job.margin - p[:, FREE_INPUTS:]).sum())
+    return job.loss(y, job.hinge(p[:, FREE_INPUTS:]))
 
 
 # --- architectures that are monotone by construction: another function, compared by cost ----------
@@ -279,12 +292,24 @@ def lipschitz_monotone(job: Job) -> Step:
 
 def jax_jit(job: Job) -> Step:
     """``jit`` of ``value_and_grad`` over forward mode, or over reverse mode where D = 1."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else it takes the whole card
     import jax
     import jax.numpy as jnp
 
     case = job.case
-    params = [jnp.asarray(p.detach().numpy()) for p in job.parameters()]
-    x1, x2, target = (jnp.asarray(t.numpy()) for t in (job.x1, job.x2, job.target))
+    if (jax.default_backend() == "cpu") != (job.device == "cpu"):
+        raise RuntimeError(f"JAX runs on the {jax.default_backend()} here")
+    if job.device != "cpu":
+        exact = {"fp32": "highest", "tf32": "tensorfloat32"}.get(case.precision)
+        jax.config.update("jax_default_matmul_precision", exact)
+    dtype = {"fp16": jnp.float16, "bf16": jnp.bfloat16}.get(case.precision, jnp.float32)
+
+    def array(t: Tensor) -> jax.Array:
+        """Through float32: NumPy has no bfloat16."""
+        return jnp.asarray(t.detach().float().cpu().numpy(), dtype)
+
+    params = [array(p) for p in job.parameters()]
+    x1, x2, target = array(job.x1), array(job.x2), array(job.target)
     value = jax.nn.relu if case.activation == "relu" else jax.nn.silu
 
     def f(params: list[jax.Array], x1: jax.Array, x2: jax.Array) -> jax.Array:
@@ -301,10 +326,10 @@ def jax_jit(job: Job) -> Step:
         else:
             # A push for each column: vmap over them, jacfwd and jacrev took 1.3 to 6 times as long.
             y, push = jax.linearize(lambda x2: f(params, x1, x2), x2)
-            columns = jnp.eye(case.columns)
+            columns = jnp.eye(case.columns, dtype=dtype)
             slopes = jnp.stack([push(jnp.broadcast_to(e, x2.shape)) for e in columns])
-        penalty = jax.nn.relu(job.margin - slopes).sum()
-        return (jnp.square(y - t).sum() + penalty) / case.rows
+        penalty = jax.nn.relu(job.margin - slopes).sum(dtype=jnp.float32)
+        return (jnp.square(y - t).sum(dtype=jnp.float32) + penalty) / case.rows
 
     step = jax.jit(jax.value_and_grad(loss))
 
@@ -313,8 +338,8 @@ def jax_jit(job: Job) -> Step:
 
     def outcome() -> tuple[float, Tensor]:
         value, gradients = step(params, x1, x2, target)
-        flat = jnp.concatenate([g.ravel() for g in gradients])
-        return float(value), torch.from_numpy(jax.device_get(flat).copy())
+        flat = jnp.concatenate([g.ravel() for g in gradients]).astype(jnp.float32)
+        return float(value), torch.from_numpy(jax.device_get(flat).copy()).to(job.device)
 
     return Step(run, outcome)
 
@@ -328,6 +353,10 @@ def _jacobian_bytes(case: Case) -> float:
 
 
 BASE = Rival(PLAIN, plain, penalised=False)
+MONOKERNEL = Rival("monokernel", monokernel("auto"))
+COMPILED_PLAIN = Rival("compiled plain step", compiled(_plain_loss), penalised=False, compiled=True)
+COMPILED_JVP = Rival("compiled hand-written jvp", compiled(_jvp_loss), compiled=True)
+JAX = Rival("JAX jit", jax_jit, compiled=True)
 
 
 def ours(job: Job, mode: str = "auto") -> Iterator[Rival]:
@@ -359,17 +388,17 @@ def rivals(job: Job, with_compiled: bool, with_peers: bool) -> Iterator[Rival]:
     yield Rival("vmap(jacrev)", vmap_jacrev, bytes_needed=_jacobian_bytes)
     if with_compiled:
         torch._dynamo.reset()
-        yield Rival("compiled plain step", compiled(_plain_loss), penalised=False, compiled=True)
+        yield COMPILED_PLAIN
         yield Rival("compiled monokernel", compiled(_penalised_loss), compiled=True, pools=True)
         if hasattr(torch._dynamo.config, TRACES_GRADIENTS):
             yield Rival("compiled double backward", compiled_double_backward, compiled=True)
-        yield Rival("compiled hand-written jvp", compiled(_jvp_loss), compiled=True)
+        yield COMPILED_JVP
         if job.case.outputs == 1:
             yield Rival("compiled hand-written vjp", compiled(_vjp_loss), compiled=True)
     if not with_peers:
         return
     if job.device == "cpu" and importlib.util.find_spec("jax"):
-        yield Rival("JAX jit", jax_jit, compiled=True)
+        yield JAX
     yield Rival("positive weights", positive_weights, penalised=False, same_function=False)
     if importlib.util.find_spec("monotonicnetworks"):
         yield Rival("monotonicnetworks", lipschitz_monotone, penalised=False, same_function=False)

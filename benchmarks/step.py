@@ -17,12 +17,20 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import median, quantiles
 
 import torch
 
 from .cases import Case, Job
-from .measure import QUIET, Clock, interleave, machine, matmul_flops, peak_bytes
+from .measure import (
+    QUIET,
+    Clock,
+    append_rows,
+    interleave,
+    machine,
+    matmul_flops,
+    peak_bytes,
+    spread,
+)
 from .rivals import PLAIN, Rival, Step, rivals
 
 __all__ = ["append", "busy", "main", "run_case", "show"]
@@ -116,15 +124,7 @@ def run_case(
     runs = {name: step.run for name, step in steps.items()}
     times, others = interleave(runs, seconds, sync, patience, clock)
     for name, each in times.items():
-        p20, _, _, p80 = quantiles(each, n=5, method="inclusive")
-        middle = median(each)
-        rows[name] |= {
-            "rounds": len(each),
-            **{
-                f"{p}_ms": f"{1e3 * s:.4f}"
-                for p, s in (("p20", p20), ("p50", middle), ("p80", p80))
-            },
-        }
+        rows[name] |= spread(each)
     rate = matmul_flops(device, sync, clock)
     for row in rows.values():
         row["clock"] = "wall" if clock is time.perf_counter else "processor"
@@ -243,14 +243,7 @@ def busy(rows: Sequence[Row]) -> bool:
 
 
 def append(path: Path, rows: Sequence[Row]) -> None:
-    """To the CSV, which is only ever added to."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append_rows(path, FIELDS, rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

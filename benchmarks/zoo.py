@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import InitVar, dataclass, field, replace
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from monokernel.problem import cheaper_mode
 from tests.zoo import ACTIVE, ZOO, network
 
 from .cases import FREE_INPUTS, ROWS_AT_A_TIME, margin_for
-from .measure import QUIET, interleave, machine, peak_bytes
+from .measure import QUIET, append_rows, interleave, machine, peak_bytes, spread
 from .step import MEMORY_ROWS, TINY_ROWS, TINY_WIDTH
 
 __all__ = ["Case", "main", "measure", "table"]
@@ -182,15 +182,11 @@ def measure(case: Case, seconds: float = SECONDS, patience: float = 0.0) -> Row:
             return row | {"note": "disagrees with double backward"}
     steps = {"plain": plain, "ours": ours}
     times, others = interleave(steps, seconds, lambda: None, patience)
-    p20, _, _, p80 = quantiles(times["ours"], n=5, method="inclusive")
     base, middle = median(times["plain"]), median(times["ours"])
     return row | {
         **(_peaks(case, job.margin) if case.rows >= MEMORY_ROWS else {}),
-        "rounds": str(len(times["ours"])),
+        **spread(times["ours"]),
         "plain_ms": f"{1e3 * base:.4f}",
-        "p20_ms": f"{1e3 * p20:.4f}",
-        "p50_ms": f"{1e3 * middle:.4f}",
-        "p80_ms": f"{1e3 * p80:.4f}",
         "ratio": f"{middle / base:.2f}",
         "others": f"{others:.3f}",
     }
@@ -218,17 +214,6 @@ def prepared(case: Case, margin: float, own: bool) -> Callable[[], object]:
     tiny, step = steps
     tiny()
     return step
-
-
-def append(path: Path, row: Row) -> None:
-    """To the CSV, which is only ever added to."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -303,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         axes = (options.networks, options.rows, options.outputs, options.columns)
         for name, N, D, k in itertools.product(*axes):
             row = measure(Case(name, N, D, k, options.width, options.share), patience=options.wait)
-            append(options.csv, row)
+            append_rows(options.csv, FIELDS, [row])
             numbers = [row.get(key, "") for key in ("plain_ms", "p50_ms")]
             cells = [f"{float(number):.3f}" if number else "" for number in numbers]
             rest = [row.get(key, "") for key in ("ratio", "error", "others", "note")]

@@ -22,6 +22,8 @@ from typing import Any
 from unittest import mock
 
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -162,7 +164,39 @@ def audited(N: int, margin: float) -> None:
 
 
 MODULE = MonotonePenalty(mlp(3, 2, 1, (16,), dtype=HALF), weight=torch.ones(1, 2), direction=-1)
-CALLS |= {"module": module, "audit": audited}
+# Chains of any shape: which kernels they compile is a matter of many numbers at once.
+CHAINS = st.fixed_dictionaries(
+    {
+        "d1": st.integers(1, 40),
+        "k": st.integers(1, 5),
+        "D": st.integers(1, 20),
+        "hidden": st.lists(st.integers(1, 40), max_size=3).map(tuple),
+        "dtype": st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+        "σ": st.sampled_from([nn.SiLU(), nn.ReLU(), nn.Mish(), nn.Softplus(1.5, 9.0)]),
+        "last": st.sampled_from([None, nn.Sigmoid()]),
+        "bias": st.booleans(),
+        "precision": st.sampled_from(["highest", "high"]),
+        "slopes": st.booleans(),
+        "dx": st.booleans(),
+        "mode": st.sampled_from(["tangent", "adjoint"]),
+        "hinge": st.sampled_from(["linear", "squared"]),
+        "reduction": st.sampled_from(["sum", "none"]),
+    }
+)
+
+
+def drawn(N: int, margin: float) -> None:
+    """Chains drawn at random, the same in every call. Each takes some seconds to compile."""
+
+    @settings(max_examples=4, derandomize=True, database=None, deadline=None)
+    @given(CHAINS)
+    def call(options: dict[str, Any]) -> None:
+        _step(**options, backend="triton")(N, margin)
+
+    call()
+
+
+CALLS |= {"module": module, "audit": audited, "drawn": drawn}
 
 
 # --- the device that is none --------------------------------------------------------------------
@@ -177,9 +211,10 @@ def stub_device(library: Path, target: str) -> Iterator[ctypes.CDLL]:
     from triton.backends.nvidia.driver import CudaDriver
 
     from monokernel import backends
-    from monokernel.backends.triton import compile_report, launch
+    from monokernel.backends.triton.target import assumed
+    from tools.kernel_cases import TARGETS
 
-    card = compile_report.TARGETS[target]
+    card = TARGETS[target]
     capability = divmod(card.gpu.arch, 10)
     driver.stub_card(card.gpu.arch, card.shared, 132)
     knobs.nvidia.libcuda_path = str(library.parent)
@@ -187,7 +222,7 @@ def stub_device(library: Path, target: str) -> Iterator[ctypes.CDLL]:
         mock.patch.object(torch.cuda, "current_device", return_value=0),
         mock.patch.object(torch.cuda, "get_device_capability", return_value=capability),
         mock.patch.object(torch._C, "_cuda_getCurrentRawStream", create=True, return_value=0),
-        mock.patch.object(launch, "instead_of_device", [card.products]),
+        assumed(card.products),
         mock.patch.object(backends.load("triton"), "interpreting", return_value=True),
         mock.patch.dict(
             backends.BACKENDS, {"triton": backends.BACKENDS["triton"]._replace(device="cpu")}

@@ -234,41 +234,48 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def _compiles_at(turns: tuple[int, ...], compiled: list[int], taken: list[int]) -> gpu.Step:
-    """A step that compiles at these of its turns."""
+def _compiles_at(turns: tuple[int, ...], compiled: list[int], taken: list[int]) -> rivals.Rival:
+    """A rival that compiles at these of its turns."""
 
-    def step() -> None:
+    def run() -> None:
         taken.append(len(taken) + 1)
         if taken[-1] in turns:
             compiled.append(taken[-1])
 
-    return step
+    def outcome() -> tuple[float, torch.Tensor]:
+        run()
+        return 0.0, torch.zeros(1)
+
+    return rivals.Rival("late", lambda job: rivals.Step(run, outcome), penalised=False)
 
 
-def test_gpu_contenders_settle_before_they_are_timed(compiled: list[int]) -> None:
+def test_gpu_rivals_settle_before_they_are_timed(compiled: list[int]) -> None:
     """A compiler may look again at a later step: at the second, and after one that was quiet."""
     taken: list[int] = []
-    step = _compiles_at((1, 2, 4), compiled, taken)
-    admitted, _ = gpu.admit(None, gpu.Contender("late", None, lambda job: step, False))  # type: ignore[arg-type]
-    assert admitted is step
+    step, row = gpu.admit(None, _compiles_at((1, 2, 4), compiled, taken))  # type: ignore[arg-type]
+    assert step is not None
+    assert not row["note"]
     assert compiled == [1, 2, 4]
     assert taken[-1] == 6
-    times = gpu.interleaved({"late": step}, 0.0, False)
-    assert compiled == [1, 2, 4]
-    assert len(times["late"]) == 5
 
 
-def test_gpu_contender_that_never_settles_is_not_timed(compiled: list[int]) -> None:
-    step = _compiles_at(tuple(range(1000)), compiled, [])
-    admitted, why = gpu.admit(None, gpu.Contender("restless", None, lambda job: step, False))  # type: ignore[arg-type]
-    assert admitted is None
-    assert "compiled again" in why
+def test_gpu_rival_that_never_settles_is_not_timed(compiled: list[int]) -> None:
+    step, row = gpu.admit(None, _compiles_at(tuple(range(1000)), compiled, []))  # type: ignore[arg-type]
+    assert step is None
+    assert "compiled again" in str(row["note"])
 
 
-def test_gpu_step_that_compiles_while_timed_does_not_count(compiled: list[int]) -> None:
-    times = gpu.interleaved({"a": _compiles_at((6,), compiled, [])}, 0.0, False)
-    assert compiled == [6]
-    assert len(times["a"]) == 4
+def test_gpu_tells_of_what_compiles_while_timed(compiled: list[int]) -> None:
+    ready = gpu.prepare(next(gpu.small_cases()), "cpu", thorough=False, jax=False)
+    late = ready.steps["monokernel"].run
+
+    def run() -> None:
+        late()
+        compiled.append(0)
+
+    ready.steps["monokernel"] = replace(ready.steps["monokernel"], run=run)
+    notes = {str(row["rival"]): row["note"] for row in gpu.measure(ready, 0.0)}
+    assert set(notes.values()) == {"something was compiled meanwhile"}
 
 
 def test_gpu_compilations_are_seen() -> None:
@@ -308,7 +315,7 @@ def test_gpu_leaves_jax_out(monkeypatch: pytest.MonkeyPatch) -> None:
     for words in ("--device cpu", "--device cpu --no-jax"):
         assert gpu.main(words.split()) == 0
         _, _, thorough, jax = asked[-1]
-        job = gpu.Job(case, "cpu")
+        job = Job(case)
         found.append([c.name for c in gpu.contenders(job, False, thorough, jax)])
     assert found[0] == [*found[1], "JAX jit"]
 
@@ -327,11 +334,11 @@ def test_gpu_rivals_that_compile_too_long_are_left_out(
                 raise multiprocessing.TimeoutError
 
         def measure(self, patience: float, seconds: float) -> list[gpu.Row]:
-            return [{"contender": "plain, eager", "p50_ms": "1.5", "share": "0.05", "note": ""}]
+            return [{"rival": rivals.PLAIN, "p50_ms": "1.5", "share": "0.05", "note": ""}]
 
     monkeypatch.setattr(gpu, "Child", Child)
     monkeypatch.setattr(gpu, "compile_ahead", lambda *_: None)
-    monkeypatch.setattr(gpu, "small_cases", lambda: [gpu.Case("fp32", 64, 16, 1, 1, 0.05)])
+    monkeypatch.setattr(gpu, "small_cases", lambda: [Case(64, 16, 1, 1, "silu", 0.05)])
     assert gpu.main(["--device", "cpu"]) == 0
     assert asked == [(True, True), (False, False)]
     assert "took too long" in capsys.readouterr().out
@@ -340,10 +347,22 @@ def test_gpu_rivals_that_compile_too_long_are_left_out(
 def test_gpu_rows_of_a_case() -> None:
     case = next(gpu.small_cases())
     rows = gpu.measure(gpu.prepare(case, "cpu", thorough=False, jax=False), 0.0)
-    names = [row["contender"] for row in rows]
-    assert names == ["plain, eager", "monokernel, eager", "sum of outputs"]
+    names = [row["rival"] for row in rows]
+    assert names == [rivals.PLAIN, "monokernel", "sum of outputs"]
     assert all(float(str(row["p50_ms"])) > 0 for row in rows)
-    assert not any("disagrees" in str(row["note"]) for row in rows)
+    assert not any(row["note"] for row in rows)
+    assert all(row.keys() <= set(gpu.FIELDS) for row in rows)
+
+
+def test_gpu_precisions_agree_with_float64() -> None:
+    """In half precision on the CPU; what is summed over the rows is summed in float32."""
+    for precision in ("bf16", "fp16"):
+        job = Job(replace(TINY, precision=precision))
+        assert job.net[0].weight.dtype == job.x2.dtype != torch.float32
+        for rival in gpu.contenders(job, gpu=False, thorough=False, jax=False):
+            if rival.penalised:
+                loss, gradient = rival.make(job).outcome()
+                assert job.error(loss, gradient) < gpu.TOLERANCE[precision], rival.name
 
 
 def test_another_tests_package_on_the_path_is_not_taken_for_this_one(tmp_path: Path) -> None:
@@ -351,7 +370,7 @@ def test_another_tests_package_on_the_path_is_not_taken_for_this_one(tmp_path: P
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "__init__.py").touch()
     subprocess.run(
-        [sys.executable, "-c", "import tests.gpu.cases"],
+        [sys.executable, "-c", "import tests.problems"],
         check=True,
         cwd=Path(__file__).parent.parent,
         env=os.environ | {"PYTHONPATH": str(tmp_path)},

@@ -23,43 +23,21 @@ from monokernel.activations import ACTIVATIONS, Activation
 from monokernel.backends import cpu, handwritten
 from monokernel.backends.cpu import Params
 from monokernel.function import FusedMonoPenalty
-from monokernel.problem import Hinge, Mode, Problem, chain_problem
+from monokernel.problem import Hinge, Mode, Problem
 from monokernel.program import Node
+from tests.problems import EVERY_KIND, IDENTITY, problem, run
 from tests.support import assert_same, mlp, points
 
 ROOT = Path(__file__).resolve().parent.parent
 
 pytestmark = pytest.mark.skipif(cpu.isa() is None, reason="the native kernel was not built")
 
-NUMBERS = {
-    "leaky_relu": (0.125, 0.0, 0.0),
-    "hardtanh": (-0.75, 1.125, 0.0),
-    "elu": (1.0625, 1.625, 0.875),
-    "softplus": (1.75, 2.5, 0.0),
-    "softshrink": (0.375, 0.0, 0.0),
-    "hardshrink": (0.25, 0.0, 0.0),
-    "threshold": (0.125, -0.375, 0.0),
-    "clamp": (-0.625, 0.875, 0.0),
-}
-TABLE = [Activation(kind, *NUMBERS.get(kind, ())) for kind in ACTIVATIONS]
-IDENTITY = TABLE[0]
+TABLE = EVERY_KIND
 HALF = [torch.bfloat16, torch.float16]
 EVERY_ACTIVATION = pytest.mark.parametrize("σ", TABLE, ids=ACTIVATIONS)
 # Defined for positive numbers alone, with a pole, or soon too large where they are nested.
 UNRULY = ("sqrt", "log", "reciprocal", "exp", "square")
 TAME = [σ for σ in TABLE if σ.kind not in UNRULY]
-
-
-def problem(
-    widths: tuple[int, ...],
-    σ: Activation,
-    k: int,
-    mode: Mode,
-    hinge: Hinge | None = None,
-    last: bool = False,
-) -> Problem:
-    hidden = (σ,) * (len(widths) - 2)
-    return chain_problem(widths, (*hidden, σ if last else IDENTITY), k, mode, hinge)
 
 
 def parameters(p: Problem, dtype: torch.dtype, bias: bool = True) -> list[Tensor | None]:
@@ -69,26 +47,6 @@ def parameters(p: Problem, dtype: torch.dtype, bias: bool = True) -> list[Tensor
         params += [torch.randn(out, fan_in, dtype=dtype) * 1.3 / fan_in**0.5]
         params += [torch.randn(out, dtype=dtype) if bias else None]
     return params
-
-
-def run(
-    backend: object,
-    p: Problem,
-    x: Tensor,
-    params: list[Tensor | None],
-    weight: Tensor | None = None,
-    task: bool = True,
-) -> list[Tensor]:
-    """y, out, and every gradient for fixed random cotangents."""
-    y, out, saved = backend.forward(p, x, weight, params, True)  # type: ignore[attr-defined]
-    noise = torch.Generator().manual_seed(3)
-    gy = torch.randn(y.shape, dtype=torch.float64, generator=noise).to(y.dtype)
-    gout = torch.randn(out.shape, dtype=torch.float64, generator=noise).to(out.dtype)
-    needs = [True] + [q is not None for q in params]
-    grads = backend.backward(  # type: ignore[attr-defined]
-        p, gy if task else None, gout, x, params, saved, needs
-    )
-    return [y, out, *(g for g in grads if g is not None)]
 
 
 # --- against the twin in PyTorch ----------
@@ -131,7 +89,7 @@ def test_same_as_the_twin(
     bias: bool,
     task: bool,
 ) -> None:
-    p = problem((d1 + k, *hidden, D), σ, k, mode, hinge, last)
+    p = problem((d1 + k, *hidden, D), σ, k, mode, hinge, σ if last else IDENTITY)
     x, params = torch.randn(N, p.d, dtype=torch.float64), parameters(p, torch.float64, bias)
     got, want = (run(b, p, x, params, task=task) for b in (cpu, handwritten))
     assert_same(got, want, 1e-11)
@@ -185,7 +143,7 @@ def test_any_strides_and_partly_wanted_gradients() -> None:
 @pytest.mark.parametrize("mode", ["tangent", "adjoint"])
 def test_float32_is_as_exact_as_pytorch(σ: Activation, mode: Mode) -> None:
     """Root-mean-square error against float64 at most twice that of PyTorch's own float32."""
-    p = problem((8, 64, 64, 1), σ, 3, mode, None, last=True)
+    p = problem((8, 64, 64, 1), σ, 3, mode, None, last=σ)
     params = parameters(p, torch.float32)
     x = torch.randn(500, 8)
     truth = run(handwritten, p, x.double(), [q if q is None else q.double() for q in params])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from monokernel import fused_mono_penalty
 from monokernel import hinge as hinges
-from monokernel.backends import cpu, handwritten, load, reference
+from monokernel.backends import cpu, handwritten, load, reference, schedule
 from monokernel.nodes import RULES, parameter_shapes, rule, wrong_nodes
 from monokernel.operands import check_forward
 from monokernel.problem import Hinge, Mode, Problem, nan_rule
@@ -228,8 +228,8 @@ class RandomCall(NamedTuple):
     def blocks(self) -> Iterator[None]:
         """Blocks of ``block_rows`` in the walk in PyTorch operations."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(handwritten, "BLOCK_ELEMENTS", {"cpu": 1})
-            patch.setattr(handwritten, "FEWEST_ROWS", self.block_rows)
+            patch.setattr(schedule, "BLOCK_ELEMENTS", {"cpu": 1})
+            patch.setattr(schedule, "FEWEST_ROWS", self.block_rows)
             yield
 
 
@@ -461,8 +461,8 @@ def test_value_slopes_and_gradients(name: str, mode: Mode, monkeypatch: pytest.M
         needs = [True] + [i not in masks for i in range(len(params))]
         check(p, x, params, needs)
         check(p, x, params, needs, task=False)
-        monkeypatch.setattr(handwritten, "BLOCK_ELEMENTS", {"cpu": 1})
-        monkeypatch.setattr(handwritten, "FEWEST_ROWS", 7)
+        monkeypatch.setattr(schedule, "BLOCK_ELEMENTS", {"cpu": 1})
+        monkeypatch.setattr(schedule, "FEWEST_ROWS", 7)
         check(p, x, params, needs)
         check(p, x, params, [True] + [False] * len(params))
         monkeypatch.undo()

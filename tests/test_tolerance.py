@@ -19,7 +19,7 @@ from monokernel.activations import KINDS
 from monokernel.backends import handwritten
 from monokernel.nodes import Elementwise
 from monokernel.problem import Hinge, Mode, Problem
-from tests.gpu.cases import assert_as_precise_as_pytorch, problem, product_roundoff
+from tests.problems import assert_as_precise_as_pytorch, problem, product_roundoff
 
 ROWS = 300
 

@@ -25,11 +25,13 @@ from monokernel.activations import KINDS, Activation
 from monokernel.backends import handwritten
 from monokernel.backends import triton as backend
 from monokernel.backends.triton import layered, whole
-from monokernel.backends.triton.device import activation as device_activation
-from monokernel.backends.triton.elementwise import hinge_slopes
-from monokernel.backends.triton.launch import LaunchCount, activation_code, interpreting
+from monokernel.backends.triton.constants import activation_code
+from monokernel.backends.triton.device.activations import activation as device_activation
+from monokernel.backends.triton.launch import recorded
+from monokernel.backends.triton.slopes import hinge_slopes
+from monokernel.backends.triton.target import assumed, interpreting
 from monokernel.problem import Hinge, Mode, Problem
-from tests.gpu.cases import (
+from tests.problems import (
     EVERY_KIND,
     assert_as_precise_as_pytorch,
     inputs,
@@ -164,11 +166,11 @@ def test_only_what_is_needed(path: ModuleType) -> None:
 @pytest.mark.parametrize("mode", ["tangent", "adjoint"])
 @pytest.mark.parametrize("way", ["wgmma", "tcgen05", "warp", "wave"])
 @pytest.mark.parametrize("width", [20, 40, 70])
-def test_every_way_to_multiply(way: str, mode, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_way_to_multiply(way: str, mode, width: int) -> None:
     """In registers, by way of memory, and in steps: what each kind of device runs."""
-    monkeypatch.setattr(whole, "products", lambda device: way)
     p = problem((6, width, width, 2), "silu", 2, mode, Hinge(margin=0.2))
-    assert_as_precise_as_pytorch(whole, p, 100, torch.float16)
+    with assumed(way):
+        assert_as_precise_as_pytorch(whole, p, 100, torch.float16)
 
 
 @pytest.mark.parametrize("mode", ["tangent", "adjoint"])
@@ -233,6 +235,21 @@ def test_a_nan_of_output_or_slope_is_a_nan_of_the_penalty(path: ModuleType, mode
 
 
 @BOTH
+@pytest.mark.parametrize("mode", ["tangent", "adjoint"])
+def test_an_infinite_unit_is_what_it_is_in_pytorch(path: ModuleType, mode: Mode) -> None:
+    """Also beside padded units, whose weights are zero: inf·0 would be a NaN everywhere."""
+    p = problem((3, 9, 11, 2), "relu", 1, mode, None)
+    x, params = inputs(p, 6)
+    params = [None if t is None else t.abs() for t in params]
+    x[2, 0] = float("inf")
+    y, J, _ = path.forward(p, x.abs(), None, params, False)
+    assert y[2].isinf().all()
+    want, slopes, _ = handwritten.forward(p, x.abs(), None, params, False)
+    torch.testing.assert_close(y, want, rtol=1e-10, atol=0.0)
+    assert_same([J], [slopes])
+
+
+@BOTH
 @pytest.mark.parametrize("squared", [False, True])
 @pytest.mark.parametrize("odd", [float("inf"), float("nan")])
 def test_what_violates_nothing_is_zero_whatever_its_weight(
@@ -287,12 +304,12 @@ def test_saved_and_gradients_share_no_memory() -> None:
 
 def _launches(p: Problem, N: int) -> tuple[int, int]:
     x, params = inputs(p, N, torch.float32)
-    before = LaunchCount.total
-    y, out, saved = whole.forward(p, x, None, params, True)
-    middle = LaunchCount.total
+    with recorded() as up:
+        y, out, saved = whole.forward(p, x, None, params, True)
     needs = [True] * (1 + len(params))
-    whole.backward(p, torch.ones_like(y), torch.ones_like(out), x, params, saved, needs)
-    return middle - before, LaunchCount.total - middle
+    with recorded() as down:
+        whole.backward(p, torch.ones_like(y), torch.ones_like(out), x, params, saved, needs)
+    return len(up), len(down)
 
 
 @pytest.mark.parametrize("mode", ["tangent", "adjoint"])
@@ -390,7 +407,7 @@ def test_off_the_gpu_it_says_so() -> None:
         "import os; os.environ.pop('TRITON_INTERPRET', None)\n"
         "import torch\n"
         "from monokernel.backends import triton\n"
-        "from tests.gpu.cases import problem\n"
+        "from tests.problems import problem\n"
         "print(triton.refuses(problem((3, 8, 1)), torch.empty(2, 3)))"
     )
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

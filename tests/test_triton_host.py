@@ -7,8 +7,6 @@ to read, and kernels are written down in place of running.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -23,10 +21,11 @@ pytest.importorskip("triton")
 
 import monokernel
 from monokernel import problem as problems
-from monokernel.backends.triton import layered, programs, whole
-from monokernel.backends.triton.launch import instead_of_launching, interpreting
+from monokernel.backends.triton import layered, programs, tuning, whole
+from monokernel.backends.triton.launch import Launch, recorded
+from monokernel.backends.triton.target import interpreting
 from monokernel.problem import Hinge, Mode, Problem, direction_table, shared_direction_table
-from tests.gpu.cases import inputs, problem
+from tests.problems import inputs, problem
 from tests.support import mlp, points
 from tests.test_programs import CASES, operands
 
@@ -35,18 +34,7 @@ MODES = pytest.mark.parametrize("mode", ["tangent", "adjoint"])
 MIXED = (1, 0, -1, -1, 1, 0)
 CPU, META = torch.device("cpu"), torch.device("meta")
 
-Launches = list[tuple[Any, tuple[object, ...], dict[str, object]]]
-
-
-@contextmanager
-def launches() -> Iterator[Launches]:
-    """Kernel, arguments and compile-time constants of what would be launched; nothing runs."""
-    seen: Launches = []
-    instead_of_launching.append(lambda *launch: seen.append(launch))
-    try:
-        yield seen
-    finally:
-        instead_of_launching.pop()
+Launches = list[Launch]
 
 
 # What makes a tensor of the host's numbers, or reads a tensor to the host.
@@ -88,7 +76,7 @@ def test_kernels_wait_for_nothing(
     weight = torch.empty(33, 3, 2, device=META)
 
     def step() -> Launches:
-        with launches() as seen:
+        with recorded() as seen:
             y, out, saved = path.forward(p, x, weight, params, True)
             needs = [True, *(t is not None for t in params)]
             path.backward(p, y, out, x, params, saved, needs)
@@ -117,7 +105,7 @@ def test_programs_wait_for_nothing(name: str, mode: Mode, cotangents: str) -> No
         x, params = x.to(META), [None if t is None else t.to(META) for t in params]
 
         def step() -> Launches:
-            with launches() as found:
+            with recorded() as found:
                 y, out, saved = programs.forward(p, x, None, params, True)  # noqa: B023
                 gy = y if cotangents == "both" else None
                 needs = [True, *(i not in keys for i in range(len(params)))]  # noqa: B023
@@ -147,7 +135,7 @@ def test_the_public_calls_wait_for_nothing(hidden: tuple[int, ...]) -> None:
         y, J = monokernel.value_and_jacobian(net, x1, x2, backend="triton")
         (y.sum() + J.sum()).backward()
 
-    with launches() as seen:
+    with recorded() as seen:
         step()
         with Host() as host:
             step()
@@ -222,6 +210,65 @@ def test_no_mode_of_the_caller_reaches_a_shared_table() -> None:
     assert not table.is_inference()
 
 
+# --- what a step costs ---------------------------------------------------------------------------
+
+
+def pair_products(launched: Launches, width: int) -> int:
+    """Products of hidden layers over the active pairs: in each launch with as many columns on both
+    sides, one for each operand that is there."""
+    operands = {"pairs_up": ["h_dot"], "pairs_weight": ["p", "q"], "pairs_down": ["P", "q"]}
+    found = 0
+    for kernel, args, options in launched:
+        name = kernel.fn.__name__
+        if name in operands and options["INPUTS"] == options["OUTPUTS"] == width:
+            given = dict(zip(kernel.arg_names, args, strict=False))
+            if name == "pairs_down":  # the P of all rows, where it was kept, is read
+                given["P"] = None if given["kept"] is not None else given["p_out"]
+            found += sum(given[operand] is not None for operand in operands[name])
+    return found
+
+
+@pytest.mark.parametrize("path", [layered, programs], ids=["layered", "programs"])
+@pytest.mark.parametrize(
+    ("D", "k", "mode", "task", "products"),
+    [
+        (1, 4, "adjoint", True, 3),  # tangent, its weight gradient, and the curvature's way down
+        (8, 1, "tangent", True, 3),  # the seed's instead
+        (1, 4, "adjoint", False, 4),  # no g that takes the curvature's weight gradient
+        (8, 1, "tangent", False, 5),  # and a chain more
+    ],
+)
+def test_products_over_the_active_pairs(
+    path: ModuleType, D: int, k: int, mode: Mode, task: bool, products: int
+) -> None:
+    """For each hidden layer, as in the cost table: the ranges of T are in the number of pairs."""
+    hidden = 3
+    p = problem((9, *(20,) * hidden, D), "silu", k, mode, Hinge())
+    x, params = inputs(p, 50, torch.float32)
+    with recorded():
+        y, out, saved = path.forward(p, x, None, params, True)
+    with recorded() as seen:
+        needs = [False, *(t is not None for t in params)]
+        path.backward(p, y if task else None, out, x, params, saved, needs)
+    assert pair_products(seen, 20) == products * (hidden - 1)
+
+
+@MODES
+def test_layer_by_layer_takes_fewer_launches_than_node_by_node(mode: Mode) -> None:
+    """Why chains have a path of their own; docs/triton.md has the numbers."""
+    found = []
+    for path in (layered, programs):
+        D, k = (1, 4) if mode == "adjoint" else (8, 1)
+        p = problem((9, 20, 20, 20, D), "silu", k, mode, Hinge())
+        x, params = inputs(p, 50, torch.float32)
+        with recorded() as up:
+            y, out, saved = path.forward(p, x, None, params, True)
+        with recorded() as down:
+            path.backward(p, y, out, x, params, saved, [False, *(t is not None for t in params)])
+        found.append((len(up), len(down)))
+    assert found == ([(8, 18), (8, 38)] if mode == "adjoint" else [(5, 18), (5, 34)])
+
+
 # --- what is compiled -----------------------------------------------------------------------------
 
 
@@ -236,12 +283,12 @@ def test_a_margin_that_moves_is_not_tuned_again(
         tuned.append(key)
         return candidates[0]
 
-    monkeypatch.setattr(path, "enabled", lambda device: True)
-    monkeypatch.setattr(path, "choose", choose)
+    monkeypatch.setattr(tuning, "enabled", lambda device: True)
+    monkeypatch.setattr(tuning, "choose", choose)
     for margin in (0.3, 0.4):
         p = problem((5, 9, 2), "silu", 2, mode, Hinge(margin=margin))
         x, params = inputs(p, 40)
-        with launches():
+        with recorded():
             y, out, saved = path.forward(p, x, None, params, True)
             path.backward(p, y, out, x, params, saved, [True] * 5)
     assert len(tuned) == 2 * len(set(tuned)) > 0
@@ -253,7 +300,7 @@ def test_a_margin_that_moves_compiles_nothing_again(path: ModuleType, mode: Mode
     def launched(margin: float) -> tuple[list[tuple[Any, dict[str, object]]], list[object]]:
         p = problem((5, 9, 2), "silu", 2, mode, Hinge(margin=margin))
         x, params = inputs(p, 40)
-        with launches() as seen:
+        with recorded() as seen:
             path.forward(p, x, None, params, True)
         numbers = [a for _, args, _ in seen for a in args if isinstance(a, (int, float))]
         return [(kernel, options) for kernel, _, options in seen], numbers

@@ -15,11 +15,11 @@ from monokernel import fused_mono_penalty, plan
 from monokernel.backends import handwritten
 from monokernel.backends import triton as backend
 from monokernel.backends.triton import programs as path
-from monokernel.backends.triton.config import WIDEST_ROW
-from monokernel.backends.triton.launch import interpreting
+from monokernel.backends.triton.programs.config import WIDEST_ROW
+from monokernel.backends.triton.target import interpreting
 from monokernel.problem import Hinge, Mode, Problem
 from monokernel.program import Node
-from tests.gpu.cases import errors, run
+from tests.problems import errors, run
 from tests.support import assert_same, gradients, points
 from tests.test_programs import BOTH_MODES, CASES, RandomCall, operands, random_calls
 from tests.zoo import ACTIVE, ZOO, network

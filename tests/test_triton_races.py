@@ -21,9 +21,9 @@ pytest.importorskip("triton")
 from triton.runtime import interpreter
 
 from monokernel.backends.triton import layered, programs, whole
-from monokernel.backends.triton.launch import interpreting
+from monokernel.backends.triton.target import assumed, interpreting
 from monokernel.problem import Hinge, Mode, Problem
-from tests.gpu.cases import inputs, problem, run
+from tests.problems import inputs, problem, run
 from tests.test_programs import CASES, operands
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="runs under TRITON_INTERPRET=1")
@@ -115,11 +115,9 @@ def recorded(barriers: bool = True) -> Iterator[Ledger]:
 @pytest.mark.parametrize("mode", ["tangent", "adjoint"])
 @pytest.mark.parametrize("way", ["wgmma", "tcgen05", "warp", "wave"])
 @pytest.mark.parametrize("width", [20, 40, 70])
-def test_no_race_in_one_kernel(
-    mode: Mode, width: int, way: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(whole, "products", lambda device: way)
-    _assert_no_race(whole, (6, width, width, 2), mode)
+def test_no_race_in_one_kernel(mode: Mode, width: int, way: str) -> None:
+    with assumed(way):
+        _assert_no_race(whole, (6, width, width, 2), mode)
 
 
 @pytest.mark.parametrize("mode", ["tangent", "adjoint"])
@@ -147,10 +145,9 @@ def _assert_no_race(path: ModuleType, widths: tuple[int, ...], mode: Mode) -> No
         assert ledger.races == set()
 
 
-def test_a_race_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(whole, "products", lambda device: "warp")
+def test_a_race_would_be_seen() -> None:
     p = problem((6, 40, 40, 1), "silu", 2, "adjoint", None)
-    with recorded(barriers=False) as ledger:
+    with assumed("warp"), recorded(barriers=False) as ledger:
         run(whole, p, *inputs(p, 100, torch.float16))
     assert "loaded with no barrier after the store" in ledger.races
     assert "stored with no barrier after the load" in ledger.races

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..problem import Problem
 
-__all__ = ["BACKENDS", "Backend", "Record", "Step", "load", "refusal"]
+__all__ = ["BACKENDS", "Backend", "Params", "Record", "Step", "load", "refusal"]
 
 
 class Record(NamedTuple):

@@ -21,30 +21,34 @@ kept. Whatever stands between two of them is computed again in each block of the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..hinge import slope_cotangent, slope_weights
-from ..nodes import Rule, columns_of, moving, rule, used
+from ..nodes import columns_of
 from ..problem import Problem, accumulate_dtype, nan_rule
 from ..program import Node
+from .schedule import (
+    X2,
+    Down,
+    Facts,
+    Params,
+    Step,
+    WayDown,
+    blocks,
+    facts_of,
+    parameters_of,
+    saved_like,
+    way_down,
+    weight_of,
+)
 
 __all__ = ["backward", "forward", "refuses", "saved_like", "step"]
 
-Params = Sequence[Tensor | None]
 Values = dict[int, Tensor]  # by number: 0 is x, i + 1 what node i made
-X2 = -1  # the number of the last k columns of x, where they have cotangents of their own
-
-# Elements of one activation block. On the CPU 2^18 (1 MiB of float32) keeps a block in the L2
-# cache through a layer's element-wise passes; elsewhere only the temporaries' size is bounded.
-BLOCK_ELEMENTS = {"cpu": 1 << 18}
-BLOCK_ELEMENTS_ELSEWHERE = 1 << 26
-FEWEST_ROWS = 256
 
 
 def refuses(problem: Problem, x: Tensor) -> str | None:
@@ -54,172 +58,6 @@ def refuses(problem: Problem, x: Tensor) -> str | None:
 
 def step() -> None:
     """It has no operator for a whole step of its own."""
-
-
-def saved_like(problem: Problem, x: Tensor) -> list[Tensor]:
-    """Uninitialised buffers for what the backward needs again, in the order the forward fills them:
-
-    the values (N, H) of linear nodes but for y itself, the cotangents (N, H) that they pull where
-    the adjoint chain is kept, ∂penalty/∂J (N, D, k) when there is a hinge.
-    """
-    return _saved_like(problem, _facts_of(problem), x)
-
-
-def _saved_like(problem: Problem, facts: _Facts, x: Tensor) -> list[Tensor]:
-    N = x.shape[0]
-    saved = [x.new_empty(N, facts.widths[v]) for v in (*facts.saved, *facts.pulled)]
-    if problem.hinge is not None:
-        saved.append(x.new_empty(N, problem.D, problem.k, dtype=accumulate_dtype(x.dtype)))
-    return saved
-
-
-# --- what a program says of itself ---------------------------------------------------------------
-
-
-class _Step(NamedTuple):
-    """A node that y depends on; it makes value v."""
-
-    v: int
-    node: Node
-    rule: Rule
-    linear: bool
-    # The values that no later node reads. What is done with is let go at once: the next result
-    # then lies in warm memory.
-    spent: tuple[int, ...]
-
-
-class _Facts(NamedTuple):
-    """What a program says of itself whatever its operands; the flags are by value."""
-
-    widths: tuple[int, ...]
-    steps: tuple[_Step, ...]  # from x up
-    moving: tuple[bool, ...]  # whether x2 reaches it
-    uniform: tuple[bool, ...]  # whether its P is the same in every row
-    kept: tuple[bool, ...]  # whether the backward has its g as gy∘P + q
-    read: tuple[bool, ...]  # whether slopes read it: not where linear nodes alone do
-    saved: tuple[int, ...]  # the values of linear nodes, but for y
-    pulled: tuple[int, ...]  # the kept values to which linear nodes pull a P of N rows
-
-
-def _facts_of(problem: Problem) -> _Facts:
-    return _facts(problem.d, problem.nodes, problem.k, problem.keeps_adjoint)
-
-
-@lru_cache(maxsize=1024)
-def _facts(d: int, nodes: tuple[Node, ...], k: int, keeps_adjoint: bool) -> _Facts:
-    moves, y = moving(d, k, nodes), len(nodes)
-    trains = [False]  # whether there is a parameter at the value or below it
-    for node in nodes:
-        trains.append(bool(node.params) or any(trains[v] for v in node.inputs))
-    # Below the lowest parameter only x wants a gradient, which nobody knows while the forward runs.
-    kept = [keeps_adjoint and v > 0 and (moves[v] or trains[v]) for v in range(y + 1)]
-    uniform, read = [True] * (y + 1), [False] * (y + 1)
-    pulled, seen, steps = set[int](), set[int](), list[_Step]()
-    for i in reversed(used(nodes)):
-        node, of, linear = nodes[i], rule(nodes[i]), nodes[i].kind == "linear"
-        steps.insert(0, _Step(i + 1, node, of, linear, tuple(set(node.inputs) - seen)))
-        seen.update(node.inputs)
-        read[i + 1] |= of.reads_v
-        for v in node.inputs:
-            uniform[v] &= uniform[i + 1] and not (of.varies or of.per_row)
-            read[v] |= not linear
-            if linear and kept[v] and not uniform[i + 1]:
-                pulled.add(v)
-    return _Facts(
-        widths=(d, *[node.width for node in nodes]),
-        steps=tuple(steps),
-        moving=moves,
-        uniform=tuple(uniform),
-        kept=tuple(kept),
-        read=tuple(read),
-        saved=tuple([step.v for step in steps if step.linear and step.v < y]),
-        pulled=tuple(sorted(pulled)),
-    )
-
-
-class _Down(NamedTuple):
-    """A node on the way down from y. The flags of its inputs are in their order."""
-
-    step: _Step
-    trained: bool  # whether its own parameters want a gradient
-    direct: tuple[bool, ...]  # whether a gradient is wanted of the input, by its cotangent g,
-    kept: tuple[bool, ...]  # or by gy∘P + q
-    by_pairs: tuple[bool, ...]  # whether the pairs' chain goes on to it
-
-
-class _WayDown(NamedTuple):
-    """What the backward walks over for the gradients that it is asked for."""
-
-    nodes: tuple[_Down, ...]  # those at or below which a gradient is wanted, from y down
-    again: tuple[_Step, ...]  # light nodes whose values are computed again, from x up
-    tangents: tuple[_Step, ...]  # nodes whose tangents the pairs need, from x up
-
-
-@lru_cache(maxsize=1024)
-def _way_down(
-    d: int, nodes: tuple[Node, ...], k: int, keeps_adjoint: bool, needs: tuple[bool, ...]
-) -> _WayDown:
-    facts = _facts(d, nodes, k, keeps_adjoint)
-    wanted = [needs[0]]  # of each value, whether a gradient is wanted at it or below
-    for node in nodes:
-        own = any(needs[1 + place] for place in node.params)
-        wanted.append(own or any(wanted[v] for v in node.inputs))
-    down, values, dots = list[_Down](), set[int](), set[int]()
-    for step in reversed(facts.steps):
-        v, node, of = step.v, step.node, step.rule
-        trained = any(needs[1 + place] for place in node.params)
-        if of.per_row and trained:
-            raise RuntimeError(f"mlp: expected a {node.kind} that is drawn, got one to be trained")
-        moves = facts.moving[v]
-        if wanted[v]:
-            direct = tuple([wanted[u] and not facts.kept[u] for u in node.inputs])
-            kept = tuple([wanted[u] and facts.kept[u] for u in node.inputs])
-            by_pairs = tuple(
-                [wanted[u] and (facts.kept[u] or (u > 0 and facts.moving[u])) for u in node.inputs]
-            )
-            down.append(_Down(step, trained, direct, kept, by_pairs))
-            if moves and (trained or of.curved):
-                dots.update(node.inputs)
-        if moves and v in dots:
-            dots.update(node.inputs)
-        used_on_the_way = wanted[v] if not step.linear else trained
-        if used_on_the_way or (not step.linear and (v in values or v in dots)):
-            values.update((*node.inputs, v) if of.reads_v else node.inputs)
-    return _WayDown(
-        nodes=tuple(down),
-        again=tuple([s for s in facts.steps if s.v in values and not s.linear]),
-        tangents=tuple([s for s in facts.steps if s.v in dots and facts.moving[s.v]]),
-    )
-
-
-def _blocks(problem: Problem, facts: _Facts, x: Tensor) -> Iterator[slice]:
-    fan = problem.k if problem.mode == "tangent" else problem.D
-    budget = BLOCK_ELEMENTS.get(x.device.type, BLOCK_ELEMENTS_ELSEWHERE)
-    size = max(FEWEST_ROWS, budget // max(1, fan * max(facts.widths)))
-    for start in range(0, x.shape[0], size):
-        yield slice(start, min(start + size, x.shape[0]))
-
-
-def _parameters(
-    facts: _Facts, params: Params, rows: slice | Tensor, x: Tensor
-) -> dict[int, Params]:
-    """θ of each value's node, for a block's rows of x."""
-    found: dict[int, Params] = {}
-    for v, node, of, *_ in facts.steps:
-        θ: Params = [params[place] for place in node.params]
-        if of.per_row:
-            if isinstance(rows, slice):
-                rows = torch.arange(rows.start, rows.stop, device=x.device)
-            θ = of.at_rows(node, θ, rows, x.dtype)
-        found[v] = θ
-    return found
-
-
-def _weight(θ: Params) -> Tensor:
-    """W of a linear node: never None, unlike a bias."""
-    W = θ[0]
-    assert W is not None
-    return W
 
 
 class _Cotangents:
@@ -248,7 +86,7 @@ class _Cotangents:
             self.own.add(v)
 
     def add_pulled(
-        self, step: _Step, u: list[Tensor], v: Tensor, P: Tensor, θ: Params, mine: Sequence[bool]
+        self, step: Step, u: list[Tensor], v: Tensor, P: Tensor, θ: Params, mine: Sequence[bool]
     ) -> None:
         """Adds what a light node pulls down of P to those of its inputs that are ``mine``."""
         node, of = step.node, step.rule
@@ -291,12 +129,12 @@ def forward(
     problem: Problem, x: Tensor, weight: Tensor | None, params: Params, save: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """y (N, D), the penalty (or J where there is no hinge), and what the backward needs."""
-    N, D, k, facts = x.shape[0], problem.D, problem.k, _facts_of(problem)
-    saved = _saved_like(problem, facts, x) if save else []
+    N, D, k, facts = x.shape[0], problem.D, problem.k, facts_of(problem)
+    saved = saved_like(problem, x) if save else []
     y = x.new_empty(N, D)
     J = x.new_empty(N, D, k, dtype=accumulate_dtype(x.dtype))
-    for rows in _blocks(problem, facts, x):
-        θ = _parameters(facts, params, rows, x)
+    for rows in blocks(problem, facts, x):
+        θ = parameters_of(facts, params, rows, x)
         buffers = {v: t[rows] for v, t in zip(facts.saved, saved, strict=False)}
         values = _values(facts, x[rows], θ, buffers, y[rows])
         if problem.mode == "tangent":
@@ -316,7 +154,7 @@ def forward(
     return y, penalty if problem.hinge.elementwise else penalty.sum(), saved
 
 
-def _values(facts: _Facts, x: Tensor, θ: dict[int, Params], buffers: Values, y: Tensor) -> Values:
+def _values(facts: Facts, x: Tensor, θ: dict[int, Params], buffers: Values, y: Tensor) -> Values:
     """The values of a block that its slopes read, those of linear nodes in ``buffers`` if given;
     the outputs in y."""
     values, last = {0: x}, facts.steps[-1].v
@@ -334,11 +172,11 @@ def _values(facts: _Facts, x: Tensor, θ: dict[int, Params], buffers: Values, y:
 
 
 def _linear(h: Tensor, θ: Params, out: Tensor | None) -> Tensor:
-    W, b = _weight(θ), θ[1]
+    W, b = weight_of(θ), θ[1]
     return torch.mm(h, W.t(), out=out) if b is None else torch.addmm(b, h, W.t(), out=out)
 
 
-def _tangent_slopes(facts: _Facts, k: int, values: Values, θ: dict[int, Params]) -> Tensor | None:
+def _tangent_slopes(facts: Facts, k: int, values: Values, θ: dict[int, Params]) -> Tensor | None:
     """J (n or 1, D, k) of a block, all k tangents side by side; None where x2 does not reach y."""
     d = facts.widths[0]
     dots: Values = {}  # (k, n or 1, H)
@@ -346,7 +184,7 @@ def _tangent_slopes(facts: _Facts, k: int, values: Values, θ: dict[int, Params]
         if not facts.moving[v]:
             continue
         if linear:
-            u, W = node.inputs[0], _weight(θ[v])
+            u, W = node.inputs[0], weight_of(θ[v])
             # A one-hot times W is a choice of its columns, not a product.
             dots[v] = dots[u] @ W.t() if u else W[:, d - k :].t().unsqueeze(1)
         else:
@@ -361,7 +199,7 @@ def _tangent_slopes(facts: _Facts, k: int, values: Values, θ: dict[int, Params]
 
 
 def _adjoint_slopes(
-    facts: _Facts,
+    facts: Facts,
     k: int,
     values: Values,
     θ: dict[int, Params],
@@ -390,7 +228,7 @@ def _adjoint_slopes(
             mine = [wanted[u] or not u for u in node.inputs]
             P.add_pulled(step, at, value, p, θ[v], mine)
             continue
-        u, W = node.inputs[0], _weight(θ[v])
+        u, W = node.inputs[0], weight_of(θ[v])
         if not u:
             u, W = X2, W[:, d - k :]
         elif not wanted[u]:
@@ -432,9 +270,9 @@ def backward(
     gJ = _slope_cotangent(problem, gout, saved)
     if gy is None and gJ is None:
         return grads.result()
-    facts = _facts_of(problem)
-    way = _way_down(problem.d, problem.nodes, problem.k, problem.keeps_adjoint, tuple(needs))
-    for rows in _blocks(problem, facts, x):
+    facts = facts_of(problem)
+    way = way_down(problem, needs)
+    for rows in blocks(problem, facts, x):
         _Block(problem, facts, way, x, params, saved, gy, gJ, rows).add_to(grads)
     return grads.result()
 
@@ -515,8 +353,8 @@ class _Block:
     def __init__(
         self,
         problem: Problem,
-        facts: _Facts,
-        way: _WayDown,
+        facts: Facts,
+        way: WayDown,
         x: Tensor,
         params: Params,
         saved: Sequence[Tensor],
@@ -532,7 +370,7 @@ class _Block:
             gJ, self.rows = gJ[some], some + rows.start
         self.gy = None if gy is None else gy[rows]
         self.pairs = None if gJ is None else _Pairs.of(problem, gJ, x.dtype)
-        self.θ = _parameters(facts, params, self.rows, x)
+        self.θ = parameters_of(facts, params, self.rows, x)
         self.values: Values = {0: x[self.rows]}
         # The cotangents g of values, and P (n or 1, H) of those that have g = gy∘P + q.
         self.g, self.P = _Cotangents(), _Cotangents()
@@ -580,7 +418,7 @@ class _Block:
         self.pairs.scatter_add(g, q)
         return g
 
-    def _linear(self, down: _Down, grads: _Gradients) -> None:
+    def _linear(self, down: Down, grads: _Gradients) -> None:
         (v, node, *_), trained, (direct,), (kept,), _ = down
         θ, u, P, pairs = self.θ[v], node.inputs[0], self.P.of.pop(v, None), self.pairs
         q = None if pairs is None else pairs.chain.of.pop(v, None)
@@ -591,13 +429,13 @@ class _Block:
                 if θ[1] is not None:
                     grads.rows(node.params[1], g)
             if g is not None and direct:
-                self.g.add_product(u, g, _weight(θ))
+                self.g.add_product(u, g, weight_of(θ))
         if pairs is not None:
             pairs.linear(self, down, P, q, grads)
         if kept and P is not None and self.facts.uniform[v]:  # else it was saved
-            self.P.add_product(u, P, _weight(θ))
+            self.P.add_product(u, P, weight_of(θ))
 
-    def _light(self, down: _Down, grads: _Gradients) -> None:
+    def _light(self, down: Down, grads: _Gradients) -> None:
         (v, node, of, *_), trained, direct, kept, _ = down
         θ, u, P = self.θ[v], [self.values[u] for u in node.inputs], self.P.of.pop(v, None)
         value = self.values[v] if of.reads_v else u[0]
@@ -682,9 +520,9 @@ class _Pairs:
                 u, value, θ = self._operands(block, step)
                 dots[v] = of.push_now(node, u, value, self._dots(block, node), θ)
             elif node.inputs[0]:
-                dots[v] = dots[node.inputs[0]] @ _weight(block.θ[v]).t()
+                dots[v] = dots[node.inputs[0]] @ weight_of(block.θ[v]).t()
             else:
-                dots[v] = x_dot @ _weight(block.θ[v])[:, -x_dot.shape[1] :].t()
+                dots[v] = x_dot @ weight_of(block.θ[v])[:, -x_dot.shape[1] :].t()
         y = block.facts.steps[-1].v
         if block.facts.moving[y] and not block.facts.kept[y]:
             self.chain.add(y, self.seed, False)
@@ -692,7 +530,7 @@ class _Pairs:
     def linear(
         self,
         block: _Block,
-        down: _Down,
+        down: Down,
         P: Tensor | None,
         passed: Tensor | None,
         grads: _Gradients,
@@ -706,12 +544,12 @@ class _Pairs:
         elif p is not None:
             grads.product_of_x2(node.params[0], p, self.x_dot)
         if passed is not None and down.by_pairs[0]:
-            self.chain.add_product(u, passed, _weight(block.θ[v]))
+            self.chain.add_product(u, passed, weight_of(block.θ[v]))
 
     def light(
         self,
         block: _Block,
-        down: _Down,
+        down: Down,
         P: Tensor | None,
         passed: Tensor | None,
         grads: _Gradients,
@@ -747,7 +585,7 @@ class _Pairs:
             return passed
         return P.expand(len(self.row), -1) if block.facts.uniform[v] else self.take(P)
 
-    def _operands(self, block: _Block, step: _Step) -> tuple[list[Tensor], Tensor, Params]:
+    def _operands(self, block: _Block, step: Step) -> tuple[list[Tensor], Tensor, Params]:
         """u, v and θ of a light node for the pairs: rows of those alone that the node reads."""
         v, node, of, *_ = step
         u = [self._value(block, i) if of.varies else block.values[i] for i in node.inputs]

@@ -6,18 +6,15 @@ dtype and device. The letters are those of ``docs/mathematics.md``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from ..nodes import Maybe, moving, rule, used
 from ..problem import Problem, accumulate_dtype, nan_rule
 from ..program import Node
+from . import Params
 
 __all__ = ["value_and_jacobian"]
-
-Params = Sequence[Tensor | None]
 
 
 def value_and_jacobian(problem: Problem, x: Tensor, params: Params) -> tuple[Tensor, Tensor]:

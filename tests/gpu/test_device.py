@@ -15,7 +15,7 @@ from monokernel.activations import KINDS
 from monokernel.backends import handwritten, load
 from monokernel.backends.triton import layered, programs, whole
 from monokernel.problem import Hinge, Mode, Problem
-from tests.gpu.cases import assert_as_precise_as_pytorch, errors, inputs, problem, run
+from tests.problems import assert_as_precise_as_pytorch, errors, inputs, problem, run
 from tests.support import mlp, points
 from tests.test_programs import CASES, operands
 from tests.zoo import network

@@ -1,8 +1,10 @@
 """The Triton kernels: the tangent beside the activations, on the GPU.
 
-Three paths, each with the four functions of the backend protocol: ``whole.py`` (narrow chains of
-layers, the network is one kernel), ``layered.py`` (every other chain) and ``programs.py`` (every
-other program). This module only chooses.
+Three paths, each with the four functions of the backend protocol: ``whole`` (narrow chains of
+layers, the network is one kernel), ``layered`` (every other chain) and ``programs`` (every other
+program). This module only chooses. What the paths share lies beside them: ``device`` (functions
+that kernels call), ``active`` (the active pairs and products over them), ``slopes`` and ``reduce``
+(kernels), ``target`` (what the card is), ``launch``, ``constants`` and ``tuning``.
 """
 
 from __future__ import annotations
@@ -14,12 +16,11 @@ import torch
 from torch import Tensor
 
 from ...problem import Problem
+from .. import Params
 from . import layered, programs, whole
-from .launch import interpreting
+from .target import interpreting
 
 __all__ = ["backward", "forward", "refuses", "saved_like", "step"]
-
-Params = Sequence[Tensor | None]
 
 
 def refuses(problem: Problem, x: Tensor) -> str | None:

@@ -1,4 +1,4 @@
-"""Autotuning, off unless ``MONOKERNEL_AUTOTUNE=1``: the analytic rules of ``config.py`` decide.
+"""Autotuning, off unless ``MONOKERNEL_AUTOTUNE=1``: the rules in each path's ``config.py`` decide.
 
 When on, the first call of each kind on a device runs every candidate and keeps the quickest for the
 life of the process. Results then depend on the choice in their last bits (the order of sums does).
@@ -11,15 +11,32 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from ...problem import capturing
 
-__all__ = ["choose", "enabled"]
+__all__ = ["choose", "enabled", "tuned"]
 
 Config = TypeVar("Config")
+Result = TypeVar("Result")
 ROUNDS = 5
 
 _chosen: dict[Hashable, object] = {}
+
+
+def tuned(
+    rule: Config,
+    candidates: Callable[[Config], Sequence[Config]],
+    key: tuple[Hashable, ...],
+    x: Tensor,
+    run: Callable[[Config], Result],
+) -> Result:
+    """``run`` with the rule's choice, or with the quickest of its candidates where calls are tuned:
+    found once for the key and about as many rows."""
+    if enabled(x.device) and x.shape[0]:
+        kind = (*key, x.dtype, x.device, x.shape[0].bit_length())
+        return run(choose(kind, candidates(rule), run))
+    return run(rule)
 
 
 def enabled(device: torch.device) -> bool:

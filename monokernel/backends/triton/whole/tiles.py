@@ -3,25 +3,29 @@
 A tile holds BM rows of one layer in registers. Hidden layers share one padded width H; the last
 layer's outputs are padded to PD. Padding costs nothing that is stored: weights are zero there, so
 whatever σ(0) is in a padded unit meets a zero on its way on, and no cotangent comes back to it.
+Only an inf times such a zero would be a NaN: products are ``within`` their width.
 """
 
-# ruff: noqa: RET505 (see ``device.py``)
+# ruff: noqa: RET505 (see ``device/__init__.py``)
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .device import bias_row, weight_tile
+from ..device.tiles import bias_row, weight_tile
 
 __all__ = [
     "first_layer",
+    "get",
+    "get_rows",
     "keep",
     "layer_up",
     "matmul",
     "padded_width",
     "product_down",
     "product_up",
+    "put",
     "recall",
     "through",
 ]
@@ -31,6 +35,16 @@ __all__ = [
 def matmul(a, b, C: tl.constexpr, PRECISION: tl.constexpr):
     """a @ b with operands in the compute dtype and the sum in the accumulation dtype."""
     return tl.dot(a.to(C), b.to(C), input_precision=PRECISION)
+
+
+@triton.jit
+def within(tile, WIDTH: tl.constexpr):
+    """The tile, zero in its padded columns."""
+    if tile.shape[1] == WIDTH:
+        return tile
+    else:
+        inside = tl.arange(0, tile.shape[1])[None, :] < WIDTH
+        return tl.where(inside, tile, tl.zeros_like(tile))
 
 
 @triton.constexpr_function
@@ -68,6 +82,7 @@ def first_layer(
         )
         w = weight_tile(W, unit, column, WIDTHS[1], d, C)
         a += matmul(h, tl.trans(w), C, PRECISION)
+    a = within(a, WIDTHS[1])
     if BIAS:
         a += bias_row(b, unit, WIDTHS[1], A)
     return a
@@ -138,7 +153,7 @@ def product_up(
     row = tl.arange(0, padded_width(l, len(WIDTHS) - 1, H, PD))
     if INNER == 0 or INNER >= H:
         w = weight_tile(ws[l], row, tl.arange(0, H), WIDTHS[l + 1], WIDTHS[l], C)
-        return matmul(h, tl.trans(w), C, PRECISION)
+        return within(matmul(h, tl.trans(w), C, PRECISION), WIDTHS[l + 1])
     else:
         total = tl.zeros((h.shape[0], row.shape[0]), A)
         for first in tl.range(0, H, INNER, disable_licm=True):
@@ -146,7 +161,7 @@ def product_up(
             column = first + tl.arange(0, INNER)
             w = weight_tile(ws[l], row, column, WIDTHS[l + 1], WIDTHS[l], C)
             total += matmul(part, tl.trans(w), C, PRECISION)
-        return total
+        return within(total, WIDTHS[l + 1])
 
 
 @triton.jit
@@ -160,7 +175,7 @@ def product_down(
     column = tl.arange(0, H)
     if INNER == 0 or INNER >= OUT:
         w = weight_tile(ws[l], tl.arange(0, OUT), column, WIDTHS[l + 1], WIDTHS[l], C)
-        return matmul(p, w, C, PRECISION)
+        return within(matmul(p, w, C, PRECISION), WIDTHS[l])
     else:
         total = tl.zeros((p.shape[0], H), A)
         for first in tl.range(0, OUT, INNER, disable_licm=True):
@@ -168,7 +183,7 @@ def product_down(
             row = first + tl.arange(0, INNER)
             w = weight_tile(ws[l], row, column, WIDTHS[l + 1], WIDTHS[l], C)
             total += matmul(part, w, C, PRECISION)
-        return total
+        return within(total, WIDTHS[l])
 
 
 @triton.jit

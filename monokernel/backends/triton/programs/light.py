@@ -14,14 +14,14 @@ parts, ``OWN_ROW`` number i, or row number ``rows[i]`` (``GATHERED``). Strides f
 never the number of rows.
 """
 
-# ruff: noqa: RET505 (see ``device.py``)
+# ruff: noqa: RET505 (see ``device/__init__.py``)
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .device import activation
+from ..device.activations import activation
 
 __all__ = ["by_row", "column_sums", "combine"]
 

@@ -1,30 +1,13 @@
-"""What every kernel shares: the activation table, the hinge, and masked tiles of a layer.
+"""σ, σ' and σ'' on the device: the third spelling of ``monokernel/activations.py``."""
 
-The third spelling of ``monokernel/activations.py``. Only operations that Triton's interpreter knows
-are used (no libdevice, no inline assembly), so that the same source runs with and without a GPU.
-
-Triton compiles what follows a branch that returned, also where the compiler has resolved it: with
-pointers that are None there. So what a branch leaves to do stands under its ``else``.
-
-Of an integer argument it makes one kernel where it is 1, one for multiples of 16, one for the rest.
-Numbers of rows and of programs change with the batch: they are marked ``do_not_specialize``.
-"""
-
-# ruff: noqa: RET505 (for that reason)
+# ruff: noqa: RET505 (see ``device/__init__.py``)
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-__all__ = [
-    "activation",
-    "activation_of",
-    "bias_row",
-    "hinge_epilogue",
-    "slope_cotangent",
-    "weight_tile",
-]
+__all__ = ["activation", "activation_of"]
 
 # Kinds, as indices of ``activations.ACTIVATIONS``, which begins with ``KINDS``.
 RELU = tl.constexpr(1)
@@ -55,11 +38,6 @@ LOG = tl.constexpr(25)
 RECIPROCAL = tl.constexpr(26)
 SIN = tl.constexpr(27)
 COS = tl.constexpr(28)
-
-# What the second output is.
-JACOBIAN = tl.constexpr(0)
-PENALTIES = tl.constexpr(1)
-PENALTY_SUM = tl.constexpr(2)
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -250,91 +228,3 @@ def activation_of(a, ACTS: tl.constexpr, l: tl.constexpr):
     where it is named a constexpr first."""
     ACT: tl.constexpr = ACTS[l]
     return activation(a, ACT)
-
-
-@triton.jit
-def hinge(J, direction, weight, margin, SQUARED: tl.constexpr):
-    """w·h(margin - direction·J), its derivative in J. NaN is no r <= 0, so it stays a penalty.
-
-    Where nothing is violated both are 0 whatever the weight: the zero rule of ``hinge.py``.
-    """
-    r = margin - direction * J
-    free = (r <= 0) | (direction == 0)
-    r = tl.where(free, tl.zeros_like(r), r)
-    weight = tl.where(free, tl.zeros_like(r), weight)
-    if SQUARED:
-        return weight * r * r, weight * (-2 * direction * r)
-    else:
-        slope = tl.where(free, tl.zeros_like(r), -direction + tl.zeros_like(r))
-        return weight * r, weight * slope
-
-
-@triton.jit
-def hinge_epilogue(
-    J,
-    y,
-    n,
-    ok,
-    at,
-    inside,
-    direction,
-    weight,
-    weight_row,
-    margin,
-    out,
-    slopes,
-    ENTRIES: tl.constexpr,
-    OUT: tl.constexpr,
-    SQUARED: tl.constexpr,
-    SAVE: tl.constexpr,
-):
-    """Writes what was asked for of a tile of slopes J; returns its penalties, 0 outside the mask.
-
-    J[i, j] is the entry ``at[j]`` of the ENTRIES = D·k slopes of row n[i]. Where y is NaN the slope
-    is too: no NaN becomes a penalty of zero.
-    """
-    J = tl.where(y == y, J, tl.zeros_like(J) + float("nan"))
-    mask = ok[:, None] & inside[None, :]
-    entry = n[:, None] * ENTRIES + at[None, :]
-    if OUT == JACOBIAN:
-        tl.store(out + entry, J, mask=mask)
-        return tl.zeros_like(J)
-    else:
-        sign = tl.load(direction + at, mask=inside, other=0.0)[None, :]
-        if weight is None:
-            w = tl.zeros_like(J) + 1
-        else:
-            w = tl.load(weight + n[:, None] * weight_row + at[None, :], mask=mask, other=0.0)
-        penalty, S = hinge(J, sign, w, margin, SQUARED)
-        if OUT == PENALTIES:
-            tl.store(out + entry, penalty, mask=mask)
-        if SAVE:
-            tl.store(slopes + entry, S, mask=mask)
-        return tl.where(mask, penalty, tl.zeros_like(penalty))
-
-
-@triton.jit
-def slope_cotangent(gout, slopes, entry, mask, OUT: tl.constexpr):
-    """gJ = ∂loss/∂J at the offsets ``entry``: gout itself, or gout·∂penalty/∂J by the zero rule."""
-    if OUT == JACOBIAN:
-        return tl.load(gout + entry, mask=mask, other=0.0)
-    else:
-        S = tl.load(slopes + entry, mask=mask, other=0.0)
-        if OUT == PENALTIES:
-            g = tl.load(gout + entry, mask=mask, other=0.0)
-        else:
-            g = tl.load(gout) + tl.zeros_like(S)
-        return tl.where(S == 0, tl.zeros_like(S), S * g)
-
-
-@triton.jit
-def weight_tile(W, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, C: tl.constexpr):
-    """The tile W[row, column] of a weight (ROWS, COLUMNS), zero outside of it."""
-    mask = (row[:, None] < ROWS) & (column[None, :] < COLUMNS)
-    return tl.load(W + row[:, None] * COLUMNS + column[None, :], mask=mask, other=0.0).to(C)
-
-
-@triton.jit
-def bias_row(b, column, COLUMNS: tl.constexpr, A: tl.constexpr):
-    """b[column] as a row of the accumulation dtype, zero outside of it."""
-    return tl.load(b + column, mask=column < COLUMNS, other=0.0).to(A)[None, :]

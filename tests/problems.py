@@ -1,4 +1,4 @@
-"""Problems for the Triton kernels, run against their twin in PyTorch, on any device."""
+"""Chains as problems with operands, for kernels to be run against their twin, on any device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from monokernel.activations import ACTIVATIONS, KINDS, Activation
+from monokernel.activations import ACTIVATIONS, Activation
 from monokernel.backends import handwritten
 from monokernel.problem import Hinge, Mode, Problem, chain_problem
 
@@ -24,12 +24,11 @@ NUMBERS = {
     "clamp": (-0.625, 0.875, 0.0),
 }
 EVERY_KIND = [Activation(kind, *NUMBERS.get(kind, ())) for kind in ACTIVATIONS]
-TABLE = EVERY_KIND[: len(KINDS)]
-IDENTITY = TABLE[0]
+IDENTITY = EVERY_KIND[0]
 
 
 def activation(kind: str) -> Activation:
-    return TABLE[KINDS.index(kind)]
+    return EVERY_KIND[list(ACTIVATIONS).index(kind)]
 
 
 def problem(

@@ -1,34 +1,25 @@
-"""The whole network backward in one kernel: every gradient, with work that follows the hinge.
+"""The passes of the whole-network backward over the layers, each with one chain in registers.
 
-Both modes have one backward (see ``backends/handwritten.py``): an active pair is a row with a
-tangent ẋ that runs forward and a seed s that runs backward,
-
-* tangent mode, column c: ẋ = e_c, s = gJ[row, :, c];
-* adjoint mode, output e: ẋ = gJ[row, e, :], s = e_e.
-
-A persistent program owns a run of tiles of rows. It first lists its own rows, those with a gJ that
-is not zero in front: the first tiles of its list run tangents and cotangents, the others the
-cotangent alone (or nothing, without gy). So the compaction costs no launch and no host
-synchronisation, and the tile where active rows end is filled up with others.
-
-Activations are computed again rather than saved by the forward. Within a tile they, their slopes
-and the tangents lie in scratch slots of the program; weight gradients gather in the program's own
-slice of ``partials``, and ``reduce.py`` adds the slices in order. Both stay in the L2 cache. (In
-registers they do not fit: with the sums there, width 64 spilled 464 bytes at 255 registers.)
+What they hand on to each other lies in the program's scratch slots, each L tiles of BM rows:
+σ'(a_l); h_l; ḣ_l; σ''(a_l), times ȧ_l, times P_l. Whatever takes special functions is evaluated
+once, on the way up. (Tangents beside activations in one pass, as in the forward, spill at width
+128.)
 """
 
-# ruff: noqa: RET505 (see ``device.py``)
+# ruff: noqa: RET505 (see ``device/__init__.py``)
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .device import PENALTY_SUM, activation_of, slope_cotangent, weight_tile
-from .network import (
+from ..device.activations import activation_of
+from ..device.hinge import slope_cotangent
+from ..device.tiles import weight_tile
+from .sums import add_bias, add_weight, inner_gradient
+from .tiles import (
     first_layer,
     get,
-    get_rows,
     layer_up,
     matmul,
     padded_width,
@@ -38,12 +29,9 @@ from .network import (
     through,
 )
 
-__all__ = ["network_backward"]
+__all__ = ["down_pass", "seed_pass", "slots", "tangent_pass", "up_pass"]
 
 IDENTITY = tl.constexpr(0)
-
-# Scratch slots, each L tiles of BM rows: σ'(a_l); h_l; ḣ_l; σ''(a_l), times ȧ_l, times P_l.
-# Whatever takes special functions is evaluated once, on the way up.
 SLOPE_SLOT = tl.constexpr(0)
 H_SLOT = tl.constexpr(1)
 H_DOT_SLOT = tl.constexpr(2)
@@ -61,158 +49,6 @@ def slots(acts):
 def curved(act):
     """Whether σ'' is not zero everywhere (the kinds up to hardtanh are piecewise linear)."""
     return act[0] > 3
-
-
-@triton.jit(do_not_specialize=["N"])
-def network_backward(
-    x,
-    gy,
-    gout,
-    slopes,
-    ws,
-    bs,
-    dx,
-    partials,
-    rows,
-    scratch,
-    N,
-    WIDTHS: tl.constexpr,
-    ACTS: tl.constexpr,
-    BIAS: tl.constexpr,
-    NEEDS: tl.constexpr,
-    OFFSETS: tl.constexpr,
-    K: tl.constexpr,
-    ADJOINT: tl.constexpr,
-    OUT: tl.constexpr,
-    H: tl.constexpr,
-    PD: tl.constexpr,
-    BK: tl.constexpr,
-    INNER: tl.constexpr,
-    BM: tl.constexpr,
-    SCAN: tl.constexpr,
-    CHUNK: tl.constexpr,
-    C: tl.constexpr,
-    A: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    L: tl.constexpr = len(ACTS)
-    PAIRS: tl.constexpr = WIDTHS[L] if ADJOINT else K
-    pid = tl.program_id(0)
-    tiles = tl.cdiv(N, BM)
-    mine = tiles // tl.num_programs(0) + (pid < tiles % tl.num_programs(0)).to(tl.int32)
-    before = pid * (tiles // tl.num_programs(0)) + tl.minimum(pid, tiles % tl.num_programs(0))
-    first = before.to(tl.int64) * BM
-    own = tl.minimum(mine * BM, N - before * BM)  # the last tile of all may be cut
-    x = x + first * WIDTHS[0]
-    # Pointers move by 64 bits once; tiles then have 32-bit offsets, at half the registers. Not in a
-    # helper: in Triton 3.6 none may return None.
-    if dx is not None:
-        dx = dx + first * WIDTHS[0]
-    if gy is not None:
-        gy = gy + first * WIDTHS[L]
-    if slopes is not None:
-        slopes = slopes + first * (WIDTHS[L] * K)
-    if OUT != PENALTY_SUM:  # noqa: SIM102 (each is resolved by the compiler)
-        if gout is not None:
-            gout = gout + first * (WIDTHS[L] * K)
-    partials = partials + pid.to(tl.int64) * OFFSETS[2 * L]
-    scratch = scratch + pid.to(tl.int64) * (slots(ACTS) * BM * max(H, PD))
-    zero_fill(partials, OFFSETS[2 * L])
-    active = 0
-    if gout is not None:
-        rows = rows + first
-        active = list_rows(gout, slopes, rows, own, WIDTHS[L] * K, OUT, SCAN)
-        tl.debug_barrier()
-        for tile in tl.range(0, tl.cdiv(active, BM), disable_licm=True):
-            at = tile * BM + tl.arange(0, BM)
-            ok = at < own
-            n = tl.load(rows + at, mask=ok, other=0)
-            for pair in tl.range(0, PAIRS, disable_licm=True):
-                gradients_of_tile(
-                    n, ok, pair, True, x, gy, gout, slopes, ws, bs, dx, partials, scratch,
-                    WIDTHS, ACTS, BIAS, NEEDS, OFFSETS, K, ADJOINT, OUT, H, PD, BK, INNER, CHUNK,
-                    C, A, PRECISION,
-                )  # fmt: skip
-    for tile in tl.range(tl.cdiv(active, BM), mine, disable_licm=True):
-        at = tile * BM + tl.arange(0, BM)
-        ok = at < own
-        n = at
-        if gout is not None:
-            n = tl.load(rows + at, mask=ok, other=0)
-        if gy is not None:
-            gradients_of_tile(
-                n, ok, 0, False, x, gy, gout, slopes, ws, bs, dx, partials, scratch,
-                WIDTHS, ACTS, BIAS, NEEDS, OFFSETS, K, ADJOINT, OUT, H, PD, BK, INNER, CHUNK,
-                C, A, PRECISION,
-            )  # fmt: skip
-        elif dx is not None:
-            for start in range(0, WIDTHS[0], BK):
-                column = start + tl.arange(0, BK)
-                tl.store(
-                    dx + n[:, None] * WIDTHS[0] + column[None, :],
-                    tl.zeros((BM, BK), C),
-                    mask=ok[:, None] & (column[None, :] < WIDTHS[0]),
-                )
-
-
-@triton.jit
-def list_rows(
-    gout, slopes, rows, own, ENTRIES: tl.constexpr, OUT: tl.constexpr, SCAN: tl.constexpr
-):
-    """Writes this program's rows to ``rows``, active ones from the front, the others from the back.
-
-    Returns how many are active. NaN counts as active.
-    """
-    front = 0
-    back = own
-    for start in range(0, own, SCAN):
-        n = start + tl.arange(0, SCAN)
-        ok = n < own
-        active = tl.zeros((SCAN,), tl.int32)
-        for e in range(ENTRIES):
-            g = slope_cotangent(gout, slopes, n * ENTRIES + e, ok, OUT)
-            active = tl.where(ok & (g != 0), 1, active)
-        clean = tl.where(ok, 1 - active, 0)
-        # Inclusive counts: the r-th active row goes to front + r - 1.
-        place = tl.where(active == 1, front - 1 + tl.cumsum(active, 0), back - tl.cumsum(clean, 0))
-        tl.store(rows + place, n, mask=ok)
-        front += tl.sum(active)
-        back -= tl.sum(clean)
-    return front
-
-
-@triton.jit
-def gradients_of_tile(
-    n, ok, pair, ACTIVE: tl.constexpr, x, gy, gout, slopes, ws, bs, dx, partials, scratch,
-    WIDTHS: tl.constexpr, ACTS: tl.constexpr, BIAS: tl.constexpr, NEEDS: tl.constexpr,
-    OFFSETS: tl.constexpr, K: tl.constexpr, ADJOINT: tl.constexpr, OUT: tl.constexpr,
-    H: tl.constexpr, PD: tl.constexpr, BK: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr,
-    C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Adds what the rows n give for pair number ``pair`` (gy counts with pair 0).
-
-    Passes over the layers, each with one chain in registers; what they hand on lies in the scratch
-    slots. (Tangents beside activations in one pass, as in the forward, spill at width 128.)
-    """
-    tl.debug_barrier()  # the slots may still be read by the tile before
-    up_pass(
-        n, ok, ACTIVE, x, ws, bs, scratch, WIDTHS, ACTS, BIAS, H, PD, BK, INNER, C, A, PRECISION
-    )
-    tl.debug_barrier()
-    if ACTIVE:
-        tangent_pass(
-            n, ok, pair, gout, slopes, ws, scratch,
-            WIDTHS, ACTS, K, ADJOINT, OUT, H, PD, BK, INNER, C, A, PRECISION,
-        )  # fmt: skip
-        seed_pass(
-            n, ok, pair, gout, slopes, ws, partials, scratch,
-            WIDTHS, ACTS, NEEDS, OFFSETS, dx is not None, K, ADJOINT, OUT, H, PD, BK, INNER, CHUNK,
-            C, A, PRECISION,
-        )  # fmt: skip
-    down_pass(
-        n, ok, pair, ACTIVE, x, gy, ws, dx, partials, scratch,
-        WIDTHS, ACTS, NEEDS, OFFSETS, H, PD, BK, INNER, CHUNK, C, A, PRECISION,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -399,27 +235,6 @@ def down_pass(
 
 
 @triton.jit
-def inner_gradient(
-    g, g_slot: tl.constexpr, slot: tl.constexpr, scratch, partials, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, H: tl.constexpr, WIDE: tl.constexpr, INNER: tl.constexpr,
-    CHUNK: tl.constexpr, C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dW += gᵀ h, with the h in a slot, CHUNK columns at a time, in steps of INNER rows."""
-    BM: tl.constexpr = g.shape[0]
-    for first in tl.range(0, H, CHUNK, disable_licm=True):
-        if INNER == 0 or INNER >= BM:
-            h = get(scratch, slot, BM, CHUNK, WIDE, first)
-            product = matmul(tl.trans(g), h, C, PRECISION)
-        else:
-            product = tl.zeros((g.shape[1], CHUNK), A)
-            for row in tl.range(0, BM, INNER, disable_licm=True):
-                left = get_rows(scratch, g_slot, BM, INNER, g.shape[1], WIDE, row, 0)
-                h = get_rows(scratch, slot, BM, INNER, CHUNK, WIDE, row, first)
-                product += matmul(tl.trans(left), h, C, PRECISION)
-        add_weight(product, first + tl.arange(0, CHUNK), partials, ROWS, COLUMNS)
-
-
-@triton.jit
 def first_gradients(
     g, n, ok, pair, ACTIVE: tl.constexpr, x, W, dx, partials, WIDTHS: tl.constexpr,
     NEEDS_WEIGHT: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, A: tl.constexpr,
@@ -468,29 +283,3 @@ def tangent_of_input(
     else:
         chosen = ok[:, None] & (j == pair)[None, :]
         return tl.where(chosen, tl.full(chosen.shape, 1, A), tl.zeros(chosen.shape, A))
-
-
-# --- the program's slice of the partial sums, which stays in the L2 cache -----------------------
-
-
-@triton.jit
-def zero_fill(partials, SIZE: tl.constexpr):
-    for start in range(0, SIZE, 1024):
-        i = start + tl.arange(0, 1024)
-        tl.store(partials + i, tl.zeros((1024,), partials.dtype.element_ty), mask=i < SIZE)
-    tl.debug_barrier()
-
-
-@triton.jit
-def add_weight(product, column, partials, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    row = tl.arange(0, product.shape[0])
-    at = partials + row[:, None] * COLUMNS + column[None, :]
-    mask = (row[:, None] < ROWS) & (column[None, :] < COLUMNS)
-    tl.store(at, tl.load(at, mask=mask, other=0.0) + product, mask=mask)
-
-
-@triton.jit
-def add_bias(g, partials, ROWS: tl.constexpr):
-    row = tl.arange(0, g.shape[1])
-    at = partials + row
-    tl.store(at, tl.load(at, mask=row < ROWS, other=0.0) + tl.sum(g, 0), mask=row < ROWS)

@@ -1,21 +1,21 @@
-"""The active pairs of the layer-by-layer path, listed on the device: no host synchronisation.
+"""The kernels that list the active pairs, and give back to the rows what was found for them.
 
 A pair is number t·N + n: row n and, in tangent mode, column t (ẋ = e_t, s = gJ[n, :, t]), in
 adjoint mode output t (ẋ = gJ[n, t, :], s = e_t). Two launches, a count by block and a list: the
-order of the pairs is kept, so that two runs give the same bits. There are less than 2^31 of them
-(``layered.refuses``): a division by N in 64 bits is a call.
+order of the pairs is kept, so that two runs give the same bits. There are less than 2^31 of them,
+which whoever lists them sees to: a division by N in 64 bits is a call.
 """
 
-# ruff: noqa: RET505 (see ``device.py``)
+# ruff: noqa: RET505 (see ``device/__init__.py``)
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .device import activation, slope_cotangent
+from ..device.hinge import slope_cotangent
 
-__all__ = ["count_pairs", "gather_inputs", "list_pairs", "seed_cotangents"]
+__all__ = ["count_pairs", "gather_inputs", "list_pairs"]
 
 
 @triton.jit
@@ -90,24 +90,6 @@ def list_pairs(
         else:
             tl.store(x_dot + i * K + e, one, mask=chosen)
     tl.store(total, before + tl.sum(active), mask=block == tl.num_programs(0) - 1)
-
-
-@triton.jit
-def seed_cotangents(
-    a, a_dot, s, rows, total, p_out, q_out, D: tl.constexpr, ACT: tl.constexpr,
-    BLOCK: tl.constexpr, A: tl.constexpr,
-):  # fmt: skip
-    """With an activation after the last layer: p_L = σ'∘s, q_L = σ''∘ȧ_L∘s of the active pairs."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    ok = i < tl.load(total).to(tl.int64) * D
-    n = tl.load(rows + i // D, mask=ok, other=0).to(tl.int64)
-    _h, slope, curvature = activation(tl.load(a + n * D + i % D, mask=ok, other=0.0).to(A), ACT)
-    seed = tl.load(s + i, mask=ok, other=0.0).to(A)
-    tl.store(p_out + i, slope * seed, mask=ok)
-    if q_out is not None:
-        tl.store(
-            q_out + i, curvature * tl.load(a_dot + i, mask=ok, other=0.0).to(A) * seed, mask=ok
-        )
 
 
 @triton.jit(do_not_specialize=["N"])

@@ -6,11 +6,33 @@ backward will need it) goes to memory; the penalties leave as one partial sum pe
 
 from __future__ import annotations
 
+from functools import partial
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .device import PENALTY_SUM, activation_of, hinge_epilogue
-from .network import (
+from ....problem import Problem, accumulate_dtype, shared_direction_table
+from ... import Params
+from ..constants import as_compiled
+from ..device.activations import activation_of
+from ..device.hinge import PENALTY_SUM, hinge_epilogue
+from ..launch import launch
+from ..reduce import reduce_sum
+from ..slopes import output_like
+from ..target import compute_dtype, processors, products, register_limit
+from ..tuning import tuned
+from .config import (
+    WholeConfig,
+    candidates,
+    dtypes_of,
+    forward_config,
+    padded,
+    precision_of,
+    shape_of,
+    split,
+)
+from .tiles import (
     first_layer,
     keep,
     layer_up,
@@ -22,7 +44,74 @@ from .network import (
     through,
 )
 
-__all__ = ["network_forward"]
+__all__ = ["forward", "launch_forward", "saved_like", "whole_forward"]
+
+
+def saved_like(problem: Problem, x: Tensor) -> list[Tensor]:
+    """∂penalty/∂J (N, D, k) where there is a hinge: activations are computed again."""
+    if problem.hinge is None:
+        return []
+    N = x.shape[0]
+    return [x.new_empty(N, problem.D, problem.k, dtype=accumulate_dtype(x.dtype))]
+
+
+def forward(
+    problem: Problem, x: Tensor, weight: Tensor | None, params: Params, save: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """y (N, D), the penalty or J, and the saved tensors (none unless ``save``)."""
+    shape = shape_of(problem)
+    rule = forward_config(
+        max(shape["H"], shape["PD"]),
+        problem.depth,
+        x.element_size(),
+        shape["ADJOINT"],
+        products(x.device),
+        precision_of(x.dtype) == "tf32x3",
+    )
+    run = partial(launch_forward, problem, x, weight, params, save)
+    return tuned(rule, candidates, ("forward", as_compiled(problem), save), x, run)
+
+
+def launch_forward(
+    problem: Problem,
+    x: Tensor,
+    weight: Tensor | None,
+    params: Params,
+    save: bool,
+    config: WholeConfig,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    N, D, k, hinge = x.shape[0], problem.D, problem.k, problem.hinge
+    saved = saved_like(problem, x) if save else []
+    y = x.new_empty(N, D)
+    out = output_like(problem, y)
+    if N == 0:
+        return y, out.zero_(), saved
+    shape = shape_of(problem)
+    tiles = -(-N // config.rows)
+    P = min(tiles, processors(x.device) * config.per_processor)
+    summed = hinge is not None and not hinge.elementwise
+    sums = out.new_empty(P) if summed else None
+    scratch = None
+    if not config.in_registers:
+        size = P * (problem.depth + 1) * config.rows * max(shape["H"], shape["PD"])
+        scratch = x.new_empty(size, dtype=compute_dtype(x.dtype))
+    ws, bs = split(params)
+    direction = None
+    if hinge is not None:
+        direction = shared_direction_table(hinge.direction, D, k, out.dtype, x.device)
+    launch(
+        whole_forward, (P,), x, x.contiguous(), weight, direction, ws, bs, y,
+        None if summed else out, saved[0] if saved else None, sums, scratch, N,
+        D * k if weight is not None and weight.dim() == 3 else 0,
+        0.0 if hinge is None else float(hinge.margin),
+        **shape, **dtypes_of(x.dtype), BIAS=tuple(b is not None for b in bs),
+        SQUARED=hinge is not None and hinge.squared, SAVE=bool(saved),
+        PK=padded(k), BK=min(padded(problem.d), config.chunk), INNER=config.inner, BM=config.rows,
+        **register_limit(x.device), num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    if sums is not None:
+        launch(reduce_sum, (1,), x, sums, out, P, BLOCK=1024)
+    return y, out, saved
 
 
 @triton.constexpr_function
@@ -32,7 +121,7 @@ def forward_slots(acts):
 
 
 @triton.jit(do_not_specialize=["N"])
-def network_forward(
+def whole_forward(
     x,
     weight,
     direction,

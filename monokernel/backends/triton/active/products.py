@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import activation
+from ..device.activations import activation
 
 __all__ = ["pairs_down", "pairs_up", "pairs_weight"]
 
@@ -54,15 +54,15 @@ def pairs_up(
 
 @triton.jit
 def pairs_down(
-    p, q, W, rows, total, a, a_dot, p_out, q_out,
+    p, q, W, rows, total, a, a_dot, kept, p_out, q_out,
     OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, ACT: tl.constexpr, CURVED: tl.constexpr,
     ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     A: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """P = p W and Q = q W with one weight tile; below, p = σ'∘P and q = σ'∘Q + σ''∘ȧ∘P.
 
-    W is (OUTPUTS, INPUTS). Without p_out only Q is wanted (and ACT does not count); with ADD it is
-    added to what q_out has.
+    W is (OUTPUTS, INPUTS). Where the P of all rows were ``kept`` it is theirs and no product.
+    Without p_out only Q is wanted (and ACT does not count); with ADD it is added to what q_out has.
     """
     count = tl.load(total)
     if tl.program_id(0) * BM >= count:
@@ -71,21 +71,22 @@ def pairs_down(
     j = tl.program_id(1) * BN + tl.arange(0, BN)
     P = tl.zeros((BM, BN), A)
     Q = tl.zeros((BM, BN), A)
-    for start in range(0, OUTPUTS, BK):
-        k = start + tl.arange(0, BK)
-        inside = (i[:, None] < count) & (k[None, :] < OUTPUTS)
-        at = i[:, None] * OUTPUTS + k[None, :]
-        w = tl.load(
-            W + k[:, None] * INPUTS + j[None, :],
-            mask=(k[:, None] < OUTPUTS) & (j[None, :] < INPUTS),
-            other=0.0,
-        ).to(C)
-        if p_out is not None:
-            left = tl.load(p + at, mask=inside, other=0.0).to(C)
-            P += tl.dot(left, w, input_precision=PRECISION)
-        if q is not None:
-            left = tl.load(q + at, mask=inside, other=0.0).to(C)
-            Q += tl.dot(left, w, input_precision=PRECISION)
+    if q is not None or kept is None:
+        for start in range(0, OUTPUTS, BK):
+            k = start + tl.arange(0, BK)
+            inside = (i[:, None] < count) & (k[None, :] < OUTPUTS)
+            at = i[:, None] * OUTPUTS + k[None, :]
+            w = tl.load(
+                W + k[:, None] * INPUTS + j[None, :],
+                mask=(k[:, None] < OUTPUTS) & (j[None, :] < INPUTS),
+                other=0.0,
+            ).to(C)
+            if p_out is not None and kept is None:
+                left = tl.load(p + at, mask=inside, other=0.0).to(C)
+                P += tl.dot(left, w, input_precision=PRECISION)
+            if q is not None:
+                left = tl.load(q + at, mask=inside, other=0.0).to(C)
+                Q += tl.dot(left, w, input_precision=PRECISION)
     mask = (i[:, None] < count) & (j[None, :] < INPUTS)
     at = i[:, None] * INPUTS + j[None, :]
     if p_out is None:
@@ -96,6 +97,8 @@ def pairs_down(
         n = tl.load(rows + i, mask=i < count, other=0).to(tl.int64)
         own = tl.load(a + n[:, None] * INPUTS + j[None, :], mask=mask, other=0.0).to(A)
         _h, slope, curvature = activation(own, ACT)
+        if kept is not None:
+            P = tl.load(kept + n[:, None] * INPUTS + j[None, :], mask=mask, other=0.0).to(A)
         tl.store(p_out + at, slope * P, mask=mask)
         if q_out is not None:
             Q *= slope

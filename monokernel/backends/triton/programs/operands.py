@@ -1,0 +1,220 @@
+"""Stacks of values, tangents and cotangents, and the launches that make one of others.
+
+A stack (T, n, H) has T parts of n rows; (T, H) is one row of each part, the same for all n. The
+number of dimensions says which, since n may be 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ....activations import Activation
+from ....problem import accumulate_dtype
+from ....program import Node
+from ..active import Active
+from ..constants import accumulator, activation_code
+from ..launch import launch
+from ..target import processors
+from . import light
+from .config import row_tile, tile
+
+__all__ = [
+    "IDENTITY",
+    "ONE",
+    "Factor",
+    "OfRows",
+    "On",
+    "Operand",
+    "act_of",
+    "as_row",
+    "flattened",
+    "given",
+    "is_one_row",
+    "slope_of",
+    "tensor_of",
+    "times",
+]
+
+IDENTITY = (0, 0.0, 0.0, 0.0)
+
+
+class OfRows(NamedTuple):
+    """A stack of all rows, of which the pairs take theirs."""
+
+    t: Tensor
+
+
+Operand = Tensor | OfRows
+
+
+def tensor_of(operand: Operand | None) -> Tensor | None:
+    return operand.t if isinstance(operand, OfRows) else operand
+
+
+def is_one_row(operand: Operand | None) -> bool:
+    t = tensor_of(operand)
+    return t is None or t.dim() == 2
+
+
+def layout_of(operand: Operand | None, pairs: bool) -> tuple[int, int, int]:
+    """As ``light.py`` has it."""
+    t = tensor_of(operand)
+    if t is None:
+        return 0, 0, 0
+    if t.dim() == 2:
+        return t.stride(0), t.stride(1), light.ONE_ROW.value
+    how = light.GATHERED if pairs and isinstance(operand, OfRows) else light.OWN_ROW
+    return t.stride(1), t.stride(2), how.value
+
+
+class Factor(NamedTuple):
+    """The factor of an element-wise node (see ``light.py``)."""
+
+    kind: int = light.ONE.value
+    u: Operand | None = None
+    F: Operand | None = None
+    act: tuple[int, float, float, float] = IDENTITY
+
+    @property
+    def one_row(self) -> bool:
+        return is_one_row(self.u) and is_one_row(self.F)
+
+
+ONE = Factor()
+
+
+@dataclass(frozen=True)
+class On:
+    """What a chain runs over: ``count`` rows, or as many pairs at most."""
+
+    x: Tensor
+    count: int
+    active: Active | None = None
+
+    def new(self, T: int, H: int, one_row: bool = False) -> Tensor:
+        return self.x.new_empty(T, H) if one_row else self.x.new_empty(T, self.count, H)
+
+    def _rows(self) -> tuple[Tensor | None, Tensor | None]:
+        return (None, None) if self.active is None else (self.active.rows, self.active.total)
+
+    def combine(
+        self,
+        out: Tensor | None,
+        P: Operand | None,
+        *,
+        c: float = 1.0,
+        base: Operand | None = None,
+        c_base: float = 1.0,
+        constant: float = 0.0,
+        factor: Factor | None = None,
+        value: Tensor | None = None,
+        bent: tuple[Operand, Tensor] | None = None,
+    ) -> None:
+        """out = constant + c_base·base + c·factor ∘ P; of a factor σ' also value = σ(u), and σ'' ∘
+        what is ``bent`` is added."""
+        to = out if out is not None else value
+        assert to is not None
+        factor, pairs = factor or Factor(), self.active is not None
+        p, s = bent or (None, None)
+        H, N = to.shape[-1], 1 if to.dim() == 2 else self.count
+        BM, BN = tile(H)
+        if not to.numel():
+            return
+        launch(
+            light.combine, (-(-N // BM), -(-H // BN)), self.x,
+            out, tensor_of(P), tensor_of(base), tensor_of(factor.u), tensor_of(factor.F), value,
+            tensor_of(p), s, *self._rows(), float(constant), float(c), float(c_base), N,
+            FACTOR=factor.kind, ACT=factor.act, H=H, T=1 if out is None else out.shape[0],
+            O=layout_of(out, pairs), P_=layout_of(P, pairs), B=layout_of(base, pairs),
+            U=layout_of(factor.u, pairs), F_=layout_of(factor.F, pairs), V=layout_of(value, pairs),
+            BENT=layout_of(p, pairs), S=layout_of(s, pairs),
+            BM=BM, BN=BN, A=accumulator(self.x.dtype),
+        )  # fmt: skip
+
+    def by_row(
+        self,
+        out: Tensor,
+        P: Operand,
+        kind: int,
+        does: int = light.VALUE.value,
+        *,
+        u: Operand | None = None,
+        s: Operand | None = None,
+        base: Operand | None = None,
+        scale: Operand | None = None,
+        shift: Operand | None = None,
+        plain: Tensor | None = None,
+        epsilon: float = 0.0,
+    ) -> None:
+        """out = base + what a node of that kind does to P, scaled and shifted."""
+        t, pairs = tensor_of(P), self.active is not None
+        assert t is not None
+        H, N = t.shape[-1], 1 if out.dim() == 2 else self.count
+        BM, BN, warps = row_tile(H)
+        if not out.numel():
+            return
+        launch(
+            light.by_row, (-(-N // BM),), self.x,
+            out, t, tensor_of(base), tensor_of(u), tensor_of(s), tensor_of(scale), tensor_of(shift),
+            plain, *self._rows(), float(epsilon), N,
+            KIND=kind, DOES=does, H=H, T=out.shape[0],
+            O=layout_of(out, pairs), P_=layout_of(P, pairs), B=layout_of(base, pairs),
+            U=layout_of(u, pairs), S=layout_of(s, pairs), SCALE=layout_of(scale, pairs),
+            SHIFT=layout_of(shift, pairs), V=layout_of(plain, pairs),
+            BM=BM, BN=BN, A=accumulator(self.x.dtype),
+            num_warps=warps,
+        )  # fmt: skip
+
+    def sums(self, P: Operand, factor: Factor | None = None) -> Tensor:
+        """factor ∘ P summed over rows: (programs, H), to be added up."""
+        t, pairs = tensor_of(P), self.active is not None
+        assert t is not None
+        factor, H = factor or Factor(), t.shape[-1]
+        BM, BN = tile(H)
+        programs = min(-(-self.count // BM), 4 * processors(self.x.device))
+        sums = self.x.new_empty(programs, H, dtype=accumulate_dtype(self.x.dtype))
+        launch(
+            light.column_sums, (programs, -(-H // BN)), self.x,
+            sums, t, tensor_of(factor.u), tensor_of(factor.F), *self._rows(), self.count,
+            FACTOR=factor.kind, H=H, P_=layout_of(P, pairs), U=layout_of(factor.u, pairs),
+            F_=layout_of(factor.F, pairs), BM=BM, BN=BN, A=accumulator(self.x.dtype),
+        )  # fmt: skip
+        return sums
+
+    def dense(self, t: Tensor) -> Tensor:
+        """The pairs' t (1, M, H) as a product wants it."""
+        if t.is_contiguous():
+            return t
+        out = self.new(1, t.shape[-1])
+        self.combine(out, t)
+        return out
+
+
+def times(F: Operand) -> Factor:
+    return Factor(light.TIMES.value, F=F)
+
+
+def slope_of(node: Node, u: Operand) -> Factor:
+    return Factor(light.SLOPE.value, u, act=act_of(node))
+
+
+def act_of(node: Node) -> tuple[int, float, float, float]:
+    return activation_code(Activation(node.kind, *node.numbers))
+
+
+def flattened(t: Tensor) -> Tensor:
+    """The rows of a stack one below the other."""
+    return t.reshape(-1, t.shape[-1])
+
+
+def as_row(θ: Tensor, H: int) -> Tensor:
+    """A parameter of H columns, or one number, as a row."""
+    return θ.expand(H).unsqueeze(0)
+
+
+def given(t: Any) -> Any:
+    assert t is not None
+    return t

@@ -1,0 +1,102 @@
+"""The hinge where slopes come from a matrix product: the last launch of a forward in pieces."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...problem import Problem, accumulate_dtype, shared_direction_table
+from .constants import accumulator, output_code, power_of_two
+from .device.hinge import PENALTY_SUM, hinge_epilogue
+from .launch import launch
+from .reduce import reduce_sum
+from .target import processors
+
+__all__ = ["hinge_slopes", "hinged", "output_like"]
+
+
+def output_like(problem: Problem, y: Tensor) -> Tensor:
+    """The second output, uninitialised: the sum of the penalties, or one number for each slope."""
+    wide = accumulate_dtype(y.dtype)
+    if problem.hinge is not None and not problem.hinge.elementwise:
+        return y.new_empty((), dtype=wide)
+    return y.new_empty(y.shape[0], problem.D, problem.k, dtype=wide)
+
+
+def hinged(
+    problem: Problem, J: Tensor, y: Tensor, weight: Tensor | None, saved: list[Tensor]
+) -> Tensor:
+    """The second output from the slopes J (N, D, k) of any strides."""
+    N, D, k, hinge = y.shape[0], problem.D, problem.k, problem.hinge
+    summed = hinge is not None and not hinge.elementwise
+    out = output_like(problem, y)
+    if N == 0:
+        return out.zero_()
+    BE = min(32, power_of_two(D * k))
+    BM = max(16, 1024 // BE)
+    P = min(-(-N // BM), 4 * processors(y.device))
+    sums = out.new_empty(P) if summed else None
+    direction = None
+    if hinge is not None:
+        direction = shared_direction_table(hinge.direction, D, k, out.dtype, y.device)
+    launch(
+        hinge_slopes, (P,), y, J, y, direction, weight,
+        D * k if weight is not None and weight.dim() == 3 else 0,
+        0.0 if hinge is None else float(hinge.margin),
+        None if summed else out, saved[-1] if saved and hinge is not None else None, sums, N,
+        *J.stride(), D=D, K=k, OUT=output_code(problem),
+        SQUARED=hinge is not None and hinge.squared, SAVE=bool(saved) and hinge is not None,
+        BM=BM, BE=BE, A=accumulator(y.dtype),
+    )  # fmt: skip
+    if sums is not None:
+        launch(reduce_sum, (1,), y, sums, out, P, BLOCK=1024)
+    return out
+
+
+@triton.jit(
+    do_not_specialize=["N", "stride_n", "stride_d", "stride_k"],
+    do_not_specialize_on_alignment=["J"],
+)
+def hinge_slopes(
+    J,
+    y,
+    direction,
+    weight,
+    weight_row,
+    margin,
+    out,
+    slopes,
+    sums,
+    N,
+    stride_n,
+    stride_d,
+    stride_k,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    OUT: tl.constexpr,
+    SQUARED: tl.constexpr,
+    SAVE: tl.constexpr,
+    BM: tl.constexpr,
+    BE: tl.constexpr,
+    A: tl.constexpr,
+):
+    """The epilogue on slopes J (N, D, K) of any strides that came from a matrix product."""
+    total = tl.zeros((BM,), A)
+    for tile in range(tl.program_id(0), tl.cdiv(N, BM), tl.num_programs(0)):
+        n = tile * tl.full((), BM, tl.int64) + tl.arange(0, BM)
+        ok = n < N
+        for start in range(0, D * K, BE):
+            at = start + tl.arange(0, BE)
+            inside = at < D * K
+            mask = ok[:, None] & inside[None, :]
+            place = (at // K).to(tl.int64) * stride_d + (at % K).to(tl.int64) * stride_k
+            value = tl.load(J + n[:, None] * stride_n + place[None, :], mask=mask, other=0.0).to(A)
+            own = tl.load(y + n[:, None] * D + (at // K)[None, :], mask=mask, other=0.0).to(A)
+            penalty = hinge_epilogue(
+                value, own, n, ok, at, inside, direction, weight, weight_row, margin, out, slopes,
+                D * K, OUT, SQUARED, SAVE,
+            )  # fmt: skip
+            total += tl.sum(penalty, 1)
+    if OUT == PENALTY_SUM:
+        tl.store(sums + tl.program_id(0), tl.sum(total))

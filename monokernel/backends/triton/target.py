@@ -1,0 +1,99 @@
+"""What the card is: how it multiplies, what it has, in which precision it computes.
+
+Under Triton's interpreter CPU tensors stand for a card without limits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
+import triton
+
+__all__ = [
+    "assumed",
+    "compute_dtype",
+    "dot_precision",
+    "interpreting",
+    "processors",
+    "products",
+    "register_limit",
+]
+
+
+@triton.jit
+def _probe() -> None:
+    pass
+
+
+def interpreting() -> bool:
+    """Whether kernels run under Triton's interpreter (decided when they were defined)."""
+    return not isinstance(_probe, triton.JITFunction)
+
+
+_assumed: list[str] = []
+
+
+@contextmanager
+def assumed(way: str) -> Iterator[None]:
+    """As if every device multiplied this way (see ``products``), and were a card: for compiling
+    without one, and for tests."""
+    _assumed.append(way)
+    try:
+        yield
+    finally:
+        _assumed.pop()
+
+
+def products(device: torch.device) -> str:
+    """How the device multiplies: "wgmma" (Hopper) and "tcgen05" (Blackwell) read weights from
+    shared memory; elsewhere each "warp" (also of consumer Blackwell) or AMD's "wave" takes them
+    into registers.
+
+    The interpreter has no registers to run out of.
+    """
+    if _assumed:
+        return _assumed[-1]
+    return _products(device) if device.type == "cuda" else "wgmma"
+
+
+@lru_cache
+def _products(device: torch.device) -> str:
+    if torch.version.hip is not None:
+        return "wave"
+    return {9: "wgmma", 10: "tcgen05"}.get(torch.cuda.get_device_capability(device)[0], "warp")
+
+
+def register_limit(device: torch.device) -> dict[str, int]:
+    """The launch option that lets a kernel have every register; only CUDA knows it.
+
+    Without it ptxas may spill a little to have room for one more program (168 registers and 16
+    bytes of stack on sm_80).
+    """
+    cuda = device.type == "cuda" and torch.version.hip is None
+    return {"maxnreg": 255} if cuda or _assumed else {}
+
+
+@lru_cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors; 2 under the interpreter, so that tests meet several programs."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of dot operands. The interpreter's bfloat16 dots are wrong, so it takes float32."""
+    return torch.float32 if dtype == torch.bfloat16 and interpreting() else dtype
+
+
+def dot_precision(dtype: torch.dtype, highest: str = "ieee") -> str:
+    """``input_precision`` of the dots: float32 follows ``torch.get_float32_matmul_precision()``.
+
+    PyTorch's own products on CUDA use TF32 at "high" as well as at "medium".
+    """
+    if dtype != torch.float32:
+        return "ieee"
+    return highest if torch.get_float32_matmul_precision() == "highest" else "tf32"

@@ -1,0 +1,281 @@
+"""The whole network backward in one kernel: every gradient, with work that follows the hinge.
+
+Both modes have one backward (see ``backends/handwritten.py``): an active pair is a row with a
+tangent ẋ that runs forward and a seed s that runs backward,
+
+* tangent mode, column c: ẋ = e_c, s = gJ[row, :, c];
+* adjoint mode, output e: ẋ = gJ[row, e, :], s = e_e.
+
+A persistent program owns a run of tiles of rows. It first lists its own rows, those with a gJ that
+is not zero in front: the first tiles of its list run tangents and cotangents, the others the
+cotangent alone (or nothing, without gy). So the compaction costs no launch and no host
+synchronisation, and the tile where active rows end is filled up with others.
+
+Activations are computed again rather than saved by the forward. Within a tile they, their slopes
+and the tangents lie in scratch slots of the program; weight gradients gather in the program's own
+slice of ``partials``, and ``reduce.py`` adds the slices in order. Both stay in the L2 cache. (In
+registers they do not fit: with the sums there, width 64 spilled 464 bytes at 255 registers.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache, partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ....problem import Problem, accumulate_dtype
+from ... import Params
+from ..constants import as_compiled
+from ..device.hinge import PENALTY_SUM, slope_cotangent
+from ..launch import launch
+from ..reduce import reduce_gradients
+from ..target import compute_dtype, processors, products, register_limit
+from ..tuning import tuned
+from .config import (
+    WholeConfig,
+    backward_config,
+    candidates,
+    dtypes_of,
+    precision_of,
+    shape_of,
+    split,
+)
+from .passes import down_pass, seed_pass, slots, tangent_pass, up_pass
+from .sums import zero_fill
+
+__all__ = ["backward", "launch_backward", "whole_backward"]
+
+# With 32 input columns at a time, 40 inputs with dx at width 64 spill up to 424 bytes in Triton
+# 3.6.
+INPUTS_AT_A_TIME = 16
+
+
+def backward(
+    problem: Problem,
+    gy: Tensor | None,
+    gout: Tensor | None,
+    x: Tensor,
+    params: Params,
+    saved: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of x and of every parameter, None where ``needs`` is false."""
+    shape = shape_of(problem)
+    rule = backward_config(
+        max(shape["H"], shape["PD"]),
+        x.element_size(),
+        products(x.device),
+        precision_of(x.dtype) == "tf32x3",
+    )
+    run = partial(launch_backward, problem, gy, gout, x, params, saved, needs)
+    return tuned(rule, candidates, ("backward", as_compiled(problem), tuple(needs)), x, run)
+
+
+def launch_backward(
+    problem: Problem,
+    gy: Tensor | None,
+    gout: Tensor | None,
+    x: Tensor,
+    params: Params,
+    saved: Sequence[Tensor],
+    needs: Sequence[bool],
+    config: WholeConfig,
+) -> list[Tensor | None]:
+    N = x.shape[0]
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
+    wanted = tuple(n and p is not None for n, p in zip(needs[1:], params, strict=True))
+    grads = tuple(
+        torch.empty_like(p, memory_format=torch.contiguous_format)
+        if p is not None and want
+        else None
+        for p, want in zip(params, wanted, strict=True)
+    )
+    if N == 0 or (gy is None and gout is None):
+        return [None if g is None else g.zero_() for g in (dx, *grads)]
+    shape = shape_of(problem)
+    BM = config.rows
+    tiles = -(-N // BM)
+    P = min(tiles, processors(x.device) * config.per_processor)
+    offsets = _offsets(problem)
+    size = P * (4 * problem.depth + 1) * BM * max(shape["H"], shape["PD"])
+    scratch = x.new_empty(size, dtype=compute_dtype(x.dtype))
+    partials = x.new_empty(P * offsets[-1], dtype=accumulate_dtype(x.dtype))
+    rows = None if gout is None else x.new_empty(tiles * BM, dtype=torch.int32)
+    ws, bs = split(params)
+    launch(
+        whole_backward, (P,), x, x.contiguous(),
+        None if gy is None else gy.contiguous(), None if gout is None else gout.contiguous(),
+        saved[0] if saved else None, ws, bs, dx, partials, rows, scratch, N,
+        **shape, **dtypes_of(x.dtype), BIAS=tuple(b is not None for b in bs), NEEDS=wanted,
+        OFFSETS=offsets, BK=INPUTS_AT_A_TIME, INNER=config.inner, BM=BM, SCAN=max(BM, 256),
+        CHUNK=min(config.chunk, shape["H"]),
+        **register_limit(x.device), num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    if any(wanted):
+        block = 64
+        launch(
+            reduce_gradients, (-(-offsets[-1] // block),), x, partials, grads, P,
+            OFFSETS=offsets, BLOCK=block, SLICES=32,
+        )  # fmt: skip
+    return [dx, *grads]
+
+
+@lru_cache(maxsize=256)
+def _offsets(problem: Problem) -> tuple[int, ...]:
+    """Where W_1, b_1, W_2, … begin in a program's slice of the partial sums, and its size."""
+    offsets = [0]
+    for rows, columns in zip(problem.widths[1:], problem.widths, strict=False):
+        offsets += [offsets[-1] + rows * columns, offsets[-1] + rows * columns + rows]
+    return tuple(offsets)
+
+
+@triton.jit(do_not_specialize=["N"])
+def whole_backward(
+    x,
+    gy,
+    gout,
+    slopes,
+    ws,
+    bs,
+    dx,
+    partials,
+    rows,
+    scratch,
+    N,
+    WIDTHS: tl.constexpr,
+    ACTS: tl.constexpr,
+    BIAS: tl.constexpr,
+    NEEDS: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    K: tl.constexpr,
+    ADJOINT: tl.constexpr,
+    OUT: tl.constexpr,
+    H: tl.constexpr,
+    PD: tl.constexpr,
+    BK: tl.constexpr,
+    INNER: tl.constexpr,
+    BM: tl.constexpr,
+    SCAN: tl.constexpr,
+    CHUNK: tl.constexpr,
+    C: tl.constexpr,
+    A: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    L: tl.constexpr = len(ACTS)
+    PAIRS: tl.constexpr = WIDTHS[L] if ADJOINT else K
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(N, BM)
+    mine = tiles // tl.num_programs(0) + (pid < tiles % tl.num_programs(0)).to(tl.int32)
+    before = pid * (tiles // tl.num_programs(0)) + tl.minimum(pid, tiles % tl.num_programs(0))
+    first = before.to(tl.int64) * BM
+    own = tl.minimum(mine * BM, N - before * BM)  # the last tile of all may be cut
+    x = x + first * WIDTHS[0]
+    # Pointers move by 64 bits once; tiles then have 32-bit offsets, at half the registers. Not in a
+    # helper: in Triton 3.6 none may return None.
+    if dx is not None:
+        dx = dx + first * WIDTHS[0]
+    if gy is not None:
+        gy = gy + first * WIDTHS[L]
+    if slopes is not None:
+        slopes = slopes + first * (WIDTHS[L] * K)
+    if OUT != PENALTY_SUM:  # noqa: SIM102 (each is resolved by the compiler)
+        if gout is not None:
+            gout = gout + first * (WIDTHS[L] * K)
+    partials = partials + pid.to(tl.int64) * OFFSETS[2 * L]
+    scratch = scratch + pid.to(tl.int64) * (slots(ACTS) * BM * max(H, PD))
+    zero_fill(partials, OFFSETS[2 * L])
+    active = 0
+    if gout is not None:
+        rows = rows + first
+        active = list_rows(gout, slopes, rows, own, WIDTHS[L] * K, OUT, SCAN)
+        tl.debug_barrier()
+        for tile in tl.range(0, tl.cdiv(active, BM), disable_licm=True):
+            at = tile * BM + tl.arange(0, BM)
+            ok = at < own
+            n = tl.load(rows + at, mask=ok, other=0)
+            for pair in tl.range(0, PAIRS, disable_licm=True):
+                gradients_of_tile(
+                    n, ok, pair, True, x, gy, gout, slopes, ws, bs, dx, partials, scratch,
+                    WIDTHS, ACTS, BIAS, NEEDS, OFFSETS, K, ADJOINT, OUT, H, PD, BK, INNER, CHUNK,
+                    C, A, PRECISION,
+                )  # fmt: skip
+    for tile in tl.range(tl.cdiv(active, BM), mine, disable_licm=True):
+        at = tile * BM + tl.arange(0, BM)
+        ok = at < own
+        n = at
+        if gout is not None:
+            n = tl.load(rows + at, mask=ok, other=0)
+        if gy is not None:
+            gradients_of_tile(
+                n, ok, 0, False, x, gy, gout, slopes, ws, bs, dx, partials, scratch,
+                WIDTHS, ACTS, BIAS, NEEDS, OFFSETS, K, ADJOINT, OUT, H, PD, BK, INNER, CHUNK,
+                C, A, PRECISION,
+            )  # fmt: skip
+        elif dx is not None:
+            for start in range(0, WIDTHS[0], BK):
+                column = start + tl.arange(0, BK)
+                tl.store(
+                    dx + n[:, None] * WIDTHS[0] + column[None, :],
+                    tl.zeros((BM, BK), C),
+                    mask=ok[:, None] & (column[None, :] < WIDTHS[0]),
+                )
+
+
+@triton.jit
+def list_rows(
+    gout, slopes, rows, own, ENTRIES: tl.constexpr, OUT: tl.constexpr, SCAN: tl.constexpr
+):
+    """Writes this program's rows to ``rows``, active ones from the front, the others from the back.
+
+    Returns how many are active. NaN counts as active.
+    """
+    front = 0
+    back = own
+    for start in range(0, own, SCAN):
+        n = start + tl.arange(0, SCAN)
+        ok = n < own
+        active = tl.zeros((SCAN,), tl.int32)
+        for e in range(ENTRIES):
+            g = slope_cotangent(gout, slopes, n * ENTRIES + e, ok, OUT)
+            active = tl.where(ok & (g != 0), 1, active)
+        clean = tl.where(ok, 1 - active, 0)
+        # Inclusive counts: the r-th active row goes to front + r - 1.
+        place = tl.where(active == 1, front - 1 + tl.cumsum(active, 0), back - tl.cumsum(clean, 0))
+        tl.store(rows + place, n, mask=ok)
+        front += tl.sum(active)
+        back -= tl.sum(clean)
+    return front
+
+
+@triton.jit
+def gradients_of_tile(
+    n, ok, pair, ACTIVE: tl.constexpr, x, gy, gout, slopes, ws, bs, dx, partials, scratch,
+    WIDTHS: tl.constexpr, ACTS: tl.constexpr, BIAS: tl.constexpr, NEEDS: tl.constexpr,
+    OFFSETS: tl.constexpr, K: tl.constexpr, ADJOINT: tl.constexpr, OUT: tl.constexpr,
+    H: tl.constexpr, PD: tl.constexpr, BK: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr,
+    C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds what the rows n give for pair number ``pair`` (gy counts with pair 0)."""
+    tl.debug_barrier()  # the slots may still be read by the tile before
+    up_pass(
+        n, ok, ACTIVE, x, ws, bs, scratch, WIDTHS, ACTS, BIAS, H, PD, BK, INNER, C, A, PRECISION
+    )
+    tl.debug_barrier()
+    if ACTIVE:
+        tangent_pass(
+            n, ok, pair, gout, slopes, ws, scratch,
+            WIDTHS, ACTS, K, ADJOINT, OUT, H, PD, BK, INNER, C, A, PRECISION,
+        )  # fmt: skip
+        seed_pass(
+            n, ok, pair, gout, slopes, ws, partials, scratch,
+            WIDTHS, ACTS, NEEDS, OFFSETS, dx is not None, K, ADJOINT, OUT, H, PD, BK, INNER, CHUNK,
+            C, A, PRECISION,
+        )  # fmt: skip
+    down_pass(
+        n, ok, pair, ACTIVE, x, gy, ws, dx, partials, scratch,
+        WIDTHS, ACTS, NEEDS, OFFSETS, H, PD, BK, INNER, CHUNK, C, A, PRECISION,
+    )  # fmt: skip

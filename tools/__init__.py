@@ -1,0 +1,1 @@
+"""What is for the work on the package and no part of it."""
