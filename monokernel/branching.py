@@ -19,7 +19,7 @@ from . import forms
 from .forms import AFFINE, INTERVALS, LINEAR, TIERS
 from .layers import Layers, Straight
 
-__all__ = ["Boxes", "Constraints", "Found", "search"]
+__all__ = ["Boxes", "Branches", "Constraints", "Found", "search"]
 
 # Boxes at a time, by tier: about what keeps a pass over the forms in the cache.
 AT_A_TIME = {INTERVALS: 512, AFFINE: 256, LINEAR: 128}
@@ -56,6 +56,35 @@ class Boxes(NamedTuple):
     @staticmethod
     def joined(parts: list[Boxes]) -> Boxes:
         return parts[0] if len(parts) == 1 else Boxes(*map(torch.cat, zip(*parts, strict=True)))
+
+
+class Branches(NamedTuple):
+    """n branches: the pair (n,) of box and constraint that each is of, its decided switches (n, H)
+    of all hidden neurons, +1 on, -1 off, 0 open, what a lies in there as far as the slope is below
+    the margin (n, H) twice, and the bound of its parent (n,)."""
+
+    pair: Tensor
+    switch: Tensor
+    low: Tensor
+    high: Tensor
+    known: Tensor
+
+    def at(self, rows: Tensor | slice) -> Branches:
+        return Branches(*(t[rows] for t in self))
+
+    @staticmethod
+    def joined(parts: list[Branches]) -> Branches:
+        return parts[0] if len(parts) == 1 else Branches(*map(torch.cat, zip(*parts, strict=True)))
+
+    def decided(self, neuron: Tensor, way: int) -> Branches:
+        """With one more switch (n, 1) decided in each."""
+        low, high = self.low, self.high
+        if way > 0:
+            low = low.scatter(1, neuron, low.gather(1, neuron).clamp(min=0))
+        else:
+            high = high.scatter(1, neuron, high.gather(1, neuron).clamp(max=0))
+        way_ = torch.full_like(neuron, way, dtype=self.switch.dtype)
+        return self._replace(switch=self.switch.scatter(1, neuron, way_), low=low, high=high)
 
 
 class Found(NamedTuple):

@@ -303,9 +303,11 @@ def _search(
     line: _Progress,
 ) -> branching.Found:
     """By boxes. Where neurons are switches and a box is wide in more than a few columns, by those:
-    in some more columns after cutting it a few times, in many of the whole box."""
+    in some more columns after cutting it a few times, in many of the whole box, and so wherever
+    there is one hidden layer, whose bounds are close."""
     columns = (start.lower < start.upper).sum(1)
-    wide, many = columns > FEW_COLUMNS, columns > MANY_COLUMNS
+    deep = isinstance(layers, Layers) and len(layers.W) > 2
+    wide, many = columns > FEW_COLUMNS, columns > (MANY_COLUMNS if deep else FEW_COLUMNS)
     if isinstance(layers, Straight) or not (switches.serves(layers) and wide.any()):
         return branching.search(layers, constraints, start, B, probe, deadline, line)
     found = branching.search(layers, constraints, start.at(~wide), B, probe, deadline, line)

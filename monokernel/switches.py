@@ -23,17 +23,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from . import forms
-from .branching import Boxes, Constraints, Witness
+from .branching import Boxes, Branches, Constraints, Witness
 from .forms import SHORT, U
 from .layers import Layers
+from .one_layer import OneLayer
 
-__all__ = ["METHOD", "Split", "search", "serves"]
+__all__ = ["METHOD", "Dual", "Split", "search", "serves"]
 
 METHOD = "neuron splitting"
 AT_A_TIME = 128
@@ -64,16 +65,19 @@ class _Ranges(NamedTuple):
     P_high: list[Tensor]
 
 
-class _Branch(NamedTuple):
-    """n branches: the box (n,) and constraint (n,) that each is of, its decided switches (n, H) for
-    each hidden layer, +1 on, -1 off, 0 open, and the bound of its parent (n,)."""
+class _Bounds(Protocol):
+    """Bounds of each pair of box and constraint in a branch of switches."""
 
-    pair: Tensor
-    switch: Tensor
-    known: Tensor
+    def ranges(self) -> tuple[Tensor, Tensor]:
+        """What the box has every a in, for each pair: (n, H) twice."""
 
-    def at(self, rows: Tensor | slice) -> _Branch:
-        return _Branch(*(t[rows] for t in self))
+    def bounded(self, branches: Branches) -> tuple[Tensor, Tensor, Tensor]:
+        """Of n branches the bound (n,), a point (n, d) of the box where the slope may be lowest,
+        and for every neuron a score (n, H) of how much it would help to decide it, -1 for those
+        that are decided."""
+
+    def narrowed(self, branches: Branches, x: Tensor, score: Tensor) -> Branches:
+        """The branches with narrower ranges of what violates, and the switches that they decide."""
 
 
 def serves(layers: Layers) -> bool:
@@ -96,35 +100,44 @@ def search(
     box, q = start.wanted.nonzero(as_tuple=True)
     if not len(q):
         return Split(lower, start, 0, 0)
-    dual = _Dual(layers, constraints, start, box, q)
-    H = sum(len(W) for W in layers.W[:-1])
-    branches = _Branch(
-        torch.arange(len(q)), torch.zeros(len(q), H, dtype=torch.int8), start.known[box, q]
-    )
-    stack, stuck, count, proved = [branches], list[_Branch](), 0, 0
+    of_kind = OneLayer if len(layers.W) == 2 else Dual
+    bounds: _Bounds = of_kind(layers, constraints, start, box, q)
+    low, high = bounds.ranges()
+    # One that may be 0 and nothing above is off: so PyTorch has it.
+    switch = (low > 0).to(torch.int8) - (high <= 0).to(torch.int8)
+    stack = [Branches(torch.arange(len(q)), switch, low, high, start.known[box, q])]
+    stuck, count, proved = list[Branches](), 0, 0
+    margin = constraints.margin
     while stack and time.monotonic() < deadline:
         taken = stack.pop()
         if len(taken.pair) > AT_A_TIME:
             stack.append(taken.at(slice(0, -AT_A_TIME)))
             taken = taken.at(slice(-AT_A_TIME, None))
         count += len(taken.pair)
-        bound, x, score = dual.bounded(taken)
-        taken = taken._replace(known=torch.maximum(taken.known, bound))
-        owner, of = start.owner[box[taken.pair]], q[taken.pair]
-        violated = witness(x, owner, of)
-        done = taken.known >= constraints.margin
-        proved += int(done.sum())
-        over = done | violated[owner]
-        _lower(lower, owner[over], of[over], taken.known[over])
-        taken, score = taken.at(~over), score[~over]
+        bound, x, score = bounds.bounded(taken)
+        # Ranges are those of what violates: of the rest nothing is known but that it does not.
+        taken = taken._replace(known=torch.maximum(taken.known, bound.clamp(max=margin)))
+        violated = witness(x, start.owner[box[taken.pair]], q[taken.pair])
+        going = (taken.known < margin) & ~violated[start.owner[box[taken.pair]]]
+        narrowed = bounds.narrowed(taken.at(going), x[going], score[going])
+        empty = (narrowed.low > narrowed.high).any(1)
+        over = taken.at(~going)
+        nothing = narrowed.at(empty)
+        nothing = nothing._replace(known=nothing.known.clamp(min=margin))
+        for s in (over, nothing):
+            proved += int((s.known >= margin).sum())
+            _lower(lower, start.owner[box[s.pair]], q[s.pair], s.known)
+        before = taken.switch[going][~empty]
+        taken, score = narrowed.at(~empty), score[going][~empty]
+        score = torch.where(taken.switch == 0, score, -1.0)
         open_, neuron = score.max(1)
-        stuck.append(taken.at(open_ < 0))
-        taken, neuron = taken.at(open_ >= 0), neuron[open_ >= 0].unsqueeze(1)
-        for way in (1, -1):
-            value = torch.full_like(neuron, way, dtype=torch.int8)
-            stack.append(taken._replace(switch=taken.switch.scatter(1, neuron, value)))
-        stack = [_going(s, violated, lower, start, box, q) for s in _merged(stack)]
-        stack = [s for s in stack if len(s.pair)]
+        # Where narrowing has decided all that was left, that is to be bounded once more.
+        again = (open_ < 0) & (taken.switch != before).any(1)
+        stuck.append(taken.at((open_ < 0) & ~again))
+        parts, neuron = taken.at(open_ >= 0), neuron[open_ >= 0].unsqueeze(1)
+        stack += [taken.at(again), *(parts.decided(neuron, way) for way in (1, -1))]
+        stack = [_going(s, violated, lower, start, box, q) for s in stack]
+        stack = _merged([s for s in stack if len(s.pair)])
         tell(count, sum(len(s.pair) for s in stack))
     wanted = torch.zeros_like(start.wanted)
     known = torch.full_like(start.known, torch.inf)
@@ -136,17 +149,17 @@ def search(
     return Split(lower, left, count, proved)
 
 
-def _merged(stack: list[_Branch]) -> list[_Branch]:
+def _merged(stack: list[Branches]) -> list[Branches]:
     """The last two as one, while both are short."""
     while len(stack) > 1 and len(stack[-1].pair) + len(stack[-2].pair) <= AT_A_TIME:
         last, before = stack.pop(), stack.pop()
-        stack.append(_Branch(*map(torch.cat, zip(before, last, strict=True))))
+        stack.append(Branches.joined([before, last]))
     return stack
 
 
 def _going(
-    s: _Branch, violated: Tensor, lower: Tensor, start: Boxes, box: Tensor, q: Tensor
-) -> _Branch:
+    s: Branches, violated: Tensor, lower: Tensor, start: Boxes, box: Tensor, q: Tensor
+) -> Branches:
     """Without those of a verdict that is violated."""
     owner = start.owner[box[s.pair]]
     over = violated[owner]
@@ -161,7 +174,7 @@ def _lower(table: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> None
     table.view(-1).scatter_reduce_(0, place, values, "amin")
 
 
-class _Dual:
+class Dual:
     """The lower bound of each pair of box and constraint in a branch of switches."""
 
     def __init__(
@@ -182,34 +195,33 @@ class _Dual:
             self.r = (self.r + 2 * U * c.abs()) * (1 + 2 * U)
         self.c = c
         self.lower, self.upper = start.lower, start.upper
-        parts = [
-            forms.values(layers, start.lower[i : i + 128], start.upper[i : i + 128], forms.LINEAR)
-            for i in range(0, len(c), 128)
-        ]
-        hidden = range(len(self.sizes))
-        self.low = [torch.cat([part[l][0] for part in parts]) for l in hidden]
-        self.high = [torch.cat([part[l][1] for part in parts]) for l in hidden]
         self.W_abs = [W.abs() for W in layers.W]
 
     # --- ranges ---
 
-    def _ranges(self, branches: _Branch) -> _Ranges:
+    def ranges(self) -> tuple[Tensor, Tensor]:
+        """By linear bounds."""
+        found = []
+        for i in range(0, len(self.lower), AT_A_TIME):
+            lower, upper = self.lower[i : i + AT_A_TIME], self.upper[i : i + AT_A_TIME]
+            *hidden, _ = forms.values(self.layers, lower, upper, forms.LINEAR)
+            found.append([torch.cat(ends, 1) for ends in zip(*hidden, strict=True)])
+        low, high = (torch.cat(ends)[self.box] for ends in zip(*found, strict=True))
+        return low, high
+
+    def _ranges(self, branches: Branches) -> _Ranges:
         """By linear bounds of a, the box's own and those of the branch, and by intervals of P."""
         box, q = self.box[branches.pair], self.q[branches.pair]
-        switches = branches.switch.split(self.sizes, 1)
+        lows, highs, switches = (t.split(self.sizes, 1) for t in branches[2:4] + branches[1:2])
         lower, upper = self.lower[box], self.upper[box]
         h, low, high = forms.input_form(self.layers, lower, upper), [], []
         for l, switch in enumerate(switches):
-            least, most = self.low[l][box], self.high[l][box]
             a = forms.through(h, self.layers, l)
-            least = least.maximum(a.c - a.r * (1 + 2 * U))
-            most = most.minimum(a.c + a.r * (1 + 2 * U))
-            zero = torch.zeros_like(least)
-            low.append(torch.where(switch > 0, zero.maximum(least), least))
-            high.append(torch.where(switch < 0, zero.minimum(most), most))
+            low.append(lows[l].maximum(a.c - a.r * (1 + 2 * U)))
+            high.append(highs[l].minimum(a.c + a.r * (1 + 2 * U)))
             if l < len(switches) - 1:
                 h = forms.along(a, self._line(a.c, low[l], high[l], l, switch))
-        P_low, P_high = [zero] * len(low), [zero] * len(low)
+        P_low, P_high = list(low), list(high)  # of the same shapes
         row = self.layers.W[-1][self.constraints.outputs[q]]
         sign = self.constraints.signs[q].unsqueeze(1)
         c, r = sign * row, SHORT * self.layers.folded * row.abs()
@@ -243,13 +255,14 @@ class _Dual:
         off_by = abs(self.rise[l]) * gap + SHORT * (at.abs() + (slope * c).abs() + gap)
         return forms.Line(slope, at, off_by)
 
+    def narrowed(self, branches: Branches, x: Tensor, score: Tensor) -> Branches:
+        return branches  # its ranges follow from the switches
+
     # --- the bound ---
 
-    def bounded(self, branches: _Branch) -> tuple[Tensor, Tensor, Tensor]:
-        """Of n branches the bound (n,), a point (n, d) of the box where the slope may be lowest,
-        and for every neuron a score (n, H) of how much it would help to decide it, -1 for those
-        that are decided. The point is the mean of those at which the linear functions on the way
-        are lowest, which goes to the solution of the linear programme."""
+    def bounded(self, branches: Branches) -> tuple[Tensor, Tensor, Tensor]:
+        """The point is the mean of those at which the linear functions on the way are lowest, which
+        goes to the solution of the linear programme."""
         ranges = self._ranges(branches)
         n, H = branches.switch.shape
         # The t of q, z and r, and β.
@@ -288,7 +301,7 @@ class _Dual:
 
     def _score(
         self,
-        branches: _Branch,
+        branches: Branches,
         ranges: _Ranges,
         weights: list[Weights],
         x: Tensor,
@@ -314,7 +327,7 @@ class _Dual:
         return torch.cat(found, 1)
 
     def _backward(
-        self, branches: _Branch, ranges: _Ranges, free: Tensor
+        self, branches: Branches, ranges: _Ranges, free: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, list[Weights]]:
         """The bound as it is rounded, the sizes of all terms that it was made of, by which it can
         be off a few units in the last place, the lowest point and the weights of z, r and q."""

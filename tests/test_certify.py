@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from monokernel import Certificate, Monotone, audit, branching, certify, forms, ranges, switches
+from monokernel import (
+    Certificate,
+    Monotone,
+    audit,
+    branching,
+    certify,
+    forms,
+    one_layer,
+    ranges,
+    switches,
+)
 from monokernel.activations import Activation
 from monokernel.certify import _read
+from monokernel.layers import Layers
 from tests.support import ACTIVATION_MODULES, mlp
 
 TIERS = (forms.INTERVALS, forms.AFFINE, forms.LINEAR)
@@ -106,37 +118,163 @@ def test_lines_hold_along_every_curve() -> None:
             assert (off <= line.off + slack).all(), (name, order)
 
 
-@pytest.mark.parametrize("kind", ["ReLU", "LeakyReLU"])
-@pytest.mark.parametrize("hidden", [(8,), (7, 6), (5, 6, 5)])
-def test_no_dual_bound_is_contradicted(kind: str, hidden: tuple[int, ...]) -> None:
-    """In any branch, with the switches that a point in it has."""
+Bounds = type[switches.Dual] | type[one_layer.OneLayer]
+
+
+def pairs(
+    kind: str, hidden: tuple[int, ...], of: Bounds, margin: float
+) -> tuple[Layers, Tensor, branching.Constraints, branching.Boxes, Any]:
+    """A network with two outputs and boxes in its four columns; every slope is constrained."""
     net = mlp(2, 2, 2, hidden, ACTIVATION_MODULES[kind])
     layers, _ = _read(net, 4)
-    Q = 8
+    assert isinstance(layers, Layers)
     table = torch.tensor([[1.0, -1.0, 1.0, 1.0], [-1.0, 1.0, 1.0, -1.0]], dtype=torch.float64)
     outputs, columns = (table != 0).nonzero(as_tuple=True)
-    constraints = branching.Constraints(outputs, columns, table[outputs, columns], 100.0)
+    constraints = branching.Constraints(outputs, columns, table[outputs, columns], margin)
     lower, upper = boxes(12, 4)
-    n = len(lower)
+    n, Q = len(lower), len(columns)
     start = branching.Boxes(
         *(lower, upper, torch.arange(n), torch.ones(n, Q, dtype=torch.bool)),
         torch.full((n, Q), -math.inf, dtype=torch.float64),
     )
     box, q = start.wanted.nonzero(as_tuple=True)
-    dual = switches._Dual(layers, constraints, start, box, q)
-    H = sum(hidden)
-    for x in inside(lower, upper, 5):
-        on = torch.cat([(a > 0) for a in layers.values(x)[:-1]], 1)
-        some = torch.rand(n, H) < 0.5
-        switch = torch.where(some, torch.where(on, 1, -1), 0).to(torch.int8)
-        undecided = torch.cat(
-            [(l < 0) & (h > 0) for l, h in zip(dual.low, dual.high, strict=True)], 1
-        )
-        switch = torch.where(undecided, switch, 0)
-        known = torch.full((len(q),), -math.inf, dtype=torch.float64)
-        bound, _, _ = dual.bounded(switches._Branch(torch.arange(len(q)), switch[box], known))
+    return layers, table, constraints, start, of(layers, constraints, start, box, q)
+
+
+def branches_of(layers: Layers, start: branching.Boxes, bounds: Any, x: Tensor) -> Any:
+    """Of every pair the branch with about half of the switches decided, as the point has them."""
+    low, high = bounds.ranges()
+    a = torch.cat(layers.values(x)[:-1], 1)[start.wanted.nonzero()[:, 0]]
+    on, off = (low > 0) | (a > 0), (high <= 0) | (a <= 0)
+    some = (torch.rand(low.shape) < 0.5) | (low > 0) | (high <= 0)
+    switch = torch.where(some, torch.where(on & ~(high <= 0), 1, -1), 0).to(torch.int8)
+    low = torch.where((switch > 0) & on, low.clamp(min=0), low)
+    high = torch.where((switch < 0) & off, high.clamp(max=0), high)
+    known = torch.full((len(low),), -math.inf, dtype=torch.float64)
+    return branching.Branches(torch.arange(len(low)), switch, low, high, known)
+
+
+@pytest.mark.parametrize("kind", ["ReLU", "LeakyReLU"])
+@pytest.mark.parametrize(
+    ("of", "hidden"),
+    [
+        (one_layer.OneLayer, (8,)),
+        (switches.Dual, (8,)),
+        (switches.Dual, (7, 6)),
+        (switches.Dual, (5, 6, 5)),
+    ],
+)
+def test_no_bound_of_a_branch_is_contradicted(
+    kind: str, of: Bounds, hidden: tuple[int, ...]
+) -> None:
+    """In any branch, with the switches that a point in it has."""
+    layers, table, constraints, start, bounds = pairs(kind, hidden, of, 100.0)
+    box, q = start.wanted.nonzero(as_tuple=True)
+    for x in inside(start.lower, start.upper, 5):
+        branches = branches_of(layers, start, bounds, x)
+        bound, at, _ = bounds.bounded(branches)
+        assert ((at >= start.lower[box]) & (at <= start.upper[box])).all()
+        assert bound.isfinite().all()
         J = torch.stack([layers.slopes(x, o) for o in range(2)], 1) * table
-        assert (J[box, outputs[q], columns[q]] >= bound - 1e-11 * (1 + bound.abs())).all()
+        slope = J[box, constraints.outputs[q], constraints.columns[q]]
+        assert (slope >= bound - 1e-11 * (1 + bound.abs())).all()
+
+
+@pytest.mark.parametrize("kind", ["ReLU", "LeakyReLU"])
+def test_what_violates_stays_in_narrowed_ranges(kind: str) -> None:
+    shrunk = 0
+    for _ in range(6):
+        layers, table, constraints, start, bounds = pairs(kind, (9,), one_layer.OneLayer, -0.3)
+        box, q = start.wanted.nonzero(as_tuple=True)
+        xs = inside(start.lower, start.upper, 40)
+        branches = branches_of(layers, start, bounds, xs[0])
+        bound, at, score = bounds.bounded(branches)
+        open_ = bound < constraints.margin
+        branches = branches._replace(known=bound).at(open_)
+        found = bounds.narrowed(branches, at[open_], score[open_])
+        shrunk += int(((found.high - found.low) < (branches.high - branches.low)).sum())
+        for x in xs:
+            J = torch.stack([layers.slopes(x, o) for o in range(2)], 1) * table
+            slope = J[box, constraints.outputs[q], constraints.columns[q]][open_]
+            a = layers.values(x)[0][box][open_]
+            off = 1e-11 * (1 + a.abs())
+            there = ((a >= branches.low - off) & (a <= branches.high + off)).all(1)
+            there &= slope < constraints.margin
+            kept = (a >= found.low - off) & (a <= found.high + off)
+            assert kept[there].all()
+            assert ((found.switch >= 0) | (a <= off))[there].all()
+            assert ((found.switch <= 0) | (a >= -off))[there].all()
+    assert shrunk > 5
+
+
+def least_slopes(net: nn.Sequential, lower: Tensor, upper: Tensor) -> Tensor:
+    """min ∂y/∂x (d,) over all patterns of one hidden layer whose cell in the box has an inside."""
+    optimize = pytest.importorskip("scipy.optimize")
+    W, b, v = net[0].weight.detach(), net[0].bias.detach(), net[2].weight.detach()[0]
+    least = torch.full((W.shape[1],), math.inf, dtype=torch.float64)
+    bounds = [*zip(lower.tolist(), upper.tolist(), strict=True), (0.0, 1.0)]
+    goal = [0.0] * W.shape[1] + [-1.0]
+    for pattern in product((0.0, 1.0), repeat=len(W)):
+        z = torch.tensor(pattern, dtype=torch.float64)
+        s = 2 * z - 1
+        rows = torch.cat([-s.unsqueeze(1) * W, W.norm(dim=1, keepdim=True)], 1)
+        cell = optimize.linprog(goal, rows.numpy(), (s * b).numpy(), bounds=bounds)
+        if cell.status == 0 and cell.x[-1] > 1e-7:
+            left = getattr(net[1], "negative_slope", 0.0)
+            least = torch.minimum(least, (v * (left + (1 - left) * z)) @ W)
+    return least
+
+
+@pytest.mark.parametrize("kind", ["ReLU", "LeakyReLU"])
+def test_one_hidden_layer_is_decided_up_to_the_least_slope(kind: str) -> None:
+    """As the enumeration of all its patterns says, on both sides of it."""
+    for _ in range(3):
+        net = mlp(3, 1, 1, (7,), ACTIVATION_MODULES[kind])
+        box = -torch.ones(4), torch.ones(4)
+        for column, least in enumerate(least_slopes(net, *box).tolist()):
+            direction = [int(c == column) for c in range(4)]
+            for off, status in ((-1e-6, "proved"), (1e-6, "violated")):
+                found = certify(
+                    net, *box, direction=direction, margin=least + off, progress=False, seconds=30
+                )
+                assert found.status == status, str(found)
+                assert found.lower_bound[0, column] <= least + 1e-9
+                assert status == "violated" or found.methods["neuron splitting"]
+
+
+def test_kinks_on_the_edges_of_the_box() -> None:
+    """y = |x_0| + x_1, its kink exactly where a box ends or has no extent: there the slope on one
+    side of it is that of no point of the box, and the rounding of a range leaves it open."""
+    net = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 1)).double()
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([[1.0, 0, 0], [-1, 0, 0], [0, 1, 0]]))
+        net[0].bias.copy_(torch.tensor([0.0, 0, 5]))
+        net[2].weight.fill_(1.0)
+    given: dict[str, Any] = {"direction": [1, 1, 0], "progress": False, "seconds": 1}
+    low, high = torch.tensor([0.0, -1, -1]), torch.ones(3)
+    assert certify(net, low, high, **given).status != "violated"
+    assert certify(net, low, torch.tensor([0.0, 1, 1]), **given).status != "violated"
+    assert certify(net, low - 1e-9, high, **given).status == "violated"
+    assert certify(net, low + 1e-9, high, margin=0.5, **given).status == "proved"
+    assert certify(net, low, high, margin=0.5, **given).status != "proved"
+
+
+def test_boxes_of_a_wide_layer_are_decided_together() -> None:
+    net = mlp(5, 1, 1, (40,), nn.ReLU())
+    lower = torch.rand(8, 6, dtype=torch.float64) * 2 - 1
+    upper = (lower + 0.7).clamp(max=1)
+    upper[::4, 1] = lower[::4, 1]
+    direction = [0, 0, 0, 0, 0, 1]
+    points = torch.lerp(lower, upper, torch.rand(3000, 1, 6, dtype=torch.float64))
+    slopes = _read(net, 6)[0].slopes(points.flatten(0, 1), 0)[:, 5].view(3000, 8).amin(0)
+    margin = slopes.sort().values[3:5].mean().item()
+    found = certify(net, lower, upper, direction=direction, margin=margin, progress=False)
+    assert {"proved", "violated"} == set(found.verdicts)
+    for slope, bound, verdict in zip(
+        slopes.tolist(), found.lower_bound[:, 0, 5].tolist(), found.verdicts, strict=True
+    ):
+        assert bound <= slope
+        assert verdict == "violated" or slope >= margin
 
 
 def steep(net: nn.Module, columns: list[int], at_least: float) -> nn.Module:
