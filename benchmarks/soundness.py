@@ -2,12 +2,15 @@
 
     python -m benchmarks soundness                   a hundred thousand pairs, about two minutes
     python -m benchmarks soundness --pairs 1000000
+    python -m benchmarks soundness --of certify      the bounds of ``certify`` instead
 
 Random networks and boxes: every activation with a range, one to three hidden layers, weights of
 very different size in float32 and float64, a third of them made to cancel; boxes from a point to
 all of space. Slopes at random points and corners, computed in float64, are held against the bounds
-of ``intervals.py`` and against the slopes that ``Monotone`` promises. Prints how many pairs were
-tried and how many points lie outside, and ends with an error if one does.
+of ``intervals.py`` and against the slopes that ``Monotone`` promises; with ``--of certify`` against
+the forms of all three tiers, over bounded boxes, and where the network is one of ReLUs against the
+bounds of branches in which some of a point's switches are decided. Prints how many pairs were tried
+and how many points lie outside, and ends with an error if one does.
 """
 
 from __future__ import annotations
@@ -22,11 +25,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from monokernel import Monotone, value_and_jacobian
+from monokernel import Monotone, forms, switches, value_and_jacobian
+from monokernel.branching import Boxes, Branches, Constraints
 from monokernel.intervals import Interval, jacobian
+from monokernel.layers import Layers, layers_of
 from monokernel.network import Chain, read
+from monokernel.one_layer import OneLayer
 
-__all__ = ["main", "trial"]
+__all__ = ["certified", "main", "trial"]
 
 ACTIVATIONS: tuple[Callable[[], nn.Module], ...] = (
     nn.Identity, nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.Hardtanh, nn.ELU, nn.SELU, nn.CELU, nn.GELU,
@@ -128,6 +134,65 @@ def trial(seed: int) -> tuple[int, int, str]:
     return BOXES, outside, f"seed {seed}, {dtype}: {net}"
 
 
+def certified(seed: int) -> tuple[int, int, str]:
+    """As ``trial``, of what ``certify`` rests on."""
+    torch.manual_seed(seed)
+    net = _network()
+    chain = read(net)
+    assert isinstance(chain, Chain)
+    d, dtype = chain.widths[0], chain.linears[0].weight.dtype
+    lower, upper = (end.double() for end in _boxes(d, dtype))
+    middle = torch.randn(BOXES, d, dtype=torch.float64)
+    lower = torch.where(lower.isinf() | upper.isinf(), middle, lower)
+    upper = torch.where(upper.isinf() | (upper < lower), lower, upper)
+    found = layers_of(net, d)
+    assert not isinstance(found, str)
+    layers = found[0]
+    assert isinstance(layers, Layers)
+    x = _points(lower, upper)
+    size = torch.eye(d, dtype=torch.float64)
+    for W in layers.W:
+        size = W.abs() @ size
+    outside = 0
+    for output in range(layers.D):
+        S = layers.slopes(x.reshape(-1, d), output).reshape(x.shape)
+        noise = 1e-13 * size[output] * (1 + x.abs().amax(-1, keepdim=True).clamp(max=100))
+        for tier in (forms.INTERVALS, forms.AFFINE, forms.LINEAR):
+            s = forms.slopes(layers, lower, upper, output, torch.arange(d), tier)
+            outside += int(((S - s.centre).abs() > s.radius() + noise).sum())
+            outside += int((s.centre.isnan() | s.error.isnan()).sum())
+        if switches.serves(layers):
+            outside += _branches(layers, lower, upper, output, x, S, noise)
+    return BOXES, outside, f"seed {seed}, {dtype}: {net}"
+
+
+def _branches(
+    layers: Layers, lower: Tensor, upper: Tensor, output: int, x: Tensor, S: Tensor, noise: Tensor
+) -> int:
+    """Points outside of the bounds of every column, in branches that the first point is in."""
+    d = layers.d
+    constraints = Constraints(
+        torch.full((d,), output), torch.arange(d), torch.ones(d, dtype=torch.float64), 1e9
+    )
+    wanted = torch.ones(BOXES, d, dtype=torch.bool)
+    start = Boxes(lower, upper, torch.arange(BOXES), wanted, wanted.double() - torch.inf)
+    box, q = wanted.nonzero(as_tuple=True)
+    of = OneLayer if len(layers.W) == 2 else switches.Dual
+    bounds = of(layers, constraints, start, box, q)
+    low, high = bounds.ranges()
+    a = torch.cat(layers.values(x[0])[:-1], 1)[box]
+    decided = (torch.rand(low.shape) < 0.5) & (low <= 0) & (high > 0)
+    on, off = decided & (a > 0), decided & (a < 0)
+    switch = (on | (low > 0)).to(torch.int8) - (off | (high <= 0)).to(torch.int8)
+    low, high = torch.where(on, low.clamp(min=0), low), torch.where(off, high.clamp(max=0), high)
+    branches = Branches(torch.arange(len(q)), switch, low, high, start.known[box, q])
+    bound = bounds.bounded(branches)[0]
+    return int((S[0, box, q] + noise[0, box, 0 * q] * 10 < bound).sum()) + int(bound.isnan().sum())
+
+
+TRIALS = {"intervals": trial, "certify": certified}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks soundness",
@@ -136,12 +201,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--pairs", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--of", choices=TRIALS, default="intervals")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     pairs = outside = 0
     begin, seed = time.perf_counter(), options.seed
     while pairs < options.pairs:
-        tried, bad, what = trial(seed)
+        tried, bad, what = TRIALS[options.of](seed)
         pairs, outside, seed = pairs + tried, outside + bad, seed + 1
         if bad:
             print(f"{bad} points outside: {what}", flush=True)
