@@ -19,7 +19,7 @@ from . import forms
 from .forms import AFFINE, INTERVALS, LINEAR, TIERS
 from .layers import Layers, Straight
 
-__all__ = ["Boxes", "Branches", "Constraints", "Found", "search"]
+__all__ = ["Boxes", "Branches", "Constraints", "Found", "endless", "extent", "middle", "search"]
 
 # Boxes at a time, by tier: about what keeps a pass over the forms in the cache.
 AT_A_TIME = {INTERVALS: 512, AFFINE: 256, LINEAR: 128}
@@ -110,6 +110,26 @@ class _Forms(NamedTuple):
     slant: Tensor
     error: Tensor
     blame: Tensor
+
+
+def middle(lower: Tensor, upper: Tensor) -> Tensor:
+    """A number between both ends, finite also where one of them is not: in the middle, at 0 of all
+    numbers, and twice as far out as the end of what has one."""
+    far = torch.where(upper.isinf(), 2 * lower.clamp(min=0) + 1, 2 * upper.clamp(max=0) - 1)
+    far = torch.where(lower.isinf() & upper.isinf(), 0.0, far)
+    return torch.where(lower.isfinite() & upper.isfinite(), 0.5 * lower + 0.5 * upper, far)
+
+
+def endless(lower: Tensor, upper: Tensor) -> Tensor:
+    """Which of the boxes (n,) have an end that is infinite."""
+    return (lower.isinf() | upper.isinf()).any(1)
+
+
+def extent(lower: Tensor, upper: Tensor, squeezed: Tensor) -> Tensor:
+    """How wide the columns of the boxes are (n, d): of those ``squeezed`` (n,) by a measure of all
+    numbers that is finite, x / (1 + |x|)."""
+    low, high = ((x / (1 + x.abs())).nan_to_num(1.0).copysign(x) for x in (lower, upper))
+    return torch.where(squeezed.unsqueeze(1), high - low, upper - lower)
 
 
 def search(
@@ -270,8 +290,8 @@ def _corners(constraints: Constraints, boxes: Boxes, form: _Forms) -> tuple[Tens
     """Where the form of each box's worst constraint is lowest: points, verdicts, constraints."""
     q = _worst(boxes)
     slant = form.slant[torch.arange(len(q), device=q.device), :, q]
-    middle = 0.5 * boxes.lower + 0.5 * boxes.upper
-    x = torch.where(slant > 0, boxes.lower, torch.where(slant < 0, boxes.upper, middle))
+    between = middle(boxes.lower, boxes.upper)
+    x = torch.where(slant > 0, boxes.lower, torch.where(slant < 0, boxes.upper, between))
     return x, boxes.owner, q
 
 
@@ -282,11 +302,11 @@ def _halves(
     if not len(boxes.owner):
         return boxes, boxes
     low, high = _cuts(constraints, boxes, form)
-    middle, r = 0.5 * boxes.lower + 0.5 * boxes.upper, 0.5 * (boxes.upper - boxes.lower)
+    m, r = middle(boxes.lower, boxes.upper), 0.5 * (boxes.upper - boxes.lower)
     # Rounded outward; what is cut off lies above the margin in every open constraint.
-    off = 4 * forms.U * (middle.abs() + r)
-    new_lower = torch.maximum(boxes.lower, middle + low * r - off)
-    new_upper = torch.minimum(boxes.upper, middle + high * r + off)
+    off = 4 * forms.U * (m.abs() + r)
+    new_lower = torch.maximum(boxes.lower, m + low * r - off)
+    new_upper = torch.minimum(boxes.upper, m + high * r + off)
     new_upper = torch.maximum(new_lower, new_upper)
     cut = ((new_lower > boxes.lower) | (new_upper < boxes.upper)).any(1, keepdim=True)
     _lower(
@@ -299,10 +319,11 @@ def _halves(
     q = _worst(boxes)
     share = (new_upper - new_lower) / (2 * r)
     score = (form.blame[rows, :, q] + STEEP * form.slant[rows, :, q].abs()) * share.nan_to_num(0.0)
-    between = 0.5 * new_lower + 0.5 * new_upper
+    between = middle(new_lower, new_upper)
     inside = (between > new_lower) & (between < new_upper)
     # Where no form tells one column from another, the widest.
-    score = torch.where(inside, score + 1e-9 * (new_upper - new_lower), -1.0)
+    wide = extent(new_lower, new_upper, endless(new_lower, new_upper))
+    score = torch.where(inside, score + 1e-9 * wide, -1.0)
     best, column = score.max(1)
     whole = boxes.at(best < 0)
     boxes, column, between = (boxes.at(best >= 0), column[best >= 0], between[best >= 0])

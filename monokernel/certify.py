@@ -29,6 +29,7 @@ ARITHMETIC = (
     "rounded outward"
 )
 STARTS = 2048  # of descents and of sampled points, over all boxes and constraints
+FAR = 10.0  # how far out points are sampled in a box without an end
 MOST_ROWS = 100_000  # boxes that one-hot groups may make of those given
 # In so few columns cutting boxes is faster than deciding neurons, and in so many it is of no use;
 # between, neurons are decided in the boxes that so many cuts leave.
@@ -240,7 +241,8 @@ def certify(
             decides small boxes and what is monotone by construction.
         lower, upper: the box: (d,), numbers for all columns alike, or (B, d) for B boxes with a
             verdict each, over the columns of ``mlp``'s input. Both ends may be equal: a box without
-            extent in all columns but one is one row along the whole range of that column.
+            extent in all columns but one is one row along the whole range of that column. Ends may
+            be infinite: there intervals alone bound, and what they leave open is cut further.
         direction: +1 rising, -1 falling, 0 free, as a scalar, (d,) or (D, d), for every column.
         margin: the slope, in its direction, that is to be proved; units of y per unit of x.
         seconds: after so much time what is not decided is "unknown".
@@ -307,6 +309,7 @@ def _search(
     there is one hidden layer, whose bounds are close."""
     columns = (start.lower < start.upper).sum(1)
     deep = isinstance(layers, Layers) and len(layers.W) > 2
+    columns = columns.where(~branching.endless(start.lower, start.upper), 0)
     wide, many = columns > FEW_COLUMNS, columns > (MANY_COLUMNS if deep else FEW_COLUMNS)
     if isinstance(layers, Straight) or not (switches.serves(layers) and wide.any()):
         return branching.search(layers, constraints, start, B, probe, deadline, line)
@@ -347,8 +350,11 @@ def _box(mlp: nn.Module, lower: Any, upper: Any) -> tuple[Tensor, Tensor, bool]:
             raise ValueError(f"{name}: expected shape (d,) or (B, d), got {tuple(end.shape)}")
         if end.isnan().any():
             raise ValueError(f"{name}: expected numbers, got NaN")
-        if end.isinf().any():
-            raise ValueError(f"{name}: expected finite numbers, got {name} = inf in some column")
+        if (end == (torch.inf if name == "lower" else -torch.inf)).any():
+            wrong = "inf" if name == "lower" else "-inf"
+            raise ValueError(
+                f"{name}: expected numbers or {'-' * (wrong == 'inf')}inf, got {wrong}"
+            )
         ends.append(end)
     chain = network.read(mlp)
     d = chain.widths[0] if isinstance(chain, network.Chain) else None
@@ -463,7 +469,7 @@ class _Probe:
         B, Q = len(low), len(constraints.signs)
         self.slope, _ = attack.of_layers(layers, *constraints[:3])
         self.lowest = low.new_full((B, Q), torch.inf)
-        self.at = (0.5 * low + 0.5 * high).unsqueeze(1).repeat(1, Q, 1)
+        self.at = branching.middle(low, high).unsqueeze(1).repeat(1, Q, 1)
         self.violated = torch.zeros(B, dtype=torch.bool)
 
     def __call__(self, x: Tensor, owner: Tensor, q: Tensor) -> Tensor:
@@ -559,7 +565,7 @@ def _attack(
     each = max(1, min(64, STARTS // (n * Q)))
     q = torch.arange(Q).repeat(n * each)
     row = torch.arange(n).repeat_interleave(Q * each)
-    lower, upper = start.lower[row], start.upper[row]
+    lower, upper = _within_reach(start.lower[row], start.upper[row])
     share = torch.rand(lower.shape, generator=generator, dtype=torch.float64)
     x = torch.lerp(lower, upper, share).clamp(lower, upper)
     if n * Q > STARTS:  # the search looks at the corners of its forms in any case
@@ -569,6 +575,12 @@ def _attack(
         return
     found = attack.descend(slope, smooth, x, lower, upper, q, generator, deadline=deadline)
     probe.take(found.x, found.slope, start.owner[row], q)
+
+
+def _within_reach(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """The boxes, as far out as ``FAR`` from 0 or from the other end where one is infinite."""
+    low = torch.where(lower.isinf(), upper.clamp(max=0) - FAR, lower)
+    return low, torch.where(upper.isinf(), lower.clamp(min=0) + FAR, upper)
 
 
 # --- the report ----------------------------------------------------------------------------------
@@ -634,14 +646,13 @@ def _share(left: Boxes, start: Boxes) -> float:
     """The volume of what is left over that of the start, in the columns with an extent."""
     if not len(left.owner):
         return 0.0
-    extent = torch.zeros_like(start.lower).index_add_(
-        0, torch.arange(len(start.owner)), start.upper - start.lower
-    )
-    whole = torch.ones(int(start.owner.max()) + 1, dtype=torch.float64)
-    widest = torch.zeros(len(whole), start.lower.shape[1], dtype=torch.float64)
-    at = start.owner.unsqueeze(1).expand_as(extent)
-    widest.scatter_reduce_(0, at, extent, "amax")
-    share = (left.upper - left.lower) / widest[left.owner]
+    squeezed = torch.zeros(int(start.owner.max()) + 1, dtype=torch.bool)
+    squeezed[start.owner[branching.endless(start.lower, start.upper)]] = True
+    size = branching.extent(start.lower, start.upper, squeezed[start.owner])
+    widest = size.new_zeros(len(squeezed), size.shape[1])
+    widest.scatter_reduce_(0, start.owner.unsqueeze(1).expand_as(size), size, "amax")
+    size = branching.extent(left.lower, left.upper, squeezed[left.owner])
+    share = size / widest[left.owner]
     share = torch.where(widest[left.owner] > 0, share, 1.0).prod(1)
     return min(1.0, share.sum().item() / len(start.owner))
 

@@ -278,11 +278,14 @@ def slopes(
 ) -> Slopes:
     """Forms of ∂y_output/∂x_c for the K columns c over the boxes [lower, upper] (B, d), float64.
 
-    ``tier`` is INTERVALS, AFFINE or LINEAR; of programs that are no chain there are only intervals.
-    What is not finite has an infinite error.
+    ``tier`` is INTERVALS, AFFINE or LINEAR; of programs that are no chain, and over boxes without
+    an end, there are only intervals. What is not finite has an infinite error.
     """
     if isinstance(layers, Straight):
         return _by_intervals(layers, lower, upper, output, columns)
+    endless = (lower.isinf() | upper.isinf()).any(1)
+    if endless.any():
+        return _partly_endless(layers, lower, upper, output, columns, tier, endless)
     h, moving = _input(layers, lower, upper, tier)
     c, L, keep = h.c, len(layers.W), tier == LINEAR
     first: list[Form | None] = []
@@ -337,13 +340,35 @@ def slopes(
     )
 
 
+def _partly_endless(
+    layers: Layers,
+    lower: Tensor,
+    upper: Tensor,
+    output: int,
+    columns: Tensor,
+    tier: int,
+    endless: Tensor,
+) -> Slopes:
+    """Those boxes by intervals, with ends that may be infinite, and the others as they come."""
+    whole = _by_intervals(layers.straight(), lower[endless], upper[endless], output, columns)
+    rest = ~endless
+    parts = slopes(layers, lower[rest], upper[rest], output, columns, tier)
+    centre, error = lower.new_zeros(2, len(lower), len(columns))
+    slant, blame = lower.new_zeros(2, len(lower), layers.d, len(columns))
+    centre[endless], error[endless] = whole.centre, whole.error
+    centre[rest], error[rest] = parts.centre, parts.error
+    at = rest.nonzero(), parts.moving.unsqueeze(0)
+    slant[at], blame[at] = parts.slant, parts.blame
+    return Slopes(centre, slant, error, blame, whole.moving)
+
+
 def _by_intervals(
     program: Straight, lower: Tensor, upper: Tensor, output: int, columns: Tensor
 ) -> Slopes:
     for offset in program.offsets:
         lower, upper = lower + offset, upper + offset
         lower, upper = lower - 2 * U * lower.abs(), upper + 2 * U * upper.abs()
-    box = Interval(lower, upper)
+    box = Interval(lower, upper, bool((lower.isfinite() & upper.isfinite()).all()))
     low, high, _ = jacobian(program.nodes, program.params, box, columns.tolist())
     low, high = (end[:, output].expand(len(lower), -1) for end in (low, high))
     c = (0.5 * low + 0.5 * high).nan_to_num(0.0, 0.0, 0.0)

@@ -15,7 +15,7 @@ from .activations import ACTIVATIONS, IDENTITY, Activation
 from .arguments import Inputs
 from .intervals import without_range
 from .nodes import rule
-from .program import Node
+from .program import Node, nodes_of
 
 __all__ = ["Layers", "Straight", "layers_of"]
 
@@ -36,6 +36,12 @@ class Layers(NamedTuple):
         """The same on another device."""
         W, b, offsets = (tuple([t.to(device) for t in ts]) for ts in (self.W, self.b, self.offsets))
         return Layers(W, b, self.σ, offsets, self.folded)
+
+    def straight(self) -> Straight:
+        """The same as a program of nodes."""
+        widths = (self.d, *(len(W) for W in self.W))
+        params = tuple([p for pair in zip(self.W, self.b, strict=True) for p in pair])
+        return Straight(self.d, nodes_of(widths, self.σ), params, self.offsets)
 
     def digest(self, dtype: str) -> str:
         """SHA-256, in hexadecimal, of a dtype's name and of all activations, shapes and numbers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+pytest.importorskip("benchmarks", reason="the benchmarks are not part of the package")
+
+from benchmarks.soundness import certified
 from monokernel import (
     Certificate,
     Monotone,
@@ -228,7 +232,7 @@ def least_slopes(net: nn.Sequential, lower: Tensor, upper: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", ["ReLU", "LeakyReLU"])
 def test_one_hidden_layer_is_decided_up_to_the_least_slope(kind: str) -> None:
     """As the enumeration of all its patterns says, on both sides of it."""
-    for _ in range(3):
+    for _ in range(2):
         net = mlp(3, 1, 1, (7,), ACTIVATION_MODULES[kind])
         box = -torch.ones(4), torch.ones(4)
         for column, least in enumerate(least_slopes(net, *box).tolist()):
@@ -275,6 +279,14 @@ def test_boxes_of_a_wide_layer_are_decided_together() -> None:
     ):
         assert bound <= slope
         assert verdict == "violated" or slope >= margin
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_point_contradicts_in_random_networks_and_boxes(seed: int) -> None:
+    """A few hundred pairs of those that ``python -m benchmarks soundness`` tries in numbers."""
+    pairs, outside, what = certified(10**6 + seed)
+    assert pairs >= 50
+    assert outside == 0, what
 
 
 def steep(net: nn.Module, columns: list[int], at_least: float) -> nn.Module:
@@ -470,7 +482,8 @@ def test_a_step_that_rounding_cannot_hide() -> None:
         ({"lower": [0.0, 2.0, 0.0]}, ValueError, "lower: expected lower <= upper, got 2 > 1"),
         ({"lower": [0.0, 0.0]}, ValueError, r"lower: expected shape \(3,\) or \(B, 3\)"),
         ({"upper": math.nan}, ValueError, "upper: expected numbers, got NaN"),
-        ({"upper": math.inf}, ValueError, "upper: expected finite numbers"),
+        ({"upper": -math.inf}, ValueError, "upper: expected numbers or inf, got -inf"),
+        ({"lower": math.inf}, ValueError, "lower: expected numbers or -inf, got inf"),
         ({"upper": "wide"}, TypeError, "upper: expected numbers, got str"),
         ({"lower": torch.zeros(2, 3), "upper": torch.ones(4, 3)}, ValueError, "lower: expected 4"),
         ({"direction": [1, 1]}, ValueError, "direction: expected a scalar"),
@@ -490,6 +503,47 @@ def test_bad_input_gets_one_sentence(
     given = {"mlp": net, "lower": 0.0, "upper": 1.0, "direction": [0, 0, 1]} | change
     with pytest.raises(error, match=f"^{sentence}"):
         certify(given.pop("mlp"), given.pop("lower"), given.pop("upper"), **given)
+
+
+@pytest.mark.parametrize("name", ["ReLU", "Tanh", "SiLU", "Softplus"])
+def test_boxes_without_an_end(name: str) -> None:
+    """Slopes of saturated neurons have ranges there, and no form has: what rises by those is
+    proved, what falls somewhere is found at a finite point."""
+    net = steep(mlp(2, 1, 1, (6,), getattr(nn, name)()), [2], 0.0)
+    layers, _ = _read(net, 3)
+    x = torch.randn(4000, 3, dtype=torch.float64) * 10
+    x[:, 2] = x[:, 2].abs()
+    lowest = layers.slopes(x, 0)[:, 2].amin().item()
+    whole = sum((net[0].weight[:, 2] * net[2].weight[0]).abs().tolist()) * 1.2
+    low, high = torch.tensor([-math.inf, -math.inf, 0.0]), torch.full((3,), math.inf)
+    given: dict[str, Any] = {"direction": [0, 0, 1], "progress": False, "seconds": 5}
+    proved = certify(net, low, high, margin=-whole, **given)
+    assert proved.status == "proved"
+    assert proved.lower_bound[0, 2] <= lowest
+    assert proved.float_step.isnan().all()
+    found = certify(net, low, high, margin=lowest + 1e-3, **given)
+    assert found.status == "violated"
+    witness = found.witness[0, 2]
+    assert witness.isfinite().all()
+    assert witness[2] >= 0
+    again = Certificate(**{f.name: getattr(found, f.name) for f in fields(found)})
+    assert again.to_dict()["upper"] == ["inf"] * 3
+    again.check(net)
+
+
+def test_a_box_without_an_end_is_cut_until_it_is_proved() -> None:
+    """y = SiLU(x_0): rises from -1.27 on, but for a margin only behind the turning point."""
+    net = nn.Sequential(nn.Linear(2, 1), nn.SiLU(), nn.Linear(1, 1)).double()
+    with torch.no_grad():
+        for p, values in zip(net.parameters(), ([[1.0, 0]], [0.0], [[1.0]], [0.0]), strict=True):
+            p.copy_(torch.tensor(values))
+    low, high = torch.tensor([[-1.2, -math.inf], [-1.4, 0]]), torch.full((2, 2), math.inf)
+    found = certify(net, low, high, direction=[1, 0], progress=False, seconds=10)
+    assert found.verdicts == ("proved", "violated")
+    assert 0 <= found.lower_bound[0, 0, 0] < 0.06
+    few = certify(net, low, high, direction=[1, 0], progress=False, seconds=0)
+    assert few.status == "unknown"
+    assert few.open_share == 1
 
 
 class Gate(nn.Module):
