@@ -230,6 +230,7 @@ def certify(
 ) -> Certificate:
     """Proves ``direction · ∂y_d/∂x_c >= margin`` everywhere in a box, or finds where it fails.
 
+    It is computed on the network's device, a CPU or a GPU with float64, and reported on the CPU.
     What is proved holds for the network in evaluation mode, in exact arithmetic on its stored
     weights, at every point of the box, and for nothing outside it. Where the slope has a jump, at a
     ReLU's kink, it holds for both sides.
@@ -264,7 +265,9 @@ def certify(
     check_number("seconds", seconds)
     low, high, batched = _box(mlp, lower, upper)
     B, d = low.shape
+    place = _place(mlp)
     layers, dtype = _read(mlp, d)
+    low, high, layers = low.to(place), high.to(place), layers.to(place)
     D = layers.D
     signs = check_direction(direction, d)
     table = direction_table(signs.for_network(D), D, d, torch.float64, low.device)
@@ -275,8 +278,8 @@ def certify(
     Q = len(columns)
     start = Boxes(
         *rows,
-        torch.ones(len(rows[2]), Q, dtype=torch.bool),
-        torch.full((len(rows[2]), Q), -torch.inf, dtype=torch.float64),
+        low.new_ones(len(rows[2]), Q, dtype=torch.bool),
+        low.new_full((len(rows[2]), Q), -torch.inf),
     )
     deadline = begin + seconds
     line = _Progress(progress, begin, probe)
@@ -385,6 +388,14 @@ def _box(mlp: nn.Module, lower: Any, upper: Any) -> tuple[Tensor, Tensor, bool]:
     return low, high, batched
 
 
+def _place(mlp: nn.Module) -> torch.device:
+    """Where to compute: on the network's own device where that has float64, else on the CPU."""
+    place = next((p.device for p in mlp.parameters()), torch.device("cpu"))
+    if place.type == "meta":
+        raise ValueError("mlp: expected weights to certify, got a network on the meta device")
+    return place if place.type in ("cpu", "cuda") else torch.device("cpu")
+
+
 def _read(mlp: nn.Module, d: int) -> tuple[Layers | Straight, str]:
     """The network in float64 and its own dtype, or a ValueError that says why not."""
     found = layers_of(mlp, d)
@@ -423,13 +434,13 @@ def _groups(
 def _rows(low: Tensor, high: Tensor, groups: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
     """Every box (n, d) twice, and whose it is (n,): one for each choice in each group that lies in
     the box."""
-    owner = torch.arange(len(low))
+    owner = torch.arange(len(low), device=low.device)
     if not groups:
         return low, high, owner
     lows, highs, owners = [], [], []
     for choice in product(*groups):
         l, h = low.clone(), high.clone()
-        inside = torch.ones(len(low), dtype=torch.bool)
+        inside = torch.ones_like(owner, dtype=torch.bool)
         for group, one in zip(groups, choice, strict=True):
             for c in group:
                 value = 1.0 if c == one else 0.0
@@ -470,7 +481,7 @@ class _Probe:
         self.slope, _ = attack.of_layers(layers, *constraints[:3])
         self.lowest = low.new_full((B, Q), torch.inf)
         self.at = branching.middle(low, high).unsqueeze(1).repeat(1, Q, 1)
-        self.violated = torch.zeros(B, dtype=torch.bool)
+        self.violated = low.new_zeros(B, dtype=torch.bool)
 
     def __call__(self, x: Tensor, owner: Tensor, q: Tensor) -> Tensor:
         """``branching.Witness``."""
@@ -522,17 +533,17 @@ class _Probe:
 
     def replayed(self, x: Tensor) -> Tensor:
         """direction·∂y/∂x (n, D, d) by the network itself, in its own dtype."""
-        return _replay(self.mlp, x, self.table, self.dtype)
+        return _replay(self.mlp, x, self.table, self.dtype).to(x.device)
 
     def tables(self) -> tuple[Tensor, Tensor]:
         """The lowest slopes that were found (B, D, d), replayed, and where (B, D, d, d)."""
         B, Q = self.lowest.shape
         D, d = self.table.shape
-        slopes = torch.full((B, D, d), torch.nan, dtype=torch.float64)
-        points = torch.full((B, D, d, d), torch.nan, dtype=torch.float64)
+        slopes = self.low.new_full((B, D, d), torch.nan)
+        points = self.low.new_full((B, D, d, d), torch.nan)
         if not B * Q:
             return slopes, points
-        owner = torch.arange(B).repeat_interleave(Q)
+        owner = torch.arange(B, device=self.low.device).repeat_interleave(Q)
         x = self._own(self.at.reshape(B * Q, d), owner)
         o, c = self.constraints.outputs, self.constraints.columns
         own = self.replayed(x)[torch.arange(B * Q), o.repeat(B), c.repeat(B)]
@@ -559,14 +570,15 @@ def _attack(
     deadline: float,
 ) -> None:
     """A few descents in every box where there are few boxes, else a few points in each."""
-    generator = torch.Generator().manual_seed(seed)
+    place = start.lower.device
+    generator = torch.Generator(place).manual_seed(seed)
     n, Q = len(start.owner), len(constraints.signs)
     slope, smooth = attack.of_layers(layers, *constraints[:3])
     each = max(1, min(64, STARTS // (n * Q)))
-    q = torch.arange(Q).repeat(n * each)
-    row = torch.arange(n).repeat_interleave(Q * each)
+    q = torch.arange(Q, device=place).repeat(n * each)
+    row = torch.arange(n, device=place).repeat_interleave(Q * each)
     lower, upper = _within_reach(start.lower[row], start.upper[row])
-    share = torch.rand(lower.shape, generator=generator, dtype=torch.float64)
+    share = torch.rand(lower.shape, generator=generator, dtype=torch.float64, device=place)
     x = torch.lerp(lower, upper, share).clamp(lower, upper)
     if n * Q > STARTS:  # the search looks at the corners of its forms in any case
         for i in range(0, len(x), 1 << 16):
@@ -601,11 +613,11 @@ def _certificate(
 ) -> Certificate:
     B, (D, d) = len(low), table.shape
     o, c = constraints.outputs, constraints.columns
-    bound = torch.full((B, D, d), torch.nan, dtype=torch.float64)
+    bound = low.new_full((B, D, d), torch.nan)
     # A box that the attack decided was never bounded.
     found.lower[probe.violated & found.lower.isinf().any(1)] = -torch.inf
     bound[:, o, c] = found.lower
-    unknown = torch.zeros(B, dtype=torch.bool)
+    unknown = torch.zeros_like(probe.violated)
     unknown[found.left.owner] = True
     verdicts = tuple(
         "violated" if v else "unknown" if u else "proved"
@@ -617,21 +629,21 @@ def _certificate(
         methods = {"points": int(probe.violated.sum()), **methods}
 
     def shaped(t: Tensor) -> Tensor:
-        return t if batched else t[0]
+        return (t if batched else t[0]).cpu()
 
     return Certificate(
         status=next((s for s in ("violated", "unknown") if s in verdicts), "proved"),
         verdicts=verdicts,
-        direction=table.long(),
+        direction=table.long().cpu(),
         margin=constraints.margin,
         lower=shaped(low),
         upper=shaped(high),
         lower_bound=shaped(bound),
         lowest_found=shaped(slopes),
         witness=shaped(points),
-        open_lower=found.left.lower,
-        open_upper=found.left.upper,
-        open_box=found.left.owner,
+        open_lower=found.left.lower.cpu(),
+        open_upper=found.left.upper.cpu(),
+        open_box=found.left.owner.cpu(),
         open_share=_share(found.left, start),
         float_step=shaped(_float_step(layers, low, high, bound, constraints.margin, dtype)),
         boxes=found.boxes,
@@ -646,7 +658,7 @@ def _share(left: Boxes, start: Boxes) -> float:
     """The volume of what is left over that of the start, in the columns with an extent."""
     if not len(left.owner):
         return 0.0
-    squeezed = torch.zeros(int(start.owner.max()) + 1, dtype=torch.bool)
+    squeezed = start.owner.new_zeros(int(start.owner.max()) + 1, dtype=torch.bool)
     squeezed[start.owner[branching.endless(start.lower, start.upper)]] = True
     size = branching.extent(start.lower, start.upper, squeezed[start.owner])
     widest = size.new_zeros(len(squeezed), size.shape[1])

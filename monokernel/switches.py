@@ -105,7 +105,8 @@ def search(
     low, high = bounds.ranges()
     # One that may be 0 and nothing above is off: so PyTorch has it.
     switch = (low > 0).to(torch.int8) - (high <= 0).to(torch.int8)
-    stack = [Branches(torch.arange(len(q)), switch, low, high, start.known[box, q])]
+    pair = torch.arange(len(q), device=q.device)
+    stack = [Branches(pair, switch, low, high, start.known[box, q])]
     stuck, count, proved = list[Branches](), 0, 0
     margin = constraints.margin
     while stack and time.monotonic() < deadline:

@@ -582,6 +582,12 @@ def test_what_is_monotone_by_construction_is_proved_at_once() -> None:
     assert found.boxes == 1
 
 
+def test_a_network_without_weights_is_refused() -> None:
+    net = mlp(2, 1, 1, (4,)).to("meta")
+    with pytest.raises(ValueError, match=r"^mlp: expected weights to certify, got .* meta device"):
+        certify(net, -1.0, 1.0, progress=False)
+
+
 def test_progress_is_a_line_or_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     net = mlp(4, 1, 1, (9,), nn.Hardshrink(), dtype=torch.float32)  # whose jumps are never proved
     certify(net, -1.0, 1.0, margin=-1e3, seconds=0.3, progress=True)
