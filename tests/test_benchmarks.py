@@ -18,7 +18,7 @@ import torch
 
 pytest.importorskip("benchmarks", reason="the benchmarks are not part of the package")
 
-from benchmarks import gpu, pages, rivals, step, zoo
+from benchmarks import gpu, pages, peers, rivals, step, zoo
 from benchmarks.cases import Case, Job
 from benchmarks.measure import interleave
 
@@ -112,6 +112,29 @@ def test_accuracy_of_one_seed(method: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert 30 < float(row["loss"]) < 90
     assert float(row["violation_rate"]) < 0.2
     assert bool(row["held_out_rate"]) == ("monokernel" in method)
+
+
+def test_peers_of_certify_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("scipy")
+    monkeypatch.setattr(peers, "TRAINING", 30)
+    monkeypatch.setattr(peers, "EXACT", (("relu", (4, 9, 1), 1),))
+    monkeypatch.setattr(peers, "BOUNDS", (("relu", (3, 5, 1)),))
+    path = tmp_path / "peers.csv"
+    for part in ("exact", "bounds"):
+        peers.main(["--only", part, "--csv", str(path)])
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    exact = [row for row in rows if row["what"] == "exact"]
+    assert {row["result"] for row in exact if "below" in row["method"]} == {"proved"}
+    assert {row["result"] for row in exact if "above" in row["method"]} == {"violated"}
+    least = [float(row["value"]) for row in exact if row["method"] == "HiGHS"]
+    below = [float(row["value"]) for row in exact if "below" in row["method"]]
+    assert below == pytest.approx([v - peers.OFF for v in least], abs=1e-5)
+    widths = [row for row in rows if row["what"].startswith("bounds")]
+    assert {row["result"] for row in widths} == {"0 points outside"}
+    assert "monokernel, linear bounds" in capsys.readouterr().out
 
 
 def test_scaling_draws_every_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
