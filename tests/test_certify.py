@@ -233,14 +233,13 @@ def least_slopes(net: nn.Sequential, lower: Tensor, upper: Tensor) -> Tensor:
 def test_one_hidden_layer_is_decided_up_to_the_least_slope(kind: str) -> None:
     """As the enumeration of all its patterns says, on both sides of it."""
     for _ in range(2):
-        net = mlp(3, 1, 1, (7,), ACTIVATION_MODULES[kind])
+        net = mlp(3, 1, 1, (6,), ACTIVATION_MODULES[kind])
         box = -torch.ones(4), torch.ones(4)
         for column, least in enumerate(least_slopes(net, *box).tolist()):
             direction = [int(c == column) for c in range(4)]
             for off, status in ((-1e-6, "proved"), (1e-6, "violated")):
-                found = certify(
-                    net, *box, direction=direction, margin=least + off, progress=False, seconds=30
-                )
+                margin = least + off
+                found = certify(net, *box, direction=direction, margin=margin, progress=False)
                 assert found.status == status, str(found)
                 assert found.lower_bound[0, column] <= least + 1e-9
                 assert status == "violated" or found.methods["neuron splitting"]
@@ -254,13 +253,14 @@ def test_kinks_on_the_edges_of_the_box() -> None:
         net[0].weight.copy_(torch.tensor([[1.0, 0, 0], [-1, 0, 0], [0, 1, 0]]))
         net[0].bias.copy_(torch.tensor([0.0, 0, 5]))
         net[2].weight.fill_(1.0)
-    given: dict[str, Any] = {"direction": [1, 1, 0], "progress": False, "seconds": 1}
+    given: dict[str, Any] = {"direction": [1, 1, 0], "progress": False}
     low, high = torch.tensor([0.0, -1, -1]), torch.ones(3)
-    assert certify(net, low, high, **given).status != "violated"
-    assert certify(net, low, torch.tensor([0.0, 1, 1]), **given).status != "violated"
+    assert certify(net, low, high, seconds=0.5, **given).status != "violated"
+    flat = torch.tensor([0.0, 1, 1])
+    assert certify(net, low, flat, seconds=0.5, **given).status != "violated"
     assert certify(net, low - 1e-9, high, **given).status == "violated"
     assert certify(net, low + 1e-9, high, margin=0.5, **given).status == "proved"
-    assert certify(net, low, high, margin=0.5, **given).status != "proved"
+    assert certify(net, low, high, margin=0.5, seconds=0.5, **given).status != "proved"
 
 
 def test_boxes_of_a_wide_layer_are_decided_together() -> None:
@@ -516,7 +516,7 @@ def test_boxes_without_an_end(name: str) -> None:
     lowest = layers.slopes(x, 0)[:, 2].amin().item()
     whole = sum((net[0].weight[:, 2] * net[2].weight[0]).abs().tolist()) * 1.2
     low, high = torch.tensor([-math.inf, -math.inf, 0.0]), torch.full((3,), math.inf)
-    given: dict[str, Any] = {"direction": [0, 0, 1], "progress": False, "seconds": 5}
+    given: dict[str, Any] = {"direction": [0, 0, 1], "progress": False}
     proved = certify(net, low, high, margin=-whole, **given)
     assert proved.status == "proved"
     assert proved.lower_bound[0, 2] <= lowest
@@ -538,7 +538,7 @@ def test_a_box_without_an_end_is_cut_until_it_is_proved() -> None:
         for p, values in zip(net.parameters(), ([[1.0, 0]], [0.0], [[1.0]], [0.0]), strict=True):
             p.copy_(torch.tensor(values))
     low, high = torch.tensor([[-1.2, -math.inf], [-1.4, 0]]), torch.full((2, 2), math.inf)
-    found = certify(net, low, high, direction=[1, 0], progress=False, seconds=10)
+    found = certify(net, low, high, direction=[1, 0], progress=False)
     assert found.verdicts == ("proved", "violated")
     assert 0 <= found.lower_bound[0, 0, 0] < 0.06
     few = certify(net, low, high, direction=[1, 0], progress=False, seconds=0)
