@@ -53,7 +53,7 @@ class _Terms(NamedTuple):
 
 
 class OneLayer:
-    """Bounds of each pair of box and constraint in a branch of switches (``switches.Bounds``)."""
+    """Bounds of each pair of box and constraint in a branch, as ``switches`` asks for them."""
 
     def __init__(
         self, layers: Layers, constraints: Constraints, start: Boxes, box: Tensor, q: Tensor
