@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
+from . import capture
 from . import hinge as hinges
 from .arguments import (
     Direction,
@@ -19,7 +21,7 @@ from .arguments import (
 from .backends import BACKENDS, general, reference
 from .function import evaluate, operand_dtype
 from .network import unwrap
-from .operands import has_memory
+from .operands import has_memory, traced
 from .planning import Route, choose
 from .problem import Hinge, Problem, accumulate_dtype
 from .reading import Reading
@@ -128,22 +130,11 @@ def fused_mono_penalty(
     inputs = check_inputs(x1, x2)
     signs = check_direction(direction, inputs.k)
     static = check_hinge(signs.flat, margin, hinge, reduction)
-    route = choose(mlp, inputs, mode, backend, batch_stats)
-    if route.network is None or route.backend == "reference":
-        y, J = slopes(mlp, inputs, route, _violations(signs, static, weight, inputs))
-        N, (D, k) = inputs.batch.numel(), J.shape[-2:]
-        signs.for_network(D)
-        factor = check_weight(weight, inputs.x2, D, k)
-        penalty = hinges.penalties(J, static, factor)
-        if reduction != "none":
-            penalty = penalty.sum()
-    else:
-        D, k, N = route.network.nodes[-1].width, inputs.k, inputs.batch.numel()
-        signs.for_network(D)
-        factor = check_weight(weight, inputs.x2, D, k)
-        y, penalty = _fused(inputs, route, static, factor)
+    y, penalty = _serve(mlp, inputs, weight, signs, static, mode, backend, batch_stats)
     if reduction == "mean":
-        penalty = hinges.mean(penalty, static.direction, N, D, k)
+        D = y.shape[-1] if y.dim() == inputs.x2.dim() else 1
+        N = math.prod(inputs.batch)
+        penalty = hinges.mean(penalty, static.direction, N, D, inputs.k)
     return (y, penalty) if return_output else penalty
 
 
@@ -167,8 +158,7 @@ def value_and_jacobian(
     """
     mlp = unwrap(mlp)
     inputs = check_inputs(x1, x2)
-    route = choose(mlp, inputs, mode, backend, batch_stats)
-    return slopes(mlp, inputs, route)
+    return _serve(mlp, inputs, None, Direction((1,), ()), None, mode, backend, batch_stats)
 
 
 class MonotonePenalty(nn.Module):
@@ -230,6 +220,33 @@ class MonotonePenalty(nn.Module):
         return f"direction={self.direction}, margin={self.margin}, hinge={self.hinge!r}"
 
 
+def _serve(
+    mlp: nn.Module,
+    inputs: Inputs,
+    weight: Tensor | float | None,
+    signs: Direction,
+    hinge: Hinge | None,
+    mode: str,
+    backend: str,
+    batch_stats: str,
+) -> tuple[Tensor, Tensor]:
+    """y (..., D), or as ``mlp`` squeezes it, and the penalty, or J where there is no hinge."""
+    route = choose(mlp, inputs, mode, backend, batch_stats)
+    if route.captured:
+        return capture.call(_serve, mlp, inputs, weight, signs, hinge, mode, backend, batch_stats)
+    if hinge is None:
+        return slopes(mlp, inputs, route)
+    if route.network is None or route.backend == "reference":
+        y, J = slopes(mlp, inputs, route, _violations(signs, hinge, weight, inputs))
+        D, k = J.shape[-2:]
+        signs.for_network(D)
+        penalty = hinges.penalties(J, hinge, check_weight(weight, inputs.x2, D, k))
+        return y, penalty if hinge.elementwise else penalty.sum()
+    D = route.network.nodes[-1].width
+    signs.for_network(D)
+    return _fused(inputs, route, hinge, check_weight(weight, inputs.x2, D, inputs.k))
+
+
 def slopes(
     mlp: nn.Module, inputs: Inputs, route: Route, violations: general.Violations | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -269,7 +286,9 @@ def _fused(
     reduce = hinge is not None and not hinge.elementwise
     # A weight that wants a gradient, or is a subclass with operations of its own, is multiplied
     # outside: both are PyTorch's business.
-    own = weight is not None and (weight.requires_grad or not has_memory(weight))
+    own = weight is not None and (
+        weight.requires_grad or not (has_memory(weight) or traced(weight))
+    )
     outside = weight if own else None
     if hinge is not None and outside is not None:
         hinge = Hinge(hinge.direction, hinge.margin, hinge.squared, True)
@@ -317,7 +336,7 @@ def _kernel_weight(weight: Tensor | None, inputs: Inputs, problem: Problem) -> T
     weight = weight.to(device=inputs.x2.device, dtype=dtype)
     if weight.dim() <= 2:
         return weight.expand(D, k).contiguous()
-    return weight.expand(*inputs.batch, D, k).reshape(inputs.batch.numel(), D, k).contiguous()
+    return weight.expand(*inputs.batch, D, k).reshape(math.prod(inputs.batch), D, k).contiguous()
 
 
 def _output(y: Tensor, inputs: Inputs, route: Route) -> Tensor:

@@ -32,6 +32,7 @@ __all__ = [
     "sharded",
     "unwrap",
     "where",
+    "with_hooks",
 ]
 
 
@@ -237,6 +238,16 @@ def hooked(m: nn.Module) -> bool:
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
     )
+
+
+def with_hooks(mlp: nn.Module) -> Unfused | None:
+    """A part that has hooks, under torch.compile. There a hook that is added later goes unseen, as
+    PyTorch guards no dictionary of hooks unless its length is asked for: so of each, always."""
+    found = [m for m in mlp.modules() if sum(len(m.__dict__[hooks]) for hooks in HOOKS)]
+    return Unfused(found[0], "has hooks") if found else None
+
+
+HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
 
 def global_hooks() -> bool:

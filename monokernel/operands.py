@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .nodes import parameter_shapes
 from .problem import Problem, accumulate_dtype
@@ -27,6 +29,7 @@ __all__ = [
     "check_saved",
     "has_memory",
     "shapes_of",
+    "traced",
 ]
 
 PLAIN = (Tensor, nn.Parameter)  # tensors as PyTorch makes them; a DTensor is none
@@ -40,6 +43,12 @@ def has_memory(t: Tensor) -> bool:
     if type(t) in PLAIN:
         return True
     return not torch._C._dispatch_keys(t).has(torch._C.DispatchKey.Python)
+
+
+def traced(t: object) -> bool:
+    """Whether it stands for a tensor of PyTorch's own while autograd's tracer or a FakeTensorMode
+    is at work."""
+    return type(t) in (FakeTensor, FunctionalTensor) and torch._C._len_torch_dispatch_stack() > 0
 
 
 def check_forward(

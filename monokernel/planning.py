@@ -20,6 +20,7 @@ from .arguments import (
     check_parameter,
 )
 from .backends import BACKENDS, refusal
+from .capture import Captured, capturable, meet, numbers_of
 from .function import operand_dtype, transformed
 from .operands import has_memory
 from .problem import Mode, Problem, cheaper_mode
@@ -32,7 +33,8 @@ Refused = tuple[tuple[str, str], ...]  # a backend's name and the reason
 
 class Route(NamedTuple):
     """The decision for one call. ``network`` is None on the general path, where ``running`` says
-    that batch normalisations are in training mode and their slopes go by the running statistics."""
+    that batch normalisations are in training mode and their slopes go by the running statistics.
+    With ``captured`` there is none yet: the network is read when its forward has been compiled."""
 
     backend: str
     mode: Mode
@@ -40,6 +42,7 @@ class Route(NamedTuple):
     transformed: bool
     refused: Refused
     running: bool = False
+    captured: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,13 +104,19 @@ def choose(
     check_choice("batch_stats", batch_stats, BATCH_STATS)
     check_module(mlp)
     functional = transformed()
+    compiling = torch.compiler.is_compiling() and type(mlp) is not Captured
+    wrapped, hooks = _wrapped(inputs), network.with_hooks(mlp) if compiling else None
+    fusing = compiling and not functional and backend != "reference"
+    if fusing and not (wrapped or hooks) and _captured(mlp, inputs):
+        return Route("", "adjoint", None, False, (), captured=True)
     found: network.Chain | network.Unfused | reading.Reading | str = network.read(mlp)
-    wrapped = _wrapped(inputs)
     if wrapped is not None:
         found = wrapped if isinstance(found, network.Chain) else found
     elif isinstance(found, network.Chain):
         _check_chain(found, inputs)
-    elif not (functional or torch.compiler.is_compiling()):
+        if fusing and torch.compiler.is_dynamo_compiling():
+            found = "the compiler does not hand over what it wrote down of its forward"
+    elif not (functional or compiling):
         found = reading.read(mlp, inputs, rehearsal)
     if isinstance(found, network.Unfused):
         found = found.sentence(mlp)
@@ -116,7 +125,7 @@ def choose(
     x = inputs.x2
     dtype = operand_dtype(x) if inputs.autocast else x.dtype
     name, chosen, refused = serving(
-        inputs.d, _constant(found.nodes), inputs.k, mode, backend, dtype, x.device, functional
+        inputs.d, found.nodes, inputs.k, mode, backend, dtype, x.device, functional
     )
     rounded = found.rounded if isinstance(found, reading.Reading) else None
     if rounded is not None and name in BACKENDS and not BACKENDS[name].widens:
@@ -127,28 +136,55 @@ def choose(
     return Route(name, chosen, found, functional, refused)
 
 
-def serving(*asked: Any) -> tuple[str, Mode, Refused]:
-    """The backend and mode for such a problem, and why no earlier one; "" where the one asked for
-    cannot serve. Arguments as ``_serving``, which is asked once for each.
+def _captured(mlp: nn.Module, inputs: Inputs) -> bool:
+    """Whether the compiler is to hand over what it writes down of the forward of ``mlp``: if it
+    can, and if that can be read.
 
-    Takes plain values, so that the compiler can treat the answer as a constant.
+    To know that takes a rehearsal, aside from the compiler. Its answer chooses the way and nothing
+    else, so it may be of a module that the compiled function has yet to change: on both ways the
+    compiler sees, and guards, the forward itself.
     """
-    return _serving(*asked)
+    if not torch.compiler.is_dynamo_compiling():
+        return False
+    from torch._dynamo.comptime import comptime
+
+    comptime(_note)
+    x = inputs.x2
+    numbers = rehearsed(len(inputs.batch), inputs.d, inputs.k, x.dtype, x.device)
+    if numbers is None:
+        return False
+    meet(mlp, numbers)
+    return True
+
+
+# The module in question. As an argument it would be guarded by its identity: a graph for each.
+_noted: list[Any] = []
+
+
+def _note(compiling: Any) -> None:
+    mlp = compiling.get_local("mlp")._i_will_not_complain_if_bc_breaks_VariableTracker()
+    _noted[:] = [getattr(mlp.realize(), "value", None)]
+
+
+def rehearsed(
+    axes: int, d: int, k: int, dtype: torch.dtype, device: torch.device
+) -> tuple[str, ...] | None:
+    """None where the module is better not captured, else the names of the numbers in it."""
+    mlp = _noted.pop()
+    x1, x2 = (torch.empty(*[2] * axes, n, dtype=dtype, device=device) for n in (d - k, k))
+    if not isinstance(mlp, nn.Module) or not capturable(mlp, x1, x2):
+        return None
+    if isinstance(reading.read(mlp, check_inputs(x1, x2), rehearsal=True), str):
+        return None
+    return numbers_of(mlp)
 
 
 # What torch.compiler.assume_constant_result does, without importing the compiler for it (1 s).
-serving._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _constant(nodes: tuple[Node, ...]) -> tuple[Node, ...]:
-    """Without their numbers where torch.compile may have made those symbolic."""
-    if not torch.compiler.is_compiling():
-        return nodes
-    return tuple([Node(n.kind, n.inputs, n.params, (), n.width) for n in nodes])
+rehearsed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=1024)
-def _serving(
+def serving(
     d: int,
     nodes: tuple[Node, ...],
     k: int,
@@ -158,6 +194,8 @@ def _serving(
     device: torch.device,
     functional: bool,
 ) -> tuple[str, Mode, Refused]:
+    """The backend and mode for such a problem, and why no earlier one; "" where the one asked for
+    cannot serve."""
     automatic = cheaper_mode(nodes[-1].width, k)
     chosen: Mode = automatic if mode == "auto" else mode  # type: ignore[assignment]
     problem = Problem(d, nodes, k, chosen, None)

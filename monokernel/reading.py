@@ -11,6 +11,7 @@ makes the network unreadable; the general path then calls the module as it is.
 
 from __future__ import annotations
 
+import math
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -174,9 +175,13 @@ def _offset(step: Step) -> Tensor | float | None:
 
 def _pays(tape: Tape, width: int, linear: Step | None = None) -> bool:
     """Whether it may cost less to fold a node of this width, into this linear layer, than to have
-    it. Elsewhere than in the cache of a CPU it does."""
+    it. Elsewhere than in the cache of a CPU it does, and for any number of rows, as the compiler
+    has it, it is taken to."""
+    rows = math.prod(tape.batch)
+    if tape.device_type != "cpu" or type(rows) is not int:
+        return True
     weight = 0 if linear is None else _tensor(linear).numel()
-    return tape.device_type != "cpu" or tape.batch.numel() * width > FOLDS_FROM + weight
+    return rows * width > FOLDS_FROM + weight
 
 
 def _folds(tape: Tape, kept: list[Step], linear: Step, centred: bool) -> bool:

@@ -18,14 +18,14 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
+from torch import SymInt, Tensor, is_autocast_enabled, is_grad_enabled, nn
 from torch.nn import functional as F
 
 from .activations import SELU_ALPHA, SELU_SCALE
 from .arguments import Inputs
 from .function import operand_dtype
 from .network import where
-from .operands import PLAIN
+from .operands import PLAIN, traced
 from .problem import accumulate_dtype
 from .program import Node
 
@@ -198,7 +198,7 @@ class Value(Symbol):
     ndimension = dim
 
     def numel(self) -> int:
-        return self.shape.numel()
+        return math.prod(self.shape)
 
     nelement = numel
 
@@ -301,7 +301,7 @@ def _view(v: Value, flat: bool) -> Value:
 
 
 def _plain(t: Any) -> Tensor:
-    if type(t) not in PLAIN or t.layout is not torch.strided:
+    if (type(t) not in PLAIN and not traced(t)) or t.layout is not torch.strided:
         raise Unreadable(f"takes a {type(t).__name__}, which is no plain tensor")
     plain: Tensor = t
     return plain
@@ -812,7 +812,8 @@ def _index_select(v: Value, dim: int, index: Any) -> Value:
 def _picked(v: Value, columns: Any) -> Value:
     """Any columns in any order, as a copy: as few regular slices as a greedy reader finds."""
     if isinstance(columns, Tensor):
-        if columns.device.type != "cpu" or columns.dtype in (torch.bool, torch.uint8):
+        host = columns.device.type == "cpu" and not traced(columns)
+        if not host or columns.dtype in (torch.bool, torch.uint8):
             raise Unreadable("has an index that is no list of columns on the host")
         columns = columns.tolist()
     if any(isinstance(c, bool) for c in columns):
@@ -860,8 +861,12 @@ def _getitem(v: Value, index: Any) -> Value:
     raise Unreadable("has an index that is no slice or list of columns")
 
 
-def _whole(index: Any, n: int) -> bool:
-    return isinstance(index, slice) and index.indices(n) == (0, n, 1)
+def _whole(index: Any, n: Any) -> bool:
+    if not isinstance(index, slice):
+        return False
+    if type(n) is SymInt:  # any number of rows
+        return index.start in (None, 0) and index.stop in (None, n) and index.step in (None, 1)
+    return index.indices(n) == (0, n, 1)
 
 
 def _squeeze(v: Value, dim: Any = None) -> Value:
@@ -891,11 +896,11 @@ def _flatten(v: Value, start_dim: int = 0, end_dim: int = -1) -> Value:
 def _reshape(v: Value, *shape: Any) -> Value:
     if len(shape) == 1 and not isinstance(shape[0], int):
         shape = tuple(shape[0])
-    sizes = [operator.index(n) for n in shape]
+    sizes = [n if type(n) is SymInt else operator.index(n) for n in shape]
     if sizes.count(-1) == 1:
         rest = math.prod(n for n in sizes if n != -1)
         if rest:
-            sizes[sizes.index(-1)] = v.shape.numel() // rest
+            sizes[sizes.index(-1)] = v.numel() // rest
         else:  # no rows: PyTorch refuses it unless the rest tells
             raise Unreadable("has a shape that does not tell the columns")
     if sizes == [*v.tape.batch, v.width]:
@@ -1040,6 +1045,7 @@ _NAMED: dict[str, Handler] = {
 }
 _FUNCTIONS: dict[Any, Handler] = {
     torch.is_floating_point: Value.is_floating_point,
+    torch.rms_norm: _rms_norm,
     F.alpha_dropout: _switched(_inactive),
     F.batch_norm: _batch_norm,
     F.celu: _switched(_celu),

@@ -167,7 +167,7 @@ def _judge(mlp: nn.Module, y: Tensor, J: Tensor, reached: bool) -> None:
             f"of mlp ({type(mlp).__name__}) is exactly 0. If y moves with it all the same (by "
             f"{WITHOUT_DERIVATIVE}), no penalty can see that, and 0 is no all-clear; audit() tells",
             RuntimeWarning,
-            stacklevel=6,  # where the public function was called
+            stacklevel=7,  # where the public function was called
         )
 
 

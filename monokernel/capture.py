@@ -1,0 +1,210 @@
+"""A network under ``torch.compile``: what the compiler wrote down of its forward, read again.
+
+The compiler runs a forward of one's own by itself, writes down which of PyTorch's functions it
+calls, and guards all that it looked at on the way. ``call`` has it hand over that graph, by a
+higher-order operator of PyTorch's made for this, and whoever runs the compiled graph next, the
+compiler's backend or autograd's tracer, meets ``replay``: it reads the graph as ``reading.py``
+reads a module, so that what is read is what the compiler saw, guards included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import SymFloat, Tensor, fx, nn
+
+from .arguments import Direction, Inputs, check_inputs, check_weight
+from .problem import Hinge, accumulate_dtype
+
+__all__ = ["Captured", "call", "capturable", "meet", "numbers_of"]
+
+
+# (mlp, inputs, weight, signs, hinge, mode, backend, batch_stats) → y, and the penalty or, without a
+# hinge, the slopes.
+Serve = Callable[..., tuple[Tensor, Tensor]]
+
+# Where the graph begins, and where it ends: with all that was asked.
+_library = torch.library.Library("monokernel", "FRAGMENT")
+_library.define(
+    "opened(Tensor x1, Tensor x2) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "closed(Tensor y, Tensor x2, Tensor? weight, int[] direction, int[] shape, bool penalised, "
+    "float margin, bool squared, bool elementwise, str mode, str backend, str batch_stats) "
+    "-> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _opened(x1: Tensor, x2: Tensor) -> Tensor:
+    return torch.cat((x1, x2), -1)
+
+
+def _closed(
+    y: Tensor, x2: Tensor, weight: Tensor | None, direction: Any, shape: Any, penalised: bool,
+    margin: float, squared: bool, elementwise: bool, *who: str,
+) -> Tensor:  # fmt: skip
+    """Of the penalty, or of the slopes, the shape, dtype and whether it has a gradient, by which
+    the compiler goes on."""
+    if torch._C._len_torch_dispatch_stack() == 0:
+        raise RuntimeError("monokernel: a captured forward was run by itself")
+    out = y.to(accumulate_dtype(y.dtype))
+    if penalised and not elementwise:
+        out = out.sum()
+    else:
+        out = out if y.dim() == x2.dim() else out.unsqueeze(-1)
+        out = out.unsqueeze(-1) * x2.new_ones(x2.shape[-1], dtype=out.dtype)
+    return out if weight is None else out * weight.sum().to(out)
+
+
+_library.impl("opened", _opened, "CompositeImplicitAutograd")
+_library.impl("closed", _closed, "CompositeImplicitAutograd")
+_OPENED, _CLOSED = torch.ops.monokernel.opened.default, torch.ops.monokernel.closed.default
+
+
+class _Enough(Exception):  # noqa: N818  # it ends a trial that went well
+    pass
+
+
+def _enough(graph: fx.GraphModule, inputs: Any) -> Any:
+    raise _Enough
+
+
+def numbers_of(mlp: nn.Module) -> tuple[str, ...]:
+    """The names by which the modules of ``mlp`` hold numbers that the compiler may make symbolic:
+    eps, p and the like."""
+    held = {name for m in mlp.modules() for name, v in vars(m).items() if type(v) is float}
+    return tuple(sorted(held))
+
+
+def meet(mlp: nn.Module, numbers: tuple[str, ...]) -> None:
+    """Has the compiler meet these numbers. One that it meets within a forward that is handed over
+    for the first time PyTorch does not know again outside of it."""
+    for m in mlp.modules():
+        for name in numbers:
+            number = getattr(m, name, None)
+            if isinstance(number, float):
+                _ = number + 0.0
+
+
+def capturable(mlp: nn.Module, x1: Tensor, x2: Tensor) -> bool:
+    """Whether the compiler hands over what it writes down of the forward. A forward that changes
+    what was there before it (an attribute, a list) it refuses, and no traced function can catch
+    that: so here is a trial, which runs nothing."""
+    try:
+        torch.compile(_trial, backend=_enough, fullgraph=True)(mlp, numbers_of(mlp), x1, x2)
+    except Exception as error:
+        return isinstance(getattr(error, "inner_exception", None), _Enough)
+    return False
+
+
+def _trial(mlp: nn.Module, numbers: tuple[str, ...], x1: Tensor, x2: Tensor) -> Tensor:
+    """Twice, for there may be numbers elsewhere than in modules."""
+    meet(mlp, numbers)
+    hand_over = torch.ops.higher_order.dynamo_bypassing_wrapper
+    first: Tensor = hand_over(_as_it_is, _plain, mlp, x1, x2)
+    second: Tensor = hand_over(_as_it_is, _plain, mlp, x1, x2)
+    return first + second
+
+
+def _as_it_is(body: Any) -> Any:
+    return body
+
+
+def _plain(mlp: nn.Module, x1: Tensor, x2: Tensor) -> Tensor:
+    y: Tensor = mlp(_OPENED(x1, x2))
+    return y
+
+
+def call(
+    serve: Serve, mlp: nn.Module, inputs: Inputs, weight: Tensor | float | None, *asked: Any
+) -> tuple[Tensor, Tensor]:
+    """``serve(mlp, inputs, weight, *asked)``, of which the compiler traces nothing but the forward
+    of ``mlp``."""
+    if isinstance(weight, (int, float)):  # which may be symbolic
+        weight = check_weight(weight, inputs.x2, 1, 1)
+    y, out = torch.ops.higher_order.dynamo_bypassing_wrapper(
+        partial(_replayed, serve), _body, mlp, inputs, weight, *asked
+    )
+    return y, out
+
+
+def _body(
+    mlp: nn.Module, inputs: Inputs, weight: Tensor | None, signs: Direction, hinge: Hinge | None,
+    mode: str, backend: str, batch_stats: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What the compiler traces."""
+    y = mlp(_OPENED(inputs.x1, inputs.x2))
+    D = y.shape[-1] if y.dim() == inputs.x2.dim() else 1
+    signs.for_network(D)
+    weight = check_weight(weight, inputs.x2, D, inputs.k)
+    _, margin, squared, elementwise = hinge or Hinge()
+    return y, _CLOSED(
+        y, inputs.x2, weight, signs.flat, signs.shape, hinge is not None,
+        margin, squared, elementwise, mode, backend, batch_stats,
+    )  # fmt: skip
+
+
+def _replayed(serve: Serve, body: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What is run in the place of the body: of the graph, or, where the compiler gave up before it
+    and goes on in Python, of the module itself."""
+    return partial(_replay, serve, body) if isinstance(body, fx.GraphModule) else serve
+
+
+def _replay(serve: Serve, graph: fx.GraphModule, *operands: Any) -> tuple[Tensor, Tensor]:
+    """The call that was captured, of the network as the graph has it."""
+    given = dict(zip(graph.graph.find_nodes(op="placeholder"), operands, strict=True))
+    run = _Run(graph, None)
+
+    def value(node: fx.Node) -> Any:
+        """What goes in, or a number made of it; the network has no part in either."""
+        if node not in given:
+            given[node] = getattr(run, node.op)(node.target, fx.map_arg(node.args, value), {})
+        return given[node]
+
+    (opened,) = graph.graph.find_nodes(op="call_function", target=_OPENED)
+    (closed,) = graph.graph.find_nodes(op="call_function", target=_CLOSED)
+    x1, x2 = fx.map_arg(opened.args, value)
+    asked: Any = fx.map_arg(closed.args[2:], value)
+    weight, direction, shape, penalised, margin, squared, elementwise, *who = asked
+    signs = Direction(tuple(direction), tuple(shape))
+    hinge = Hinge(signs.flat, float(margin), squared, elementwise) if penalised else None
+    mlp = Captured(graph, operands)
+    return serve(mlp, check_inputs(x1, x2), weight, signs, hinge, *who)
+
+
+class Captured(nn.Module):
+    """The forward that the compiler wrote down, with the operands of one call: those of the network
+    (parameters, buffers, sizes) in the order of the graph's placeholders."""
+
+    def __init__(self, graph: fx.GraphModule, operands: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.captured = graph, operands  # in a tuple, so that nothing is taken for a part of it
+
+    def forward(self, x: Any) -> Any:
+        graph, operands = self.captured
+        run: Any = _Run(graph, x)
+        return run.run(*operands)[0]
+
+
+class _Run(fx.Interpreter):
+    """One run of the graph for the input x, a tensor or a ``Value``, up to y."""
+
+    def __init__(self, graph: fx.GraphModule, x: Any) -> None:
+        super().__init__(graph)
+        self.x = x
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is _OPENED:
+            return self.x
+        return None if target is _CLOSED else super().call_function(target, args, kwargs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Numbers that the compiler keeps symbolic become what they are, which it guards: a node of
+        a program has its numbers."""
+        found = super().run_node(n)
+        return float(found) if type(found) is SymFloat else found
