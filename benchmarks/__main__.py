@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-NAMES = ("step", "grid", "scaling", "ablation", "accuracy", "soundness", "peers", "zoo", "pages")
+NAMES = (
+    *("step", "grid", "scaling", "ablation", "accuracy", "soundness"),
+    *("peers", "zoo", "compiled", "pages"),
+)
 
 
 def main() -> None:
