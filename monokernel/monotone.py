@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import network, reading
+from . import dropout, network, reading
 from .arguments import Inputs, check_box, check_direction, check_module, check_number
-from .chain_bound import Start, linear_term, serves, started
-from .function import transformed
+from .backends import cpu
+from .function import traced, transformed
 from .intervals import ENDS, Interval, jacobian, without_range
+from .operands import PLAIN
 from .problem import accumulate_dtype
-from .program import Node, chain_of
-from .symbols import Param
+from .program import Node
+from .symbols import Key, Param
 
 __all__ = ["Monotone"]
 
@@ -29,10 +30,10 @@ class Constants(NamedTuple):
     """What a forward needs besides weights, in one dtype on one device."""
 
     box: Interval  # ends (B, d) of the parts of the box
-    start: Start | None  # the same for a chain, where the box is bounded
     sign: Tensor  # (D, k)
     place: Tensor  # (k, d), which columns of x the k are
     middle: Tensor  # (d,)
+    lifts: dict[tuple[Node, ...], cpu.Lift | None]  # of each program, where it has a native bound
 
 
 class Monotone(nn.Module):
@@ -103,6 +104,9 @@ class Monotone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., D), or as ``mlp`` squeezes it, for x (..., d)."""
+        native = self._in_one(x)
+        if native is not None:
+            return native
         y: Tensor = self.mlp(x)
         if not self.columns:
             return y
@@ -148,14 +152,68 @@ class Monotone(nn.Module):
 
     def _linear_term(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Its weight (D, d) and its bias (D,)."""
-        nodes, params, dtype = self._program(x)
-        own = self._constants_for(dtype, x.device)
-        if own.start is not None and not (torch.compiler.is_compiling() or transformed()):
-            chain = chain_of(len(self.lower), nodes)
-            if chain is not None and serves(chain.activations):
-                return linear_term(own.start, self.margin, chain.activations, params)
-        W = (own.sign * self._lift(self._bound(x))) @ own.place
+        lift = self._lift(self._bound(x))
+        own = self._constants_for(lift.dtype, lift.device)
+        W = (own.sign * lift) @ own.place
         return W, -(W @ own.middle)
+
+    def _in_one(self, x: Tensor) -> Tensor | None:
+        """y by the native kernels, network, bound and linear term in one, where they serve these.
+
+        They have no second derivative, which nobody asks for who asks for none of x.
+        """
+        if (
+            not self.columns
+            or not _is_plain(x)
+            or x.dtype not in NATIVE
+            or x.shape[-1] != len(self.lower)
+            or (x.requires_grad and torch.is_grad_enabled())
+            or torch.is_autocast_enabled("cpu")
+        ):
+            return None
+        mlp = network.unwrap(self.mlp)
+        chain = network.read(mlp)
+        found: network.Chain | reading.Reading
+        if isinstance(chain, network.Chain):
+            found = chain
+            if chain.widths[0] != len(self.lower):
+                return None
+        else:
+            read = reading.read(mlp, self._inputs(x), fold=False)
+            if isinstance(read, str):
+                return None
+            found = read
+        lift = self._native(found.nodes, x.dtype)
+        if lift is None:
+            return None
+        y, _ = lift(*found.operands(x))
+        if x.dim() != 2:
+            y = y.reshape(*x.shape[:-1], y.shape[-1])
+        return y.squeeze(-1) if found.squeezed else y
+
+    def _native(self, nodes: tuple[Node, ...], dtype: torch.dtype) -> cpu.Lift | None:
+        """What serves such a program, on plain operands of a dtype, in the native library."""
+        own = self._constants_for(accumulate_dtype(dtype), torch.device("cpu"))
+        if nodes not in own.lifts:
+            own.lifts[nodes] = cpu.lift(
+                len(self.lower),
+                nodes,
+                dtype,
+                self._boxes,
+                self.columns,
+                [[row[c] for c in self.columns] for row in self.direction],
+                [_middle(self.lower[c], self.upper[c]) for c in self.columns],
+                self.margin,
+            )
+        return own.lifts[nodes]
+
+    def _inputs(self, x: Tensor) -> Inputs:
+        """As a reading of ``mlp`` for x (..., d) takes them."""
+        d = len(self.lower)
+        return Inputs(x[..., :0], x, x.shape[:-1], d, d, False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_constants": {}}  # what is native stays in its process
 
     def _lift(self, bound: Tensor) -> Tensor:
         """relu(margin - bound) (D, k), rounded up; 0 where free."""
@@ -167,6 +225,9 @@ class Monotone(nn.Module):
     def _bound(self, x: Tensor) -> Tensor:
         """(D, k), over all parts of the box."""
         nodes, params, dtype = self._program(x)
+        native = self._native(nodes, dtype) if _is_plain(x) else None
+        if native is not None:
+            return native(x.new_empty(0, len(self.lower), dtype=dtype), params)[1]
         own = self._constants_for(dtype, x.device)
         lower, upper, _ = jacobian(nodes, params, own.box, self.columns)
         return torch.where(own.sign > 0, lower, -upper).amin(0)
@@ -175,7 +236,6 @@ class Monotone(nn.Module):
         """The nodes of ``mlp``, their parameters, and the dtype in which these are."""
         mlp = network.unwrap(self.mlp)
         d = len(self.lower)
-        like = _like(mlp)
         chain = network.read(mlp)
         if isinstance(chain, network.Chain):
             if chain.widths[0] != d:
@@ -183,25 +243,28 @@ class Monotone(nn.Module):
                     f"direction: expected (..., {chain.widths[0]}) signs, one for each input of "
                     f"mlp's first layer, got {d}"
                 )
+            like = chain.linears[0]._parameters.get("weight")  # unless it is parametrized
+            like = torch.empty(0, **_like(mlp)) if like is None else like
             nodes = chain.nodes
-            params: Sequence[Param] = chain.parameters(torch.empty(0, **like))
+            params: Sequence[Param] = chain.parameters(like)
         else:
             found: reading.Reading | str = chain.sentence(mlp)
+            like = torch.zeros(2, d, **_like(mlp))
             coupled = network.batch_coupling(mlp)
             if coupled:
                 found = f"{coupled} normalises with the statistics of the batch"
             elif not torch.compiler.is_compiling():
-                example = torch.zeros(2, d, **like)
-                inputs = Inputs(example[:, :0], example, example.shape[:-1], d, d, False)
-                found = reading.read(mlp, inputs, rehearsal=True, fold=False)
+                found = reading.read(mlp, self._inputs(like), rehearsal=True, fold=False)
             if isinstance(found, str):
                 raise ValueError(f"mlp: expected nodes of which a range is known, got {found}")
-            nodes, params = found.nodes, found.params
+            # A dropout's bound holds for every mask, so any key will do.
+            key = like.new_zeros(dropout.KEY)
+            nodes, params = found.nodes, [key if type(p) is Key else p for p in found.params]
             kind = without_range(nodes)
             if kind:
                 raise ValueError(f"mlp: expected nodes of which a range is known, got a {kind}")
-        dtype = accumulate_dtype(like["dtype"])
-        if dtype != like["dtype"]:
+        dtype = accumulate_dtype(like.dtype)
+        if dtype != like.dtype:
             params = [p.to(dtype) if isinstance(p, Tensor) else p for p in params]
         return nodes, params, dtype
 
@@ -245,8 +308,7 @@ class Monotone(nn.Module):
         box = Interval(lower, upper, finite)
         sign = torch.tensor([[row[c] for c in self.columns] for row in self.direction], **like)
         middle = torch.tensor([_middle(l, u) for l, u in pairs], **like)
-        start = started(box, sign, place, middle) if finite else None
-        made = Constants(box, start, sign, place, middle)
+        made = Constants(box, sign, place, middle, {})
         if not torch.compiler.is_compiling():
             self._constants[dtype, device] = made
         return made
@@ -288,6 +350,14 @@ def cut(
     return [
         (tuple(l for l, _ in box), tuple(u for _, u in box)) for box in itertools.product(*edges)
     ]
+
+
+NATIVE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether x has memory that a native kernel may be called with: nothing looks on."""
+    return x.device.type == "cpu" and type(x) in PLAIN and not transformed() and not traced()
 
 
 def _middle(lower: float, upper: float) -> float:

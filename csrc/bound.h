@@ -1,0 +1,964 @@
+// Sound bounds of a program's slopes over boxes, and the linear term that monokernel/monotone.py adds.
+//
+// The rules are those of monokernel/intervals.py, in double whatever the dtype of the weights. Rows of
+// a value are its intervals over the B boxes and then the k·B intervals of its tangents; all of them
+// go through a node together. They are few, so this is about calls avoided and not about rates, and
+// one thread does it.
+//
+// Rounding is counted as there: a product of n columns by γ = (n + 8) ε, twice the γ_n of Higham
+// (2002), section 3.1, of the sizes of its terms, what is added or multiplied once by 2 ε, σ and σ' by
+// the terms that come with their curves. What overflows becomes infinite or NaN, which bounds nothing.
+#pragma once
+
+#include "blocks.h"
+#include "nodes.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr double epsilon = 0x1p-52, tiny = 0x1p-1022;
+constexpr double infinity = __builtin_inf(), not_a_number = __builtin_nan("");
+constexpr double largest = 1.7976931348623157e308;
+// An end beyond it counts as infinite, so that no square or cube of it overflows in an activation.
+constexpr double far = 1e60;
+
+MK_INLINE double size_of(double a) { return __builtin_fabs(a); }
+MK_INLINE bool is_infinite(double a) { return size_of(a) == infinity; }
+MK_INLINE bool is_nan(double a) { return a != a; }
+MK_INLINE double sign_of(double a) { return a > 0 ? 1 : a < 0 ? -1 : 0; }
+
+struct Interval {
+  double low, high;
+};
+
+MK_INLINE Interval outward(double low, double high, double units = 2) {
+  return {low - (units * epsilon * size_of(low) + tiny),
+          high + (units * epsilon * size_of(high) + tiny)};
+}
+
+// c·a, and the adjoint of it.
+MK_INLINE Interval scaled(Interval a, double c) {
+  if (c == 1) return a;
+  return c > 0 ? outward(c * a.low, c * a.high) : outward(c * a.high, c * a.low);
+}
+MK_INLINE Interval pulled(Interval g, double c) {
+  return c > 0 ? Interval{c * g.low, c * g.high} : Interval{c * g.high, c * g.low};
+}
+
+// Where 0 is multiplied by what is as large as you like, it stays 0.
+MK_INLINE double product(double x, double y) {
+  return (x == 0 && is_infinite(y)) || (y == 0 && is_infinite(x)) ? 0 : x * y;
+}
+
+// The products of all in a with all in b, and at which ends they are least and greatest.
+struct Corners {
+  double least, greatest;
+  int at_least, at_greatest;  // bit 1: the high end of a; bit 0: the high end of b
+
+  Corners(Interval a, Interval b) : at_least(0), at_greatest(0) {
+    const double each[] = {product(a.low, b.low), product(a.low, b.high), product(a.high, b.low),
+                           product(a.high, b.high)};
+    least = greatest = each[0];
+    for (int i = 1; i < 4; ++i) {
+      if (each[i] < least || is_nan(each[i])) least = each[i], at_least = i;
+      if (each[i] > greatest || is_nan(each[i])) greatest = each[i], at_greatest = i;
+    }
+  }
+  Interval interval() const { return outward(least, greatest); }
+
+  // Adds what g makes of a's and b's ends. What is infinite has no gradient.
+  void pull(Interval g, Interval a, Interval b, Interval* to_a, Interval* to_b) const {
+    one(least, at_least, g.low, a, b, to_a, to_b);
+    one(greatest, at_greatest, g.high, a, b, to_a, to_b);
+  }
+
+ private:
+  static void one(double value, int at, double g, Interval a, Interval b, Interval* to_a,
+                  Interval* to_b) {
+    const double x = at & 2 ? a.high : a.low, y = at & 1 ? b.high : b.low;
+    if (is_infinite(value) || is_infinite(x) || is_infinite(y)) return;
+    (at & 2 ? to_a->high : to_a->low) += g * y;
+    (at & 1 ? to_b->high : to_b->low) += g * x;
+  }
+};
+
+// Slopes in s times a tangent in t by centre and radius: up to a tenth wider than the products' own
+// range, but without a branch.
+MK_INLINE Interval sloped(Interval s, Interval t) {
+  const double middle = 0.5 * s.low + 0.5 * s.high, radius = 0.5 * s.high - 0.5 * s.low;
+  const double c = 0.5 * t.low + 0.5 * t.high, r = 0.5 * t.high - 0.5 * t.low;
+  const double centre = middle * c;
+  double spread = size_of(c) * radius + r * (size_of(middle) + radius);
+  spread += 8 * epsilon * (size_of(centre) + spread) + tiny;
+  return {centre - spread, centre + spread};
+}
+MK_INLINE void pull_sloped(Interval g, Interval s, Interval t, Interval* to_s, Interval* to_t) {
+  const double middle = 0.5 * s.low + 0.5 * s.high, radius = 0.5 * s.high - 0.5 * s.low;
+  const double c = 0.5 * t.low + 0.5 * t.high, r = 0.5 * t.high - 0.5 * t.low;
+  const double centre = g.low + g.high, spread = g.high - g.low;
+  const double to_middle = centre * c + spread * r * sign_of(middle);
+  const double to_radius = spread * (size_of(c) + r);
+  const double to_c = centre * middle + spread * radius * sign_of(c);
+  const double to_r = spread * (size_of(middle) + radius);
+  to_s->low += 0.5 * (to_middle - to_radius), to_s->high += 0.5 * (to_middle + to_radius);
+  to_t->low += 0.5 * (to_c - to_r), to_t->high += 0.5 * (to_c + to_r);
+}
+
+// --- one curve --------------------------------------------------------------------------------------
+
+// The range of σ or σ' over an interval, and the rate of each of its ends by each end of that.
+struct Range {
+  Interval of;
+  double low_by_low, low_by_high, high_by_low, high_by_high;
+};
+
+MK_INLINE bool has_inside(const Curve& curve, double place, Interval u) {
+  if (!curve.period) {
+    const double near = 4 * epsilon * size_of(place);
+    return u.low <= place + near && u.high >= place - near;
+  }
+  const double first = (u.low - place) / curve.period, last = (u.high - place) / curve.period;
+  const double rounded = 4 * epsilon * (1 + max_of(size_of(first), size_of(last)));
+  // NaN where an end is infinite: then there is one inside.
+  return !(__builtin_ceil(first - rounded) > __builtin_floor(last + rounded));
+}
+
+MK_INLINE double error_of(const Curve& curve, double value) {
+  if (!curve.relative) return 0;
+  return epsilon * curve.relative * min_of(size_of(value), largest / curve.relative) + curve.absolute;
+}
+
+// `at` and `rate`: the curve and its derivative at both ends of u.
+MK_INLINE Range range_of(const Curve& curve, Interval u, Interval at, Interval rate) {
+  Range r{{at.low, at.low}, rate.low, 0, rate.low, 0};
+  if (at.high < r.of.low || is_nan(at.high)) {
+    r.of.low = at.high, r.low_by_low = 0, r.low_by_high = rate.high;
+  }
+  if (at.high > r.of.high || is_nan(at.high)) {
+    r.of.high = at.high, r.high_by_low = 0, r.high_by_high = rate.high;
+  }
+  for (int64_t i = 0; i < curve.turns; ++i) {
+    const double *turn = curve.turn + 3 * i, low = turn[1], high = turn[2];
+    if (!(low < r.of.low || high > r.of.high) || !has_inside(curve, turn[0], u)) continue;
+    if (low < r.of.low) r.of.low = low, r.low_by_low = r.low_by_high = 0;
+    if (high > r.of.high) r.of.high = high, r.high_by_low = r.high_by_high = 0;
+  }
+  // Past the largest number a lower bound is that number.
+  r.of.low -= error_of(curve, r.of.low), r.of.high += error_of(curve, r.of.high);
+  if (r.of.low > largest) r.of.low = largest;
+  if (r.of.high < -largest) r.of.high = -largest;
+  return r;
+}
+
+// --- products ---------------------------------------------------------------------------------------
+
+// As many elements of T as a vector has doubles.
+template <class T> struct Narrowed {
+  typedef T V __attribute__((vector_size(Simd<double>::lanes * sizeof(T))));
+};
+template <class T> MK_INLINE Vec<double> converted(typename Narrowed<T>::V v) {
+#if defined(__x86_64__) && MK_VECTOR_BYTES == 64  // which GCC does in two halves
+  if constexpr (sizeof(T) == 4) return Vec<double>(_mm512_cvtps_pd(__m256(v)));
+#endif
+  return __builtin_convertvector(v, Vec<double>);
+}
+
+// Some elements of T as doubles, zeros past the last, and back.
+template <class T> MK_INLINE Vec<double> widened(const T* from, int64_t left) {
+  typename Narrowed<T>::V narrow{};
+  if (left >= Simd<double>::lanes) {
+    __builtin_memcpy(&narrow, from, sizeof(narrow));
+  } else {
+    for (int64_t j = 0; j < left; ++j) narrow[j] = from[j];
+  }
+  return converted<T>(narrow);
+}
+template <class T> MK_INLINE void narrowed(Vec<double> v, T* to, int64_t left) {
+  const auto narrow = __builtin_convertvector(v, typename Narrowed<T>::V);
+  if (left >= Simd<double>::lanes) {
+    __builtin_memcpy(to, &narrow, sizeof(narrow));
+  } else {
+    for (int64_t j = 0; j < left; ++j) to[j] = narrow[j];
+  }
+}
+
+template <int n> struct Few {
+  static constexpr int count = n;
+};
+// f(first row, how many) over all rows, so many at a time that their sums stay in registers.
+template <class F> MK_INLINE void by_rows(int64_t rows, const F& f) {
+  int64_t r = 0;
+  for (; r + 5 <= rows; r += 5) f(r, Few<5>{});
+  switch (rows - r) {
+    case 4: return f(r, Few<4>{});
+    case 3: return f(r, Few<3>{});
+    case 2: return f(r, Few<2>{});
+    case 1: return f(r, Few<1>{});
+  }
+}
+
+// Two matrices of so many rows side by side: ends, or centres and radii.
+struct Pair {
+  double *a, *b;
+  int64_t ld;
+
+  MK_INLINE Interval at(int64_t i, int64_t j) const { return {a[i * ld + j], b[i * ld + j]}; }
+  MK_INLINE void put(int64_t i, int64_t j, Interval v) const {
+    a[i * ld + j] = v.low, b[i * ld + j] = v.high;
+  }
+  MK_INLINE void add(int64_t i, int64_t j, Interval v) const {
+    a[i * ld + j] += v.low, b[i * ld + j] += v.high;
+  }
+};
+
+// to.a = from.a Wᵀ and to.b = from.b |W|ᵀ, W (m, n); past the last column `from` is 0, and `to` is
+// written in whole vectors. W is turned square by square, which costs less than sums over lanes.
+template <class T>
+void push_product(int64_t rows, int64_t n, int64_t m, const T* W, Pair from, Pair to) {
+  constexpr int lanes = Simd<double>::lanes;
+  by_rows(rows, [&](int64_t r, auto few) {
+    constexpr int count = decltype(few)::count;
+    for (int64_t i = 0; i < m; i += lanes) {
+      Vec<double> a[count] = {}, b[count] = {};
+      for (int64_t j = 0; j < n; j += lanes) {
+        Vec<double> w[lanes];
+        MK_UNROLL
+        for (int l = 0; l < lanes; ++l) {
+          w[l] = i + l < m ? widened(W + (i + l) * n + j, n - j) : Vec<double>{};
+        }
+        transpose<double>(w);
+        MK_UNROLL
+        for (int l = 0; l < lanes; ++l) {
+          const Vec<double> size = abs_of<double>(w[l]);
+          MK_UNROLL
+          for (int q = 0; q < count; ++q) {
+            a[q] += from.a[(r + q) * from.ld + j + l] * w[l];
+            b[q] += from.b[(r + q) * from.ld + j + l] * size;
+          }
+        }
+      }
+      MK_UNROLL
+      for (int q = 0; q < count; ++q) {
+        store(to.a + (r + q) * to.ld + i, a[q]);
+        store(to.b + (r + q) * to.ld + i, b[q]);
+      }
+    }
+  });
+}
+
+// to.a = from.a W and to.b = from.b |W|; `to` is written in whole vectors.
+template <class T>
+void pull_product(int64_t rows, int64_t n, int64_t m, const T* W, Pair from, Pair to) {
+  constexpr int64_t lanes = Simd<double>::lanes;
+  by_rows(rows, [&](int64_t r, auto few) {
+    constexpr int count = decltype(few)::count;
+    for (int64_t j = 0; j < n; j += lanes) {
+      Vec<double> a[count] = {}, b[count] = {};
+      for (int64_t i = 0; i < m; ++i) {
+        const Vec<double> w = widened(W + i * n + j, n - j), size = abs_of<double>(w);
+        MK_UNROLL
+        for (int q = 0; q < count; ++q) {
+          a[q] += from.a[(r + q) * from.ld + i] * w;
+          b[q] += from.b[(r + q) * from.ld + i] * size;
+        }
+      }
+      MK_UNROLL
+      for (int q = 0; q < count; ++q) {
+        store(to.a + (r + q) * to.ld + j, a[q]);
+        store(to.b + (r + q) * to.ld + j, b[q]);
+      }
+    }
+  });
+}
+
+// to (m, n) += g.aᵀ u.a + sign(W)∘(g.bᵀ u.b).
+template <class T>
+void weight_gradient(int64_t rows, int64_t n, int64_t m, const T* W, Pair g, Pair u, T* to) {
+  constexpr int64_t lanes = Simd<double>::lanes;
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; j += lanes) {
+      Vec<double> a = {}, b = {};
+      for (int64_t r = 0; r < rows; ++r) {
+        a += g.a[r * g.ld + i] * load(u.a + r * u.ld + j);
+        b += g.b[r * g.ld + i] * load(u.b + r * u.ld + j);
+      }
+      const Vec<double> w = widened(W + i * n + j, n - j);
+      a += w > 0.0 ? b : (w < 0.0 ? -b : b * 0.0);
+      narrowed(widened(to + i * n + j, n - j) + a, to + i * n + j, n - j);
+    }
+  }
+}
+
+// --- a program --------------------------------------------------------------------------------------
+
+// What a pass over a program works on. `saved` is what forward leaves for backward: the bound as it
+// was given, then of each value its ends and what its node keeps.
+template <class T> struct Bounded {
+  const Plan& plan;
+  const Box& box;
+  const void* const* params;
+  const int64_t* sizes;
+  int64_t B, R, y;  // boxes, rows, the last value
+  // Where each value begins in `saved`, and its adjoints among all; null while memory is counted.
+  int64_t *at, *adjoint_at;
+  int64_t saved_size, adjoint_size = 0, widest = 0;
+  double* saved = nullptr;
+
+  Bounded(const Plan& p, const Box& b, const void* const* given, const int64_t* elements,
+          Bump& memory)
+      : plan(p), box(b), params(given), sizes(elements), B(b.B), R((1 + b.k) * b.B), y(p.count) {
+    at = memory.take<int64_t>(y + 1);
+    adjoint_at = memory.take<int64_t>(y + 1);
+    saved_size = round_up(p.D * b.k, 8);
+    for (int64_t v = 0; v <= y; ++v) {
+      if (at) at[v] = saved_size, adjoint_at[v] = adjoint_size;
+      saved_size += 2 * R * ld(v) + kept(v);
+      adjoint_size += v ? 2 * R * ld(v) : 0;
+      widest = max_of(widest, ld(v));
+    }
+  }
+
+  const Node& node(int64_t v) const { return plan.nodes[v - 1]; }
+  int64_t width(int64_t v) const { return plan.width(v); }
+  int64_t ld(int64_t v) const { return round_up(width(v), 8); }
+  int64_t kept(int64_t v) const {
+    if (v == 0) return 0;
+    const Node& n = node(v);
+    if (n.kind == node_linear) return 2 * R * ld(n.input[0]);
+    return n.kind < kinds || n.kind == node_prelu ? 10 * B * ld(v) : 0;
+  }
+
+  Pair ends(int64_t v) const { return {saved + at[v], saved + at[v] + R * ld(v), ld(v)}; }
+  double* more(int64_t v) const { return saved + at[v] + 2 * R * ld(v); }
+  // Of a linear node: centres and widened radii of its input.
+  Pair balls(int64_t v) const {
+    const int64_t n = ld(node(v).input[0]);
+    return {more(v), more(v) + R * n, n};
+  }
+  // Of an activation: what its slope lies in, for each box.
+  Pair slopes(int64_t v) const { return {more(v), more(v) + B * ld(v), ld(v)}; }
+  // And how its ends (0, 1) and those of its slope (2, 3) follow the ends of its input.
+  Pair rates(int64_t v, int64_t end) const {
+    const int64_t n = B * ld(v);
+    double* from = more(v) + 2 * n * (1 + end);
+    return {from, from + n, ld(v)};
+  }
+  const T* parameter(const Node& n, int64_t i = 0) const {
+    return static_cast<const T*>(params[n.place[i]]);
+  }
+  // One number for all columns, or one for each. An infinite one says nothing: 0 times it is not 0.
+  double parameter_at(const Node& n, int64_t j) const {
+    const double t = double(parameter(n)[sizes[n.place[0]] == 1 ? 0 : j]);
+    return is_infinite(t) ? not_a_number : t;
+  }
+  static Interval mask(const Node& n) {
+    const double p = n.numbers[0];
+    return {0, (1 + 4 * epsilon) * (p == 1 ? 0 : 1 / (1 - p))};
+  }
+  static double gamma(int64_t n) { return double(n + 8) * epsilon; }
+
+  // f(i, j) for so many rows and columns.
+  template <class F> MK_INLINE static void each(int64_t rows, int64_t n, const F& f) {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < n; ++j) f(i, j);
+    }
+  }
+  // f(i, b, j) for the rows of the tangents, b the row of their values.
+  template <class F> MK_INLINE void each_tangent(int64_t n, const F& f) const {
+    for (int64_t i = B; i < R; ++i) {
+      const int64_t b = i % B;
+      for (int64_t j = 0; j < n; ++j) f(i, b, j);
+    }
+  }
+
+  // --- forward ---
+
+  int64_t scratch_size() const { return 8 * B * widest; }
+
+  void forward(double* scratch) const {
+    const Pair x = ends(0);
+    for (int64_t b = 0; b < B; ++b) {
+      for (int64_t j = 0; j < plan.d; ++j) {
+        const int64_t one = b * plan.d + j;
+        x.put(b, j, {box.ends[one], box.ends[B * plan.d + one]});
+      }
+    }
+    for (int64_t i = B; i < R; ++i) {
+      for (int64_t j = 0; j < plan.d; ++j) {
+        const double unit = box.columns[i / B - 1] == j;
+        x.put(i, j, {unit, unit});
+      }
+    }
+    for (int64_t v = 1; v <= y; ++v) value(v, scratch);
+  }
+
+  void value(int64_t v, double* scratch) const {
+    const Node& n = node(v);
+    const Pair to = ends(v), u = ends(n.input[0]);
+    const int64_t H = n.width;
+    if (n.kind < kinds) return activation(v, u, to, scratch);
+    switch (n.kind) {
+      case node_linear: return linear(v, u, to);
+      case node_prelu:
+        each(B, H, [&](int64_t i, int64_t j) {
+          const Interval a = u.at(i, j);
+          const double s = parameter_at(n, j);
+          Interval slope = {s < 1 ? s : 1, s > 1 ? s : 1};
+          if (a.low > 0) slope = {1, 1};
+          if (a.high < 0) slope = {s, s};
+          if (!(a.low <= a.high) || is_nan(s)) slope = {not_a_number, not_a_number};
+          slopes(v).put(i, j, slope);
+          const Corners negative(min_zero(a), {s, s});
+          const Interval below = negative.interval();
+          to.put(i, j, outward(max_zero(a.low) + below.low, max_zero(a.high) + below.high));
+        });
+        return push_slopes(v, u, to);
+      case node_scale:
+        return each(R, H, [&](int64_t i, int64_t j) {
+          const double s = parameter_at(n, j);
+          to.put(i, j, Corners(u.at(i, j), {s, s}).interval());
+        });
+      case node_dropout:
+        each(B, H, [&](int64_t i, int64_t j) {
+          to.put(i, j, Corners(u.at(i, j), mask(n)).interval());
+        });
+        return each_tangent(H, [&](int64_t i, int64_t, int64_t j) {
+          to.put(i, j, sloped(mask(n), u.at(i, j)));
+        });
+      case node_shift:
+        return each(R, H, [&](int64_t i, int64_t j) {
+          const Interval a = u.at(i, j);
+          const double t = parameter_at(n, j);
+          to.put(i, j, i < B ? outward(a.low + t, a.high + t) : a);
+        });
+      case node_line:
+        return each(R, H, [&](int64_t i, int64_t j) {
+          const Interval a = scaled(u.at(i, j), n.numbers[0]);
+          const double q = i < B ? n.numbers[1] : 0;
+          to.put(i, j, q ? outward(a.low + q, a.high + q, 4) : a);
+        });
+      case node_sum:
+        for (int64_t q = 0; q < n.inputs; ++q) {
+          const Pair from = ends(n.input[q]);
+          each(R, H, [&](int64_t i, int64_t j) {
+            const Interval a = scaled(from.at(i, j), n.numbers[q]);
+            if (q == 0) return to.put(i, j, a);
+            const Interval before = to.at(i, j);
+            to.put(i, j, outward(before.low + a.low, before.high + a.high));
+          });
+        }
+        return;
+      case node_product: {
+        const Pair w = ends(n.input[1]);
+        const bool square = n.input[0] == n.input[1];
+        each(B, H, [&](int64_t i, int64_t j) {
+          const Interval a = u.at(i, j);
+          Interval v = Corners(a, w.at(i, j)).interval();
+          if (square && a.low <= 0 && a.high >= 0) v.low = 0;
+          to.put(i, j, v);
+        });
+        return each_tangent(H, [&](int64_t i, int64_t b, int64_t j) {
+          const Interval first = Corners(w.at(b, j), u.at(i, j)).interval();
+          const Interval second = Corners(u.at(b, j), w.at(i, j)).interval();
+          to.put(i, j, outward(first.low + second.low, first.high + second.high));
+        });
+      }
+      case node_expand:
+        return each(R, H, [&](int64_t i, int64_t j) { to.put(i, j, u.at(i, 0)); });
+      case node_total: {
+        const int64_t inputs = width(n.input[0]);
+        for (int64_t i = 0; i < R; ++i) {
+          double low = 0, high = 0, size = 0;
+          for (int64_t j = 0; j < inputs; ++j) {
+            const Interval a = u.at(i, j);
+            low += a.low, high += a.high, size += size_of(a.low) + size_of(a.high);
+          }
+          const double rounding = gamma(inputs) * size + tiny;
+          to.put(i, 0, {low - rounding, high + rounding});
+        }
+        return;
+      }
+      case node_concat: {
+        int64_t start = 0;
+        for (int64_t q = 0; q < n.inputs; ++q) {
+          const Pair from = ends(n.input[q]);
+          const int64_t columns = width(n.input[q]);
+          each(R, columns, [&](int64_t i, int64_t j) { to.put(i, start + j, from.at(i, j)); });
+          start += columns;
+        }
+        return;
+      }
+      case node_columns: {
+        const int64_t start = int64_t(n.numbers[0]), step = int64_t(n.numbers[1]);
+        return each(R, H,
+                    [&](int64_t i, int64_t j) { to.put(i, j, u.at(i, start + j * step)); });
+      }
+    }
+  }
+
+  static double max_zero(double a) { return a < 0 ? 0 : a; }
+  static Interval min_zero(Interval a) {
+    return {a.low > 0 ? 0 : a.low, a.high > 0 ? 0 : a.high};
+  }
+
+  // An end, or where it is infinite the other one, or 0.
+  static double finite_part(double end, double other) {
+    return !is_infinite(end) ? end : is_infinite(other) ? 0 : other;
+  }
+
+  void linear(int64_t v, Pair u, Pair to) const {
+    const Node& n = node(v);
+    const int64_t in = width(n.input[0]), out = n.width;
+    const T *W = parameter(n), *b = parameter(n, 1);
+    const Pair ball = balls(v);
+    const double g = gamma(in);
+    for (int64_t i = 0; i < R; ++i) {
+      for (int64_t j = 0; j < in; ++j) {
+        Interval a = u.at(i, j);
+        if (i < B) a = {finite_part(a.low, a.high), finite_part(a.high, a.low)};
+        const double c = 0.5 * a.low + 0.5 * a.high, r = 0.5 * a.high - 0.5 * a.low;
+        ball.put(i, j, {c, r + (g * (size_of(c) + r) + tiny)});
+      }
+      for (int64_t j = in; j < ball.ld; ++j) ball.put(i, j, {0, 0});
+    }
+    push_product(R, in, out, W, ball, to);
+    each(R, out, [&](int64_t i, int64_t j) {
+      double centre = to.at(i, j).low, radius = to.at(i, j).high;
+      if (b && i < B) centre += double(b[j]);
+      radius += g * (radius + 2 * size_of(centre)) + tiny;
+      to.put(i, j, {centre - radius, centre + radius});
+    });
+    // An infinite end counts where its weight is not zero.
+    each(B, in, [&](int64_t i, int64_t j) {
+      const Interval a = u.at(i, j);
+      if (!is_infinite(a.low) && !is_infinite(a.high)) return;
+      for (int64_t o = 0; o < out; ++o) {
+        const double w = double(W[o * in + j]);
+        Interval ends = to.at(i, o);
+        if (is_infinite(w > 0 ? a.low : w < 0 ? a.high : 0)) ends.low -= infinity;
+        if (is_infinite(w > 0 ? a.high : w < 0 ? a.low : 0)) ends.high += infinity;
+        to.put(i, o, ends);
+      }
+    });
+  }
+
+  void activation(int64_t v, Pair u, Pair to, double* scratch) const {
+    const Node& n = node(v);
+    const int64_t H = n.width, whole = ld(v), all = 2 * B * whole;
+    double *a = scratch, *h = a + all, *s = h + all, *c = s + all;
+    for (int64_t i = 0; i < B; ++i) {
+      for (int64_t j = 0; j < whole; ++j) {
+        const Interval x = j < H ? u.at(i, j) : Interval{0, 0};
+        a[2 * i * whole + j] = near(x.low), a[(2 * i + 1) * whole + j] = near(x.high);
+      }
+    }
+    orders_of<double>(int(n.kind))[2](
+        {2 * B, whole, a, whole, h, s, c, whole},
+        {double(n.numbers[0]), double(n.numbers[1]), double(n.numbers[2])});
+    const Curve *σ = box.curves + 2 * (v - 1), *slope = σ + 1;
+    for (int64_t i = 0; i < B; ++i) {
+      for (int64_t j = 0; j < H; ++j) {
+        Interval x = u.at(i, j);
+        const int64_t low = 2 * i * whole + j, high = low + whole;
+        Interval value{h[low], h[high]}, first{s[low], s[high]}, second{c[low], c[high]};
+        Interval rate = first;
+        if (x.low < -far) {
+          x.low = -infinity, value.low = σ->limits[0], first.low = slope->limits[0];
+          rate.low = second.low = 0;
+        }
+        if (x.high > far) {
+          x.high = infinity, value.high = σ->limits[1], first.high = slope->limits[1];
+          rate.high = second.high = 0;
+        }
+        if (size_of(x.low) >= far) rate.low = second.low = 0;
+        if (size_of(x.high) >= far) rate.high = second.high = 0;
+        Range of_value = range_of(*σ, x, value, rate), of_slope = range_of(*slope, x, first, second);
+        if (!(x.low <= x.high)) {
+          of_value.of = of_slope.of = {not_a_number, not_a_number};
+        }
+        to.put(i, j, of_value.of);
+        slopes(v).put(i, j, of_slope.of);
+        rates(v, 0).put(i, j, {of_value.low_by_low, of_value.low_by_high});
+        rates(v, 1).put(i, j, {of_value.high_by_low, of_value.high_by_high});
+        rates(v, 2).put(i, j, {of_slope.low_by_low, of_slope.low_by_high});
+        rates(v, 3).put(i, j, {of_slope.high_by_low, of_slope.high_by_high});
+      }
+    }
+    push_slopes(v, u, to);
+  }
+  static double near(double a) { return a < -far ? -far : a > far ? far : a; }
+
+  void push_slopes(int64_t v, Pair u, Pair to) const {
+    const Pair s = slopes(v);
+    each_tangent(node(v).width, [&](int64_t i, int64_t b, int64_t j) {
+      to.put(i, j, sloped(s.at(b, j), u.at(i, j)));
+    });
+  }
+
+  // --- the bound ---
+
+  double sign(int64_t o, int64_t c) const { return box.direction[o * box.k + c]; }
+
+  // The least slope of all boxes, and in which of them it is. NaN where y is, by the rule for NaN.
+  double least(int64_t o, int64_t c, int64_t* box_of) const {
+    const Pair e = ends(y);
+    double found = infinity;
+    *box_of = 0;
+    for (int64_t b = 0; b < B; ++b) {
+      const Interval value = e.at(b, o), slope = e.at((1 + c) * B + b, o);
+      double low = sign(o, c) > 0 ? slope.low : -slope.high;
+      if (is_nan(value.low) || is_nan(value.high)) low = not_a_number;
+      if (low < found || is_nan(low)) found = low, *box_of = b;
+      if (is_nan(low)) break;
+    }
+    return found;
+  }
+
+  void bound(T* to) const {
+    for (int64_t o = 0; o < plan.D; ++o) {
+      for (int64_t c = 0; c < box.k; ++c) {
+        int64_t unused;
+        const double exact = least(o, c, &unused);
+        to[o * box.k + c] = rounded_down(exact);
+        saved[o * box.k + c] = double(to[o * box.k + c]);
+      }
+    }
+  }
+  static T rounded_down(double exact) {
+    T near = T(exact);
+    if (double(near) > exact) {
+      near = sizeof(T) == 4 ? T(__builtin_nextafterf(float(near), -__builtin_inff()))
+                            : T(__builtin_nextafter(double(near), -infinity));
+    }
+    return near;
+  }
+
+  // relu(margin - bound), rounded up as monotone.py does, and its rate by -bound.
+  T lift(int64_t o, int64_t c, T* rate) const {
+    constexpr double four = 4 * (sizeof(T) == 4 ? 0x1p-23 : epsilon);
+    const T more = T(box.margin + four * size_of(box.margin)), grown = T(1 + four);
+    const T gap = more - T(saved[o * box.k + c]);
+    const bool free = sign(o, c) == 0;
+    *rate = !free && gap > T(0) ? grown : T(0);
+    return free ? T(0) : gap > T(0) ? gap * grown : gap == gap ? T(0) : gap;
+  }
+
+  // --- backward ---
+
+  // Adds to the gradients of the parameters what the gradient of the bound (D, k) makes of them.
+  // `adjoint`: two matrices for each value, as `ends`, all 0.
+  void backward(const T* of_bound, double* adjoint, double* products, void* const* grads) const {
+    const auto of = [&](int64_t v) {
+      double* from = adjoint + adjoint_at[v];
+      return Pair{from, from + R * ld(v), ld(v)};
+    };
+    for (int64_t o = 0; o < plan.D; ++o) {
+      for (int64_t c = 0; c < box.k; ++c) {
+        int64_t b;
+        least(o, c, &b);
+        const double g = double(of_bound[o * box.k + c]);
+        const Interval both = sign(o, c) > 0 ? Interval{g, 0} : Interval{0, -g};
+        of(y).put((1 + c) * B + b, o, both);
+      }
+    }
+    for (int64_t v = y; v > 0; --v) pull(v, of, products, grads);
+  }
+  int64_t products_size() const { return 4 * R * widest; }
+
+  // Adds g to the gradient of parameter i of the node; j is its column, or 0 if it has only one.
+  void add_to(const Node& n, int64_t j, double g, void* const* grads) const {
+    T* to = static_cast<T*>(grads[n.place[0]]);
+    if (to) to[sizes[n.place[0]] == 1 ? 0 : j] += T(g);
+  }
+
+  template <class Of>
+  void pull(int64_t v, const Of& of, double* products, void* const* grads) const {
+    const Node& n = node(v);
+    const int64_t H = n.width, first = n.input[0];
+    const Pair g = of(v), e = ends(v), u = ends(first);
+    // No gradient comes from what is infinite.
+    each(B, H, [&](int64_t i, int64_t j) {
+      const Interval a = e.at(i, j);
+      if (is_infinite(a.low)) g.a[i * g.ld + j] = 0;
+      if (is_infinite(a.high)) g.b[i * g.ld + j] = 0;
+    });
+    // Nobody asks for the gradient of the box.
+    const auto give = [&](int64_t value, int64_t i, int64_t j, Interval a) {
+      if (value) of(value).add(i, j, a);
+    };
+    if (n.kind < kinds) return pull_activation(v, of, products);
+    switch (n.kind) {
+      case node_linear: return pull_linear(v, of, products, grads);
+      case node_prelu: {
+        const Pair s = slopes(v);
+        each(B, H, [&](int64_t i, int64_t j) {
+          const Interval a = u.at(i, j);
+          const double t = parameter_at(n, j);
+          Interval to{}, by{};
+          Corners(min_zero(a), {t, t}).pull(g.at(i, j), min_zero(a), {t, t}, &to, &by);
+          if (a.low > 0) to.low = g.at(i, j).low;
+          if (a.high > 0) to.high = g.at(i, j).high;
+          add_to(n, j, by.low + by.high, grads);
+          give(first, i, j, to);
+        });
+        return each_tangent(H, [&](int64_t i, int64_t b, int64_t j) {
+          const Interval a = u.at(b, j);
+          const double t = parameter_at(n, j);
+          Interval to{}, by{};
+          pull_sloped(g.at(i, j), s.at(b, j), u.at(i, j), &by, &to);
+          const bool low = a.high < 0 || t <= 1, high = a.high < 0 || t > 1;
+          if (a.low <= 0) add_to(n, j, (low ? by.low : 0) + (high ? by.high : 0), grads);
+          give(first, i, j, to);
+        });
+      }
+      case node_scale:
+        return each(R, H, [&](int64_t i, int64_t j) {
+          const Interval a = u.at(i, j);
+          const double t = parameter_at(n, j);
+          Interval to{}, by{};
+          Corners(a, {t, t}).pull(g.at(i, j), a, {t, t}, &to, &by);
+          add_to(n, j, by.low + by.high, grads);
+          give(first, i, j, to);
+        });
+      case node_dropout:
+        return each(R, H, [&](int64_t i, int64_t j) {
+          const Interval a = u.at(i, j), m = mask(n);
+          Interval to{}, unused{};
+          if (i < B) {
+            Corners(a, m).pull(g.at(i, j), a, m, &to, &unused);
+          } else {
+            pull_sloped(g.at(i, j), m, a, &unused, &to);
+          }
+          give(first, i, j, to);
+        });
+      case node_shift:
+        return each(R, H, [&](int64_t i, int64_t j) {
+          const Interval a = g.at(i, j);
+          if (i < B) add_to(n, j, a.low + a.high, grads);
+          give(first, i, j, a);
+        });
+      case node_line:
+        return each(R, H, [&](int64_t i, int64_t j) {
+          give(first, i, j, pulled(g.at(i, j), n.numbers[0]));
+        });
+      case node_sum:
+        for (int64_t q = 0; q < n.inputs; ++q) {
+          each(R, H, [&](int64_t i, int64_t j) {
+            give(n.input[q], i, j, pulled(g.at(i, j), n.numbers[q]));
+          });
+        }
+        return;
+      case node_product: {
+        const int64_t second = n.input[1];
+        const Pair w = ends(second);
+        each(B, H, [&](int64_t i, int64_t j) {
+          const Interval of_v = g.at(i, j), a = u.at(i, j), b = w.at(i, j);
+          const bool turns = first == second && a.low <= 0 && a.high >= 0;
+          Interval to_a{}, to_b{};
+          Corners(a, b).pull(turns ? Interval{0, of_v.high} : of_v, a, b, &to_a, &to_b);
+          give(first, i, j, to_a), give(second, i, j, to_b);
+        });
+        return each_tangent(H, [&](int64_t i, int64_t box_of, int64_t j) {
+          const Interval of_v = g.at(i, j), a = u.at(box_of, j), b = w.at(box_of, j);
+          const Interval t = u.at(i, j), r = w.at(i, j);
+          Interval to_a{}, to_b{}, to_t{}, to_r{};
+          Corners(b, t).pull(of_v, b, t, &to_b, &to_t);
+          Corners(a, r).pull(of_v, a, r, &to_a, &to_r);
+          give(first, box_of, j, to_a), give(second, box_of, j, to_b);
+          give(first, i, j, to_t), give(second, i, j, to_r);
+        });
+      }
+      case node_expand:
+        return each(R, H, [&](int64_t i, int64_t j) { give(first, i, 0, g.at(i, j)); });
+      case node_total:
+        return each(R, width(first),
+                    [&](int64_t i, int64_t j) { give(first, i, j, g.at(i, 0)); });
+      case node_concat: {
+        int64_t start = 0;
+        for (int64_t q = 0; q < n.inputs; ++q) {
+          const int64_t columns = width(n.input[q]);
+          each(R, columns,
+               [&](int64_t i, int64_t j) { give(n.input[q], i, j, g.at(i, start + j)); });
+          start += columns;
+        }
+        return;
+      }
+      case node_columns: {
+        const int64_t start = int64_t(n.numbers[0]), step = int64_t(n.numbers[1]);
+        return each(R, H,
+                    [&](int64_t i, int64_t j) { give(first, i, start + j * step, g.at(i, j)); });
+      }
+    }
+  }
+
+  template <class Of> void pull_activation(int64_t v, const Of& of, double* products) const {
+    const Node& n = node(v);
+    const int64_t H = n.width, first = n.input[0], whole = ld(v);
+    const Pair g = of(v), s = slopes(v), u = ends(first), by{products, products + B * whole, whole};
+    clear(products, 2 * B * whole);
+    each_tangent(H, [&](int64_t i, int64_t b, int64_t j) {
+      Interval to{}, slope{};
+      pull_sloped(g.at(i, j), s.at(b, j), u.at(i, j), &slope, &to);
+      by.add(b, j, slope);
+      if (first) of(first).add(i, j, to);
+    });
+    if (!first) return;
+    const Pair to = of(first);
+    each(B, H, [&](int64_t i, int64_t j) {
+      const Interval value = g.at(i, j), slope = by.at(i, j);
+      const Interval a = rates(v, 0).at(i, j), b = rates(v, 1).at(i, j);
+      const Interval c = rates(v, 2).at(i, j), d = rates(v, 3).at(i, j);
+      to.add(i, j,
+             {value.low * a.low + value.high * b.low + slope.low * c.low + slope.high * d.low,
+              value.low * a.high + value.high * b.high + slope.low * c.high + slope.high * d.high});
+    });
+  }
+
+  template <class Of>
+  void pull_linear(int64_t v, const Of& of, double* products, void* const* grads) const {
+    const Node& n = node(v);
+    const int64_t out = n.width, first = n.input[0], in = width(first);
+    const T* W = parameter(n);
+    const Pair g = of(v), whole{products, products + R * ld(v), ld(v)};
+    each(R, out, [&](int64_t i, int64_t j) {
+      const Interval a = g.at(i, j);
+      whole.put(i, j, {a.low + a.high, a.high - a.low});  // of centres and radii
+    });
+    const int64_t weight = n.place[0], bias = n.place[1];
+    if (T* to = static_cast<T*>(grads[weight])) {
+      weight_gradient(R, in, out, W, whole, balls(v), to);
+    }
+    if (T* to = static_cast<T*>(grads[bias])) {
+      for (int64_t j = 0; j < out; ++j) {
+        double total = double(to[j]);
+        for (int64_t b = 0; b < B; ++b) total += whole.a[b * whole.ld + j];
+        to[j] = T(total);
+      }
+    }
+    if (!first) return;
+    const int64_t columns = ld(first);
+    double* after = products + 2 * R * ld(v);
+    const Pair ball{after, after + R * columns, columns}, u = ends(first), to = of(first);
+    pull_product(R, in, out, W, whole, ball);
+    each(R, in, [&](int64_t i, int64_t j) {
+      const Interval a = u.at(i, j), c = ball.at(i, j);
+      const double low = 0.5 * (c.low - c.high), high = 0.5 * (c.low + c.high);
+      if (i >= B || (!is_infinite(a.low) && !is_infinite(a.high))) return to.add(i, j, {low, high});
+      // What stood in the place of an infinite end was the other one.
+      if (!is_infinite(a.low)) to.add(i, j, {low + high, 0});
+      if (!is_infinite(a.high)) to.add(i, j, {0, low + high});
+    });
+  }
+};
+
+// 0 where a node's kind has no rule here.
+template <class T> int64_t bound_size(const Plan& plan, const Box& box) {
+  for (int64_t i = 0; i < plan.count; ++i) {
+    switch (plan.nodes[i].kind) {
+      case node_normalise:
+      case node_root_mean_square:
+      case node_softmax:
+      case node_log_softmax: return 0;
+    }
+  }
+  Bump counting;
+  return Bounded<T>(plan, box, nullptr, nullptr, counting).saved_size;
+}
+
+// The bound (D, k), and y (N, D) += Σ_c sign·lift·(x_c - middle).
+template <class T>
+Status lift_forward(const Plan& plan, const Box& box, const LiftCall& call, const Runtime& runtime) {
+  Bump counting;
+  const Bounded<T> counted(plan, box, call.params, call.sizes, counting);
+  counting.take<double>(counted.scratch_size());
+  char* memory = static_cast<char*>(runtime.acquire(counting.lines()));
+  if (!memory) return out_of_memory;
+  Bump handing{memory, 0};
+  Bounded<T> net(plan, box, call.params, call.sizes, handing);
+  net.saved = call.saved;
+  net.forward(handing.take<double>(net.scratch_size()));
+  net.bound(static_cast<T*>(call.bound));
+  const int64_t D = plan.D, d = plan.d;
+  for (int64_t o = 0; o < D; ++o) {
+    T* y = static_cast<T*>(call.y) + o;
+    for (int64_t c = 0; c < box.k; ++c) {
+      T unused;
+      const T slope = T(net.sign(o, c)) * net.lift(o, c, &unused), middle = T(box.middle[c]);
+      if (slope == T(0)) continue;
+      const T* x = static_cast<const T*>(call.x) + box.columns[c];
+      for (int64_t i = 0; i < call.N; ++i) y[i * D] += slope * (x[i * d] - middle);
+    }
+  }
+  runtime.release(memory, counting.lines());
+  return ok;
+}
+
+// What a backward works in.
+template <class T> struct BoundedBackward {
+  Bounded<T> net;
+  T* of_bound;
+  double *products, *adjoint;
+
+  BoundedBackward(const Plan& plan, const Box& box, const LiftBackwardCall& call, Bump& memory)
+      : net(plan, box, call.params, call.sizes, memory),
+        of_bound(memory.take<T>(plan.D * box.k)),
+        products(memory.take<double>(net.products_size())),
+        adjoint(memory.take<double>(net.adjoint_size)) {
+    net.saved = const_cast<double*>(call.saved);
+  }
+};
+
+// Σ_i g_i (x_i - middle), in four chains: an addition waits for the one before it.
+template <class T>
+MK_INLINE double moment(int64_t N, const T* g, int64_t D, const T* x, int64_t d, T middle) {
+  double total[4] = {};
+  int64_t i = 0;
+  for (; i + 4 <= N; i += 4) {
+    for (int64_t q = 0; q < 4; ++q) {
+      total[q] += double(g[(i + q) * D] * (x[(i + q) * d] - middle));
+    }
+  }
+  for (; i < N; ++i) total[0] += double(g[i * D] * (x[i * d] - middle));
+  return (total[0] + total[1]) + (total[2] + total[3]);
+}
+
+template <class T>
+Status lift_backward(const Plan& plan, const Box& box, const LiftBackwardCall& call,
+                     const Runtime& runtime) {
+  Bump counting;
+  const BoundedBackward<T> counted(plan, box, call, counting);
+  char* memory = static_cast<char*>(runtime.acquire(counting.lines()));
+  if (!memory) return out_of_memory;
+  Bump handing{memory, 0};
+  const BoundedBackward<T> pass(plan, box, call, handing);
+  const int64_t D = plan.D, d = plan.d;
+  bool any = false;
+  for (int64_t o = 0; o < D; ++o) {
+    const T* g = static_cast<const T*>(call.gy) + o;
+    for (int64_t c = 0; c < box.k; ++c) {
+      const int64_t one = o * box.k + c;
+      T rate, of_bound = call.gbound ? static_cast<const T*>(call.gbound)[one] : T(0);
+      const T sign = T(pass.net.sign(o, c)), slope = sign * pass.net.lift(o, c, &rate);
+      if (rate != T(0)) {
+        const T* x = static_cast<const T*>(call.x) + box.columns[c];
+        of_bound -= rate * sign * T(moment(call.N, g, D, x, d, T(box.middle[c])));
+      }
+      if (T* gx = static_cast<T*>(call.gx)) {
+        for (int64_t i = 0; i < call.N; ++i) gx[i * d + box.columns[c]] += g[i * D] * slope;
+      }
+      pass.of_bound[one] = of_bound;
+      any |= of_bound != T(0);
+    }
+  }
+  if (any) {
+    clear(pass.adjoint, pass.net.adjoint_size);
+    pass.net.backward(pass.of_bound, pass.adjoint, pass.products, call.grads);
+  }
+  runtime.release(memory, counting.lines());
+  return ok;
+}
+
+}  // namespace
