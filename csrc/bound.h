@@ -34,6 +34,12 @@ struct Interval {
   double low, high;
 };
 
+// An infinite end is replaced by the other one, or 0.
+MK_INLINE Interval finite_part(Interval a) {
+  return {!is_infinite(a.low) ? a.low : is_infinite(a.high) ? 0 : a.high,
+          !is_infinite(a.high) ? a.high : is_infinite(a.low) ? 0 : a.low};
+}
+
 MK_INLINE Interval outward(double low, double high, double units = 2) {
   return {low - (units * epsilon * size_of(low) + tiny),
           high + (units * epsilon * size_of(high) + tiny)};
@@ -131,9 +137,13 @@ MK_INLINE double error_of(const Curve& curve, double value) {
   return epsilon * curve.relative * min_of(size_of(value), largest / curve.relative) + curve.absolute;
 }
 
-// `at` and `rate`: the curve and its derivative at both ends of u.
+// `at` and `rate`: the curve and its derivative at both ends of u. Equal ends share the gradient.
 MK_INLINE Range range_of(const Curve& curve, Interval u, Interval at, Interval rate) {
   Range r{{at.low, at.low}, rate.low, 0, rate.low, 0};
+  if (at.high == at.low) {
+    r.low_by_low = r.high_by_low = 0.5 * rate.low;
+    r.low_by_high = r.high_by_high = 0.5 * rate.high;
+  }
   if (at.high < r.of.low || is_nan(at.high)) {
     r.of.low = at.high, r.low_by_low = 0, r.low_by_high = rate.high;
   }
@@ -292,6 +302,115 @@ void weight_gradient(int64_t rows, int64_t n, int64_t m, const T* W, Pair g, Pai
   }
 }
 
+// --- norms ------------------------------------------------------------------------------------------
+
+// x̂ = r·c(u), c(u) the centred u or u itself, r = 1/sqrt(mean c(u)² + ε), of one row of H columns.
+// |x̂| is at most sqrt(H), and the mean of x̂∘b at most the norm of b over sqrt(H), whatever u is: both
+// are taken where they are better than what the intervals say.
+struct Norm {
+  int64_t H;
+  bool centres;
+  double more;  // ε
+
+  double most() const { return __builtin_sqrt(double(H)) * (1 + 1e-6); }
+
+  // c of a row: centres and radii, and what an infinite end does to all the others.
+  void centre(const double* low, const double* high, double* to_low, double* to_high) const {
+    if (!centres) {
+      copy(to_low, low, H), copy(to_high, high, H);
+      return;
+    }
+    double middle = 0, radius = 0, size = 0;
+    int64_t down = 0, up = 0;
+    for (int64_t j = 0; j < H; ++j) {
+      down += low[j] == -infinity, up += high[j] == infinity;
+      const Interval a = finite_part({low[j], high[j]});
+      middle += 0.5 * a.low + 0.5 * a.high, radius += 0.5 * a.high - 0.5 * a.low;
+      size += size_of(a.low) + size_of(a.high);
+    }
+    middle /= double(H), radius /= double(H);
+    const double rounding = double(H + 16) * epsilon * size / double(H);
+    for (int64_t j = 0; j < H; ++j) {
+      const Interval a = finite_part({low[j], high[j]});
+      const double c = (0.5 * a.low + 0.5 * a.high) - middle;
+      const double own = 0.5 * a.high - 0.5 * a.low, r = own * (1 - 2 / double(H)) + radius;
+      const double wide = r + (rounding + 8 * epsilon * (size_of(c) + size_of(middle) + own) + tiny);
+      const bool alone = H == 1, falls = low[j] == -infinity, rises = high[j] == infinity;
+      to_low[j] = !alone && (falls || up > rises) ? -infinity : c - wide;
+      to_high[j] = !alone && (rises || down > falls) ? infinity : c + wide;
+    }
+  }
+  // The adjoint of a row, in place; symmetric as c is.
+  void pull_centre(double* low, double* high) const {
+    if (!centres) return;
+    double middle = 0, radius = 0;
+    for (int64_t j = 0; j < H; ++j) middle += low[j] + high[j], radius += high[j] - low[j];
+    middle /= double(H), radius /= double(H);
+    for (int64_t j = 0; j < H; ++j) {
+      const double c = (low[j] + high[j]) - middle;
+      const double r = (high[j] - low[j]) * (1 - 2 / double(H)) + radius;
+      low[j] = 0.5 * (c - r), high[j] = 0.5 * (c + r);
+    }
+  }
+
+  // r of a row of c.
+  Interval inverse_root(const double* low, const double* high) const {
+    double least = 0, greatest = 0;
+    for (int64_t j = 0; j < H; ++j) {
+      const double a = low[j] * low[j], b = high[j] * high[j];
+      least += low[j] <= 0 && high[j] >= 0 ? 0 : a < b ? a : b;
+      greatest += a > b ? a : b;
+      if (!(low[j] <= high[j])) least = greatest = not_a_number;
+    }
+    const double units = double(H + 16);
+    const Interval mean = outward(least / double(H), greatest / double(H), units);
+    const Interval sum = outward((mean.low < 0 ? 0 : mean.low) + more, mean.high + more, 4);
+    return outward(1 / __builtin_sqrt(sum.high),
+                   1 / __builtin_sqrt(sum.low < 0 ? 0 : sum.low), 16);
+  }
+  // Adds to the adjoints of c what those of r make of them. What is infinite has no gradient.
+  void pull_inverse_root(Interval g, Interval r, const double* low, const double* high,
+                         double* to_low, double* to_high) const {
+    const double by_greatest = is_infinite(r.low) ? 0 : -g.low * r.low * r.low * r.low / double(H);
+    const double by_least = is_infinite(r.high) ? 0 : -g.high * r.high * r.high * r.high / double(H);
+    for (int64_t j = 0; j < H; ++j) {
+      if (is_infinite(low[j]) || is_infinite(high[j])) continue;
+      const bool negative = low[j] * low[j] > high[j] * high[j];  // the low end is the larger one
+      (negative ? to_low[j] : to_high[j]) += by_greatest * (negative ? low[j] : high[j]);
+      if (low[j] <= 0 && high[j] >= 0) continue;
+      (negative ? to_high[j] : to_low[j]) += by_least * (negative ? high[j] : low[j]);
+    }
+  }
+
+  // The norm of b over sqrt(H), b a row of intervals.
+  double norm(const double* low, const double* high) const {
+    double square = double(H) * tiny;
+    for (int64_t j = 0; j < H; ++j) {
+      const double size = larger(low[j], high[j]);
+      square += size * size;
+    }
+    return __builtin_sqrt(square) * (scale() * (1 + double(H + 32) * epsilon));
+  }
+  double scale() const { return 1 / __builtin_sqrt(double(H)); }
+  static double larger(double low, double high) {
+    const double a = size_of(low), b = size_of(high);
+    return a > b || is_nan(a) ? a : b;
+  }
+  // What the mean of x̂∘b lies in by its terms, and by that and the norm.
+  Interval terms(const double* low, const double* high, Pair v, int64_t row) const {
+    double least = 0, greatest = 0, size = 0;
+    for (int64_t j = 0; j < H; ++j) {
+      const Interval each = Corners(v.at(row, j), {low[j], high[j]}).interval();
+      least += each.low, greatest += each.high, size += size_of(each.low) + size_of(each.high);
+    }
+    const double rounding = double(H + 8) * epsilon * size + tiny;
+    return outward((least - rounding) / double(H), (greatest + rounding) / double(H));
+  }
+  static Interval within(Interval a, double most) {
+    return {a.low < -most ? -most : a.low, a.high > most ? most : a.high};
+  }
+};
+
 // --- a program --------------------------------------------------------------------------------------
 
 // What a pass over a program works on. `saved` is what forward leaves for backward: the bound as it
@@ -328,6 +447,7 @@ template <class T> struct Bounded {
     if (v == 0) return 0;
     const Node& n = node(v);
     if (n.kind == node_linear) return 2 * R * ld(n.input[0]);
+    if (n.kind == node_normalise || n.kind == node_root_mean_square) return round_up(2 * B, 8);
     return n.kind < kinds || n.kind == node_prelu ? 10 * B * ld(v) : 0;
   }
 
@@ -468,6 +588,8 @@ template <class T> struct Bounded {
       }
       case node_expand:
         return each(R, H, [&](int64_t i, int64_t j) { to.put(i, j, u.at(i, 0)); });
+      case node_normalise:
+      case node_root_mean_square: return normalise(v, u, to, scratch);
       case node_total: {
         const int64_t inputs = width(n.input[0]);
         for (int64_t i = 0; i < R; ++i) {
@@ -504,11 +626,6 @@ template <class T> struct Bounded {
     return {a.low > 0 ? 0 : a.low, a.high > 0 ? 0 : a.high};
   }
 
-  // An end, or where it is infinite the other one, or 0.
-  static double finite_part(double end, double other) {
-    return !is_infinite(end) ? end : is_infinite(other) ? 0 : other;
-  }
-
   void linear(int64_t v, Pair u, Pair to) const {
     const Node& n = node(v);
     const int64_t in = width(n.input[0]), out = n.width;
@@ -517,8 +634,7 @@ template <class T> struct Bounded {
     const double g = gamma(in);
     for (int64_t i = 0; i < R; ++i) {
       for (int64_t j = 0; j < in; ++j) {
-        Interval a = u.at(i, j);
-        if (i < B) a = {finite_part(a.low, a.high), finite_part(a.high, a.low)};
+        const Interval a = i < B ? finite_part(u.at(i, j)) : u.at(i, j);
         const double c = 0.5 * a.low + 0.5 * a.high, r = 0.5 * a.high - 0.5 * a.low;
         ball.put(i, j, {c, r + (g * (size_of(c) + r) + tiny)});
       }
@@ -596,6 +712,35 @@ template <class T> struct Bounded {
     each_tangent(node(v).width, [&](int64_t i, int64_t b, int64_t j) {
       to.put(i, j, sloped(s.at(b, j), u.at(i, j)));
     });
+  }
+
+  static Norm norm_of(const Node& n) {
+    return {n.width, n.kind == node_normalise, n.numbers[0]};
+  }
+
+  void normalise(int64_t v, Pair u, Pair to, double* scratch) const {
+    const Norm norm = norm_of(node(v));
+    const int64_t H = norm.H, whole = ld(v);
+    double *low = scratch, *high = scratch + whole;
+    const double most = norm.most();
+    for (int64_t i = 0; i < B; ++i) {
+      norm.centre(u.a + i * u.ld, u.b + i * u.ld, low, high);
+      const Interval r = norm.inverse_root(low, high);
+      more(v)[2 * i] = r.low, more(v)[2 * i + 1] = r.high;
+      for (int64_t j = 0; j < H; ++j) {
+        to.put(i, j, Norm::within(Corners({low[j], high[j]}, r).interval(), most));
+      }
+    }
+    for (int64_t i = B; i < R; ++i) {
+      const int64_t b = i % B;
+      const Interval r{more(v)[2 * b], more(v)[2 * b + 1]};
+      norm.centre(u.a + i * u.ld, u.b + i * u.ld, low, high);
+      const Interval along = Norm::within(norm.terms(low, high, to, b), norm.norm(low, high));
+      for (int64_t j = 0; j < H; ++j) {
+        const Interval taken = Corners(to.at(b, j), along).interval();
+        to.put(i, j, Corners(r, outward(low[j] - taken.high, high[j] - taken.low)).interval());
+      }
+    }
   }
 
   // --- the bound ---
@@ -692,6 +837,8 @@ template <class T> struct Bounded {
     if (n.kind < kinds) return pull_activation(v, of, products);
     switch (n.kind) {
       case node_linear: return pull_linear(v, of, products, grads);
+      case node_normalise:
+      case node_root_mean_square: return pull_norm(v, of, products);
       case node_prelu: {
         const Pair s = slopes(v);
         each(B, H, [&](int64_t i, int64_t j) {
@@ -794,6 +941,72 @@ template <class T> struct Bounded {
     }
   }
 
+  template <class Of> void pull_norm(int64_t v, const Of& of, double* products) const {
+    const Norm norm = norm_of(node(v));
+    const int64_t H = norm.H, whole = ld(v), first = node(v).input[0];
+    const Pair g = of(v), e = ends(v), u = ends(first);
+    double *low = products, *high = low + whole;       // of c
+    double *to_low = high + whole, *to_high = to_low + whole;
+    double* of_r = to_high + whole;                    // for each box
+    clear(of_r, 2 * B);
+    const auto give = [&](int64_t i) {
+      norm.pull_centre(to_low, to_high);
+      for (int64_t j = 0; first && j < H; ++j) of(first).add(i, j, {to_low[j], to_high[j]});
+    };
+    for (int64_t i = B; i < R; ++i) {
+      const int64_t b = i % B;
+      const Interval r{more(v)[2 * b], more(v)[2 * b + 1]};
+      norm.centre(u.a + i * u.ld, u.b + i * u.ld, low, high);
+      const Interval terms = norm.terms(low, high, e, b);
+      const double most = norm.norm(low, high);
+      const Interval along = Norm::within(terms, most);
+      Interval to_r{}, to_along{};
+      for (int64_t j = 0; j < H; ++j) {
+        const Interval x = e.at(b, j);
+        const Corners taken(x, along);
+        const Interval t = taken.interval(), left = outward(low[j] - t.high, high[j] - t.low);
+        Interval to_left{}, to_x{};
+        Corners(r, left).pull(g.at(i, j), r, left, &to_r, &to_left);
+        taken.pull({-to_left.high, -to_left.low}, x, along, &to_x, &to_along);
+        g.add(b, j, to_x);
+        to_low[j] = to_left.low, to_high[j] = to_left.high;
+      }
+      of_r[2 * b] += to_r.low, of_r[2 * b + 1] += to_r.high;
+      double to_most = 0;
+      if (terms.low < -most) to_most -= to_along.low, to_along.low = 0;
+      if (terms.high > most) to_most += to_along.high, to_along.high = 0;
+      const double each = to_most * norm.scale() * norm.scale() / most;
+      for (int64_t j = 0; j < H; ++j) {
+        const Interval x = e.at(b, j), t{low[j], high[j]};
+        Interval to_x{}, to_t{};
+        Corners(x, t).pull({to_along.low / double(H), to_along.high / double(H)}, x, t, &to_x,
+                           &to_t);
+        g.add(b, j, to_x);
+        const bool negative = size_of(t.low) > size_of(t.high);
+        to_low[j] += to_t.low + (negative ? each * t.low : 0);
+        to_high[j] += to_t.high + (negative ? 0 : each * t.high);
+      }
+      give(i);
+    }
+    const double most = norm.most();
+    for (int64_t b = 0; b < B; ++b) {
+      const Interval r{more(v)[2 * b], more(v)[2 * b + 1]};
+      norm.centre(u.a + b * u.ld, u.b + b * u.ld, low, high);
+      Interval to_r{of_r[2 * b], of_r[2 * b + 1]};
+      for (int64_t j = 0; j < H; ++j) {
+        const Interval c{low[j], high[j]};
+        const Corners product(c, r);
+        const Interval value = product.interval(), given = g.at(b, j);
+        Interval to_c{};
+        product.pull({value.low < -most ? 0 : given.low, value.high > most ? 0 : given.high}, c, r,
+                     &to_c, &to_r);
+        to_low[j] = to_c.low, to_high[j] = to_c.high;
+      }
+      norm.pull_inverse_root(to_r, r, low, high, to_low, to_high);
+      give(b);
+    }
+  }
+
   template <class Of> void pull_activation(int64_t v, const Of& of, double* products) const {
     const Node& n = node(v);
     const int64_t H = n.width, first = n.input[0], whole = ld(v);
@@ -858,8 +1071,6 @@ template <class T> struct Bounded {
 template <class T> int64_t bound_size(const Plan& plan, const Box& box) {
   for (int64_t i = 0; i < plan.count; ++i) {
     switch (plan.nodes[i].kind) {
-      case node_normalise:
-      case node_root_mean_square:
       case node_softmax:
       case node_log_softmax: return 0;
     }
