@@ -111,9 +111,7 @@ def _native(
     for box in zip(lower.tolist(), upper.tolist(), strict=True):
         for side, sign in zip(ends, (1, -1), strict=True):
             direction = [[sign] * d] * D
-            lift = cpu.lift(
-                d, chain.nodes, lower.dtype, [box], range(d), direction, [0.0] * d, 0.0
-            )
+            lift = cpu.lift(d, chain.nodes, lower.dtype, [box], range(d), direction, [0.0] * d, 0.0)
             if lift is None:
                 return None
             side.append(sign * lift(lower.new_empty(0, d), params)[1])

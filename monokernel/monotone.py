@@ -33,7 +33,18 @@ class Constants(NamedTuple):
     sign: Tensor  # (D, k)
     place: Tensor  # (k, d), which columns of x the k are
     middle: Tensor  # (d,)
-    lifts: dict[tuple[Node, ...], cpu.Lift | None]  # of each program, where it has a native bound
+    # What serves a program on operands of a dtype in the native library, where it does.
+    lifts: dict[tuple[tuple[Node, ...], torch.dtype], cpu.Lift | None]
+
+
+class Program(NamedTuple):
+    """The nodes of a network, their parameters in the dtype in which it is bounded, and whether the
+    native library may take these."""
+
+    nodes: tuple[Node, ...]
+    params: Sequence[Param]
+    dtype: torch.dtype
+    exact: bool
 
 
 class Monotone(nn.Module):
@@ -94,7 +105,7 @@ class Monotone(nn.Module):
         self.lower, self.upper = check_box(lower, upper, d)
         self._constants: dict[tuple[torch.dtype, torch.device], Constants] = {}
         x = torch.zeros(2, d, **_like(mlp))
-        D = self._program(x)[0][-1].width
+        D = self._program().nodes[-1].width
         flat = signs.for_network(D)
         rows = [flat[i : i + d] for i in range(0, len(flat), d)]
         self.direction = tuple(rows * D if len(rows) == 1 else rows)
@@ -130,7 +141,7 @@ class Monotone(nn.Module):
         0 where free. What the guarantee costs: 0 everywhere if the network needs none of it."""
         x = self._example()
         with _full_precision(x.device.type):
-            return self._spread(self._lift(self._bound(x)), 0.0)
+            return self._spread(self._lifted(self._bound(x)), 0.0)
 
     def frozen(self) -> nn.Module:
         """The network to deploy: a copy of ``mlp`` in evaluation mode and one linear layer with
@@ -152,7 +163,7 @@ class Monotone(nn.Module):
 
     def _linear_term(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Its weight (D, d) and its bias (D,)."""
-        lift = self._lift(self._bound(x))
+        lift = self._lifted(self._bound(x))
         own = self._constants_for(lift.dtype, lift.device)
         W = (own.sign * lift) @ own.place
         return W, -(W @ own.middle)
@@ -183,19 +194,21 @@ class Monotone(nn.Module):
             if isinstance(read, str):
                 return None
             found = read
-        lift = self._native(found.nodes, x.dtype)
+        rows, params = found.operands(x)
+        lift = self._lift(found.nodes, x.dtype) if _exact(mlp, found, x.dtype) else None
         if lift is None:
             return None
-        y, _ = lift(*found.operands(x))
+        y, _ = lift(rows, params)
         if x.dim() != 2:
             y = y.reshape(*x.shape[:-1], y.shape[-1])
         return y.squeeze(-1) if found.squeezed else y
 
-    def _native(self, nodes: tuple[Node, ...], dtype: torch.dtype) -> cpu.Lift | None:
+    def _lift(self, nodes: tuple[Node, ...], dtype: torch.dtype) -> cpu.Lift | None:
         """What serves such a program, on plain operands of a dtype, in the native library."""
         own = self._constants_for(accumulate_dtype(dtype), torch.device("cpu"))
-        if nodes not in own.lifts:
-            own.lifts[nodes] = cpu.lift(
+        key = nodes, dtype
+        if key not in own.lifts:
+            own.lifts[key] = cpu.lift(
                 len(self.lower),
                 nodes,
                 dtype,
@@ -205,7 +218,7 @@ class Monotone(nn.Module):
                 [_middle(self.lower[c], self.upper[c]) for c in self.columns],
                 self.margin,
             )
-        return own.lifts[nodes]
+        return own.lifts[key]
 
     def _inputs(self, x: Tensor) -> Inputs:
         """As a reading of ``mlp`` for x (..., d) takes them."""
@@ -215,7 +228,7 @@ class Monotone(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_constants": {}}  # what is native stays in its process
 
-    def _lift(self, bound: Tensor) -> Tensor:
+    def _lifted(self, bound: Tensor) -> Tensor:
         """relu(margin - bound) (D, k), rounded up; 0 where free."""
         ε = 4 * torch.finfo(bound.dtype).eps
         own = self._constants_for(bound.dtype, bound.device)
@@ -224,16 +237,17 @@ class Monotone(nn.Module):
 
     def _bound(self, x: Tensor) -> Tensor:
         """(D, k), over all parts of the box."""
-        nodes, params, dtype = self._program(x)
-        native = self._native(nodes, dtype) if _is_plain(x) else None
-        if native is not None:
-            return native(x.new_empty(0, len(self.lower), dtype=dtype), params)[1]
+        nodes, params, dtype, exact = self._program()
+        lift = self._lift(nodes, dtype) if exact and _is_plain(x) else None
+        if lift is not None:
+            rows = x.new_empty(0, len(self.lower), dtype=dtype)
+            return lift(rows, params)[1]  # type: ignore[arg-type]  # there is no Key
         own = self._constants_for(dtype, x.device)
         lower, upper, _ = jacobian(nodes, params, own.box, self.columns)
         return torch.where(own.sign > 0, lower, -upper).amin(0)
 
-    def _program(self, x: Tensor) -> tuple[tuple[Node, ...], Sequence[Param], torch.dtype]:
-        """The nodes of ``mlp``, their parameters, and the dtype in which these are."""
+    def _program(self) -> Program:
+        """What ``mlp`` is."""
         mlp = network.unwrap(self.mlp)
         d = len(self.lower)
         chain = network.read(mlp)
@@ -243,10 +257,11 @@ class Monotone(nn.Module):
                     f"direction: expected (..., {chain.widths[0]}) signs, one for each input of "
                     f"mlp's first layer, got {d}"
                 )
-            like = chain.linears[0]._parameters.get("weight")  # unless it is parametrized
-            like = torch.empty(0, **_like(mlp)) if like is None else like
+            first = chain.linears[0]._parameters.get("weight")  # None where it is parametrized
+            like: Tensor = torch.empty(0, **_like(mlp)) if first is None else first
             nodes = chain.nodes
             params: Sequence[Param] = chain.parameters(like)
+            exact = True
         else:
             found: reading.Reading | str = chain.sentence(mlp)
             like = torch.zeros(2, d, **_like(mlp))
@@ -260,13 +275,14 @@ class Monotone(nn.Module):
             # A dropout's bound holds for every mask, so any key will do.
             key = like.new_zeros(dropout.KEY)
             nodes, params = found.nodes, [key if type(p) is Key else p for p in found.params]
+            exact = _exact(mlp, found, like.dtype)
             kind = without_range(nodes)
             if kind:
                 raise ValueError(f"mlp: expected nodes of which a range is known, got a {kind}")
         dtype = accumulate_dtype(like.dtype)
         if dtype != like.dtype:
             params = [p.to(dtype) if isinstance(p, Tensor) else p for p in params]
-        return nodes, params, dtype
+        return Program(nodes, params, dtype, exact)
 
     def _check_bounded(self, x: Tensor) -> None:
         """A network with sound weights and no bound is one that this box does not fit."""
@@ -358,6 +374,18 @@ NATIVE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def _is_plain(x: Tensor) -> bool:
     """Whether x has memory that a native kernel may be called with: nothing looks on."""
     return x.device.type == "cpu" and type(x) in PLAIN and not transformed() and not traced()
+
+
+def _exact(mlp: nn.Module, found: network.Chain | reading.Reading, dtype: torch.dtype) -> bool:
+    """Whether the native bound may take the parameters as exact. Those that a forward computes of
+    what is stored (the scale and shift of a BatchNorm) are rounded to their dtype, for which, in
+    float32, only the rounding terms of ``intervals.py`` have room."""
+    if isinstance(found, network.Chain) or dtype == torch.float64:
+        return True
+    bases = [p if p._base is None else p._base for p in found.params if isinstance(p, Tensor)]
+    others = [p for p in bases if type(p) is not nn.Parameter]
+    stored = {id(b) for b in mlp.buffers()} if others else set()
+    return all(id(p) in stored for p in others)
 
 
 def _middle(lower: float, upper: float) -> float:
