@@ -271,9 +271,8 @@ template <class T> struct Bounded {
       }
     }
     orders_of<double>(int(n.kind))[2](
-        {2 * B, whole, a, whole, h, s, c, whole},
-        {double(n.numbers[0]), double(n.numbers[1]), double(n.numbers[2])});
-    const Curve *σ = box.curves + 2 * (v - 1), *slope = σ + 1;
+        {2 * B, whole, a, whole, h, s, c, whole}, {n.numbers[0], n.numbers[1], n.numbers[2]});
+    const Curve *values = box.curves + 2 * (v - 1), *firsts = values + 1;
     for (int64_t i = 0; i < B; ++i) {
       for (int64_t j = 0; j < H; ++j) {
         Interval x = u.at(i, j);
@@ -281,19 +280,17 @@ template <class T> struct Bounded {
         Interval value{h[low], h[high]}, first{s[low], s[high]}, second{c[low], c[high]};
         Interval rate = first;
         if (x.low < -far) {
-          x.low = -infinity, value.low = σ->limits[0], first.low = slope->limits[0];
-          rate.low = second.low = 0;
+          x.low = -infinity, value.low = values->limits[0], first.low = firsts->limits[0];
         }
         if (x.high > far) {
-          x.high = infinity, value.high = σ->limits[1], first.high = slope->limits[1];
-          rate.high = second.high = 0;
+          x.high = infinity, value.high = values->limits[1], first.high = firsts->limits[1];
         }
-        if (size_of(x.low) >= far) rate.low = second.low = 0;
-        if (size_of(x.high) >= far) rate.high = second.high = 0;
-        Range of_value = range_of(*σ, x, value, rate), of_slope = range_of(*slope, x, first, second);
-        if (!(x.low <= x.high)) {
-          of_value.of = of_slope.of = {not_a_number, not_a_number};
-        }
+        // No gradient comes from what is infinite.
+        if (size_of(x.low) > far) rate.low = second.low = 0;
+        if (size_of(x.high) > far) rate.high = second.high = 0;
+        Range of_value = range_of(*values, x, value, rate);
+        Range of_slope = range_of(*firsts, x, first, second);
+        if (!(x.low <= x.high)) of_value.of = of_slope.of = {not_a_number, not_a_number};
         to.put(i, j, of_value.of);
         slopes(v).put(i, j, of_slope.of);
         rates(v, 0).put(i, j, {of_value.low_by_low, of_value.low_by_high});

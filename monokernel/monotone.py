@@ -104,6 +104,8 @@ class Monotone(nn.Module):
         d = signs.shape[-1]
         self.lower, self.upper = check_box(lower, upper, d)
         self._constants: dict[tuple[torch.dtype, torch.device], Constants] = {}
+        # In training or not, for x of a dtype: whether a forward of one's own is served in one.
+        self._readable: dict[tuple[bool, torch.dtype], bool] = {}
         x = torch.zeros(2, d, **_like(mlp))
         D = self._program().nodes[-1].width
         flat = signs.for_network(D)
@@ -177,7 +179,7 @@ class Monotone(nn.Module):
             not self.columns
             or not _is_plain(x)
             or x.dtype not in NATIVE
-            or x.shape[-1] != len(self.lower)
+            or x.shape[-1:] != (len(self.lower),)
             or (x.requires_grad and torch.is_grad_enabled())
             or torch.is_autocast_enabled("cpu")
         ):
@@ -190,15 +192,24 @@ class Monotone(nn.Module):
             if chain.widths[0] != len(self.lower):
                 return None
         else:
-            read = reading.read(mlp, self._inputs(x), fold=False)
+            # The reading is the network's one forward. So whether it leads anywhere is tried first,
+            # without a trace, and not again.
+            key = mlp.training, x.dtype
+            if key not in self._readable:
+                tried = reading.read(mlp, self._inputs(x), rehearsal=True, fold=False)
+                self._readable[key] = (
+                    not isinstance(tried, str)
+                    and _exact(mlp, tried, x.dtype)
+                    and self._lift(tried.nodes, x.dtype) is not None
+                )
+            read = reading.read(mlp, self._inputs(x), fold=False) if self._readable[key] else ""
             if isinstance(read, str):
                 return None
             found = read
-        rows, params = found.operands(x)
         lift = self._lift(found.nodes, x.dtype) if _exact(mlp, found, x.dtype) else None
         if lift is None:
             return None
-        y, _ = lift(rows, params)
+        y, _ = lift(*found.operands(x))
         if x.dim() != 2:
             y = y.reshape(*x.shape[:-1], y.shape[-1])
         return y.squeeze(-1) if found.squeezed else y
@@ -226,7 +237,8 @@ class Monotone(nn.Module):
         return Inputs(x[..., :0], x, x.shape[:-1], d, d, False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_constants": {}}  # what is native stays in its process
+        # What is native stays in its process.
+        return self.__dict__ | {"_constants": {}, "_readable": {}}
 
     def _lifted(self, bound: Tensor) -> Tensor:
         """relu(margin - bound) (D, k), rounded up; 0 where free."""
@@ -373,7 +385,7 @@ NATIVE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def _is_plain(x: Tensor) -> bool:
     """Whether x has memory that a native kernel may be called with: nothing looks on."""
-    return x.device.type == "cpu" and type(x) in PLAIN and not transformed() and not traced()
+    return type(x) in PLAIN and x.device.type == "cpu" and not transformed() and not traced()
 
 
 def _exact(mlp: nn.Module, found: network.Chain | reading.Reading, dtype: torch.dtype) -> bool:

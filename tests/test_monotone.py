@@ -460,6 +460,27 @@ def test_what_the_native_operator_is_not_asked_for() -> None:
 
 
 @native
+@pytest.mark.parametrize("served", [True, False])
+def test_a_forward_of_ones_own_runs_once_a_call(served: bool) -> None:
+    """As PyTorch runs it, though it is read as well."""
+
+    class Counting(Normed):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            y = super().forward(x)
+            return y if served else torch.softmax(y, -1)
+
+    m = model(Counting(), lower=-0.1, upper=0.1)
+    assert isinstance(m.mlp, Counting)
+    for i in range(3):
+        m(torch.rand(4, D))
+        assert m.mlp.calls == i + 1
+    assert m._readable == {(True, torch.float32): served}
+
+
+@native
 def test_an_operator_that_is_called_with_anything() -> None:
     """It looks at every operand before the library does."""
     m = model(chain())
