@@ -56,6 +56,9 @@ class Monotone(nn.Module):
     that the network learns to need little of the linear term. A constant added to one slope moves
     no other, so every output rises (or falls) in every constrained column everywhere in the box.
 
+    On the CPU the native kernels compute y, ``mlp`` and term in one, where they serve the network
+    and x wants no gradient: the same but for rounding, differentiable once.
+
     The bound is rigorous, rounding included, for the weights as they are stored and exact
     arithmetic; a forward in floating point rounds as any network's does. Outside of the box nothing
     is promised. Weights that are NaN or infinite make y NaN or infinite.
