@@ -280,6 +280,32 @@ MK_EXPORT int mk_backward(int64_t plan, int64_t N, int64_t threads, const void* 
   return owned->kernels->backward(owned->plan, call, runtime);
 }
 
+MK_EXPORT int mk_plan_box(int64_t plan, int64_t boxes, int64_t k, const double* ends,
+                          const int64_t* columns, const double* direction, const double* middle,
+                          double margin, const double* curves) {
+  OwnedPlan* owned = Plans::plans().find(plan);
+  describe_box(owned, boxes, k, ends, columns, direction, middle, margin, curves);
+  owned->shape.bounded = k;
+  owned->shape.bound = owned->kernels->bound_size(owned->plan, owned->box);
+  return owned->shape.bound != 0;
+}
+
+MK_EXPORT int mk_lift(int64_t plan, int64_t N, const void* x, const void* const* params,
+                      const int64_t* sizes, void* y, void* bound, void* saved) {
+  const OwnedPlan* owned = Plans::plans().find(plan);
+  const LiftCall call{N, x, params, sizes, y, bound, static_cast<double*>(saved)};
+  return owned->kernels->lift_forward(owned->plan, owned->box, call, runtime);
+}
+
+MK_EXPORT int mk_lift_backward(int64_t plan, int64_t N, const void* x, const void* const* params,
+                               const int64_t* sizes, const void* saved, const void* gy,
+                               const void* gbound, void* gx, void* const* grads) {
+  const OwnedPlan* owned = Plans::plans().find(plan);
+  const LiftBackwardCall call{N,  x,      params, sizes, static_cast<const double*>(saved),
+                              gy, gbound, gx,     grads};
+  return owned->kernels->lift_backward(owned->plan, owned->box, call, runtime);
+}
+
 MK_EXPORT void mk_activation(int64_t is_double, int64_t kind, const double* numbers, int64_t n,
                              const void* a, void* h, void* s, void* c) {
   const Kernels& kernels = is_double ? chosen().float64 : chosen().float32;

@@ -1,8 +1,9 @@
 // One operator for a whole step on the CPU, autograd included: `monokernel::cpu_step`.
 //
 // The only file that sees PyTorch's headers, so it is built for one version of PyTorch and is optional:
-// without it the Function in function.py does the same in Python, 30 µs slower. It links neither the
-// kernels nor Python; `mk_connect` gives it the addresses of the C interface.
+// without it the Function in function.py does the same in Python, 30 µs slower, and intervals.py what
+// a plan with a box is for. It links neither the kernels nor Python; `mk_connect` gives it the addresses
+// of the C interface.
 //
 // Everything that a kernel will read or write at is looked at first, in forward and again in backward
 // (see monokernel/operands.py for why): anybody may call the operator, with anything.
@@ -36,6 +37,8 @@ struct Kernel {
   decltype(&mk_give_back) give_back;
   decltype(&mk_forward) forward;
   decltype(&mk_backward) backward;
+  decltype(&mk_lift) lift;
+  decltype(&mk_lift_backward) lift_backward;
 };
 Kernel kernel;
 
@@ -129,15 +132,21 @@ Tensor as_dtype(const Tensor& t, at::ScalarType dtype) {
   return t.scalar_type() == dtype ? t : t.to(dtype);
 }
 
-// `given` in contiguous memory and the plan's dtype, once it is known to be readable.
+// `given` in contiguous memory, once it is known to be readable.
 template <class Name>
-Tensor operand(const PlanReference& plan, const Tensor& given, at::IntArrayRef sizes,
-               at::ScalarType dtype, const Name& name) {
+Tensor plain(const Tensor& given, at::IntArrayRef sizes, at::ScalarType dtype, const Name& name) {
   const bool copied = given.key_set().has_any(lazy) && !given.key_set().has_any(wrapped);
   const Tensor t = copied ? given.clone() : given;
   TORCH_CHECK(readable(t, sizes, dtype), name(), ": expected ", dtype_name(dtype),
               " of shape ", tuple(sizes), " on cpu in memory of its own, got ", describe(t));
-  return as_dtype(t, plan.dtype()).contiguous();
+  return t.contiguous();
+}
+
+// The same in the plan's dtype.
+template <class Name>
+Tensor operand(const PlanReference& plan, const Tensor& given, at::IntArrayRef sizes,
+               at::ScalarType dtype, const Name& name) {
+  return as_dtype(plain(given, sizes, dtype, name), plan.dtype());
 }
 
 // The network's dtype is that of x.
@@ -199,12 +208,12 @@ Tensor cotangent(const PlanReference& plan, const Tensor& g, at::IntArrayRef siz
 
 // --- memory ---------------------------------------------------------------------------------------
 
-Tensor buffer(const PlanReference& plan, const Tensor& x) {
-  const int64_t n = x.size(0) * plan.row_size(), bytes = n * x.element_size();
-  if (bytes < pool_from) return at::empty({n}, x.options());
+Tensor buffer(int64_t n, at::ScalarType dtype) {
+  const int64_t bytes = n * int64_t(c10::elementSize(dtype));
+  if (bytes < pool_from) return at::empty({n}, dtype);
   void* memory = kernel.take(bytes);
   check(memory ? 0 : 1);
-  return at::from_blob(memory, {n}, [](void* given) { kernel.give_back(given); }, x.options());
+  return at::from_blob(memory, {n}, [](void* given) { kernel.give_back(given); }, dtype);
 }
 
 // Where the values, the P and ∂penalty/∂J begin in the one buffer.
@@ -216,8 +225,15 @@ std::array<void*, 3> places(const mk_shape& shape, const Tensor& saved, int64_t 
 
 void* address(const Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
 
+// The penalty, J or the bound: its shape.
+std::vector<int64_t> second_output(const mk_shape& shape, int64_t N) {
+  if (shape.bound) return {shape.D, shape.bounded};
+  if (shape.summed) return {};
+  return {N, shape.D, shape.k};
+}
+
 struct Outputs {
-  Tensor y, out, saved;
+  Tensor y, out, saved, bounds;  // bounds: what the bound saved
 };
 
 Outputs run(const PlanReference& plan, const Tensor& given, const std::optional<Tensor>& weight,
@@ -236,15 +252,21 @@ Outputs run(const PlanReference& plan, const Tensor& given, const std::optional<
   }
   Outputs o;
   o.y = at::empty({N, D}, x.options());
-  o.out = shape.summed ? at::empty({}, x.options()) : at::empty({N, D, shape.k}, x.options());
-  if (save && plan.row_size()) o.saved = buffer(plan, x);
+  o.out = at::empty(second_output(shape, N), x.options());
+  if (save && plan.row_size()) o.saved = buffer(N * plan.row_size(), plan.dtype());
   std::vector<const void*> pointers;
   pointers.reserve(params.size());
   for (const Tensor& p : params) pointers.push_back(address(p));
   const std::array<void*, 3> at = places(shape, o.saved, N);
+  const std::vector<int64_t> sizes = sizes_of(params);
   check(kernel.forward(plan.handle, N, at::get_num_threads(), x.data_ptr(), address(w), per_row,
-                       pointers.data(), sizes_of(params).data(), o.y.data_ptr(), o.out.data_ptr(),
+                       pointers.data(), sizes.data(), o.y.data_ptr(), o.out.data_ptr(),
                        save ? at.data() : nullptr));
+  if (shape.bound) {
+    o.bounds = buffer(shape.bound, at::kDouble);
+    check(kernel.lift(plan.handle, N, x.data_ptr(), pointers.data(), sizes.data(), o.y.data_ptr(),
+                      o.out.data_ptr(), o.bounds.data_ptr()));
+  }
   o.y = as_dtype(o.y, network);
   return o;
 }
@@ -274,6 +296,7 @@ struct Step : torch::autograd::Function<Step> {
     variable_list saved{x};
     saved.insert(saved.end(), given.begin(), given.end());
     saved.push_back(o.saved);
+    saved.push_back(o.bounds);
     ctx->save_for_backward(std::move(saved));
     ctx->set_materialize_grads(false);
     ctx->saved_data["plan"] = c10::IValue::make_capsule(std::move(reference));
@@ -312,17 +335,21 @@ struct Step : torch::autograd::Function<Step> {
     const at::ScalarType network = saved[0].scalar_type();
     const int64_t N = x.size(0), D = plan.D();
     const variable_list params =
-        parameters(plan, network, present, {saved.begin() + 1, saved.end() - 1});
-    Tensor buffers = saved.back();
+        parameters(plan, network, present, {saved.begin() + 1, saved.end() - 2});
+    Tensor buffers = saved.end()[-2], bounds = saved.back();
     if (buffers.defined()) {
       buffers = operand(plan, buffers, {N * plan.row_size()}, plan.dtype(),
                         [] { return "a tensor saved for the backward"; });
     }
-    const Tensor gy = cotangent(plan, outer[0], {N, D}, network, "gradient of y");
-    const int64_t each[] = {N, D, shape.k};
-    const Tensor gout = cotangent(plan, outer[1], {each, shape.summed ? 0u : 3u}, plan.dtype(),
+    Tensor gy = cotangent(plan, outer[0], {N, D}, network, "gradient of y");
+    const Tensor gout = cotangent(plan, outer[1], second_output(shape, N), plan.dtype(),
                                   "gradient of the penalty");
-    variable_list grads(saved.size() - 1);
+    if (shape.bound) {
+      bounds = plain(bounds, {shape.bound}, at::kDouble,
+                     [] { return "a tensor saved for the backward"; });
+      if (!gy.defined()) gy = at::zeros({N, D}, x.options());
+    }
+    variable_list grads(saved.size() - 2);
     size_t next = weighted ? 1 : 0;  // among the inputs that are tensors
     if (ctx->needs_input_grad(next++)) grads[0] = at::empty_like(x);
     std::vector<const void*> pointers;
@@ -341,9 +368,15 @@ struct Step : torch::autograd::Function<Step> {
       ++place;
     }
     const std::array<void*, 3> at = places(shape, buffers, N);
+    const std::vector<int64_t> sizes = sizes_of(params);
     check(kernel.backward(plan.handle, N, at::get_num_threads(), x.data_ptr(), pointers.data(),
-                          sizes_of(params).data(), address(gy), address(gout), at.data(),
-                          address(grads[0]), to.data()));
+                          sizes.data(), address(gy), shape.bound ? nullptr : address(gout),
+                          at.data(), address(grads[0]), to.data()));
+    if (shape.bound) {
+      check(kernel.lift_backward(plan.handle, N, x.data_ptr(), pointers.data(), sizes.data(),
+                                 bounds.data_ptr(), gy.data_ptr(), address(gout),
+                                 address(grads[0]), to.data()));
+    }
     for (Tensor& g : grads) {
       if (g.defined()) g = as_dtype(g, network);
     }
@@ -370,7 +403,8 @@ struct Step : torch::autograd::Function<Step> {
   }
 };
 
-// y (N, D) and the penalty, or J where there is no hinge; `plan` is the handle of a plan.
+// y (N, D) and the penalty, or J where there is no hinge; `plan` is the handle of a plan. Of one with a
+// box y with the linear term, and the bound.
 std::tuple<Tensor, Tensor> cpu_step(int64_t plan, const Tensor& x,
                                     const std::optional<Tensor>& weight,
                                     const c10::List<std::optional<Tensor>>& params) {
@@ -396,8 +430,8 @@ std::tuple<Tensor, Tensor> cpu_step(int64_t plan, const Tensor& x,
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) void mk_connect(void* const* addresses) {
-  static_assert(sizeof(Kernel) == 8 * sizeof(void*), "one address for each function");
-  std::copy_n(addresses, 8, reinterpret_cast<void**>(&kernel));
+  static_assert(sizeof(Kernel) == 10 * sizeof(void*), "one address for each function");
+  std::copy_n(addresses, 10, reinterpret_cast<void**>(&kernel));
 }
 
 TORCH_LIBRARY_FRAGMENT(monokernel, library) {

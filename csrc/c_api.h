@@ -22,6 +22,7 @@ struct mk_parameter {
 struct mk_shape {
   int64_t d, D, k, params;
   int64_t is_double, summed;  // summed: the second output is one number
+  int64_t bounded, bound;     // columns of which the slope is bounded; doubles that this saves, or 0
   int64_t saved[3];           // elements for each row of x: values, cotangents P and ∂penalty/∂J
   const mk_parameter* parameters;
 };
@@ -59,6 +60,24 @@ int mk_forward(int64_t plan, int64_t N, int64_t threads, const void* x, const vo
 int mk_backward(int64_t plan, int64_t N, int64_t threads, const void* x, const void* const* params,
                 const int64_t* sizes, const void* gy, const void* gout, void* const* saved, void* gx,
                 void* const* grads);
+
+// Gives a plan, before its first call, the `boxes` over which its slopes in k columns of x are bounded:
+// `ends` (2, boxes, d), lower and upper; direction (D, k); middle (k,), where the linear term is 0.
+// `curves` has for each elementwise node σ and then σ', and of each its limits at -∞ and ∞, its relative
+// and its absolute error, its period, how many turns it has, and their three numbers each
+// (monokernel/ranges.py). All is copied. Returns whether the bound knows all kinds of the plan's nodes.
+int mk_plan_box(int64_t plan, int64_t boxes, int64_t k, const double* ends, const int64_t* columns,
+                const double* direction, const double* middle, double margin, const double* curves);
+
+// bound (D, k) is the least slope in its direction over all boxes; to y (N, D) is added the linear term
+// that makes it the margin. `saved` has as many doubles as the shape says. backward adds to gx and to
+// grads. Null may be: gbound, gx and the gradients that are not wanted. Both return 0, or 1 where there
+// is no memory.
+int mk_lift(int64_t plan, int64_t N, const void* x, const void* const* params, const int64_t* sizes,
+            void* y, void* bound, void* saved);
+int mk_lift_backward(int64_t plan, int64_t N, const void* x, const void* const* params,
+                     const int64_t* sizes, const void* saved, const void* gy, const void* gbound,
+                     void* gx, void* const* grads);
 
 // For tests and benchmarks. σ, σ' and σ'' of n elements a; which ideas of the kernels are in use, for
 // every plan from the next call on.

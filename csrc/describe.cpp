@@ -208,6 +208,35 @@ void describe(OwnedPlan* owned, const int64_t* flags, int64_t d, int64_t k, int6
   owned->shape.parameters = owned->parameters.data();
 }
 
+void describe_box(OwnedPlan* owned, int64_t boxes, int64_t k, const double* ends,
+                  const int64_t* columns, const double* direction, const double* middle,
+                  double margin, const double* curves) {
+  const Plan& plan = owned->plan;
+  constexpr int64_t fixed = 6;  // numbers of a curve before its turns
+  const double* at = curves;
+  owned->curves.assign(2 * plan.count, Curve{});
+  for (int64_t i = 0; i < 2 * plan.count; ++i) {
+    if (plan.nodes[i / 2].kind >= kinds) continue;
+    owned->curves[i] = {{at[0], at[1]}, at[2], at[3], at[4], int64_t(at[5]), nullptr};
+    at += fixed + 3 * owned->curves[i].turns;
+  }
+  std::vector<double>& numbers = owned->box_numbers;
+  numbers.assign(curves, at);
+  numbers.insert(numbers.end(), ends, ends + 2 * boxes * plan.d);
+  numbers.insert(numbers.end(), direction, direction + plan.D * k);
+  numbers.insert(numbers.end(), middle, middle + k);
+  const double* own = numbers.data();
+  for (int64_t i = 0; i < 2 * plan.count; ++i) {
+    if (plan.nodes[i / 2].kind >= kinds) continue;
+    owned->curves[i].turn = own + fixed;
+    own += fixed + 3 * owned->curves[i].turns;
+  }
+  owned->columns.assign(columns, columns + k);
+  const double* signs = own + 2 * boxes * plan.d;
+  owned->box = {boxes, k, own, signs, signs + plan.D * k, owned->columns.data(),
+                owned->curves.data(), margin};
+}
+
 std::vector<Way> way_down(const Plan& plan, bool input, const void* const* grads) {
   const int64_t y = plan.count;
   std::vector<Way> way(y + 1, Way{});

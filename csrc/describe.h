@@ -16,6 +16,10 @@ struct OwnedPlan {
   std::vector<mk_parameter> parameters;
   mk_shape shape;
   int64_t owners;
+  Box box;  // once a plan has one: of the next three
+  std::vector<Curve> curves;
+  std::vector<int64_t> columns;
+  std::vector<double> box_numbers;
 };
 
 // The names of the kinds of nodes in the order of their codes, between spaces.
@@ -24,6 +28,11 @@ extern const char* const node_names;
 // Fills in everything but kernels, shape.saved and owners from what mk_plan_new is given.
 void describe(OwnedPlan* owned, const int64_t* flags, int64_t d, int64_t k, int64_t count,
               const int64_t* nodes, const double* numbers, double margin, const double* direction);
+
+// Fills in the box from what mk_plan_box is given.
+void describe_box(OwnedPlan* owned, int64_t boxes, int64_t k, const double* ends,
+                  const int64_t* columns, const double* direction, const double* middle,
+                  double margin, const double* curves);
 
 // What a backward walks over; `grads` is null where a parameter's gradient is not wanted.
 std::vector<Way> way_down(const Plan& plan, bool input, const void* const* grads);

@@ -1,6 +1,7 @@
 // What one instruction set offers to the binding: isa_*.cpp include this after choosing a vector.
 #pragma once
 
+#include "bound.h"
 #include "program_backward.h"
 
 namespace {
@@ -30,7 +31,8 @@ void activation(int kind, const double* numbers, int64_t n, const void* a, void*
 }
 
 template <class T> constexpr Kernels kernels_of() {
-  return {saved_sizes<T>, forward<T>, backward<T>, activation<T>};
+  return {saved_sizes<T>,  forward<T>,       backward<T>,  bound_size<T>,
+          lift_forward<T>, lift_backward<T>, activation<T>};
 }
 
 }  // namespace

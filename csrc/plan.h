@@ -128,6 +128,48 @@ struct BackwardCall {
   const Way* way;           // count + 1
 };
 
+// σ or σ' of an elementwise node as the range of it over an interval needs it, which is monotone
+// between its turns; see monokernel/ranges.py.
+struct Curve {
+  double limits[2];           // at -∞ and ∞
+  double relative, absolute;  // what it is known to: epsilons of its size, and what comes on top
+  double period;              // of the turns, or 0
+  int64_t turns;
+  const double* turn;         // place, least and greatest of each
+};
+
+// B boxes over which the slopes of a plan in k columns of x are bounded, and what the bound is for: a
+// linear term that makes every slope at least the margin in its direction. The plan's own k is 0 then.
+struct Box {
+  int64_t B, k;
+  const double* ends;       // (2, B, d), lower and upper
+  const double* direction;  // (D, k) in {-1, 0, 1}
+  const double* middle;     // (k,), where the linear term is 0
+  const int64_t* columns;   // (k,)
+  const Curve* curves;      // (count, 2)
+  double margin;
+};
+
+struct LiftCall {
+  int64_t N;
+  const void* x;              // (N, d)
+  const void* const* params;  // as in ForwardCall
+  const int64_t* sizes;
+  void *y, *bound;            // (N, D), to which the term is added, and (D, k)
+  double* saved;              // what backward needs
+};
+
+struct LiftBackwardCall {
+  int64_t N;
+  const void* x;
+  const void* const* params;
+  const int64_t* sizes;
+  const double* saved;
+  const void *gy, *gbound;  // gbound may be null
+  void* gx;                 // may be null
+  void* const* grads;       // as in BackwardCall; to these and to gx is added
+};
+
 // What the kernels need of the process: PyTorch's thread pool and one block of memory.
 typedef void (*Task)(int64_t begin, int64_t end, void* context);
 struct Runtime {
@@ -143,6 +185,9 @@ struct Kernels {
   void (*saved)(const Plan&, Saved*);
   Status (*forward)(const Plan&, const ForwardCall&, const Runtime&);
   Status (*backward)(const Plan&, const BackwardCall&, const Runtime&);
+  int64_t (*bound_size)(const Plan&, const Box&);  // elements of what a bound saves
+  Status (*lift_forward)(const Plan&, const Box&, const LiftCall&, const Runtime&);
+  Status (*lift_backward)(const Plan&, const Box&, const LiftBackwardCall&, const Runtime&);
   void (*activation)(int kind, const double* numbers, int64_t n, const void* a, void* h, void* s,
                      void* c);
 };

@@ -21,7 +21,7 @@ from .backends import BACKENDS, Step, load
 from .operands import check_forward, check_gradients, check_saved, shapes_of
 from .problem import Problem, accumulate_dtype, pack, unpack
 
-__all__ = ["FusedMonoPenalty", "evaluate", "operand_dtype", "transformed"]
+__all__ = ["FusedMonoPenalty", "evaluate", "operand_dtype", "traced", "transformed"]
 
 Params = Sequence[Tensor | None]
 
@@ -36,7 +36,7 @@ def evaluate(
     problem: Problem, backend: str, x: Tensor, weight: Tensor | None, params: Params
 ) -> tuple[Tensor, Tensor]:
     """y (N, D) and the penalty, or J where there is no hinge, differentiable once."""
-    step = None if _traced() else _step(backend)
+    step = None if traced() else _step(backend)
     if step is not None:
         y, out = step(problem, x, weight, params)
         return y, out
@@ -96,7 +96,7 @@ class FusedMonoPenalty(torch.autograd.Function):
     def backward(ctx: Any, gy: Tensor | None, gout: Tensor | None) -> Any:
         x, *rest = ctx.saved_tensors
         params, saved = rest[: ctx.count], rest[ctx.count :]
-        if not _traced():
+        if not traced():
             check_saved(saved, ctx.shapes, x.device)
         needs = ctx.needs_input_grad[3:]
         asked = ctx.problem, ctx.backend, gy, gout, x, params, saved, needs
@@ -130,7 +130,7 @@ def _guard(grads: Sequence[Tensor | None], causes: Sequence[Tensor | None]) -> l
 # --- eager or traced -----------------------------------------------------------------------------
 
 
-def _traced() -> bool:
+def traced() -> bool:
     """Whether torch.compile, make_fx, a FakeTensorMode, a TorchDispatchMode or torch.jit.trace
     looks on, which can see operators but not what a kernel writes to memory."""
     return (
@@ -143,7 +143,7 @@ def _traced() -> bool:
 def _forward(
     problem: Problem, backend: str, x: Tensor, weight: Tensor | None, params: Params, save: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    if _traced():
+    if traced():
         y, out, *saved = torch.ops.monokernel.forward(
             x, weight, list(params), save, backend, *pack(problem)
         )
@@ -163,7 +163,7 @@ def _backward(
     saved: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    if _traced():
+    if traced():
         found = torch.ops.monokernel.backward(
             gy, gout, x, list(params), list(saved), list(needs), backend, *pack(problem)
         )

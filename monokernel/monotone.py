@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import network, reading
+from . import dropout, network, reading
 from .arguments import Inputs, check_box, check_direction, check_module, check_number
-from .chain_bound import Start, linear_term, serves, started
-from .function import transformed
+from .backends import cpu
+from .function import traced, transformed
 from .intervals import ENDS, Interval, jacobian, without_range
+from .operands import PLAIN
 from .problem import accumulate_dtype
-from .program import Node, chain_of
-from .symbols import Param
+from .program import Node
+from .symbols import Key, Param
 
 __all__ = ["Monotone"]
 
@@ -29,10 +30,21 @@ class Constants(NamedTuple):
     """What a forward needs besides weights, in one dtype on one device."""
 
     box: Interval  # ends (B, d) of the parts of the box
-    start: Start | None  # the same for a chain, where the box is bounded
     sign: Tensor  # (D, k)
     place: Tensor  # (k, d), which columns of x the k are
     middle: Tensor  # (d,)
+    # What serves a program on operands of a dtype in the native library, where it does.
+    lifts: dict[tuple[tuple[Node, ...], torch.dtype], cpu.Lift | None]
+
+
+class Program(NamedTuple):
+    """The nodes of a network, their parameters in the dtype in which it is bounded, and whether the
+    native library may take these."""
+
+    nodes: tuple[Node, ...]
+    params: Sequence[Param]
+    dtype: torch.dtype
+    exact: bool
 
 
 class Monotone(nn.Module):
@@ -43,6 +55,9 @@ class Monotone(nn.Module):
     whole box. The bound is computed from the weights, once a call, and differentiated through, so
     that the network learns to need little of the linear term. A constant added to one slope moves
     no other, so every output rises (or falls) in every constrained column everywhere in the box.
+
+    On the CPU the native kernels compute y, ``mlp`` and term in one, where they serve the network
+    and x wants no gradient: the same but for rounding, differentiable once.
 
     The bound is rigorous, rounding included, for the weights as they are stored and exact
     arithmetic; a forward in floating point rounds as any network's does. Outside of the box nothing
@@ -92,8 +107,10 @@ class Monotone(nn.Module):
         d = signs.shape[-1]
         self.lower, self.upper = check_box(lower, upper, d)
         self._constants: dict[tuple[torch.dtype, torch.device], Constants] = {}
+        # In training or not, for x of a dtype: whether a forward of one's own is served in one.
+        self._readable: dict[tuple[bool, torch.dtype], bool] = {}
         x = torch.zeros(2, d, **_like(mlp))
-        D = self._program(x)[0][-1].width
+        D = self._program().nodes[-1].width
         flat = signs.for_network(D)
         rows = [flat[i : i + d] for i in range(0, len(flat), d)]
         self.direction = tuple(rows * D if len(rows) == 1 else rows)
@@ -103,6 +120,9 @@ class Monotone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., D), or as ``mlp`` squeezes it, for x (..., d)."""
+        native = self._in_one(x)
+        if native is not None:
+            return native
         y: Tensor = self.mlp(x)
         if not self.columns:
             return y
@@ -126,7 +146,7 @@ class Monotone(nn.Module):
         0 where free. What the guarantee costs: 0 everywhere if the network needs none of it."""
         x = self._example()
         with _full_precision(x.device.type):
-            return self._spread(self._lift(self._bound(x)), 0.0)
+            return self._spread(self._lifted(self._bound(x)), 0.0)
 
     def frozen(self) -> nn.Module:
         """The network to deploy: a copy of ``mlp`` in evaluation mode and one linear layer with
@@ -148,16 +168,82 @@ class Monotone(nn.Module):
 
     def _linear_term(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Its weight (D, d) and its bias (D,)."""
-        nodes, params, dtype = self._program(x)
-        own = self._constants_for(dtype, x.device)
-        if own.start is not None and not (torch.compiler.is_compiling() or transformed()):
-            chain = chain_of(len(self.lower), nodes)
-            if chain is not None and serves(chain.activations):
-                return linear_term(own.start, self.margin, chain.activations, params)
-        W = (own.sign * self._lift(self._bound(x))) @ own.place
+        lift = self._lifted(self._bound(x))
+        own = self._constants_for(lift.dtype, lift.device)
+        W = (own.sign * lift) @ own.place
         return W, -(W @ own.middle)
 
-    def _lift(self, bound: Tensor) -> Tensor:
+    def _in_one(self, x: Tensor) -> Tensor | None:
+        """y by the native kernels, network, bound and linear term in one, where they serve these.
+
+        They have no second derivative, which nobody asks for who asks for none of x.
+        """
+        if (
+            not self.columns
+            or not _is_plain(x)
+            or x.dtype not in NATIVE
+            or x.shape[-1:] != (len(self.lower),)
+            or (x.requires_grad and torch.is_grad_enabled())
+            or torch.is_autocast_enabled("cpu")
+        ):
+            return None
+        mlp = network.unwrap(self.mlp)
+        chain = network.read(mlp)
+        found: network.Chain | reading.Reading
+        if isinstance(chain, network.Chain):
+            found = chain
+            if chain.widths[0] != len(self.lower):
+                return None
+        else:
+            # The reading is the network's one forward. So whether it leads anywhere is tried first,
+            # without a trace, and not again.
+            key = mlp.training, x.dtype
+            if key not in self._readable:
+                tried = reading.read(mlp, self._inputs(x), rehearsal=True, fold=False)
+                self._readable[key] = (
+                    not isinstance(tried, str)
+                    and _exact(mlp, tried, x.dtype)
+                    and self._lift(tried.nodes, x.dtype) is not None
+                )
+            read = reading.read(mlp, self._inputs(x), fold=False) if self._readable[key] else ""
+            if isinstance(read, str):
+                return None
+            found = read
+        lift = self._lift(found.nodes, x.dtype) if _exact(mlp, found, x.dtype) else None
+        if lift is None:
+            return None
+        y, _ = lift(*found.operands(x))
+        if x.dim() != 2:
+            y = y.reshape(*x.shape[:-1], y.shape[-1])
+        return y.squeeze(-1) if found.squeezed else y
+
+    def _lift(self, nodes: tuple[Node, ...], dtype: torch.dtype) -> cpu.Lift | None:
+        """What serves such a program, on plain operands of a dtype, in the native library."""
+        own = self._constants_for(accumulate_dtype(dtype), torch.device("cpu"))
+        key = nodes, dtype
+        if key not in own.lifts:
+            own.lifts[key] = cpu.lift(
+                len(self.lower),
+                nodes,
+                dtype,
+                self._boxes,
+                self.columns,
+                [[row[c] for c in self.columns] for row in self.direction],
+                [_middle(self.lower[c], self.upper[c]) for c in self.columns],
+                self.margin,
+            )
+        return own.lifts[key]
+
+    def _inputs(self, x: Tensor) -> Inputs:
+        """As a reading of ``mlp`` for x (..., d) takes them."""
+        d = len(self.lower)
+        return Inputs(x[..., :0], x, x.shape[:-1], d, d, False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is native stays in its process.
+        return self.__dict__ | {"_constants": {}, "_readable": {}}
+
+    def _lifted(self, bound: Tensor) -> Tensor:
         """relu(margin - bound) (D, k), rounded up; 0 where free."""
         ε = 4 * torch.finfo(bound.dtype).eps
         own = self._constants_for(bound.dtype, bound.device)
@@ -166,16 +252,19 @@ class Monotone(nn.Module):
 
     def _bound(self, x: Tensor) -> Tensor:
         """(D, k), over all parts of the box."""
-        nodes, params, dtype = self._program(x)
+        nodes, params, dtype, exact = self._program()
+        lift = self._lift(nodes, dtype) if exact and _is_plain(x) else None
+        if lift is not None:
+            rows = x.new_empty(0, len(self.lower), dtype=dtype)
+            return lift(rows, params)[1]  # type: ignore[arg-type]  # there is no Key
         own = self._constants_for(dtype, x.device)
         lower, upper, _ = jacobian(nodes, params, own.box, self.columns)
         return torch.where(own.sign > 0, lower, -upper).amin(0)
 
-    def _program(self, x: Tensor) -> tuple[tuple[Node, ...], Sequence[Param], torch.dtype]:
-        """The nodes of ``mlp``, their parameters, and the dtype in which these are."""
+    def _program(self) -> Program:
+        """What ``mlp`` is."""
         mlp = network.unwrap(self.mlp)
         d = len(self.lower)
-        like = _like(mlp)
         chain = network.read(mlp)
         if isinstance(chain, network.Chain):
             if chain.widths[0] != d:
@@ -183,27 +272,32 @@ class Monotone(nn.Module):
                     f"direction: expected (..., {chain.widths[0]}) signs, one for each input of "
                     f"mlp's first layer, got {d}"
                 )
+            first = chain.linears[0]._parameters.get("weight")  # None where it is parametrized
+            like: Tensor = torch.empty(0, **_like(mlp)) if first is None else first
             nodes = chain.nodes
-            params: Sequence[Param] = chain.parameters(torch.empty(0, **like))
+            params: Sequence[Param] = chain.parameters(like)
+            exact = True
         else:
             found: reading.Reading | str = chain.sentence(mlp)
+            like = torch.zeros(2, d, **_like(mlp))
             coupled = network.batch_coupling(mlp)
             if coupled:
                 found = f"{coupled} normalises with the statistics of the batch"
             elif not torch.compiler.is_compiling():
-                example = torch.zeros(2, d, **like)
-                inputs = Inputs(example[:, :0], example, example.shape[:-1], d, d, False)
-                found = reading.read(mlp, inputs, rehearsal=True, fold=False)
+                found = reading.read(mlp, self._inputs(like), rehearsal=True, fold=False)
             if isinstance(found, str):
                 raise ValueError(f"mlp: expected nodes of which a range is known, got {found}")
-            nodes, params = found.nodes, found.params
+            # A dropout's bound holds for every mask, so any key will do.
+            key = like.new_zeros(dropout.KEY)
+            nodes, params = found.nodes, [key if type(p) is Key else p for p in found.params]
+            exact = _exact(mlp, found, like.dtype)
             kind = without_range(nodes)
             if kind:
                 raise ValueError(f"mlp: expected nodes of which a range is known, got a {kind}")
-        dtype = accumulate_dtype(like["dtype"])
-        if dtype != like["dtype"]:
+        dtype = accumulate_dtype(like.dtype)
+        if dtype != like.dtype:
             params = [p.to(dtype) if isinstance(p, Tensor) else p for p in params]
-        return nodes, params, dtype
+        return Program(nodes, params, dtype, exact)
 
     def _check_bounded(self, x: Tensor) -> None:
         """A network with sound weights and no bound is one that this box does not fit."""
@@ -245,8 +339,7 @@ class Monotone(nn.Module):
         box = Interval(lower, upper, finite)
         sign = torch.tensor([[row[c] for c in self.columns] for row in self.direction], **like)
         middle = torch.tensor([_middle(l, u) for l, u in pairs], **like)
-        start = started(box, sign, place, middle) if finite else None
-        made = Constants(box, start, sign, place, middle)
+        made = Constants(box, sign, place, middle, {})
         if not torch.compiler.is_compiling():
             self._constants[dtype, device] = made
         return made
@@ -288,6 +381,26 @@ def cut(
     return [
         (tuple(l for l, _ in box), tuple(u for _, u in box)) for box in itertools.product(*edges)
     ]
+
+
+NATIVE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether x has memory that a native kernel may be called with: nothing looks on."""
+    return type(x) in PLAIN and x.device.type == "cpu" and not transformed() and not traced()
+
+
+def _exact(mlp: nn.Module, found: network.Chain | reading.Reading, dtype: torch.dtype) -> bool:
+    """Whether the native bound may take the parameters as exact. Those that a forward computes of
+    what is stored (the scale and shift of a BatchNorm) are rounded to their dtype, for which, in
+    float32, only the rounding terms of ``intervals.py`` have room."""
+    if isinstance(found, network.Chain) or dtype == torch.float64:
+        return True
+    bases = [p if p._base is None else p._base for p in found.params if isinstance(p, Tensor)]
+    others = [p for p in bases if type(p) is not nn.Parameter]
+    stored = {id(b) for b in mlp.buffers()} if others else set()
+    return all(id(p) in stored for p in others)
 
 
 def _middle(lower: float, upper: float) -> float:

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from .activations import GELU_CUBIC, INV_SQRT_2PI, SQRT_2_OVER_PI, SQRT_HALF, Activation
 
-__all__ = ["Curve", "Curves", "Turn", "bounds", "curves", "hull"]
+__all__ = ["Curve", "Curves", "Turn", "bounds", "curves", "described", "hull"]
 
 INF = math.inf
 NOISE = 16.0  # what a formula may be off by, in epsilons of the size of its terms
@@ -106,6 +106,27 @@ def hull(f: Curve, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         high = (high + _error(f, high, info)).clamp(min=-info.max)
     none = ~(lower <= upper)
     return low.masked_fill(none, math.nan), high.masked_fill(none, math.nan)
+
+
+@lru_cache(maxsize=1024)
+def described(σ: Activation) -> tuple[float, ...]:
+    """What ``csrc/bound.h`` has to know of σ and then of σ': of each its limits at -∞ and ∞, its
+    relative error in epsilons and its absolute one, its period, how many turns it has, and of each
+    turn the place and what it contributes.
+
+    The errors are those of the native kernel's own formulas in float64, which ``tests/test_cpu.py``
+    holds within 4 units in the last place, the unit that of a number of 1/4 at least.
+    """
+    info = torch.finfo(torch.float64)
+    ends = torch.tensor([-INF, INF], dtype=torch.float64)
+    floor = max(1.0, abs(σ.p * σ.q), abs(σ.p * σ.q * σ.r)) if σ.kind == "elu" else 1.0
+    numbers: list[float] = []
+    for curve in curves(σ)[:2]:
+        absolute = info.eps * (curve.absolute + NOISE * floor) + curve.slack + 4 * FAR * info.tiny
+        errors = (curve.relative, absolute) if curve.relative else (0.0, 0.0)
+        numbers += (*curve.formula(ends).tolist(), *errors, curve.period, len(curve.turns))
+        numbers += (number for turn in curve.turns for number in turn)
+    return tuple(numbers)
 
 
 def _inside(place: float, period: float, lower: Tensor, upper: Tensor, ε: float) -> Tensor:

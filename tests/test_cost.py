@@ -20,7 +20,7 @@ H, L, N = 64, 4, 512  # L hidden layers; one product is 2·N·H² operations
 @pytest.fixture(autouse=True)
 def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mode that looks on sees the package's operators alone, and not the products in them."""
-    monkeypatch.setattr(function, "_traced", lambda: False)
+    monkeypatch.setattr(function, "traced", lambda: False)
 
 
 class Operations(TorchDispatchMode):

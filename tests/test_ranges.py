@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from monokernel.activations import ACTIVATIONS, SELU_ALPHA, SELU_SCALE, Activation
-from monokernel.ranges import bounds, curves
+from monokernel.backends import cpu
+from monokernel.ranges import bounds, curves, described
 
 CASES = [
     Activation("leaky_relu", 0.1),
@@ -137,6 +138,31 @@ def test_formulas_are_within_half_their_error_term(σ: Activation, dtype: torch.
                 t = mpmath.diff(f, mpmath.mpf(x), order) if order else f(mpmath.mpf(x))
                 allowed = eps * (curve.relative * abs(t) + curve.absolute) + 1e-35
                 assert abs(mpmath.mpf(y) - t) <= allowed / 2, (order, x, y, t)
+
+
+@pytest.mark.skipif(cpu.isa() is None, reason="the native kernel was not built")
+@pytest.mark.parametrize("σ", CURVED, ids=[f"{σ.kind}-{σ.p:.3g}-{σ.q:.3g}" for σ in CURVED])
+def test_native_formulas_are_within_half_their_error_term(σ: Activation) -> None:
+    """Those that ``csrc/bound.h`` takes, by the terms that it is told."""
+    a = torch.cat([torch.randn(22) * 3, torch.linspace(-30, 30, 10)]).double()
+    if σ.kind in POSITIVE:
+        a = a.abs() + 1e-3
+    numbers = described(σ)
+    with mpmath.workdps(60):
+        constants = [mpmath.mpf(number) for number in σ[1:]]
+
+        def f(a: Number) -> Number:
+            return TRUTH[σ.kind](a, *constants)
+
+        for order, got in enumerate(cpu.activation(σ, a)[:2]):
+            relative, absolute, turns = numbers[2], numbers[3], int(numbers[5])
+            numbers = numbers[6 + 3 * turns :]
+            slack = curves(σ)[order].slack
+            for x, y in zip(a.tolist(), got.tolist(), strict=True):
+                t = mpmath.diff(f, mpmath.mpf(x), order) if order else f(mpmath.mpf(x))
+                allowed = 2.0**-52 * relative * abs(t) + absolute - slack
+                assert abs(mpmath.mpf(y) - t) <= allowed / 2 + slack, (order, x, y, t)
+    assert not numbers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -27,11 +27,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activations import Activation
+from ..activations import ACTIVATIONS, Activation
 from ..problem import Hinge, Problem, accumulate_dtype
+from ..program import Node
+from ..ranges import described
 from . import Step
 
-__all__ = ["activation", "backward", "forward", "isa", "refuses", "saved_like", "step", "switch"]
+__all__ = [
+    *("activation", "backward", "forward", "isa", "lift", "refuses", "saved_like", "step", "switch")
+]
 
 Params = Sequence[Tensor | None]
 
@@ -136,6 +140,22 @@ def backward(
 def step() -> Step | None:
     """y and the penalty or J by one operator that autograd knows, if there is one for this PyTorch
     (and MONOKERNEL_BOUNDARY is not 0). ``function.py`` asks once."""
+    operators = _operators()
+    if operators is None:
+        return None
+    operator: Any = operators.cpu_step.default
+
+    def run(
+        problem: Problem, x: Tensor, weight: Tensor | None, params: Params
+    ) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = operator(_plan(problem, x.dtype).handle, x, weight, params)
+        return found
+
+    return run
+
+
+def _operators() -> Any:
+    """The operators of ``csrc/boundary.cpp``, connected, or None where they were not built."""
     library = _library()
     path = _PACKAGE / BOUNDARY.format(*torch.__version__.split(".")[:2])
     if isinstance(library, str) or os.environ.get("MONOKERNEL_BOUNDARY") == "0":
@@ -149,22 +169,73 @@ def step() -> Step | None:
     calls = [getattr(library, f"mk_{name}") for name in CALLS]
     connect = ctypes.CDLL(str(path)).mk_connect
     connect((c_void_p * len(calls))(*(ctypes.cast(call, c_void_p).value for call in calls)))
-    operator: Any = torch.ops.monokernel.cpu_step.default
-
-    def run(
-        problem: Problem, x: Tensor, weight: Tensor | None, params: Params
-    ) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = operator(_plan(problem, x.dtype).handle, x, weight, params)
-        return found
-
-    return run
+    return torch.ops.monokernel
 
 
-# What the operator calls, in the order of its ``Kernel``.
+# What the operators call, in the order of their ``Kernel``.
 CALLS = (
     *("node_names", "plan_shape", "plan_keep", "plan_drop"),
-    *("take", "give_back", "forward", "backward"),
+    *("take", "give_back", "forward", "backward", "lift", "lift_backward"),
 )
+
+
+class Lift:
+    """A program and the linear term that ``monotone.py`` adds to it, by one operator that autograd
+    knows."""
+
+    def __init__(self, plan: _Plan, operator: Any) -> None:
+        self._plan, self._operator = plan, operator
+
+    def __call__(self, x: Tensor, params: Params) -> tuple[Tensor, Tensor]:
+        """y (N, D) with the linear term for x (N, d), and the bound (D, k)."""
+        found: tuple[Tensor, Tensor] = self._operator(self._plan.handle, x, None, params)
+        return found
+
+
+def lift(
+    d: int,
+    nodes: tuple[Node, ...],
+    dtype: torch.dtype,
+    boxes: Sequence[tuple[Sequence[float], Sequence[float]]],
+    columns: Sequence[int],
+    direction: Sequence[Sequence[int]],
+    middle: Sequence[float],
+    margin: float,
+) -> Lift | None:
+    """For a program over x (N, d) and operands of a dtype; None where there is no operator or the
+    library has no rule for one of the nodes.
+
+    Args:
+        boxes: (lower, upper) of each, d numbers.
+        columns: the k columns of x in which slopes are bounded.
+        direction: for each output its k signs.
+        middle: for each of the columns, where the linear term is 0.
+        margin: what the term makes of every slope, at least.
+    """
+    operators, library = _operators(), _library()
+    if operators is None or isinstance(library, str):
+        return None
+    plan = _Plan(library, Problem(d, nodes, 0, "tangent", None), dtype)
+    ends = [end for side in zip(*boxes, strict=True) for row in side for end in row]
+    signs = [sign for row in direction for sign in row]
+    curves = [
+        number
+        for node in nodes
+        if node.kind in ACTIVATIONS
+        for number in described(Activation(node.kind, *node.numbers))
+    ]
+    serves = library.mk_plan_box(
+        plan.handle,
+        len(boxes),
+        len(columns),
+        (c_double * len(ends))(*ends),
+        (c_int64 * len(columns))(*columns),
+        (c_double * len(signs))(*signs),
+        (c_double * len(middle))(*middle),
+        margin,
+        (c_double * len(curves))(*curves),
+    )
+    return Lift(plan, operators.cpu_step.default) if serves else None
 
 
 def activation(σ: Activation, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -248,6 +319,12 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "mk_give_back": (None, (c_void_p,)),
     "mk_forward": (c_int, (*(c_int64,) * 3, *(c_void_p,) * 2, c_int64, *(c_void_p,) * 5)),
     "mk_backward": (c_int, (*(c_int64,) * 3, *(c_void_p,) * 8)),
+    "mk_plan_box": (
+        c_int,
+        (*(c_int64,) * 3, *(c_void_p,) * 4, c_double, c_void_p),
+    ),
+    "mk_lift": (c_int, (c_int64, c_int64, *(c_void_p,) * 6)),
+    "mk_lift_backward": (c_int, (c_int64, c_int64, *(c_void_p,) * 8)),
     "mk_activation": (None, (c_int64, c_int64, c_void_p, c_int64, *(c_void_p,) * 4)),
     "mk_switch": (None, (c_int64, c_int64)),
 }
@@ -288,6 +365,8 @@ class _Shape(ctypes.Structure):
         ("params", c_int64),
         ("is_double", c_int64),
         ("summed", c_int64),
+        ("bounded", c_int64),
+        ("bound", c_int64),
         ("saved", c_int64 * 3),  # elements for each row of x
         ("parameters", c_void_p),
     )
