@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,15 @@ from torch.nn import functional as F
 
 from . import dropout, network, reading
 from .arguments import Inputs, check_box, check_direction, check_module, check_number
-from .backends import cpu
 from .function import traced, transformed
 from .intervals import ENDS, Interval, jacobian, without_range
 from .operands import PLAIN
 from .problem import accumulate_dtype
 from .program import Node
 from .symbols import Key, Param
+
+if TYPE_CHECKING:
+    from .backends import cpu
 
 __all__ = ["Monotone"]
 
@@ -219,6 +221,8 @@ class Monotone(nn.Module):
 
     def _lift(self, nodes: tuple[Node, ...], dtype: torch.dtype) -> cpu.Lift | None:
         """What serves such a program, on plain operands of a dtype, in the native library."""
+        from .backends import cpu  # the library is opened when it is first of use
+
         own = self._constants_for(accumulate_dtype(dtype), torch.device("cpu"))
         key = nodes, dtype
         if key not in own.lifts:

@@ -109,8 +109,12 @@ def choose(
     fusing = compiling and not functional and backend != "reference"
     if fusing and not (wrapped or hooks) and _captured(mlp, inputs):
         return Route("", "adjoint", None, False, (), captured=True)
-    found: network.Chain | network.Unfused | reading.Reading | str = network.read(mlp)
-    if wrapped is not None:
+    aside = functional or compiling or rehearsal or wrapped is not None
+    again = None if aside else reading.read_again(mlp, inputs)
+    found: network.Chain | network.Unfused | reading.Reading | str = again or network.read(mlp)
+    if again is not None:
+        pass
+    elif wrapped is not None:
         found = wrapped if isinstance(found, network.Chain) else found
     elif isinstance(found, network.Chain):
         _check_chain(found, inputs)

@@ -32,7 +32,7 @@ from .problem import capturing
 from .program import Node, chain_of
 from .symbols import Key, Param, Tape, Value, place, placed, said
 
-__all__ = ["Reading", "read"]
+__all__ = ["Reading", "read", "read_again"]
 
 
 class Reading(NamedTuple):
@@ -263,10 +263,7 @@ def read(
         return parts
     if inputs.x2.is_meta or torch._C._get_tracing_state() is not None:
         return "its inputs have no numbers"
-    forward = mlp.__dict__.get("forward", type(mlp).forward)
-    few = 0 in inputs.batch or 1 in inputs.batch  # so few rows may be squeezed, or tell no shape
-    key = mlp.training, len(inputs.batch), few, id(forward)
-    known = _known.get(id(mlp))
+    key, known = _key(mlp, inputs), _known.get(id(mlp))
     before: str | None = None if known is None else known[1].get(key)
     if before and not rehearsal:
         return before
@@ -282,6 +279,22 @@ def read(
         _known[id(mlp)] = known = weakref.ref(mlp, _forgets(id(mlp))), {}
     known[1][key] = found if isinstance(found, str) else ""
     return found
+
+
+def read_again(mlp: nn.Module, inputs: Inputs) -> Reading | str | None:
+    """The same of a network that could be read in a call like this, else None: it is known to be
+    more than layers in turn, without a look at them."""
+    known = _known.get(id(mlp))
+    if known is None or known[1].get(_key(mlp, inputs)) != "":
+        return None
+    return read(mlp, inputs)
+
+
+def _key(mlp: nn.Module, inputs: Inputs) -> tuple[Any, ...]:
+    """On what it depends whether a network can be read."""
+    forward = mlp.__dict__.get("forward", type(mlp).forward)
+    few = 0 in inputs.batch or 1 in inputs.batch  # so few rows may be squeezed, or tell no shape
+    return mlp.training, len(inputs.batch), few, id(forward)
 
 
 # Of each module, by identity, what was found of it in each mode: "" or why it is unreadable.
