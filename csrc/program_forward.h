@@ -9,9 +9,16 @@
 
 namespace {
 
-// Memory of the chain of slopes, by value: tangents or cotangents, one column or output at a time.
+// Tangents that go up the program together: each panel of a weight meets all of them while it is in
+// the first-level cache.
+constexpr int64_t most_together = 4;
+
+// Memory of the chain of slopes, by value: the cotangents of one output, or the tangents of a few
+// columns.
 template <class T> struct SlopeChain {
-  Mat<T>* at;
+  Mat<T>* at;          // the first tangent
+  int64_t* apart;      // elements from one tangent to the next
+  int64_t together;
   bool *begun, *done;  // done: it has gone on to its node's input already
   Mat<const T>* dots;  // of the inputs of the node at hand
   T* seed;             // a row of x or of y
@@ -20,7 +27,9 @@ template <class T> struct SlopeChain {
 
   SlopeChain(Bump& memory, const Program<T>& program, int64_t capacity) {
     const int64_t count = program.y + 1;
+    together = program.plan->adjoint ? 1 : min_of(program.k, most_together);
     at = memory.take<Mat<T>>(count);
+    apart = memory.take<int64_t>(count);
     begun = memory.take<bool>(count);
     done = memory.take<bool>(count);
     int64_t most = 1, widest = 1;
@@ -29,19 +38,21 @@ template <class T> struct SlopeChain {
       widest = max_of(widest, program.width(v));
       const Flow& flow = program.flow(v);
       if (program.plan->adjoint ? flow.part : program.is_view(v)) {
-        if (at) at[v] = program.view_of(at, v);
+        if (at) at[v] = program.view_of(at, v), apart[v] = apart[program.node(v).input[0]];
         continue;
       }
       const bool one_row = program.plan->adjoint ? flow.uniform : flow.constant;
       const int64_t stride = scratch_ld<T>(program.width(v));
-      T* own = memory.take<T>((one_row ? 1 : capacity) * stride);
-      if (at) at[v] = {own, one_row ? 0 : stride};
+      const int64_t size = (one_row ? 1 : capacity) * stride;
+      T* own = memory.take<T>(together * size);
+      if (at) at[v] = {own, one_row ? 0 : stride}, apart[v] = size;
     }
     dots = memory.take<Mat<const T>>(most);
     ld = scratch_ld<T>(widest);
     seed = memory.take<T>(ld);
     product = memory.take<T>(capacity * ld);
   }
+  Mat<T> tangent(int64_t v, int64_t c) const { return {at[v].at + c * apart[v], at[v].ld}; }
   // Rows of value v's own: one that stands for all, or each.
   int64_t rows_of(int64_t v, int64_t rows) const { return at[v].ld ? rows : 1; }
 };
@@ -123,12 +134,12 @@ template <class T> struct ProgramForward {
     const Mat<T> last = scratch.values.value[net.y];
     for (int64_t i = 0; i < rows; ++i) copy_few(y + i * net.D, last.row(i), net.D);
     T* J = hinge.slopes(row0, scratch.slopes);
-    const int64_t chains = net.plan->adjoint ? net.D : net.k;
-    for (int64_t q = 0; q < chains; ++q) {
-      if (net.plan->adjoint) {
-        adjoint_slopes(scratch, block, rows, q, J + q * net.k);
-      } else {
-        tangent_slopes(scratch, rows, q, J + q);
+    if (net.plan->adjoint) {
+      for (int64_t d = 0; d < net.D; ++d) adjoint_slopes(scratch, block, rows, d, J + d * net.k);
+    } else {
+      const int64_t most = scratch.chain.together;
+      for (int64_t c = 0; c < net.k; c += most) {
+        tangent_slopes(scratch, rows, c, min_of(most, net.k - c), J + c);
       }
     }
     hinge.run(block, rows, row0, y, J, partial);
@@ -257,44 +268,77 @@ template <class T> struct ProgramForward {
     }
   }
 
-  // J[:, :, c]: the tangent of column c of x2 pushed up the program.
-  void tangent_slopes(const ProgramForwardScratch<T>& scratch, int64_t rows, int64_t c,
+  // J[:, :, c0 : c0 + m]: the tangents of those columns of x2 pushed up the program.
+  void tangent_slopes(const ProgramForwardScratch<T>& scratch, int64_t rows, int64_t c0, int64_t m,
                       T* to) const {
     const SlopeChain<T>& chain = scratch.chain;
-    clear(chain.at[0].at, net.whole(0));
-    chain.at[0].at[net.d - net.k + c] = T(1);
+    for (int64_t c = 0; c < m; ++c) {
+      T* x = chain.tangent(0, c).at;
+      clear(x, net.whole(0));
+      x[net.d - net.k + c0 + c] = T(1);
+    }
     for (int64_t v = 1; v <= net.y; ++v) {
       if (!net.flow(v).used || !net.flow(v).moving || net.is_view(v)) continue;
-      const Node& node = net.node(v);
       const int64_t n = chain.rows_of(v, rows);
-      if (net.linear(v)) {
-        const int64_t u = net.below(v);
-        if (u == 0) {
-          copy(chain.at[v].at, net.at(v).columns + c * net.whole(v), net.whole(v));
-        } else {
-          const Mat<T> to = chain.at[v];
-          if (net.followed(v) && n == rows) {
-            const ApplySlope<T> after{scratch.values.first[v + 1], to, chain.at[v + 1], false};
-            linear_push<T>(net, v, n, chain.at[u], nullptr, to, after);
-            ++v;
-          } else {
-            linear_push<T>(net, v, n, chain.at[u], nullptr, to, Nothing{});
-          }
+      if (!net.linear(v)) {
+        push_light(scratch, n, v, m);
+      } else if (net.below(v) == 0) {
+        for (int64_t c = 0; c < m; ++c) {
+          copy(chain.tangent(v, c).at, net.at(v).columns + (c0 + c) * net.whole(v), net.whole(v));
         }
-        continue;
+      } else if (net.followed(v) && n == rows) {
+        const Mat<const T> s = scratch.values.first[v + 1];
+        push_linear(chain, n, v, m, [&](int64_t c) {
+          return ApplySlope<T>{s, chain.tangent(v, c), chain.tangent(v + 1, c), false};
+        });
+        ++v;
+      } else {
+        push_linear(chain, n, v, m, [](int64_t) { return Nothing{}; });
       }
-      for (int64_t q = 0; q < node.inputs; ++q) {
-        const int64_t u = node.input[q];
-        chain.dots[q] = net.flow(u).moving ? Mat<const T>(chain.at[u]) : Mat<const T>{};
-      }
-      node_push<T>(scratch.values.operands(net, v, n), chain.dots, chain.at[v]);
     }
     const bool moving = net.flow(net.y).moving;
     const int64_t Dk = net.D * net.k;
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t d = 0; d < net.D; ++d) {
-        to[i * Dk + d * net.k] = moving ? chain.at[net.y].row(i)[d] : T(0);
+    for (int64_t c = 0; c < m; ++c) {
+      const Mat<T> y = chain.tangent(net.y, c);
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t d = 0; d < net.D; ++d) {
+          to[i * Dk + d * net.k + c] = moving ? y.row(i)[d] : T(0);
+        }
       }
+    }
+  }
+
+  template <class AfterOf>
+  void push_linear(const SlopeChain<T>& chain, int64_t n, int64_t v, int64_t m,
+                   const AfterOf& after_of) const {
+    const int64_t u = net.below(v);
+    if (net.by_dots(v)) {
+      for (int64_t c = 0; c < m; ++c) {
+        linear_push<T>(net, v, n, chain.tangent(u, c), nullptr, chain.tangent(v, c), after_of(c));
+      }
+      return;
+    }
+    const Matrix<T>& w = net.at(v).forward;
+    for (int64_t j = 0; j < w.N; j += panel_width<T>) {
+      for (int64_t c = 0; c < m; ++c) {
+        const Mat<T> from = chain.tangent(u, c), to = chain.tangent(v, c);
+        gemm_panel<false>(j, n, w.K, from.at, from.ld, w, 0, from_zero<T>(), to.at, to.ld,
+                          after_of(c));
+      }
+    }
+  }
+
+  void push_light(const ProgramForwardScratch<T>& scratch, int64_t n, int64_t v, int64_t m) const {
+    const SlopeChain<T>& chain = scratch.chain;
+    const Node& node = net.node(v);
+    const Operands<T> o = scratch.values.operands(net, v, n);
+    for (int64_t c = 0; c < m; ++c) {
+      for (int64_t q = 0; q < node.inputs; ++q) {
+        const int64_t u = node.input[q];
+        const bool moves = net.flow(u).moving;
+        chain.dots[q] = moves ? Mat<const T>(chain.tangent(u, c)) : Mat<const T>{};
+      }
+      node_push<T>(o, chain.dots, chain.tangent(v, c));
     }
   }
 };
