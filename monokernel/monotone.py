@@ -36,7 +36,7 @@ class Constants(NamedTuple):
     place: Tensor  # (k, d), which columns of x the k are
     middle: Tensor  # (d,)
     # What serves a program on operands of a dtype in the native library, where it does.
-    lifts: dict[tuple[tuple[Node, ...], torch.dtype], cpu.Lift | None]
+    lifts: dict[tuple[tuple[Node, ...], torch.dtype, float], cpu.Lift | None]
 
 
 class Program(NamedTuple):
@@ -125,12 +125,13 @@ class Monotone(nn.Module):
         native = self._in_one(x)
         if native is not None:
             return native
-        y: Tensor = self.mlp(x)
         if not self.columns:
-            return y
+            return self.mlp(x)  # type: ignore[no-any-return]
         with _full_precision(x.device.type):
+            # Before the network runs, which may draw numbers: the bound is of those that it draws.
             W, b = self._linear_term(x)
             term = F.linear(x if x.dtype == W.dtype else x.to(W.dtype), W, b)
+        y: Tensor = self.mlp(x)
         if y.dim() < x.dim():
             term = term.squeeze(-1)
         return y + (term if term.dtype == y.dtype else term.to(y.dtype))
@@ -223,8 +224,13 @@ class Monotone(nn.Module):
         """What serves such a program, on plain operands of a dtype, in the native library."""
         from .backends import cpu  # the library is opened when it is first of use
 
+        self._check_outputs(nodes)
         own = self._constants_for(accumulate_dtype(dtype), torch.device("cpu"))
-        key = nodes, dtype
+        if not own.box.finite and any(node.kind in NORMS for node in nodes):
+            return None  # of an end that is infinite its gradient is not exact
+        key = nodes, dtype, self.margin
+        if len(own.lifts) == MOST_LIFTS and key not in own.lifts:
+            own.lifts.clear()  # a forward with a number that moves makes one after another
         if key not in own.lifts:
             own.lifts[key] = cpu.lift(
                 len(self.lower),
@@ -237,6 +243,14 @@ class Monotone(nn.Module):
                 self.margin,
             )
         return own.lifts[key]
+
+    def _check_outputs(self, nodes: tuple[Node, ...]) -> None:
+        """The network may have been changed since."""
+        if nodes[-1].width != len(self.direction):
+            raise ValueError(
+                f"mlp: expected {len(self.direction)} outputs, as many as it had at the start, got "
+                f"{nodes[-1].width}"
+            )
 
     def _inputs(self, x: Tensor) -> Inputs:
         """As a reading of ``mlp`` for x (..., d) takes them."""
@@ -261,6 +275,7 @@ class Monotone(nn.Module):
         if lift is not None:
             rows = x.new_empty(0, len(self.lower), dtype=dtype)
             return lift(rows, params)[1]  # type: ignore[arg-type]  # there is no Key
+        self._check_outputs(nodes)
         own = self._constants_for(dtype, x.device)
         lower, upper, _ = jacobian(nodes, params, own.box, self.columns)
         return torch.where(own.sign > 0, lower, -upper).amin(0)
@@ -332,6 +347,13 @@ class Monotone(nn.Module):
         found = self._constants.get((dtype, device))
         if found is not None:
             return found
+        if traced():
+            return self._made_for(dtype, device)
+        with torch.inference_mode(False):  # a later call may want gradients
+            made = self._constants[dtype, device] = self._made_for(dtype, device)
+        return made
+
+    def _made_for(self, dtype: torch.dtype, device: torch.device) -> Constants:
         d, k = len(self.lower), len(self.columns)
         like: dict[str, Any] = {"dtype": dtype, "device": device}
         lower, upper = (_tensor([box[end] for box in self._boxes], end, **like) for end in (0, 1))
@@ -343,10 +365,7 @@ class Monotone(nn.Module):
         box = Interval(lower, upper, finite)
         sign = torch.tensor([[row[c] for c in self.columns] for row in self.direction], **like)
         middle = torch.tensor([_middle(l, u) for l, u in pairs], **like)
-        made = Constants(box, sign, place, middle, {})
-        if not torch.compiler.is_compiling():
-            self._constants[dtype, device] = made
-        return made
+        return Constants(box, sign, place, middle, {})
 
 
 class Lifted(nn.Module):
@@ -362,7 +381,7 @@ class Lifted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """y (..., D), or as ``mlp`` squeezes it, for x (..., d)."""
         y: Tensor = self.mlp(x)
-        term: Tensor = self.linear(x)
+        term: Tensor = self.linear(x.to(self.linear.weight.dtype)).to(y.dtype)
         return y + (term.squeeze(-1) if y.dim() < x.dim() else term)
 
 
@@ -387,12 +406,15 @@ def cut(
     ]
 
 
+NORMS = ("normalise", "root_mean_square")
+MOST_LIFTS = 64
 NATIVE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _is_plain(x: Tensor) -> bool:
     """Whether x has memory that a native kernel may be called with: nothing looks on."""
-    return type(x) in PLAIN and x.device.type == "cpu" and not transformed() and not traced()
+    dense = type(x) in PLAIN and x.layout is torch.strided
+    return dense and x.device.type == "cpu" and not transformed() and not traced()
 
 
 def _exact(mlp: nn.Module, found: network.Chain | reading.Reading, dtype: torch.dtype) -> bool:

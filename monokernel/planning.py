@@ -154,7 +154,8 @@ def _captured(mlp: nn.Module, inputs: Inputs) -> bool:
 
     comptime(_note)
     x = inputs.x2
-    numbers = rehearsed(len(inputs.batch), inputs.d, inputs.k, x.dtype, x.device)
+    training = tuple([m.training for m in mlp.modules()])
+    numbers = rehearsed(training, len(inputs.batch), inputs.d, inputs.k, x.dtype, x.device)
     if numbers is None:
         return False
     meet(mlp, numbers)
@@ -171,16 +172,34 @@ def _note(compiling: Any) -> None:
 
 
 def rehearsed(
-    axes: int, d: int, k: int, dtype: torch.dtype, device: torch.device
+    training: tuple[bool, ...],
+    axes: int,
+    d: int,
+    k: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[str, ...] | None:
-    """None where the module is better not captured, else the names of the numbers in it."""
+    """None where the module is better not captured, else the names of the numbers in it. Its parts
+    are in training or not as the compiler has them, which may be in the midst of a change."""
     mlp = _noted.pop()
+    if not isinstance(mlp, nn.Module):
+        return None
     x1, x2 = (torch.empty(*[2] * axes, n, dtype=dtype, device=device) for n in (d - k, k))
-    if not isinstance(mlp, nn.Module) or not capturable(mlp, x1, x2):
+    parts = list(mlp.modules())
+    if len(parts) != len(training):
         return None
-    if isinstance(reading.read(mlp, check_inputs(x1, x2), rehearsal=True), str):
-        return None
-    return numbers_of(mlp)
+    before = [m.training for m in parts]
+    try:
+        for m, flag in zip(parts, training, strict=True):
+            m.training = flag
+        if not capturable(mlp, x1, x2):
+            return None
+        if isinstance(reading.read(mlp, check_inputs(x1, x2), rehearsal=True), str):
+            return None
+        return numbers_of(mlp)
+    finally:
+        for m, flag in zip(parts, before, strict=True):
+            m.training = flag
 
 
 # What torch.compiler.assume_constant_result does, without importing the compiler for it (1 s).

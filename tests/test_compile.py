@@ -5,6 +5,7 @@ Chains of layers, and how a loss is compiled, are in ``test_operator.py`` and ``
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -587,3 +588,23 @@ def test_errors_say_what_they_say_in_eager_mode(options: dict[str, Any], message
     for f in (fused_mono_penalty, compiled):
         with pytest.raises(ValueError, match=message):
             f(net, x1, x2, **options)
+
+
+def test_batch_normalisation_put_into_training_within_the_compiled_function() -> None:
+    net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2)).double()
+    x1, x2 = points(9, 3, 2)
+
+    def loss(net: nn.Module, **how: str) -> Tensor:
+        net.train()
+        y, penalty = fused_mono_penalty(net, x1, x2, return_output=True, **how)
+        return y.square().mean() + penalty
+
+    twin, other = copy.deepcopy(net).eval(), net.eval()
+    want = loss(twin, batch_stats="running")
+    got = torch.compile(loss, backend="aot_eager")(other, batch_stats="running")
+    assert_same([got], [want])
+    grads = [gradients(t, *n.parameters()) for t, n in ((got, other), (want, twin))]
+    assert_same(*grads)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="statistics of the batch"):
+        torch.compile(loss, backend="aot_eager")(net.eval())

@@ -22,10 +22,12 @@ from monokernel.activations import KINDS
 from monokernel.arguments import check_inputs
 from monokernel.backends import cpu
 from monokernel.intervals import Interval, jacobian
+from monokernel.monotone import NORMS
 from monokernel.reading import read
 from monokernel.symbols import Key
 
 from . import zoo
+from .support import mlp as network
 from .test_training import grads
 
 INF, NAN = math.inf, math.nan
@@ -354,6 +356,9 @@ def test_the_native_bound_is_that_of_the_intervals(
     mlp = PROGRAMS[name]().double()
     for parts in (1, 3):
         m = model(mlp, lower=box[0], upper=box[1], parts=parts)
+        if math.isinf(box[1]) and any(n.kind in NORMS for n in m._program().nodes):
+            assert m._lift(m._program().nodes, torch.float64) is None
+            continue
         native_of(m)
         (bound, grads), (want, expected) = bounds_of(m), bounds_of(by_intervals(m))
         assert torch.equal(bound.isfinite(), want.isfinite())
@@ -824,3 +829,36 @@ def test_every_kind_of_the_kernels_has_a_range() -> None:
 
     assert set(NODES) <= set(RULES)
     assert set(KINDS) <= set(RULES)
+
+
+# --- what is changed after the start --------------------------------------------------------------
+
+
+def test_a_network_that_was_changed_is_the_one_that_is_bounded() -> None:
+    model = Monotone(network(2, 1, 2), -1.0, 1.0, direction=(0, 1, -1), margin=0.1)
+    x = torch.zeros(2, 3, dtype=torch.float64)
+    x[1, 1] = 1.0
+    model.margin = 2.0
+    y = model(x)
+    assert (y[1] - y[0] >= 2.0 - 1e-9).all()
+    last = len(model.mlp) - 1  # type: ignore[arg-type]
+    model.mlp[last] = nn.Linear(model.mlp[last].in_features, 50).double()  # type: ignore[index]
+    for rows in (x, x.clone().requires_grad_()):
+        with pytest.raises(ValueError, match="expected 2 outputs, as many as it had"):
+            model(rows)
+
+
+def test_constants_of_inference_serve_a_training_step() -> None:
+    model = Monotone(network(2, 1, 1), -1.0, 1.0, direction=(0, 1, -1))
+    model._constants.clear()
+    x = torch.zeros(2, 3, dtype=torch.float64)
+    with torch.inference_mode():
+        model(x)
+    model(x.requires_grad_()).sum().backward()
+    assert x.grad is not None
+
+
+def test_frozen_in_half_precision_is_called() -> None:
+    model = Monotone(network(2, 1, 1), -1.0, 1.0, direction=(0, 1, -1)).to(torch.bfloat16)
+    x = torch.rand(5, 3).bfloat16()
+    assert model.frozen()(x).dtype == torch.bfloat16
