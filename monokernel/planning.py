@@ -112,15 +112,13 @@ def choose(
     aside = functional or compiling or rehearsal or wrapped is not None
     again = None if aside else reading.read_again(mlp, inputs)
     found: network.Chain | network.Unfused | reading.Reading | str = again or network.read(mlp)
-    if again is not None:
-        pass
-    elif wrapped is not None:
+    if wrapped is not None:
         found = wrapped if isinstance(found, network.Chain) else found
     elif isinstance(found, network.Chain):
         _check_chain(found, inputs)
         if fusing and torch.compiler.is_dynamo_compiling():
             found = "the compiler does not hand over what it wrote down of its forward"
-    elif not (functional or compiling):
+    elif again is None and not (functional or compiling):
         found = reading.read(mlp, inputs, rehearsal)
     if isinstance(found, network.Unfused):
         found = found.sentence(mlp)
