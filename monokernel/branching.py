@@ -10,22 +10,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import forms
-from .forms import AFFINE, INTERVALS, LINEAR, TIERS
+from . import forms, quadratic
+from .forms import AFFINE, INTERVALS, LINEAR, QUADRATIC, TIERS
 from .layers import Layers, Straight
 
 __all__ = ["Boxes", "Branches", "Constraints", "Found", "endless", "extent", "middle", "search"]
 
 # Boxes at a time, by tier: about what keeps a pass over the forms in the cache.
-AT_A_TIME = {INTERVALS: 512, AFFINE: 256, LINEAR: 128}
+AT_A_TIME = {INTERVALS: 512, AFFINE: 256, LINEAR: 128, QUADRATIC: 128}
 # About what a box costs by each tier. One that decides too few to pay for itself is passed over,
 # and asked again every so many rounds.
-COST = {INTERVALS: 1.0, AFFINE: 6.0, LINEAR: 15.0}
+COST = {INTERVALS: 1.0, AFFINE: 6.0, LINEAR: 15.0, QUADRATIC: 12.0}
 AGAIN = 32
 SLACK = 1e-9  # relative; cuts are wider by it than rounding could make them
 STEEP = 0.1  # what a linear change counts beside an error of its size in the choice of a column
@@ -104,10 +106,11 @@ Witness = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class _Forms(NamedTuple):
-    """The linear forms of all constraints over n boxes: (n, Q) and (n, m, Q)."""
+    """The forms of all constraints over n boxes, as ``forms.Slopes``: (n, Q) and (n, m, Q)."""
 
     centre: Tensor
     slant: Tensor
+    bend: Tensor
     error: Tensor
     blame: Tensor
 
@@ -148,27 +151,28 @@ def search(
     come first, and after so many the search ends."""
     lower = start.lower.new_full((verdicts, len(constraints.signs)), torch.inf)
     stack, stuck, boxes = [start], list[Boxes](), 0
-    tiers = _Tiers(isinstance(layers, Straight))
-    while stack and time.monotonic() < deadline and (most is None or boxes < most):
-        taken = _taken(stack, tiers.at_a_time, -1 if most is None else 0)
-        boxes += len(taken.owner)
-        taken, form = tiers.bounded(layers, constraints, taken, lower)
-        if len(taken.owner):
-            assert form is not None
-            violated = witness(*_corners(constraints, taken, form))
-            going = ~violated[taken.owner]
-            _lower(lower, taken.at(~going))
-            taken = taken.at(going)
-            form = _Forms(*(t[going] for t in form))
-            halves, whole = _halves(constraints, taken, form, lower)
-            stack += [halves] if len(halves.owner) else []
-            stuck += [whole] if len(whole.owner) else []
-            if violated.any():
-                for i, left in enumerate(stack):
-                    _lower(lower, left.at(violated[left.owner]))
-                    stack[i] = left.at(~violated[left.owner])
-                stack = [left for left in stack if len(left.owner)]
-        tell(boxes, sum(len(left.owner) for left in stack))
+    with Crew(start.lower.device) as crew:
+        tiers = _Tiers(layers, start, crew)
+        while stack and time.monotonic() < deadline and (most is None or boxes < most):
+            taken = _taken(stack, tiers.at_a_time, -1 if most is None else 0)
+            boxes += len(taken.owner)
+            taken, form = tiers.bounded(layers, constraints, taken, lower)
+            if len(taken.owner):
+                assert form is not None
+                violated = witness(*_corners(constraints, taken, form))
+                going = ~violated[taken.owner]
+                _lower(lower, taken.at(~going))
+                taken = taken.at(going)
+                form = _Forms(*(t[going] for t in form))
+                halves, whole = _halves(constraints, taken, form, lower)
+                stack += [halves] if len(halves.owner) else []
+                stuck += [whole] if len(whole.owner) else []
+                if violated.any():
+                    for i, left in enumerate(stack):
+                        _lower(lower, left.at(violated[left.owner]))
+                        stack[i] = left.at(~violated[left.owner])
+                    stack = [left for left in stack if len(left.owner)]
+            tell(boxes, sum(len(left.owner) for left in stack))
     left = Boxes.joined([start.at(slice(0, 0)), *stack, *stuck])
     decided = lower.clone()
     _lower(lower, left)
@@ -195,21 +199,51 @@ def _lower(lower: Tensor, boxes: Boxes, wanted: Tensor | None = None) -> None:
     lower.scatter_reduce_(0, boxes.owner.unsqueeze(1).expand_as(known), known, "amin")
 
 
+class Crew:
+    """Threads that bound boxes side by side, as many as PyTorch has on the CPU, with one each for
+    its operations: those are too small to be shared out."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.threads = torch.get_num_threads() if device.type == "cpu" else 1
+        self._pool: ThreadPoolExecutor | None = None
+        self._before = self.threads
+
+    def __enter__(self) -> Crew:
+        if self.threads > 1:
+            self._pool = ThreadPoolExecutor(self.threads)
+            torch.set_num_threads(1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+            torch.set_num_threads(self._before)
+
+    def map(self, of: Callable[[Boxes], _Forms], parts: list[Boxes]) -> list[_Forms]:
+        if self._pool is None or len(parts) == 1:
+            return [of(part) for part in parts]
+        return list(self._pool.map(of, parts))
+
+
 class _Tiers:
     """Which tiers are asked, and what they proved."""
 
-    def __init__(self, intervals_alone: bool) -> None:
-        self.intervals_alone = intervals_alone
+    def __init__(self, layers: Layers | Straight, start: Boxes, crew: Crew) -> None:
+        self.crew = crew
+        self.intervals_alone = isinstance(layers, Straight)
+        few = int((start.lower < start.upper).any(0).sum()) <= quadratic.MOST_COLUMNS
+        smooth = isinstance(layers, Layers) and quadratic.serves(layers)
+        self.last = QUADRATIC if smooth and few else LINEAR
         self.proved = dict.fromkeys(TIERS, 0)
         self.share = {INTERVALS: 1.0, AFFINE: 1.0}
         self.rounds = 0
 
     @property
     def at_a_time(self) -> int:
-        return AT_A_TIME[min(self._asked())]
+        return AT_A_TIME[min(self._asked())] * self.crew.threads
 
     def _asked(self) -> list[int]:
-        asked = [LINEAR]
+        asked = [self.last]
         if self.intervals_alone:
             return asked
         for tier in (AFFINE, INTERVALS):
@@ -232,10 +266,9 @@ class _Tiers:
             before = len(boxes.owner)
             if not before:
                 break
-            parts = [
-                _bounds(layers, constraints, boxes.at(slice(i, i + AT_A_TIME[tier])), tier)
-                for i in range(0, before, AT_A_TIME[tier])
-            ]
+            n = AT_A_TIME[tier]
+            few = [boxes.at(slice(i, i + n)) for i in range(0, before, n)]
+            parts = self.crew.map(partial(_bounds, layers, constraints, tier), few)
             known = torch.cat([_low(constraints, part) for part in parts])
             boxes = boxes._replace(known=torch.maximum(boxes.known, known))
             done = boxes.wanted & (boxes.known >= constraints.margin)
@@ -248,16 +281,17 @@ class _Tiers:
             if tier in self.share:
                 share = 1 - len(boxes.owner) / before
                 self.share[tier] = 0.7 * self.share[tier] + 0.3 * share
-            if tier == LINEAR:
+            if tier == self.last:
                 found = _Forms(*(torch.cat(part)[still] for part in zip(*parts, strict=True)))
         return boxes, found
 
 
-def _bounds(layers: Layers | Straight, constraints: Constraints, boxes: Boxes, tier: int) -> _Forms:
+def _bounds(layers: Layers | Straight, constraints: Constraints, tier: int, boxes: Boxes) -> _Forms:
     """The forms of all constraints over the boxes; where one is not open, of whatever there is."""
     n, Q, m = len(boxes.owner), len(constraints.signs), layers.d
     centre, slant = boxes.lower.new_zeros(n, Q), boxes.lower.new_zeros(n, m, Q)
-    error, blame = torch.full_like(centre, torch.inf), torch.zeros_like(slant)
+    error = torch.full_like(centre, torch.inf)
+    bend, blame = torch.zeros_like(slant), torch.zeros_like(slant)
     for output in constraints.outputs.unique().tolist():
         of = (constraints.outputs == output).nonzero().flatten()
         rows = boxes.wanted[:, of].any(1).nonzero().flatten()
@@ -269,15 +303,16 @@ def _bounds(layers: Layers | Straight, constraints: Constraints, boxes: Boxes, t
         centre[rows.unsqueeze(1), of] = sign * s.centre
         error[rows.unsqueeze(1), of] = s.error
         at = rows.view(-1, 1, 1), s.moving.view(1, -1, 1), of
-        slant[at] = sign * s.slant
+        slant[at], bend[at] = sign * s.slant, sign * s.bend
         blame[at] = s.blame
-    return _Forms(centre, slant, error, blame)
+    return _Forms(centre, slant, bend, error, blame)
 
 
 def _low(constraints: Constraints, form: _Forms) -> Tensor:
     """The lower bounds (n, Q) that the forms give, rounded down."""
     m = form.slant.shape[1]
-    radius = (form.slant.abs().sum(1) + form.error) * (1 + 4 * (m + 4) * forms.U)
+    least = quadratic.least(form.slant, form.bend)
+    radius = (form.error - least.sum(1)) * (1 + 4 * (m + 8) * forms.U)
     return (form.centre - radius) - 2 * forms.U * (form.centre.abs() + radius)
 
 
@@ -289,10 +324,14 @@ def _worst(boxes: Boxes) -> Tensor:
 def _corners(constraints: Constraints, boxes: Boxes, form: _Forms) -> tuple[Tensor, Tensor, Tensor]:
     """Where the form of each box's worst constraint is lowest: points, verdicts, constraints."""
     q = _worst(boxes)
-    slant = form.slant[torch.arange(len(q), device=q.device), :, q]
+    rows = torch.arange(len(q), device=q.device)
+    slant, bend = form.slant[rows, :, q], form.bend[rows, :, q]
     between = middle(boxes.lower, boxes.upper)
     x = torch.where(slant > 0, boxes.lower, torch.where(slant < 0, boxes.upper, between))
-    return x, boxes.owner, q
+    inside = slant.abs() < 4 * bend
+    r = 0.5 * boxes.upper - 0.5 * boxes.lower
+    turn = (between - slant / (4 * bend).where(inside, 1.0) * r).clamp(boxes.lower, boxes.upper)
+    return torch.where(inside, turn, x), boxes.owner, q
 
 
 def _halves(
@@ -341,12 +380,14 @@ def _halves(
 
 def _cuts(constraints: Constraints, boxes: Boxes, form: _Forms) -> tuple[Tensor, Tensor]:
     """The part of each box, in half-widths (n, d) twice, that holds every point where the form of
-    an open constraint can be below the margin: g_i ε_i <= margin - c + error + Σ_{j≠i} |g_j|."""
-    size = form.slant.abs()
-    total = size.sum(1)
-    t = constraints.margin - form.centre + form.error + total
-    t = t + SLACK * (abs(constraints.margin) + form.centre.abs() + form.error + total)
-    end = ((t.unsqueeze(1) - size) / size).clamp(min=-1)  # of |g_i|: ε_i·sign(g_i) <= end
+    an open constraint can be below the margin: g_i ε_i <= margin - c + error + |h_i| - Σ_{j≠i}
+    min_ε (g_j ε + h_j T(ε))."""
+    size, least = form.slant.abs(), quadratic.least(form.slant, form.bend)
+    total = least.sum(1)
+    t = constraints.margin - form.centre + form.error - total
+    t = t + SLACK * (abs(constraints.margin) + form.centre.abs() + form.error - total)
+    reach = t.unsqueeze(1) + least + form.bend.abs() * (1 + SLACK)
+    end = (reach / size).clamp(min=-1)  # of |g_i|: ε_i·sign(g_i) <= end
     end = torch.where(size > 0, end, torch.inf)
     # Of a constraint that is not open nothing has to be kept.
     end = torch.where(boxes.wanted.unsqueeze(1), end, -torch.inf)

@@ -3,12 +3,14 @@
 A value over a box is an affine form c + Σ_s g_s ε_s ± e, with every ε_s in [-1, 1]. The first ε
 are the box itself, x_i = m_i + r_i ε_i, so a form knows how a value moves with x; each later one is
 what a curve was off its line in one neuron, which cancels like any other term in the layers behind.
-``e`` is what is not followed any further, rounding in the first place. Three tiers are one code:
+``e`` is what is not followed any further, rounding in the first place. Three tiers are one code,
+the fourth is ``quadratic.py``:
 
 =========  =======================  =========================================================
 INTERVALS  no ε at all              centre and radius, two products of a hidden layer
 AFFINE     the ε of the box         first order in x exactly, the rest by intervals
 LINEAR     and one for each neuron  what linear (CROWN-type) bounds with parallel lines give
+QUADRATIC  the ε and their products second order in x exactly, for σ with a third derivative
 =========  =======================  =========================================================
 
 Every σ and σ' is replaced by a line and its error over the range of its argument; the slopes are
@@ -29,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import ranges
+from . import quadratic, ranges
 from .activations import Activation
 from .intervals import Interval, jacobian
 from .layers import Layers, Straight
@@ -38,6 +40,7 @@ __all__ = [
     "AFFINE",
     "INTERVALS",
     "LINEAR",
+    "QUADRATIC",
     "TIERS",
     "Form",
     "Line",
@@ -46,29 +49,18 @@ __all__ = [
     "input_form",
     "slopes",
     "through",
+    "tiers",
     "values",
 ]
 
-INTERVALS, AFFINE, LINEAR = 0, 1, 2
-TIERS = ("intervals", "affine forms", "linear bounds")
+INTERVALS, AFFINE, LINEAR, QUADRATIC = 0, 1, 2, 3
+TIERS = ("intervals", "affine forms", "linear bounds", "quadratic forms")
 
 U = 2.0**-53  # the unit roundoff of float64
 # So much of its terms' size a short expression may be off: 8 roundings, and room to spare.
 SHORT = 16 * U
 TINY = 1e-300  # where products underflow
 KNOTS = 9  # of a line along σ'
-
-# Bounds of |σ'''|, for those σ of which σ' has a derivative everywhere.
-_THIRD = {
-    "gelu": 0.779,
-    "gelu_tanh": 0.777,
-    "logsigmoid": 0.0963,
-    "mish": 0.589,
-    "sigmoid": 0.1251,
-    "silu": 0.309,
-    "tanh": 2.001,
-    "tanhshrink": 2.001,
-}
 
 
 class Form(NamedTuple):
@@ -82,12 +74,13 @@ class Form(NamedTuple):
 
 class Slopes(NamedTuple):
     """∂y/∂x_c over each box as forms: ``centre`` (B, K) and ``slant`` (B, m, K) along the m moving
-    columns of the box, each in half-widths of it, and ``error`` (B, K) for all that is not linear.
-    ``blame`` (B, m, K) shares the error out over the columns, by what in the first layer it comes
-    from; no bound rests on it."""
+    columns of the box, ``bend`` (B, m, K) of their squares, as 2ε² - 1, each in half-widths of it,
+    and ``error`` (B, K) for all else. ``blame`` (B, m, K) shares out over the columns what is not
+    linear; no bound rests on it."""
 
     centre: Tensor
     slant: Tensor
+    bend: Tensor
     error: Tensor
     blame: Tensor
     moving: Tensor
@@ -95,7 +88,7 @@ class Slopes(NamedTuple):
     def radius(self) -> Tensor:
         """(B, K); the slope lies within it around the centre."""
         m = self.slant.shape[1]
-        return (_sizes(self.slant) + self.error) * (1 + 2 * (m + 2) * U)
+        return (_sizes(self.slant) + _sizes(self.bend) + self.error) * (1 + 4 * (m + 2) * U)
 
 
 class Line(NamedTuple):
@@ -156,7 +149,7 @@ def _bent(σ: Activation, order: int, lower: Tensor, upper: Tensor) -> Tensor:
     if order == 0:
         low, high = ranges.bounds(σ, 2, lower, upper)
         return torch.maximum(high, -low)
-    bound = _THIRD.get(σ.kind, torch.inf)
+    bound, _ = ranges.THIRD.get(σ.kind, (torch.inf, torch.inf))
     if σ.kind == "softplus" and σ.q >= ranges.SMOOTH and abs(σ.p) <= 4:
         bound = 0.0963 * σ.p * σ.p
     return torch.full_like(lower, bound)
@@ -273,13 +266,18 @@ def _through(h: Form, W: Tensor, layers: Layers, b: Tensor | None, keep: bool) -
     return Form(c, g, e, (_sizes(g) + e) * (1 + 2 * (g.shape[1] + 2) * U))
 
 
+def tiers(layers: Layers) -> tuple[int, ...]:
+    """Those that serve the chain."""
+    return (INTERVALS, AFFINE, LINEAR, *([QUADRATIC] if quadratic.serves(layers) else []))
+
+
 def slopes(
     layers: Layers | Straight, lower: Tensor, upper: Tensor, output: int, columns: Tensor, tier: int
 ) -> Slopes:
     """Forms of ∂y_output/∂x_c for the K columns c over the boxes [lower, upper] (B, d), float64.
 
-    ``tier`` is INTERVALS, AFFINE or LINEAR; of programs that are no chain, and over boxes without
-    an end, there are only intervals. What is not finite has an infinite error.
+    ``tier`` is one of the four, QUADRATIC where that serves; of programs that are no chain, and
+    over boxes without an end, there are only intervals. What is not finite has an infinite error.
     """
     if isinstance(layers, Straight):
         return _by_intervals(layers, lower, upper, output, columns)
@@ -287,6 +285,8 @@ def slopes(
     if endless.any():
         return _partly_endless(layers, lower, upper, output, columns, tier, endless)
     h, moving = _input(layers, lower, upper, tier)
+    if tier == QUADRATIC:
+        return Slopes(*quadratic.slopes(layers, h.c, h.r, moving, output, columns), moving)
     c, L, keep = h.c, len(layers.W), tier == LINEAR
     first: list[Form | None] = []
     for l, (W, b, σ) in enumerate(zip(layers.W, layers.b, layers.σ, strict=True)):
@@ -334,6 +334,7 @@ def slopes(
     return Slopes(
         torch.where(known_at, P.c, 0.0),
         torch.where(known_at.unsqueeze(1), slant, 0.0),
+        torch.zeros_like(slant),
         torch.where(known_at, error, torch.inf),
         torch.zeros_like(slant) if blame is None else blame.nan_to_num(1.0, 1.0),
         moving,
@@ -354,12 +355,12 @@ def _partly_endless(
     rest = ~endless
     parts = slopes(layers, lower[rest], upper[rest], output, columns, tier)
     centre, error = lower.new_zeros(2, len(lower), len(columns))
-    slant, blame = lower.new_zeros(2, len(lower), layers.d, len(columns))
+    slant, bend, blame = lower.new_zeros(3, len(lower), layers.d, len(columns))
     centre[endless], error[endless] = whole.centre, whole.error
     centre[rest], error[rest] = parts.centre, parts.error
     at = rest.nonzero(), parts.moving.unsqueeze(0)
-    slant[at], blame[at] = parts.slant, parts.blame
-    return Slopes(centre, slant, error, blame, whole.moving)
+    slant[at], bend[at], blame[at] = parts.slant, parts.bend, parts.blame
+    return Slopes(centre, slant, bend, error, blame, whole.moving)
 
 
 def _by_intervals(
@@ -376,7 +377,7 @@ def _by_intervals(
     moving = torch.arange(program.d, device=lower.device)
     none = c.new_zeros(len(c), program.d, len(columns))
     error = torch.where(torch.isfinite(error), error, torch.inf)
-    return Slopes(c, none, error, none, moving)
+    return Slopes(c, none, none, error, none, moving)
 
 
 def values(

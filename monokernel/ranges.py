@@ -64,6 +64,18 @@ class Curve(NamedTuple):
 
 Curves = tuple[Curve, Curve, Curve]
 
+# Bounds of |σ'''| and of |σ''''|, for those σ of which both are known everywhere.
+THIRD = {
+    "gelu": (0.779, 1.596),
+    "gelu_tanh": (0.777, 1.604),
+    "logsigmoid": (0.0963, 0.1251),
+    "mish": (0.589, 1.102),
+    "sigmoid": (0.1251, 0.1277),
+    "silu": (0.309, 0.501),
+    "tanh": (2.001, 4.087),
+    "tanhshrink": (2.001, 4.087),
+}
+
 
 def bounds(σ: Activation, order: int, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     """Two tensors between which σ (order 0), σ' (1) or σ'' (2) lies on [lower, upper].

@@ -24,6 +24,7 @@ from monokernel import (
     certify,
     forms,
     one_layer,
+    quadratic,
     ranges,
     switches,
 )
@@ -32,7 +33,6 @@ from monokernel.certify import _read
 from monokernel.layers import Layers
 from tests.support import ACTIVATION_MODULES, mlp
 
-TIERS = (forms.INTERVALS, forms.AFFINE, forms.LINEAR)
 JUMPING = ("Hardshrink", "Threshold")
 
 
@@ -61,14 +61,20 @@ def assert_sound(net: nn.Module, lower: Tensor, upper: Tensor, kinked: bool = Fa
         J = layers.slopes(x.flatten(0, 1), output).view(*x.shape)
         # The slopes at the points are rounded too.
         off = 1e-11 * (1 + J.abs())
-        for tier in TIERS:
+        for tier in forms.tiers(layers):
             s = forms.slopes(layers, lower, upper, output, columns, tier)
             assert not s.centre.isnan().any()
             outside = (J - s.centre).abs() - s.radius() > off
             assert not outside.any(), (forms.TIERS[tier], outside.sum())
+            low = s.centre + quadratic.least(s.slant, s.bend).sum(1) - s.error
+            high = s.centre - quadratic.least(s.slant, -s.bend).sum(1) + s.error
+            outside = (low - off > J) | (high + off < J)
+            assert not outside.any(), (forms.TIERS[tier], outside.sum())
             # And not only by their radius: as functions of the point.
             share = ((x - 0.5 * (lower + upper)) / (0.5 * (upper - lower))).nan_to_num(0.0)
-            at = s.centre + torch.einsum("nbm,bmk->nbk", share[..., s.moving], s.slant)
+            share = share[..., s.moving]
+            at = s.centre + torch.einsum("nbm,bmk->nbk", share, s.slant)
+            at = at + torch.einsum("nbm,bmk->nbk", 2 * share.square() - 1, s.bend)
             known = s.error.isfinite()
             outside = ((J - at).abs() - s.error > 1e-8 * (1 + J.abs() + at.abs())) & known
             assert not outside.any(), (forms.TIERS[tier], outside.sum())
@@ -101,7 +107,7 @@ def test_no_form_is_contradicted_by_weights_that_cancel(name: str) -> None:
     lower, upper = boxes(60, 3)
     x = inside(lower, upper, 60)
     J = layers.slopes(x.flatten(0, 1), 0).view(x.shape)
-    for tier in TIERS:
+    for tier in forms.tiers(layers):
         s = forms.slopes(layers, lower, upper, 0, torch.arange(3), tier)
         # Slopes of 1e-3 out of terms of 1e6: the points' own rounding is 1e-10 of those.
         assert ((J - s.centre).abs() <= s.radius() + 1e-7).all()
@@ -120,6 +126,53 @@ def test_lines_hold_along_every_curve() -> None:
             off = (f(a) - line.slope * (a - c) - line.at).abs()
             slack = 1e-13 * (1 + a.abs() + line.slope.abs() * r) + 2.2e-9 * (name == "Softplus")
             assert (off <= line.off + slack).all(), (name, order)
+
+
+def test_parabolas_hold_along_every_curve() -> None:
+    """For every way in which a may come about, within the sizes that are given."""
+    c = torch.empty(300, 1, dtype=torch.float64).uniform_(-6, 6)
+    linear, rest = 10 ** torch.empty(2, 300, 1, dtype=torch.float64).uniform_(-9, 1)
+    tight = torch.rand(2, 300, 1, dtype=torch.float64)  # the range may be known to be less
+    ends = c - tight[0] * (linear + rest), c + tight[1] * (linear + rest)
+    for kind in ranges.THIRD:
+        σ = Activation(kind)
+        for order, f in ((0, σ.value), (1, σ.first)):
+            p = quadratic._parabola(σ, order, c, ends, linear, rest)
+            assert p.off.isfinite().all()
+            for _ in range(40):
+                l, δ = (
+                    s * torch.empty_like(c).uniform_(-1, 1).mul(3).clamp(-1, 1)
+                    for s in (linear, rest)
+                )
+                a = c + l + δ
+                given = (a >= ends[0]) & (a <= ends[1])
+                off = (f(a) - p.at - p.slope * (a - c) - p.bend * l * l).abs()
+                slack = 1e-13 * (1 + a.abs() + p.slope.abs() * (a - c).abs() + p.bend.abs() * l * l)
+                assert (off <= p.off + slack)[given].all(), (kind, order)
+
+
+def test_quadratic_forms_are_exact_to_the_second_order() -> None:
+    """Of a box half as wide an eighth of the error remains, once pairs of columns are exact."""
+    net = mlp(2, 2, 1, (9, 8), nn.SiLU())
+    layers, _ = _read(net, 4)
+    c, every = torch.randn(20, 4, dtype=torch.float64), torch.arange(4)
+    errors = []
+    for r in (1e-2, 5e-3, 2.5e-3):
+        radius = torch.full_like(c, r)
+        radius[:, 1:] = 0  # one column, so that no pair is in the error
+        q = quadratic.slopes(layers, c, radius, every[:1], 0, every)
+        errors.append(q.error.mean())
+    assert errors[0] / errors[1] > 7
+    assert errors[1] / errors[2] > 7
+
+
+def test_smooth_chains_are_bounded_by_quadratic_forms() -> None:
+    net = mlp(3, 2, 1, (16, 16), nn.SiLU())
+    found = certify(net, -1.0, 1.0, direction=[0, 0, 0, 1, 1], margin=-5.0, progress=False)
+    assert found.methods["linear bounds"] == 0
+    net = mlp(3, 2, 1, (16, 16), nn.ELU())  # whose σ'' jumps
+    found = certify(net, -1.0, 1.0, direction=[0, 0, 0, 1, 1], margin=-5.0, progress=False)
+    assert found.methods["quadratic forms"] == 0
 
 
 Bounds = type[switches.Dual] | type[one_layer.OneLayer]
@@ -596,8 +649,11 @@ def test_progress_is_a_line_or_nothing(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().err == ""
 
 
-def test_third_derivatives_are_bounded() -> None:
+def test_third_and_fourth_derivatives_are_bounded() -> None:
     a = torch.linspace(-30, 30, 1_200_001, dtype=torch.float64)
-    for kind, bound in forms._THIRD.items():
+    for kind, (third, fourth) in ranges.THIRD.items():
         second = ranges.curves(Activation(kind))[2].formula(a)
-        assert ((second[1:] - second[:-1]).abs() / (a[1] - a[0])).max() <= bound
+        rise = (second[1:] - second[:-1]) / (a[1] - a[0])
+        assert rise.abs().max() <= third
+        few = rise[::20]  # closer together their own rounding is seen
+        assert ((few[1:] - few[:-1]).abs() / (20 * (a[1] - a[0]))).max() <= fourth
