@@ -106,12 +106,15 @@ Witness = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class _Forms(NamedTuple):
-    """The forms of all constraints over n boxes, as ``forms.Slopes``: (n, Q) and (n, m, Q)."""
+    """The forms of all constraints over n boxes and the lower bounds that they give, as
+    ``forms.Slopes``: (n, Q) and (n, m, Q)."""
 
+    low: Tensor
     centre: Tensor
     slant: Tensor
     bend: Tensor
     error: Tensor
+    rise: Tensor
     blame: Tensor
 
 
@@ -269,7 +272,7 @@ class _Tiers:
             n = AT_A_TIME[tier]
             few = [boxes.at(slice(i, i + n)) for i in range(0, before, n)]
             parts = self.crew.map(partial(_bounds, layers, constraints, tier), few)
-            known = torch.cat([_low(constraints, part) for part in parts])
+            known = torch.cat([part.low for part in parts])
             boxes = boxes._replace(known=torch.maximum(boxes.known, known))
             done = boxes.wanted & (boxes.known >= constraints.margin)
             name = TIERS[INTERVALS if self.intervals_alone else tier]
@@ -290,8 +293,8 @@ def _bounds(layers: Layers | Straight, constraints: Constraints, tier: int, boxe
     """The forms of all constraints over the boxes; where one is not open, of whatever there is."""
     n, Q, m = len(boxes.owner), len(constraints.signs), layers.d
     centre, slant = boxes.lower.new_zeros(n, Q), boxes.lower.new_zeros(n, m, Q)
-    error = torch.full_like(centre, torch.inf)
-    bend, blame = torch.zeros_like(slant), torch.zeros_like(slant)
+    error, low = torch.full_like(centre, torch.inf), torch.full_like(centre, -torch.inf)
+    bend, rise, blame = (torch.zeros_like(slant) for _ in range(3))
     for output in constraints.outputs.unique().tolist():
         of = (constraints.outputs == output).nonzero().flatten()
         rows = boxes.wanted[:, of].any(1).nonzero().flatten()
@@ -302,18 +305,11 @@ def _bounds(layers: Layers | Straight, constraints: Constraints, tier: int, boxe
         sign = constraints.signs[of]
         centre[rows.unsqueeze(1), of] = sign * s.centre
         error[rows.unsqueeze(1), of] = s.error
+        low[rows.unsqueeze(1), of] = torch.where(sign > 0, s.lower, -s.upper)
         at = rows.view(-1, 1, 1), s.moving.view(1, -1, 1), of
         slant[at], bend[at] = sign * s.slant, sign * s.bend
-        blame[at] = s.blame
-    return _Forms(centre, slant, bend, error, blame)
-
-
-def _low(constraints: Constraints, form: _Forms) -> Tensor:
-    """The lower bounds (n, Q) that the forms give, rounded down."""
-    m = form.slant.shape[1]
-    least = quadratic.least(form.slant, form.bend)
-    radius = (form.error - least.sum(1)) * (1 + 4 * (m + 8) * forms.U)
-    return (form.centre - radius) - 2 * forms.U * (form.centre.abs() + radius)
+        rise[at], blame[at] = s.rise, s.blame
+    return _Forms(low, centre, slant, bend, error, rise, blame)
 
 
 def _worst(boxes: Boxes) -> Tensor:
@@ -379,15 +375,13 @@ def _halves(
 
 
 def _cuts(constraints: Constraints, boxes: Boxes, form: _Forms) -> tuple[Tensor, Tensor]:
-    """The part of each box, in half-widths (n, d) twice, that holds every point where the form of
-    an open constraint can be below the margin: g_i ε_i <= margin - c + error + |h_i| - Σ_{j≠i}
-    min_ε (g_j ε + h_j T(ε))."""
-    size, least = form.slant.abs(), quadratic.least(form.slant, form.bend)
-    total = least.sum(1)
-    t = constraints.margin - form.centre + form.error - total
-    t = t + SLACK * (abs(constraints.margin) + form.centre.abs() + form.error - total)
-    reach = t.unsqueeze(1) + least + form.bend.abs() * (1 + SLACK)
-    end = (reach / size).clamp(min=-1)  # of |g_i|: ε_i·sign(g_i) <= end
+    """The part of each box, in half-widths (n, d) twice, that holds every point where an open
+    constraint can be below the margin. A form that rises by ρ or more with ε_i is at ε_i at least
+    its lower bound and ρ (1 + ε_i)."""
+    size, t = form.rise, constraints.margin - form.low
+    whole = form.centre.abs() + form.error + (form.slant.abs() + form.bend.abs()).sum(1)
+    t = t + SLACK * (abs(constraints.margin) + whole)
+    end = (t.unsqueeze(1) / size - 1).clamp(min=-1)  # of ε_i, or of -ε_i where the form falls
     end = torch.where(size > 0, end, torch.inf)
     # Of a constraint that is not open nothing has to be kept.
     end = torch.where(boxes.wanted.unsqueeze(1), end, -torch.inf)

@@ -75,15 +75,28 @@ class Form(NamedTuple):
 class Slopes(NamedTuple):
     """∂y/∂x_c over each box as forms: ``centre`` (B, K) and ``slant`` (B, m, K) along the m moving
     columns of the box, ``bend`` (B, m, K) of their squares, as 2ε² - 1, each in half-widths of it,
-    and ``error`` (B, K) for all else. ``blame`` (B, m, K) shares out over the columns what is not
-    linear; no bound rests on it."""
+    and ``error`` (B, K) for all else. ``rise``, ``blame`` and both bounds as in ``Quadratic``."""
 
     centre: Tensor
     slant: Tensor
     bend: Tensor
     error: Tensor
+    rise: Tensor
     blame: Tensor
+    lower: Tensor
+    upper: Tensor
     moving: Tensor
+
+    @staticmethod
+    def linear(
+        centre: Tensor, slant: Tensor, error: Tensor, blame: Tensor, moving: Tensor
+    ) -> Slopes:
+        """Forms without a bend."""
+        m = slant.shape[1]
+        r = (_sizes(slant) + error) * (1 + 4 * (m + 4) * U)
+        off = r + 2 * U * (centre.abs() + r)
+        bend, rise = torch.zeros_like(slant), slant.abs()
+        return Slopes(centre, slant, bend, error, rise, blame, centre - off, centre + off, moving)
 
     def radius(self) -> Tensor:
         """(B, K); the slope lies within it around the centre."""
@@ -331,10 +344,9 @@ def slopes(
         slant = P.g[:, :m]
         error = (_sizes(P.g[:, m:]) + P.e) * (1 + 2 * (P.g.shape[1] + 2) * U)
     known_at = torch.isfinite(P.c) & torch.isfinite(error) & torch.isfinite(slant).all(1)
-    return Slopes(
+    return Slopes.linear(
         torch.where(known_at, P.c, 0.0),
         torch.where(known_at.unsqueeze(1), slant, 0.0),
-        torch.zeros_like(slant),
         torch.where(known_at, error, torch.inf),
         torch.zeros_like(slant) if blame is None else blame.nan_to_num(1.0, 1.0),
         moving,
@@ -354,13 +366,19 @@ def _partly_endless(
     whole = _by_intervals(layers.straight(), lower[endless], upper[endless], output, columns)
     rest = ~endless
     parts = slopes(layers, lower[rest], upper[rest], output, columns, tier)
-    centre, error = lower.new_zeros(2, len(lower), len(columns))
-    slant, bend, blame = lower.new_zeros(3, len(lower), layers.d, len(columns))
-    centre[endless], error[endless] = whole.centre, whole.error
-    centre[rest], error[rest] = parts.centre, parts.error
+    centre, error, low, high = lower.new_zeros(4, len(lower), len(columns))
+    slant, bend, rise, blame = lower.new_zeros(4, len(lower), layers.d, len(columns))
+    for to, *of in (
+        (centre, whole.centre, parts.centre),
+        (error, whole.error, parts.error),
+        (low, whole.lower, parts.lower),
+        (high, whole.upper, parts.upper),
+    ):
+        to[endless], to[rest] = of
     at = rest.nonzero(), parts.moving.unsqueeze(0)
-    slant[at], bend[at], blame[at] = parts.slant, parts.bend, parts.blame
-    return Slopes(centre, slant, bend, error, blame, whole.moving)
+    slant[at], bend[at] = parts.slant, parts.bend
+    rise[at], blame[at] = parts.rise, parts.blame
+    return Slopes(centre, slant, bend, error, rise, blame, low, high, whole.moving)
 
 
 def _by_intervals(
@@ -377,7 +395,7 @@ def _by_intervals(
     moving = torch.arange(program.d, device=lower.device)
     none = c.new_zeros(len(c), program.d, len(columns))
     error = torch.where(torch.isfinite(error), error, torch.inf)
-    return Slopes(c, none, none, error, none, moving)
+    return Slopes.linear(c, none, error, none, moving)
 
 
 def values(

@@ -33,19 +33,25 @@ TINY = 1e-300
 KNOTS = 9  # of a parabola along a curve
 TOP = 8  # neurons of a layer that get an ε of their own
 MOST_COLUMNS = 16  # of a box: terms are as many as pairs of them
+SETTLED = 3  # rounds in which columns are found along which a form rises or falls
 BENT = (1.0, 0.5, 0.0)  # parabolas that are tried, as shares of the bend of the closest one
 
 
 class Quadratic(NamedTuple):
     """∂y/∂x_c over each box: ``centre`` (B, K), ``slant`` and ``bend`` (B, m, K), the coefficients
-    of ε and of T(ε) of each column, and ``error`` (B, K) for all else. ``blame`` (B, m, K) shares
-    the error out over the columns; no bound rests on it."""
+    of ε and of T(ε) of each column, and ``error`` (B, K) for all else; both bounds (B, K), which
+    are closer than those that follow. Without its error the form changes by ``rise`` (B, m, K) at
+    least with each ε, 0 where it is not known to rise or to fall. ``blame`` (B, m, K) shares out
+    over the columns what makes the bounds wide; no bound rests on it."""
 
     centre: Tensor
     slant: Tensor
     bend: Tensor
     error: Tensor
+    rise: Tensor
     blame: Tensor
+    lower: Tensor
+    upper: Tensor
 
 
 class Form(NamedTuple):
@@ -182,6 +188,40 @@ def _add_products(G: Tensor, c: Tensor, a: Tensor, b: Tensor) -> None:
         first += m - 1 - i
 
 
+def _symmetric(pairs: Tensor, m: int) -> Tensor:
+    """The coefficients (B, K, m, m) of ε_i ε_j, from those of the pairs (B, m (m - 1) / 2, K)."""
+    i, j = torch.triu_indices(m, m, 1, device=pairs.device)
+    H = pairs.new_zeros(len(pairs), pairs.shape[2], m, m)
+    H[:, :, i, j] = H[:, :, j, i] = pairs.mT
+    return H
+
+
+def _least_of(g: Tensor, h: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
+    """A lower bound (B, K) of Σ_i (g_i ε_i + h_i T(ε_i)) + ½ εᵀHε for g and h (B, m, K) and H
+    (B, K, m, m), rounded down; and a 1 (B, K, m) for each column that is not known to rise or fall.
+
+    Where the derivative by ε_i has one sign everywhere, the least value is at that end of it, which
+    leaves a form in the other columns, of which more may have one.
+    """
+    g, h = g.mT, h.mT
+    m = g.shape[2]
+    at, open_ = torch.zeros_like(g), torch.ones_like(g)
+    first = open_
+    for i in range(SETTLED):
+        slope = g + (H @ at.unsqueeze(3)).squeeze(3)
+        moves = 4 * h.abs() + (H.abs() @ open_.unsqueeze(3)).squeeze(3)
+        settles = (slope.abs() >= moves) & (open_ > 0)
+        at = torch.where(settles, -slope.sign(), at)
+        open_ = torch.where(settles, 0.0, open_)
+        first = open_ if i == 0 else first
+    slope = g + (H @ at.unsqueeze(3)).squeeze(3)
+    ends = torch.where(open_ > 0, least(slope, h), g * at + h).sum(2)
+    settled = 0.5 * (at.unsqueeze(2) @ H @ at.unsqueeze(3)).flatten(1)
+    others = 0.5 * (open_.unsqueeze(2) @ H.abs() @ open_.unsqueeze(3)).flatten(1)
+    size = (g.abs() + h.abs()).sum(2) + H.abs().sum((2, 3))
+    return ends + settled - others - (4 * (m * m + 16) * U) * size, first
+
+
 def _along(a: Form, f: Parabola, m: int, linear: Tensor, rest: Tensor) -> Form:
     """f(a)."""
     g = a.G[:, :m]
@@ -315,23 +355,27 @@ def slopes(
         P = _through(P if s is None else _product(P, s, m), W.mT, layers, None, m, l > 0)
     if not P.G.shape[1]:
         P = P._replace(G=c.new_zeros(len(c), _terms(m), P.c.shape[1]))
-    size = P.G[:, 2 * m :].abs()
-    error = (size.sum(1) + P.e) * (1 + 2 * (P.G.shape[1] + 2) * U)
+    pairs = P.G[:, 2 * m : _terms(m)]
+    third = (P.G[:, _terms(m) :].abs().sum(1) + P.e) * (1 + 2 * (P.G.shape[1] + 2) * U)
+    error = (pairs.abs().sum(1) + third) * (1 + 2 * (pairs.shape[1] + 2) * U)
     slant, bend = P.G[:, :m], P.G[:, m : 2 * m]
-    known = torch.isfinite(P.c) & torch.isfinite(error) & torch.isfinite(P.G[:, : 2 * m]).all(1)
+    H = _symmetric(pairs, m)
+    low, open_ = _least_of(slant, bend, H)
+    high, _ = _least_of(-slant, -bend, -H)
     blame = torch.zeros_like(slant) if blame is None else blame
-    blame = blame + 2 * bend.abs()
-    at = 0
-    for i in range(m - 1):
-        pair = 0.5 * size[:, at : at + m - 1 - i]
-        blame[:, i] += pair.sum(1)
-        blame[:, i + 1 :] += pair
-        at += m - 1 - i
+    size = H.abs()
+    tied = (size @ open_.unsqueeze(3)).squeeze(3)  # to what is not known to rise or fall
+    blame = blame + (open_ * (2 * bend.mT.abs() + 0.5 * tied)).mT
+    rise = (slant.abs() - 4 * bend.abs() - size.sum(3).mT).clamp(min=0)
+    known = torch.isfinite(P.c) & torch.isfinite(error) & torch.isfinite(P.G[:, : 2 * m]).all(1)
     every = known.unsqueeze(1)
     return Quadratic(
         torch.where(known, P.c, 0.0),
         torch.where(every, slant, 0.0),
         torch.where(every, bend, 0.0),
         torch.where(known, error, torch.inf),
+        torch.where(every, rise, 0.0),
         blame.nan_to_num(1.0, 1.0),
+        torch.where(known, P.c + low - third - 4 * U * (P.c.abs() - low + third), -torch.inf),
+        torch.where(known, P.c - high + third + 4 * U * (P.c.abs() - high + third), torch.inf),
     )

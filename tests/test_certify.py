@@ -66,9 +66,7 @@ def assert_sound(net: nn.Module, lower: Tensor, upper: Tensor, kinked: bool = Fa
             assert not s.centre.isnan().any()
             outside = (J - s.centre).abs() - s.radius() > off
             assert not outside.any(), (forms.TIERS[tier], outside.sum())
-            low = s.centre + quadratic.least(s.slant, s.bend).sum(1) - s.error
-            high = s.centre - quadratic.least(s.slant, -s.bend).sum(1) + s.error
-            outside = (low - off > J) | (high + off < J)
+            outside = (s.lower - off > J) | (s.upper + off < J)
             assert not outside.any(), (forms.TIERS[tier], outside.sum())
             # And not only by their radius: as functions of the point.
             share = ((x - 0.5 * (lower + upper)) / (0.5 * (upper - lower))).nan_to_num(0.0)
