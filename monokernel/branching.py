@@ -30,7 +30,7 @@ AT_A_TIME = {INTERVALS: 512, AFFINE: 256, LINEAR: 128, QUADRATIC: 128}
 COST = {INTERVALS: 1.0, AFFINE: 6.0, LINEAR: 15.0, QUADRATIC: 12.0}
 AGAIN = 32
 SLACK = 1e-9  # relative; cuts are wider by it than rounding could make them
-STEEP = 0.1  # what a linear change counts beside an error of its size in the choice of a column
+STEEP = 0.4  # what a linear change counts beside an error of its size in the choice of a column
 
 
 class Constraints(NamedTuple):
