@@ -255,7 +255,7 @@ class Monotone(nn.Module):
     def _inputs(self, x: Tensor) -> Inputs:
         """As a reading of ``mlp`` for x (..., d) takes them."""
         d = len(self.lower)
-        return Inputs(x[..., :0], x, x.shape[:-1], d, d, False)
+        return Inputs((x,), x.shape[:-1], d, tuple(range(d)), False)
 
     def __getstate__(self) -> dict[str, Any]:
         # What is native stays in its process.
