@@ -136,9 +136,9 @@ def fused_mono_penalty(
             also for a backend asked for by name that cannot serve.
 
     Warns:
-        RuntimeWarning: once for each network on the general path, of constrained columns in which every
-            slope is exactly 0: behind an embedding or a rounding say, where no penalty can see
-            whether y rises.
+        RuntimeWarning: once for each network on the general path, of constrained columns in which
+            every slope is exactly 0: behind an embedding or a rounding say, where no penalty can
+            see whether y rises.
     """
     mlp = unwrap(mlp)
     inputs = check_inputs(x1, x2)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .columns import Columns, last
+from .columns import Columns, last_columns
 from .problem import Hinge, accumulate_dtype
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "check_names",
     "check_number",
     "check_parameter",
+    "check_table",
     "check_weight",
     "is_mapping",
     "plain",
@@ -83,10 +84,6 @@ class Inputs(NamedTuple):
             return torch.cat(self.blocks, -1)
         return self.blocks[-1]
 
-    def name(self, c: int) -> str:
-        """How to say which column number c of those is."""
-        return f"{c} of x2" if len(self.blocks) > 1 else f"{self.columns[c]} of x1"
-
 
 def check_module(mlp: Any) -> None:
     if not isinstance(mlp, nn.Module):
@@ -111,7 +108,7 @@ def check_inputs(x1: Any, x2: Any = None) -> Inputs:
         d = operator.index(free[-1])
         if d == 0:
             raise ValueError("x1: expected at least one column where x2 is left out, got d = 0")
-        return Inputs((x1,), free[:-1], d, last(d, d), _autocast(x1))
+        return Inputs((x1,), free[:-1], d, last_columns(d, d), _autocast(x1))
     monotone = x2.shape
     if len(monotone) == len(free) - 1:
         x2 = x2.unsqueeze(-1)
@@ -130,7 +127,7 @@ def check_inputs(x1: Any, x2: Any = None) -> Inputs:
     if x1.dtype != x2.dtype:
         raise TypeError(f"x2: expected the dtype of x1, {_dtype(x1)}, got {_dtype(x2)}")
     d = operator.index(free[-1]) + k
-    return Inputs((x1, x2), batch, d, last(d, k), _autocast(x2))
+    return Inputs((x1, x2), batch, d, last_columns(d, k), _autocast(x2))
 
 
 def _autocast(x: Tensor) -> bool:
@@ -179,9 +176,7 @@ def _of_columns(flat: tuple[Any, ...], d: int, columns: Columns) -> tuple[Any, .
 Names = tuple[Any, ...]
 
 
-def check_names(
-    columns: Any, n: int, what: str = "", argument: str = "columns"
-) -> Names | None:
+def check_names(columns: Any, n: int, what: str = "", argument: str = "columns") -> Names | None:
     """The names of n columns, ``what`` says of what: a sequence, or the index of a DataFrame."""
     if columns is None:
         return None
@@ -220,7 +215,7 @@ def plain(given: Any) -> Any:
 
 
 def check_column(argument: str, key: Any, n: int, names: Names | None) -> int:
-    """The number of one of n columns, which is named by its name, or without names by its number."""
+    """The number of one of n columns, which goes by its name, or without names by its number."""
     if names is not None:
         if key in names:
             return names.index(key)
@@ -257,6 +252,22 @@ def _table(argument: str, given: Any, n: int, names: Names | None) -> Any:
     full = {c: values * (1 if shape else D) for c, (values, shape) in entries.items()}
     rows = [[full[c][i] if c in full else 0 for c in range(n)] for i in range(D)]
     return rows if shapes else rows[0]
+
+
+def check_table(argument: str, given: Any, mlp: Any) -> tuple[Any, Names | None]:
+    """A DataFrame as a tensor of the network's dtype, on its device, and the names of its columns;
+    anything else as it is."""
+    if not (hasattr(given, "columns") and callable(getattr(given, "to_numpy", None))):
+        return given, None
+    parameters = mlp.parameters() if isinstance(mlp, nn.Module) else ()
+    like = next((p for p in parameters if p.is_floating_point()), torch.empty(0))
+    names = tuple(_plain(name) for name in given.columns)
+    try:
+        return torch.tensor(given.to_numpy(), dtype=like.dtype, device=like.device), names
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{argument}: expected numbers in every column, got a DataFrame with others"
+        ) from None
 
 
 def check_direction(direction: Any, k: int, names: Names | None = None) -> Direction:
@@ -450,9 +461,7 @@ def check_weight(weight: Any, x: Tensor, D: int, k: int) -> Tensor | None:
     batch = x.shape[:-1]
     full = (*batch, D, k)
     short = len(full) - weight.dim()
-    fits = short >= 0 and all(
-        w in (1, n) for w, n in zip(weight.shape, full[short:], strict=True)
-    )
+    fits = short >= 0 and all(w in (1, n) for w, n in zip(weight.shape, full[short:], strict=True))
     by_row = weight.dim() > 0 and weight.shape == batch
     if not (fits or by_row):
         raise ValueError(

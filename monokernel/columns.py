@@ -11,13 +11,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["Columns", "Run", "add", "last", "runs_of", "spread", "take"]
+__all__ = ["Columns", "Run", "add", "last_columns", "runs_of", "spread", "take"]
 
 Columns = tuple[int, ...]  # ascending
 Run = tuple[int, int, int]  # first column, its place among the columns, how many follow each other
 
 
-def last(d: int, k: int) -> Columns:
+def last_columns(d: int, k: int) -> Columns:
     """The last k of d columns."""
     return tuple(range(d - k, d))
 

@@ -64,7 +64,7 @@ def slope_cotangent(gout: Tensor, S: Tensor) -> Tensor:
 
 
 def mean(total: Tensor, direction: tuple[int, ...], N: int, D: int, k: int) -> Tensor:
-    """The total over those of the N·D·k slopes that the direction constrains. Over none it is 0, and
-    so is every gradient: a NaN, as ``torch.mean`` has it, would end a training."""
+    """The total over those of the N·D·k slopes that the direction constrains. Over none it is 0,
+    and so is every gradient: a NaN, as ``torch.mean`` has it, would end a training."""
     entries = N * (D * k // len(direction)) * sum(s != 0 for s in direction)
     return total / max(entries, 1)

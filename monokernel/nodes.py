@@ -30,7 +30,6 @@ from torch.nn import functional as F
 
 from . import dropout
 from .activations import ACTIVATIONS, Activation
-from .columns import Columns
 from .program import Node
 
 __all__ = [
@@ -726,7 +725,7 @@ def used(nodes: tuple[Node, ...]) -> tuple[int, ...]:
     return tuple([i for i in range(len(nodes)) if i + 1 in needed])
 
 
-def moving(d: int, x2: Columns, nodes: tuple[Node, ...]) -> tuple[bool, ...]:
+def moving(d: int, x2: Sequence[int], nodes: tuple[Node, ...]) -> tuple[bool, ...]:
     """Of each value, whether these columns of x reach it: others have no tangent."""
     reached = [True]
     for node in nodes:

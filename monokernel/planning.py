@@ -21,8 +21,8 @@ from .arguments import (
     check_parameter,
 )
 from .backends import BACKENDS, refusal
-from .columns import Columns
 from .capture import Captured, capturable, meet, numbers_of
+from .columns import Columns
 from .function import operand_dtype, transformed
 from .operands import has_memory
 from .problem import Mode, Problem, cheaper_mode

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .activations import Activation
-from .columns import Columns, last
+from .columns import Columns, last_columns
 from .nodes import wrong_nodes
 from .program import Chain, Node, chain_of, nodes_of
 
@@ -116,7 +116,7 @@ def chain_problem(
     """The problem of a chain in its last k inputs: ``widths`` is (d, H_1, …, D), one activation for
     each layer."""
     d, nodes = widths[0], nodes_of(tuple(widths), tuple(activations))
-    return Problem(d, nodes, last(d, k), mode, hinge)
+    return Problem(d, nodes, last_columns(d, k), mode, hinge)
 
 
 Packed = tuple[
@@ -207,8 +207,8 @@ def unpack(
         wrong = f"margin: expected 1, k or D·k numbers, got {list(margin)}"
     if wrong:
         raise ValueError(wrong)
-    own = margin[0] if len(margin) == 1 else tuple(margin)
-    hinge = Hinge(tuple(direction), own, squared, elementwise) if penalised else None
+    given = margin[0] if len(margin) == 1 else tuple(margin)
+    hinge = Hinge(tuple(direction), given, squared, elementwise) if penalised else None
     return Problem(d, tuple(nodes), tuple(columns), mode, hinge)
 
 

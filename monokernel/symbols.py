@@ -68,7 +68,7 @@ class Tape:
         self.batch = inputs.batch
         self.lead = len(inputs.batch)
         self.dtype, self.device = x.dtype, x.device
-        self.requires_grad = any([t.requires_grad for t in inputs.blocks])
+        self.requires_grad = any(t.requires_grad for t in inputs.blocks)
         self.device_type = self.device.type
         self.autocast = inputs.autocast
         self.casts = self.autocast and operand_dtype(x) != x.dtype

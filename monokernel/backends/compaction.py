@@ -99,7 +99,7 @@ class Call:
             return None
         state = _State.of(self.mlp, [x, *leaves])
         assert state is not None
-        sources = ([source] if wanted else []) + leaves
+        sources = [source, *leaves] if wanted else leaves
         return Repeat(
             self.mlp,
             module,
@@ -191,16 +191,14 @@ def _of_pairs(repeat: Repeat, gJ: Tensor, J: Tensor) -> Sequence[Tensor | None] 
         return None
     if not S.requires_grad:
         return [None] * len(repeat.sources)
-    own = [x] if repeat.wanted else []
+    sources = list(repeat.sources)
+    if repeat.wanted:
+        sources[0] = get_gradient_edge(x)
     with repeat.autocast:
-        grads = torch.autograd.grad(
-            S, [*own, *repeat.sources[len(own) :]], gJ[at], allow_unused=True
-        )
-    whole = [
-        None if g is None else g.new_zeros(B, *g.shape[1:]).index_add_(0, rows, g)
-        for g in grads[: len(own)]
-    ]
-    return [*whole, *grads[len(own) :]]
+        grads = list(torch.autograd.grad(S, sources, gJ[at], allow_unused=True))
+    if repeat.wanted and grads[0] is not None:
+        grads[0] = torch.zeros_like(repeat.x).index_add_(0, rows, grads[0])
+    return grads
 
 
 def _of_all(repeat: Repeat, gJ: Tensor) -> Sequence[Tensor | None]:

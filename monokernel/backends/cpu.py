@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..activations import ACTIVATIONS, Activation
-from ..problem import Hinge, Problem, accumulate_dtype
+from ..problem import Problem, accumulate_dtype
 from ..program import Node
 from ..ranges import described
 from . import Step

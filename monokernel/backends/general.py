@@ -91,7 +91,7 @@ def _by_autograd(
     further = torch.is_grad_enabled()
     with torch.enable_grad():
         # A node of its own, so that no path around the network counts as a slope.
-        wanted = further and any([t.requires_grad for t in inputs.blocks])
+        wanted = further and any(t.requires_grad for t in inputs.blocks)
         x = inputs.joined()
         x = x.view_as(x) if wanted else x.detach().requires_grad_()
         module = partial(_call, mlp, running=running)
@@ -152,9 +152,9 @@ def _judge(mlp: nn.Module, inputs: Inputs, y: Tensor, J: Tensor, reached: bool) 
     """Warns, once for each module, of columns in which every slope J (*batch, D, k) is 0.
 
     The graph alone seldom tells that a column is not ``reached``: where another takes a
-    differentiable path out of x, it gets zeros by it. So the slopes are looked at, until for once they can be
-    judged: rows that all have the same y (a last layer that starts at 0) say nothing. On a GPU that
-    waits for the device, which is why it is done once.
+    differentiable path out of x, it gets zeros by it. So the slopes are looked at, until for once
+    they can be judged: rows that all have the same y (a last layer that starts at 0) say nothing.
+    On a GPU that waits for the device, which is why it is done once.
     """
     if not J.numel() or not _readable(y, J):
         return
@@ -171,9 +171,10 @@ def _judge(mlp: nn.Module, inputs: Inputs, y: Tensor, J: Tensor, reached: bool) 
         columns = [inputs.columns[c] for c in columns]
     if columns:
         warnings.warn(
-            f"{name}: in column{'s' * (len(columns) > 1)} {', '.join(map(str, columns))} every slope "
-            f"of mlp ({type(mlp).__name__}) is exactly 0. If y moves with it all the same (by "
-            f"{WITHOUT_DERIVATIVE}), no penalty can see that, and 0 is no all-clear; audit() tells",
+            f"{name}: in column{'s' * (len(columns) > 1)} {', '.join(map(str, columns))} every "
+            f"slope of mlp ({type(mlp).__name__}) is exactly 0. If y moves with it all the same ("
+            f"by {WITHOUT_DERIVATIVE}), no penalty can see that, and 0 is no all-clear; "
+            "audit() tells",
             RuntimeWarning,
             stacklevel=7,  # where the public function was called
         )
