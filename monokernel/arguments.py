@@ -73,16 +73,18 @@ class Inputs(NamedTuple):
         """One of the blocks, for what all have in common."""
         return self.blocks[-1]
 
-    @property
-    def named(self) -> tuple[tuple[str, Tensor], ...]:
-        """The blocks with the names of their arguments."""
-        return tuple(zip(("x1", "x2"), self.blocks, strict=False))
+    def argument(self, block: Tensor) -> str:
+        """The name of the argument that a block came as."""
+        return "x1" if block is self.blocks[0] else "x2"
 
     def joined(self) -> Tensor:
         """x itself: cat[x1, x2]."""
         if len(self.blocks) > 1 and self.d > len(self.columns):
             return torch.cat(self.blocks, -1)
-        return self.blocks[-1]
+        x = self.blocks[-1]
+        if torch.compiler.is_compiling() or not x.is_inference():
+            return x
+        return x if torch.is_inference_mode_enabled() else x.clone()  # which autograd may save
 
 
 def check_module(mlp: Any) -> None:
@@ -288,6 +290,8 @@ def check_constraints(
     """The inputs with the columns that are constrained, the signs and the margins of these, and
     their names: of x2, or without it of what any output constrains of all of x."""
     whole, n = len(inputs.blocks) == 1, inputs.k
+    if not whole and columns is None and type(margin) is float:  # the usual case, at once
+        return inputs, check_direction(direction, n), margin, None
     if columns is not None:
         columns = check_names(columns, n, "" if whole else " of x2")
     signs = check_direction(direction, n, columns)

@@ -223,7 +223,7 @@ def audit(
     with evaluating(mlp):
         sampled = None
         if sample:
-            points = sample_points(x, sample, strategy, generator=generator)
+            points = sample_points(_without_nan(x), sample, strategy, generator=generator)
             sampled = _measure(mlp, points, asked, None)
         report = _measure(mlp, x, asked, sampled)
         if attack and len(x):
@@ -256,16 +256,18 @@ def _attacked(
     """Where descents on every constrained slope end (n, d), within the range of the rows (N, d)."""
     d = x.shape[1]
     outputs, columns = (report.direction != 0).nonzero(as_tuple=True)
-    if not len(columns):
+    if not len(columns) or report.nan_rows == len(x):
         return x[:0]
     signs = report.direction[outputs, columns].to(x.device, torch.float64)
     outputs, places = outputs.to(x.device), columns.to(x.device)
     columns = torch.tensor(report.columns, device=x.device)[places]
     each = max(1, min(STARTS, MOST_STARTS // len(signs)))
+    worst = x[report.worst_row.flatten().clamp(min=0).unique().to(x.device)]
+    x = _without_nan(x)
     lower, upper = x.amin(0).double(), x.amax(0).double()
     starts = torch.cat(
         [
-            x[report.worst_row.flatten().clamp(min=0).unique().to(x.device)],
+            _without_nan(worst),
             _spread(x, each),
             sample_points(x, each, generator=generator),
         ]
@@ -375,6 +377,11 @@ def _measure(mlp: nn.Module, x: Tensor, asked: _Asked, sampled: Audit | None) ->
         nan_row=bad[0] if bad else -1,
         nan_rows=len(bad),
     )
+
+
+def _without_nan(x: Tensor) -> Tensor:
+    """The rows that have a place in a range."""
+    return x[~x.isnan().any(1)]
 
 
 def _changes(mlp: nn.Module, x: Tensor, column: int) -> Tensor:

@@ -195,7 +195,8 @@ class Certificate:
         for o, c in entries[:LINES]:
             lines.append(
                 f"{o:>6} {labels[c]:>{width}} {int(self.direction[o, c]):>+4} "
-                f"{low[c].item():>9.4g} {high[c].item():>9.4g} {bound[:, o, c].min().item():>11.4g} "
+                f"{low[c].item():>9.4g} {high[c].item():>9.4g} "
+                f"{bound[:, o, c].min().item():>11.4g} "
                 f"{found[o, c].item():>12.4g} {witness[box[o, c], o, c, c].item():>9.4g} "
                 f"{step[o, c].item():>10.3g}"
             )

@@ -17,6 +17,7 @@ Columns = tuple[int, ...]  # ascending
 Run = tuple[int, int, int]  # first column, its place among the columns, how many follow each other
 
 
+@lru_cache(maxsize=1024)
 def last_columns(d: int, k: int) -> Columns:
     """The last k of d columns."""
     return tuple(range(d - k, d))

@@ -288,8 +288,9 @@ def _without_statistics(mlp: nn.Module) -> str | None:
 def _wrapped(inputs: Inputs) -> str | None:
     """A subclass that decides itself what an operation does (a MaskedTensor, a DTensor) gets to
     see the operations, unless a mode that looks on (a FakeTensorMode) takes care of it."""
-    for name, t in inputs.named:
+    for t in inputs.blocks:
         if not has_memory(t) and torch._C._len_torch_dispatch_stack() == 0:
+            name = inputs.argument(t)
             return f"{name} is a {type(t).__name__}, with operations of its own"
     return None
 

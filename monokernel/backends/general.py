@@ -27,6 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..arguments import Inputs
 from ..columns import take
 from ..network import ending
+from ..operands import check_saveable
 from ..problem import accumulate_dtype, nan_rule
 from .compaction import DENSE, Call, compacted, slope
 
@@ -66,6 +67,8 @@ def value_and_jacobian(
     An output that takes no part in autograd is a ValueError, and slopes that are all 0 are worth a
     warning. With ``audited`` such slopes are 0 without a word: the audit finds out what it means.
     """
+    if not transformed:
+        check_saveable(mlp.parameters())
     if (
         not transformed and torch.is_inference_mode_enabled()
     ):  # its tensors can take no part in autograd
@@ -166,7 +169,7 @@ def _judge(mlp: nn.Module, inputs: Inputs, y: Tensor, J: Tensor, reached: bool) 
     key = id(mlp)
     _judged[key] = weakref.ref(mlp, lambda _: _judged.pop(key, None))
     columns = dead.nonzero().flatten().tolist()
-    name = inputs.named[-1][0]
+    name = inputs.argument(inputs.like)
     if name == "x1":
         columns = [inputs.columns[c] for c in columns]
     if columns:
