@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .columns import Columns, last_columns
+from .operands import PLAIN, holds
 from .problem import Hinge, accumulate_dtype
 
 __all__ = [
@@ -485,11 +486,12 @@ def _check_not_negative(weight: Tensor) -> None:
     """Where that can be seen: not while tracing, and not without a wait for a device."""
     if (
         weight.device.type == "cpu"
-        and type(weight) in (Tensor, nn.Parameter)
+        and type(weight) in PLAIN
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
+        and holds(weight)
         and bool((weight.detach() < 0).any())
     ):
         raise ValueError(f"weight: expected none below 0, got {weight.min().item():g}")

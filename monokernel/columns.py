@@ -17,16 +17,18 @@ Columns = tuple[int, ...]  # ascending
 Run = tuple[int, int, int]  # first column, its place among the columns, how many follow each other
 
 
-@lru_cache(maxsize=1024)
 def last_columns(d: int, k: int) -> Columns:
     """The last k of d columns."""
     return tuple(range(d - k, d))
 
 
-@lru_cache(maxsize=1024)
 def runs_of(columns: Columns) -> tuple[Run, ...]:
     """The columns as runs of neighbours."""
-    runs = list[Run]()
+    return _runs_of(columns) if torch.compiler.is_compiling() else _cached_runs_of(columns)
+
+
+def _runs_of(columns: Columns) -> tuple[Run, ...]:
+    runs: list[Run] = []
     for place, column in enumerate(columns):
         if runs and column == sum(runs[-1][::2]):
             first, start, count = runs[-1]
@@ -34,6 +36,9 @@ def runs_of(columns: Columns) -> tuple[Run, ...]:
         else:
             runs.append((column, place, 1))
     return tuple(runs)
+
+
+_cached_runs_of = lru_cache(maxsize=1024)(_runs_of)
 
 
 def take(t: Tensor, columns: Columns, dim: int = -1) -> Tensor:

@@ -29,6 +29,7 @@ __all__ = [
     "check_saveable",
     "check_saved",
     "has_memory",
+    "holds",
     "shapes_of",
     "traced",
 ]
@@ -146,7 +147,7 @@ def _operand(
         and t.device == device
         and (type(t) in PLAIN or has_memory(t))
         and not t.is_neg()
-        and _holds(t)
+        and holds(t)
     ):
         return t
     if has_memory(t) and (t.is_neg() or t._is_zerotensor()):
@@ -157,7 +158,7 @@ def _operand(
     )
 
 
-def _holds(t: Tensor) -> bool:
+def holds(t: Tensor) -> bool:
     """Whether its storage reaches to its last element."""
     held = t.untyped_storage().nbytes()
     if t.is_contiguous() and t.storage_offset() == 0:  # the usual case, at once

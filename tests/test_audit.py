@@ -112,7 +112,7 @@ def test_text_table() -> None:
     first, header, *entries = str(report).split("\n\n")[0].splitlines()
     assert first == "4 rows: 25.00% of the constrained slopes violate, worst slope -4"
     assert header.split() == [
-        *("output", "column", "sign", "violating", "worst", "slope", "row", "x2", "there"),
+        *("output", "column", "sign", "violating", "worst", "slope", "row", "x", "there"),
     ]
     assert entries[0].split() == ["0", "0", "+1", "50.00%", "-3", "1", "0.5"]
     assert len(entries) == 3

@@ -21,7 +21,7 @@ X1, X2 = points(5, 3, 2, torch.float32)
     ("arguments", "options", "sentence"),
     [
         (("x", X2), {}, "x1: expected a tensor, got str"),
-        ((X1, None), {}, "x2: expected a tensor, got NoneType"),
+        ((X1, "x"), {}, "x2: expected a tensor, got str"),
         ((X1.long(), X2), {}, "x1: expected a floating-point tensor, got int64"),
         ((X1, X2.bool()), {}, "x2: expected a floating-point tensor, got bool"),
         ((X1.to_sparse(), X2), {}, "x1: expected a dense tensor, got torch.sparse_coo"),

@@ -62,6 +62,21 @@ def test_value_slopes_and_gradients(name: str, mode: Mode) -> None:
     assert_agrees(p, x, params, violating=violating, needs=needs, task=False)
 
 
+@BOTH_MODES
+@pytest.mark.parametrize("name", ["pre-norm RMSNorm", "DCN-v2", "wide and deep"])
+def test_columns_anywhere(name: str, mode: Mode) -> None:
+    net = network(name, 5, 2, 6, torch.float64, seed=7)
+    x = torch.randn(22, 5, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *net.parameters()]
+    options = {"direction": {0: 1, 3: -1, 4: 1}, "margin": (0.1, 0.3, 0.2), "mode": mode}
+    found = []
+    for served in ("triton", "torch"):
+        y, penalty = fused_mono_penalty(net, x, return_output=True, backend=served, **options)
+        grads = gradients(y.square().sum() + penalty, *inputs)
+        found.append([y, penalty, *grads])
+    assert_same(*found)
+
+
 # Chains of layers, which have kernels of their own.
 CHAINS = ("MLP with dropout", "standardised", "shared layer", "own forward", "squeezed")
 
