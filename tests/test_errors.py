@@ -65,7 +65,13 @@ X1, X2 = points(5, 3, 2, torch.float32)
         (
             (X1, X2),
             {"direction": "up"},
-            "direction: expected a number, a (nested) sequence of numbers or a tensor, got str",
+            "direction: expected entries in {-1, 0, 1}, got 'up'",
+        ),
+        (
+            (X1, X2),
+            {"direction": {0: None}},
+            "direction: expected a number, a (nested) sequence of numbers, a tensor or a mapping from "
+            "columns to numbers, got dict",
         ),
         ((X1, X2), {"direction": 1j}, "direction: expected entries in {-1, 0, 1}, got 1j"),
         (
