@@ -15,8 +15,10 @@ from .arguments import (
     Inputs,
     check_chosen,
     check_constraints,
+    check_direction,
     check_hinge,
     check_inputs,
+    check_names,
     check_weight,
     plain,
 )
@@ -218,7 +220,10 @@ class MonotonePenalty(nn.Module):
         super().__init__()
         self.mlp = mlp
         self.direction, self.margin = plain(direction), plain(margin)
-        self.columns = None if columns is None else plain(columns)
+        self.columns = columns
+        if columns is not None:
+            self.columns = check_names(columns, len(columns))
+            check_direction(self.direction, len(columns), self.columns)
         self.hinge, self.reduction = hinge, reduction
         self.mode, self.backend, self.batch_stats = mode, backend, batch_stats
         if isinstance(weight, (int, float)):

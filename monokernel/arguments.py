@@ -9,6 +9,7 @@ import difflib
 import math
 import operator
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -202,7 +203,7 @@ def _plain(entry: Any) -> Any:
 
 
 def is_mapping(given: Any) -> bool:
-    """A dict, or a pandas Series or DataFrame, by their columns."""
+    """A dict, or what is one from columns to numbers, as a pandas Series."""
     return callable(getattr(given, "items", None)) and callable(getattr(given, "keys", None))
 
 
@@ -293,12 +294,29 @@ def check_constraints(
     whole, n = len(inputs.blocks) == 1, inputs.k
     if not whole and columns is None and type(margin) is float:  # the usual case, at once
         return inputs, check_direction(direction, n), margin, None
-    if columns is not None:
-        columns = check_names(columns, n, "" if whole else " of x2")
-    signs = check_direction(direction, n, columns)
     if not whole:
-        margin, shape = check_margin(margin, inputs.columns, n, columns)
-        return inputs, signs._replace(margins=shape) if shape else signs, margin, columns
+        names = check_names(columns, n, " of x2")
+        signs = check_direction(direction, n, names)
+        margin, shape = check_margin(margin, inputs.columns, n, names)
+        return inputs, signs._replace(margins=shape), margin, names
+    if torch.compiler.is_compiling():
+        chosen, signs, margin, names = _constraints(n, direction, columns, margin)
+    else:
+        try:
+            known = _known_constraints(n, _frozen(direction), _frozen(columns), _frozen(margin))
+            chosen, signs, margin, names = known
+        except TypeError:  # something in there may change, or is wrong
+            chosen, signs, margin, names = _constraints(n, direction, columns, margin)
+    return Inputs(inputs.blocks, inputs.batch, n, chosen, inputs.autocast), signs, margin, names
+
+
+Constraints = tuple[Columns, Direction, float | tuple[float, ...], Names | None]
+
+
+def _constraints(n: int, direction: Any, columns: Any, margin: Any) -> Constraints:
+    """Of all n columns of x: those that are constrained, and what is said of them."""
+    names = check_names(columns, n)
+    signs = check_direction(direction, n, names)
     if not signs.shape:
         raise ValueError(
             f"direction: expected a sign for each of the d = {n} columns of x1 where x2 is left "
@@ -307,11 +325,39 @@ def check_constraints(
     chosen = tuple([c for c in range(n) if any(signs.flat[c::n])])
     if not chosen:
         raise ValueError("direction: expected +1 or -1 for at least one column, got none")
-    margin, shape = check_margin(margin, chosen, n, columns)
-    if columns is not None:
-        columns = tuple([columns[c] for c in chosen])
-    signs = signs.of_columns(chosen)._replace(margins=shape)
-    return inputs._replace(columns=chosen), signs, margin, columns
+    margin, shape = check_margin(margin, chosen, n, names)
+    if names is not None:
+        names = tuple([names[c] for c in chosen])
+    return chosen, signs.of_columns(chosen)._replace(margins=shape), margin, names
+
+
+class _Items(NamedTuple):
+    """Those of a dict, which cannot be looked up itself."""
+
+    of: tuple[tuple[Any, Any], ...]
+
+
+def _frozen(given: Any) -> Any:
+    if type(given) is dict:
+        return _Items(tuple(given.items()))
+    if isinstance(given, Tensor):
+        raise TypeError("a tensor may change")
+    return given
+
+
+@lru_cache(maxsize=256, typed=True)
+def _known_constraints(n: int, direction: Any, columns: Any, margin: Any) -> Constraints:
+    """The same, which takes 30 µs, once. Raises a TypeError for what may change, as tensors do."""
+
+    def thawed(given: Any) -> Any:
+        if isinstance(given, tuple):
+            for entry in given.of if isinstance(given, _Items) else given:
+                thawed(entry)
+        elif not isinstance(given, (int, float, str, type(None))):
+            raise TypeError(f"{type(given).__name__} may change")
+        return dict(given.of) if isinstance(given, _Items) else given
+
+    return _constraints(n, *map(thawed, (direction, columns, margin)))
 
 
 def check_chosen(inputs: Inputs, columns: Any, names: Any) -> tuple[Inputs, Columns]:

@@ -582,3 +582,22 @@ def test_runs_take_and_spread() -> None:
         add(whole, columns, part)
         assert torch.equal(take(whole, columns), 2 * part)
     assert take(t, (2, 3, 4)).data_ptr() == t[:, 2:].data_ptr()  # no copy of neighbours
+
+
+def test_what_is_kept_of_a_direction_does_not_go_stale() -> None:
+    """Directions are read once; one that may change is read in every call."""
+    net, x = mlp(6, 0, 1), torch.randn(9, 6, dtype=torch.float64)
+    falls = fused_mono_penalty(net, x, direction={1: -1})
+    by_name: dict[Any, Any] = {1: 1}
+    tensor = torch.tensor([0, 1, 0, 0, 0, 0])
+    entries = (0, torch.tensor(1), 0, 0, 0, 0)
+    rises = fused_mono_penalty(net, x, direction=by_name)
+    assert not torch.equal(rises, falls)
+    for given in (by_name, tensor, entries):
+        assert torch.equal(fused_mono_penalty(net, x, direction=given), rises)
+    by_name[1], tensor[1] = -1, -1
+    entries[1].fill_(-1)  # type: ignore[attr-defined]
+    for given in (by_name, tensor, entries):
+        assert torch.equal(fused_mono_penalty(net, x, direction=given), falls)
+    with pytest.raises(TypeError, match="margin: expected a number, got bool"):
+        fused_mono_penalty(net, x, direction={1: 1}, margin=False)

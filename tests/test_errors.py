@@ -70,8 +70,8 @@ X1, X2 = points(5, 3, 2, torch.float32)
         (
             (X1, X2),
             {"direction": {0: None}},
-            "direction: expected a number, a (nested) sequence of numbers, a tensor or a mapping from "
-            "columns to numbers, got dict",
+            "direction: expected a number, a (nested) sequence of numbers, a tensor or a mapping "
+            "from columns to numbers, got dict",
         ),
         ((X1, X2), {"direction": 1j}, "direction: expected entries in {-1, 0, 1}, got 1j"),
         (
@@ -101,13 +101,13 @@ X1, X2 = points(5, 3, 2, torch.float32)
             (X1, X2),
             {"weight": torch.ones(3)},
             "weight: expected a shape that broadcasts to (D, k) = (2, 2) or (..., D, k) = "
-            "(5, 2, 2), got (3,)",
+            "(5, 2, 2), or one for each row, (5,), got (3,)",
         ),
         (
             (X1, X2),
             {"weight": torch.ones(4, 2, 2)},
             "weight: expected a shape that broadcasts to (D, k) = (2, 2) or (..., D, k) = "
-            "(5, 2, 2), got (4, 2, 2)",
+            "(5, 2, 2), or one for each row, (5,), got (4, 2, 2)",
         ),
         ((X1, X2), {"weight": "1"}, "weight: expected a number or a tensor, got str"),
         (
