@@ -13,6 +13,7 @@ from . import hinge as hinges
 from .arguments import (
     Direction,
     Inputs,
+    Names,
     check_chosen,
     check_constraints,
     check_direction,
@@ -179,12 +180,11 @@ def value_and_jacobian(
         ``backend="reference"``).
     """
     mlp = unwrap(mlp)
-    inputs = check_inputs(x1, x2)
+    inputs, order = check_inputs(x1, x2), None
     if columns is not None:
         inputs, order = check_chosen(inputs, columns, names)
-        found = _serve(mlp, inputs, None, Direction((1,), ()), None, mode, backend, batch_stats)
-        return found[0], take(found[1], order)
-    return _serve(mlp, inputs, None, Direction((1,), ()), None, mode, backend, batch_stats)
+    y, J = _serve(mlp, inputs, None, Direction((1,), ()), None, mode, backend, batch_stats)
+    return y, J if order is None else take(J, order)
 
 
 class MonotonePenalty(nn.Module):
@@ -202,6 +202,7 @@ class MonotonePenalty(nn.Module):
     """
 
     weight: Tensor | None
+    columns: Names | None = None
 
     def __init__(
         self,

@@ -360,9 +360,9 @@ def _known_constraints(n: int, direction: Any, columns: Any, margin: Any) -> Con
     return _constraints(n, *map(thawed, (direction, columns, margin)))
 
 
-def check_chosen(inputs: Inputs, columns: Any, names: Any) -> tuple[Inputs, Columns]:
-    """The inputs with the columns of x that are named, and these in the order in which they were
-    named, as places among them."""
+def check_chosen(inputs: Inputs, columns: Any, names: Any) -> tuple[Inputs, Columns | None]:
+    """The inputs with the columns of x that are named; and these, unless they were named in the
+    order of x, as places among them."""
     if len(inputs.blocks) > 1:
         raise ValueError("columns: expected none beside x2, which says which columns are wanted")
     if isinstance(columns, (str, bytes)) or not isinstance(columns, Iterable):
@@ -372,7 +372,8 @@ def check_chosen(inputs: Inputs, columns: Any, names: Any) -> tuple[Inputs, Colu
     chosen = tuple(sorted(set(found)))
     if not chosen or len(chosen) < len(found):
         raise ValueError(f"columns: expected one or more columns, each once, got {found}")
-    return inputs._replace(columns=chosen), tuple([chosen.index(c) for c in found])
+    order = None if tuple(found) == chosen else tuple([chosen.index(c) for c in found])
+    return inputs._replace(columns=chosen), order
 
 
 def check_margin(
