@@ -245,7 +245,8 @@ def random_calls(draw: Any, rows: Sequence[int]) -> RandomCall:
     N = draw(st.sampled_from(rows))
     x, params = operands(d, nodes, N, draw(st.booleans()), draw(st.booleans()))
     signs = tuple([(1, 0, -1)[i % 3] for i in range(D * k)])
-    hinges = None, Hinge(), Hinge((1, -1)[:k], 0.1, True), Hinge(signs, 0.2, False, True)
+    margins = tuple([0.1 + 0.1 * i for i in range(D * k)])
+    hinges = None, Hinge(), Hinge((1, -1)[:k], 0.1, True), Hinge(signs, margins, False, True)
     hinge = draw(st.sampled_from(hinges))
     weight = None
     if hinge is not None and draw(st.booleans()):
@@ -261,7 +262,8 @@ def random_calls(draw: Any, rows: Sequence[int]) -> RandomCall:
     mode: Mode = draw(st.sampled_from(["tangent", "adjoint"]))
     task, slopes = draw(st.sampled_from([(True, True), (True, False), (False, True)]))
     block_rows = draw(st.sampled_from([5, 1000]))
-    p = Problem(d, nodes, last_columns(d, k), mode, hinge)
+    columns = tuple(sorted(draw(st.sets(st.integers(0, d - 1), min_size=k, max_size=k))))
+    p = Problem(d, nodes, columns, mode, hinge)
     return RandomCall(p, x, params, weight, needs, task, slopes, block_rows)
 
 
