@@ -240,13 +240,13 @@ MK_EXPORT void mk_use_parallel_for(void* address) {
 
 MK_EXPORT const char* mk_node_names() { return node_names; }
 
-MK_EXPORT int64_t mk_plan_new(const int64_t* flags, int64_t d, int64_t k, int64_t count,
-                              const int64_t* nodes, const double* numbers, double margin,
-                              const double* direction) {
+MK_EXPORT int64_t mk_plan_new(const int64_t* flags, int64_t d, int64_t k, const int64_t* columns,
+                              int64_t count, const int64_t* nodes, const double* numbers,
+                              const double* margin, const double* direction) {
   OwnedPlan* owned = new (std::nothrow) OwnedPlan{};
   if (!owned) return 0;
   owned->kernels = flags[0] ? &chosen().float64 : &chosen().float32;
-  describe(owned, flags, d, k, count, nodes, numbers, margin, direction);
+  describe(owned, flags, d, k, columns, count, nodes, numbers, margin, direction);
   Saved saved;
   owned->kernels->saved(owned->plan, &saved);
   static_assert(sizeof(saved.size) == sizeof(owned->shape.saved), "one number for each buffer");

@@ -37,10 +37,12 @@ const char* mk_node_names();
 
 // flags: is_double, adjoint, hinge, squared, elementwise. `nodes` is for each of the `count` nodes its
 // kind, width, numbers of inputs, parameters and numbers, then the inputs and the places of the
-// parameters; `numbers` are those of all nodes. direction is (D, k) or null. All is copied, none is
-// checked. Returns the handle, 0 where there is no memory.
-int64_t mk_plan_new(const int64_t* flags, int64_t d, int64_t k, int64_t count, const int64_t* nodes,
-                    const double* numbers, double margin, const double* direction);
+// parameters; `numbers` are those of all nodes. `columns` (k,) are ascending; margin and direction are
+// (D, k), or null without a hinge. All is copied, none is checked. Returns the handle, 0 where there is
+// no memory.
+int64_t mk_plan_new(const int64_t* flags, int64_t d, int64_t k, const int64_t* columns, int64_t count,
+                    const int64_t* nodes, const double* numbers, const double* margin,
+                    const double* direction);
 // A plan has one owner at first. `keep` adds one, unless the number is no plan's handle: it returns
 // 0 then, and 1 otherwise. Each owner drops it once.
 int64_t mk_plan_keep(int64_t plan);

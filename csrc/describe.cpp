@@ -33,10 +33,23 @@ Node traits(int64_t kind) {
   return node;
 }
 
-// Whether x2 reaches a slice of x: columns of x1 stand still.
+// Whether x2 reaches a slice of x: all other columns stand still.
 bool reaches_x2(const Plan& plan, const Node& node) {
   const int64_t start = int64_t(node.numbers[0]), step = int64_t(node.numbers[1]);
-  return node.width > 0 && start + step * (node.width - 1) >= plan.d - plan.k;
+  return std::any_of(plan.columns, plan.columns + plan.k, [&](int64_t column) {
+    const int64_t i = column - start;
+    return i >= 0 && i % step == 0 && i / step < node.width;
+  });
+}
+
+void find_runs(const int64_t* columns, int64_t k, std::vector<Run>* runs) {
+  for (int64_t c = 0; c < k; ++c) {
+    if (c && columns[c] == columns[c - 1] + 1) {
+      ++runs->back().count;
+    } else {
+      runs->push_back({columns[c], c, 1});
+    }
+  }
 }
 
 // Views that make up a value, as a gate's two halves do: what comes down to each is written where it
@@ -163,8 +176,8 @@ void find_parameters(OwnedPlan* owned) {
 
 }  // namespace
 
-void describe(OwnedPlan* owned, const int64_t* flags, int64_t d, int64_t k, int64_t count,
-              const int64_t* nodes, const double* numbers, double margin,
+void describe(OwnedPlan* owned, const int64_t* flags, int64_t d, int64_t k, const int64_t* columns,
+              int64_t count, const int64_t* nodes, const double* numbers, const double* margin,
               const double* direction) {
   int64_t places = 0, all_numbers = 0, params = 0;
   const int64_t* at = nodes;
@@ -195,8 +208,14 @@ void describe(OwnedPlan* owned, const int64_t* flags, int64_t d, int64_t k, int6
   plan.D = owned->nodes.back().width;
   plan.nodes = owned->nodes.data();
   plan.adjoint = flags[1], plan.hinge = flags[2], plan.squared = flags[3];
-  plan.elementwise = flags[4], plan.margin = margin;
+  plan.elementwise = flags[4];
+  owned->constrained.assign(columns, columns + k);
+  find_runs(columns, k, &owned->runs);
+  plan.columns = owned->constrained.data();
+  plan.runs = owned->runs.data(), plan.run_count = int64_t(owned->runs.size());
+  if (margin) owned->margin.assign(margin, margin + plan.D * k);
   if (direction) owned->direction.assign(direction, direction + plan.D * k);
+  plan.margin = owned->margin.data();
   plan.direction = owned->direction.data();
   find_flow(plan, &owned->flow);
   plan.flow = owned->flow.data();

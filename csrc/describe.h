@@ -12,7 +12,9 @@ struct OwnedPlan {
   std::vector<Node> nodes;
   std::vector<Flow> flow;
   std::vector<int64_t> places;  // the inputs and parameters of all nodes
-  std::vector<double> numbers, direction;
+  std::vector<int64_t> constrained;  // columns of x
+  std::vector<Run> runs;
+  std::vector<double> numbers, margin, direction;
   std::vector<mk_parameter> parameters;
   mk_shape shape;
   int64_t owners;
@@ -26,8 +28,9 @@ struct OwnedPlan {
 extern const char* const node_names;
 
 // Fills in everything but kernels, shape.saved and owners from what mk_plan_new is given.
-void describe(OwnedPlan* owned, const int64_t* flags, int64_t d, int64_t k, int64_t count,
-              const int64_t* nodes, const double* numbers, double margin, const double* direction);
+void describe(OwnedPlan* owned, const int64_t* flags, int64_t d, int64_t k, const int64_t* columns,
+              int64_t count, const int64_t* nodes, const double* numbers, const double* margin,
+              const double* direction);
 
 // Fills in the box from what mk_plan_box is given.
 void describe_box(OwnedPlan* owned, int64_t boxes, int64_t k, const double* ends,

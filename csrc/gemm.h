@@ -140,12 +140,13 @@ template <class T> MK_INLINE int64_t packed_size(int64_t K, int64_t N) {
   return K * round_up(N, Simd<T>::lanes);
 }
 
-// A weight to be packed: B (K, N), B[k][n] = w[k·row + n·column]; columns are padded with zeros to
-// whole vectors.
+// A weight to be packed: B (K, N), B[k][n] = w[k·row + n·column], of column chosen[n] if they are
+// chosen; columns are padded with zeros to whole vectors.
 template <class T> struct Packing {
   T* to;
   const T* w;
   int64_t row, column, K, N;
+  const int64_t* chosen;
 
   Matrix<T> matrix() const { return {to, K, N, 0}; }
   int64_t panels() const { return (N + panel_width<T> - 1) / panel_width<T>; }
@@ -161,11 +162,12 @@ template <class T> struct Packing {
 
   // One vector of columns from j on, of which `real` are there.
   void strip(T* panel, int64_t width, int64_t j, int64_t real) const {
-    const T* from = w + j * column;
+    const T* from = w + (chosen ? 0 : j * column);
+    const auto at = [&](int64_t i) { return column * (chosen ? chosen[j + i] : i); };
     int64_t k = 0;
-    if (column == 1 && real >= lanes) {
+    if (!chosen && column == 1 && real >= lanes) {
       for (; k < K; ++k) store(panel + k * width, load(from + k * row));
-    } else if (row == 1 && real >= lanes) {
+    } else if (!chosen && row == 1 && real >= lanes) {
       for (; k + lanes <= K; k += lanes) {
         Vec<T> square[lanes];
         MK_UNROLL
@@ -177,7 +179,7 @@ template <class T> struct Packing {
     }
     for (; k < K; ++k) {
       for (int64_t i = 0; i < lanes; ++i) {
-        panel[k * width + i] = i < real ? from[k * row + i * column] : T(0);
+        panel[k * width + i] = i < real ? from[k * row + at(i)] : T(0);
       }
     }
   }

@@ -6,23 +6,26 @@
 
 namespace {
 
-// Forward: directions and weights, (D, k) repeated until they fill whole vectors, D·k·lanes of each.
+// Forward: directions, margins and weights, (D, k) repeated until they fill whole vectors, D·k·lanes of
+// each.
 template <class T> struct Hinge {
   const Plan* plan;
   const ForwardCall* call;
-  const T *signs = nullptr, *weights = nullptr;
+  const T *signs = nullptr, *margins = nullptr, *weights = nullptr;
 
   Hinge(const Plan& p, const ForwardCall& c, Bump& memory) : plan(&p), call(&c) {
     if (!p.hinge) return;
     const int64_t Dk = p.D * p.k, n = Dk * Simd<T>::lanes;
-    T *s = memory.take<T>(n), *w = memory.take<T>(n);
+    T *s = memory.take<T>(n), *m = memory.take<T>(n), *w = memory.take<T>(n);
     if (!s) return;
     const T* given = c.weight_per_row ? nullptr : static_cast<const T*>(c.weight);
     for (int64_t i = 0; i < n; ++i) {
       s[i] = T(p.direction[i % Dk]);
+      m[i] = T(p.margin[i % Dk]);
       w[i] = given ? given[i % Dk] : T(1);
     }
     signs = s;
+    margins = m;
     weights = w;
   }
 
@@ -74,7 +77,7 @@ template <class T> struct Hinge {
         if (per_row) w = load(rest[1]);
         w = within(some, w);
       }
-      const Vec<T> r = T(plan->margin) - sign * J, zero = Vec<T>{};
+      const Vec<T> r = load(margins + phase) - sign * J, zero = Vec<T>{};
       const auto on = (sign != T(0)) & ~(r <= T(0));  // NaN counts
       const bool squared = plan->squared;
       const Vec<T> e = on ? w * (squared ? r * r : r) : zero;

@@ -66,18 +66,28 @@ struct Flow {
   bool follows;   // an elementwise node that reads the value before it, a linear one's
 };
 
-// A program over x (N, d) with outputs y (N, D). x2 is the last k columns of x.
+// Columns of x side by side that are constrained: `count` from `first` on, of all that are those from
+// `at` on.
+struct Run {
+  int64_t first, at, count;
+};
+
+// A program over x (N, d) with outputs y (N, D). x2 are k columns of x.
 struct Plan {
   int64_t d, D, k;
   int64_t count, params;  // nodes and parameters
   const Node* nodes;
   const Flow* flow;  // count + 1
   bool adjoint;  // mode: one chain for each output, else one for each monotone column
+  const int64_t* columns;  // (k,), ascending: which columns of x are x2
+  const Run* runs;         // the same
+  int64_t run_count;
   bool hinge, squared, elementwise;
-  double margin;
+  const double* margin;     // (D, k), present with hinge
   const double* direction;  // (D, k) in {-1, 0, 1}, present with hinge
 
   bool keeps_adjoint() const { return adjoint && D == 1; }
+  bool side_by_side() const { return run_count == 1; }
   int64_t width(int64_t value) const { return value ? nodes[value - 1].width : d; }
 };
 

@@ -96,12 +96,13 @@ template <class T> struct Program {
   bool slopes_by_dots(int64_t v) const { return prefers_dots<T>(width(v), k); }
 
   // The weights to be packed are first noted, then packed by so many threads.
-  Matrix<T> note(Bump& memory, const T* w, int64_t row, int64_t column, int64_t K, int64_t N) {
+  Matrix<T> note(Bump& memory, const T* w, int64_t row, int64_t column, int64_t K, int64_t N,
+                 const int64_t* chosen = nullptr) {
     for (const Packing<T>& p : packings) {
-      const bool same = p.w == w && p.row == row && p.column == column;
+      const bool same = p.w == w && p.row == row && p.column == column && p.chosen == chosen;
       if (same && p.K == K && p.N == N) return p.matrix();
     }
-    packings.push_back({memory.take<T>(packed_size<T>(K, N)), w, row, column, K, N});
+    packings.push_back({memory.take<T>(packed_size<T>(K, N)), w, row, column, K, N, chosen});
     return packings.back().matrix();
   }
   void pack(int64_t threads, int64_t thread) const {
@@ -127,7 +128,10 @@ template <class T> struct Program {
   }
   void pack_slopes(Bump& memory, int64_t v) {
     const T* w = w_of(v);
-    const Matrix<T> packed = note(memory, w ? w + (d - k) : w, d, 1, width(v), k);
+    const bool beside = plan->side_by_side();
+    const int64_t first = beside ? plan->columns[0] : 0;
+    const Matrix<T> packed =
+        note(memory, w ? w + first : w, d, 1, width(v), k, beside ? nullptr : plan->columns);
     if (weights) weights[v - 1].slopes = packed;
   }
   void pack_rows(Bump& memory, int64_t v) {
@@ -143,7 +147,7 @@ template <class T> struct Program {
     if (!to) return;
     for (int64_t c = 0; c < k; ++c) {
       for (int64_t j = 0; j < ld; ++j) {
-        to[c * ld + j] = j < out ? w_of(v)[j * d + (d - k) + c] : T(0);
+        to[c * ld + j] = j < out ? w_of(v)[j * d + plan->columns[c]] : T(0);
       }
     }
     weights[v - 1].columns = to;

@@ -167,6 +167,12 @@ template <class T> struct ProgramBackward {
   const Errand& errand;
   const GradientLayout<T>& layout;
 
+  struct Runs {
+    const Run *first, *last;
+    const Run* begin() const { return first; }
+    const Run* end() const { return last; }
+  };
+  Runs runs() const { return {net.plan->runs, net.plan->runs + net.plan->run_count}; }
   const Way& way(int64_t v) const { return call.way[v]; }
   const Flow& flow(int64_t v) const { return net.flow(v); }
   bool wants(int64_t place) const { return call.grads[place] != nullptr; }
@@ -358,8 +364,11 @@ template <class T> struct ProgramBackward {
     for (int64_t v = 0; v <= net.y; ++v) s.prepared[v] = s.chained[v] = false;
     if (way(0).dot) {
       for (int64_t i = 0; i < pass.m; ++i) {
-        clear(s.dot[0].row(i), net.whole(0));
-        copy_few(s.dot[0].row(i) + (net.d - net.k), s.pairs.e + i * s.pairs.lde, net.k);
+        T* x = s.dot[0].row(i);
+        clear(x, net.whole(0));
+        for (int64_t c = 0; c < net.k; ++c) {
+          x[net.plan->columns[c]] = s.pairs.e[i * s.pairs.lde + c];
+        }
       }
     }
     for (int64_t v = 1; v <= net.y; ++v) {
@@ -375,8 +384,12 @@ template <class T> struct ProgramBackward {
       } else if (net.below(v)) {
         linear_push<T>(net, v, pass.m, s.dot[net.below(v)], nullptr, s.dot[v], Nothing{});
       } else {
-        gemm<false>(pass.m, net.k, s.pairs.e, s.pairs.lde, net.at(v).forward, net.d - net.k,
-                    from_zero<T>(), s.dot[v].at, s.dot[v].ld, Nothing{});
+        const Mat<T> to = s.dot[v];
+        for (const Run& run : runs()) {
+          const Init<T> init = run.at ? Init<T>{to.at, to.ld} : from_zero<T>();
+          gemm<false>(pass.m, run.count, s.pairs.e + run.at, s.pairs.lde, net.at(v).forward,
+                      run.first, init, to.at, to.ld, Nothing{});
+        }
       }
     }
     if (!flow(net.y).kept && flow(net.y).moving && way(net.y).wanted) {
@@ -638,9 +651,11 @@ template <class T> struct ProgramBackward {
     const typename GradientLayout<T>::Place& place = layout.place[node.place[0]];
     T* to = s.sums + place.at;
     const Mat<const T> rows = s.rows.value[u];
-    if (P && u == 0) {  // the tangent of x is e in its last columns and nothing elsewhere
-      product(net.k, pass.m, {s.pairs.e, s.pairs.lde}, P, net.width(v),
-              to + (net.d - net.k) * place.ld(), place.ld(), {});
+    if (P && u == 0) {  // the tangent of x is e in the columns of x2 and nothing elsewhere
+      for (const Run& run : runs()) {
+        product(run.count, pass.m, {s.pairs.e + run.at, s.pairs.lde}, P, net.width(v),
+                to + run.first * place.ld(), place.ld(), {});
+      }
     }
     const bool slopes = P && u > 0 && flow(u).moving;
     if (!G && !slopes) return;

@@ -14,8 +14,9 @@ namespace {
 constexpr int64_t most_together = 4;
 
 // Memory of the chain of slopes, by value: the cotangents of one output, or the tangents of a few
-// columns.
+// columns. One more stands for x2: what products pull to its columns of x alone.
 template <class T> struct SlopeChain {
+  int64_t x2;          // its number
   Mat<T>* at;          // the first tangent
   int64_t* apart;      // elements from one tangent to the next
   int64_t together;
@@ -27,10 +28,11 @@ template <class T> struct SlopeChain {
 
   SlopeChain(Bump& memory, const Program<T>& program, int64_t capacity) {
     const int64_t count = program.y + 1;
+    x2 = count;
     together = program.plan->adjoint ? 1 : min_of(program.k, most_together);
-    at = memory.take<Mat<T>>(count);
+    at = memory.take<Mat<T>>(count + 1);
     apart = memory.take<int64_t>(count);
-    begun = memory.take<bool>(count);
+    begun = memory.take<bool>(count + 1);
     done = memory.take<bool>(count);
     int64_t most = 1, widest = 1;
     for (int64_t v = 0; v < count; ++v) {
@@ -46,6 +48,12 @@ template <class T> struct SlopeChain {
       const int64_t size = (one_row ? 1 : capacity) * stride;
       T* own = memory.take<T>(together * size);
       if (at) at[v] = {own, one_row ? 0 : stride}, apart[v] = size;
+    }
+    if (program.plan->adjoint) {
+      const bool one_row = program.flow(0).uniform;
+      const int64_t stride = scratch_ld<T>(program.k);
+      T* own = memory.take<T>((one_row ? 1 : capacity) * stride);
+      if (at) at[x2] = {own, one_row ? 0 : stride};
     }
     dots = memory.take<Mat<const T>>(most);
     ld = scratch_ld<T>(widest);
@@ -175,6 +183,7 @@ template <class T> struct ProgramForward {
                       int64_t d, T* to) const {
     const SlopeChain<T>& P = scratch.chain;
     const SavedProgram<T> saved{net, blocks};
+    P.begun[P.x2] = false;
     for (int64_t v = 0; v <= net.y; ++v) {
       P.begun[v] = P.done[v] = false;
       if (call.saved && net.flow(v).pulled) P.at[v] = saved.cotangent(call.saved[1], block, v);
@@ -194,13 +203,16 @@ template <class T> struct ProgramForward {
       }
     }
     const int64_t Dk = net.D * net.k;
-    const Mat<T> x{P.at[0].at + (net.d - net.k), P.at[0].ld};
+    const Mat<T> x = P.at[0], x2 = P.at[P.x2];
     for (int64_t i = 0; i < rows; ++i) {
-      if (P.begun[0]) {
-        copy_few(to + i * Dk, x.row(i), net.k);
+      T* J = to + i * Dk;
+      if (P.begun[P.x2]) {
+        copy_few(J, x2.row(i), net.k);
       } else {
-        clear(to + i * Dk, net.k);
+        clear(J, net.k);
       }
+      if (!P.begun[0]) continue;
+      for (int64_t c = 0; c < net.k; ++c) J[c] += x.row(i)[net.plan->columns[c]];
     }
   }
 
@@ -211,12 +223,12 @@ template <class T> struct ProgramForward {
     if (u == 0 ? !net.flow(v).moving : !walked(u)) return;
     const Weights<T>& w = net.at(v);
     Mat<const T> from = P.at[v];
-    const int64_t m = P.rows_of(v, rows), n = P.rows_of(u, rows);
+    const int64_t goal = u ? u : P.x2;
+    const int64_t m = P.rows_of(v, rows), n = P.rows_of(goal, rows);
     const int64_t columns = u ? net.width(u) : net.k;
-    Mat<T> to = P.at[u];
-    if (u == 0) to.at += net.d - net.k;
-    const bool add = P.begun[u];
-    P.begun[u] = true;
+    const Mat<T> to = P.at[goal];
+    const bool add = P.begun[goal];
+    P.begun[goal] = true;
     // What is added to, or spread over all rows, is computed on the side, but for plain products.
     const bool plain = u > 0 && v != net.y && m == n;
     if (plain && !add && n == rows && net.pulls_through(u) && continues(u)) {
@@ -229,8 +241,12 @@ template <class T> struct ProgramForward {
     if (plain) return linear_pull<T>(net, v, m, from, to, add, Nothing{});
     Mat<T> side = m == n && !add ? to : Mat<T>{P.product, m == 1 ? 0 : P.ld};
     if (v == net.y) {  // the identity: a row of W
-      const T* row = w.rows + d * whole_vectors<T>(net.width(u)) + (u ? 0 : net.d - net.k);
-      copy(side.at, row, columns);
+      const T* row = w.rows + d * whole_vectors<T>(net.width(u));
+      if (u) {
+        copy(side.at, row, columns);
+      } else {
+        for (int64_t c = 0; c < columns; ++c) side.at[c] = row[net.plan->columns[c]];
+      }
     } else if (u > 0) {
       linear_pull<T>(net, v, m, from, side, false, Nothing{});
     } else if (net.slopes_by_dots(v)) {
@@ -275,7 +291,7 @@ template <class T> struct ProgramForward {
     for (int64_t c = 0; c < m; ++c) {
       T* x = chain.tangent(0, c).at;
       clear(x, net.whole(0));
-      x[net.d - net.k + c0 + c] = T(1);
+      x[net.plan->columns[c0 + c]] = T(1);
     }
     for (int64_t v = 1; v <= net.y; ++v) {
       if (!net.flow(v).used || !net.flow(v).moving || net.is_view(v)) continue;

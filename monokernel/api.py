@@ -13,12 +13,18 @@ from . import hinge as hinges
 from .arguments import (
     Direction,
     Inputs,
+    Names,
+    check_chosen,
+    check_constraints,
     check_direction,
     check_hinge,
     check_inputs,
+    check_names,
     check_weight,
+    plain,
 )
 from .backends import BACKENDS, general, reference
+from .columns import take
 from .function import evaluate, operand_dtype
 from .network import unwrap
 from .operands import has_memory, traced
@@ -33,10 +39,11 @@ __all__ = ["MonotonePenalty", "fused_mono_penalty", "value_and_jacobian"]
 def fused_mono_penalty(
     mlp: nn.Module,
     x1: Tensor,
-    x2: Tensor,
+    x2: Tensor | None = ...,
     *,
     direction: Any = ...,
-    margin: float = ...,
+    columns: Any = ...,
+    margin: Any = ...,
     hinge: str = ...,
     weight: Tensor | float | None = ...,
     reduction: str = ...,
@@ -51,10 +58,11 @@ def fused_mono_penalty(
 def fused_mono_penalty(
     mlp: nn.Module,
     x1: Tensor,
-    x2: Tensor,
+    x2: Tensor | None = ...,
     *,
     direction: Any = ...,
-    margin: float = ...,
+    columns: Any = ...,
+    margin: Any = ...,
     hinge: str = ...,
     weight: Tensor | float | None = ...,
     reduction: str = ...,
@@ -68,10 +76,11 @@ def fused_mono_penalty(
 def fused_mono_penalty(
     mlp: nn.Module,
     x1: Tensor,
-    x2: Tensor,
+    x2: Tensor | None = None,
     *,
     direction: Any = 1,
-    margin: float = 0.0,
+    columns: Any = None,
+    margin: Any = 0.0,
     hinge: str = "linear",
     weight: Tensor | float | None = None,
     reduction: str = "sum",
@@ -92,17 +101,25 @@ def fused_mono_penalty(
             and element-wise activations are fused. A forward of one's own is run on symbols and
             served as the program of row-wise operations that it is; what is none takes the general
             path.
-        x1: the free inputs (..., d1), floating point; d1 may be 0.
+        x1: the free inputs (..., d1), floating point; d1 may be 0. Where x2 is left out all inputs
+            x (..., d), of which ``direction`` says which are constrained.
         x2: the monotone inputs (..., k), or (...,) read as k = 1; shape, dtype and device go with
             x1.
         direction: +1 the output must not decrease, -1 must not increase, 0 free: a scalar, (k,) or
-            (D, k), as numbers or a tensor (which is read to the host).
-        margin: the slope, in its direction, from which on there is no penalty.
+            (D, k), as numbers or a tensor (which is read to the host). Where x2 is left out (d,) or
+            (D, d): k are then the columns that any output constrains, in the order of x. In either
+            case also a mapping (a dict, a pandas Series) from a column to its sign, or to its (D,)
+            signs: 0 for what it does not name.
+        columns: the names of the columns of x, or of x2 if it is given, by which a mapping names
+            them; without it they go by their numbers.
+        margin: the slope, in its direction, from which on there is no penalty: a number, (k,) or
+            (D, k), or a mapping as ``direction`` (0 for what it does not name).
         hinge: "linear" or "squared".
         weight: multiplies the penalties: a number or a tensor that broadcasts to (D, k) or
-            (..., D, k), one multiplier per constraint say; gradients reach it if it requires them.
-        reduction: "sum"; "mean" over the constrained entries (NaN where there are none, as
-            ``torch.mean`` has it, with gradients of zero); "none" gives (..., D, k).
+            (..., D, k), one multiplier per constraint say, or (...,), one for each row; not below
+            0, which is looked at on the CPU alone. Gradients reach it if it requires them.
+        reduction: "sum"; "mean" over the constrained entries (0 where there are none, no row say);
+            "none" gives (..., D, k).
         return_output: also return y, which shares the forward.
         mode: "tangent" (one pass per column), "adjoint" (one chain per output) or "auto", the
             cheaper of the two.
@@ -122,17 +139,17 @@ def fused_mono_penalty(
             also for a backend asked for by name that cannot serve.
 
     Warns:
-        RuntimeWarning: once for each network on the general path, of columns of x2 in which every
-            slope is exactly 0: behind an embedding or a rounding say, where no penalty can see
-            whether y rises.
+        RuntimeWarning: once for each network on the general path, of constrained columns in which
+            every slope is exactly 0: behind an embedding or a rounding say, where no penalty can
+            see whether y rises.
     """
     mlp = unwrap(mlp)
     inputs = check_inputs(x1, x2)
-    signs = check_direction(direction, inputs.k)
+    inputs, signs, margin, _ = check_constraints(inputs, direction, columns, margin)
     static = check_hinge(signs.flat, margin, hinge, reduction)
     y, penalty = _serve(mlp, inputs, weight, signs, static, mode, backend, batch_stats)
     if reduction == "mean":
-        D = y.shape[-1] if y.dim() == inputs.x2.dim() else 1
+        D = y.shape[-1] if y.dim() == inputs.like.dim() else 1
         N = math.prod(inputs.batch)
         penalty = hinges.mean(penalty, static.direction, N, D, inputs.k)
     return (y, penalty) if return_output else penalty
@@ -141,8 +158,10 @@ def fused_mono_penalty(
 def value_and_jacobian(
     mlp: nn.Module,
     x1: Tensor,
-    x2: Tensor,
+    x2: Tensor | None = None,
     *,
+    columns: Any = None,
+    names: Any = None,
     mode: str = "auto",
     backend: str = "auto",
     batch_stats: str = "error",
@@ -151,36 +170,47 @@ def value_and_jacobian(
 
     Args:
         mlp, x1, x2, mode, backend, batch_stats: as for ``fused_mono_penalty``.
+        columns: where x2 is left out, the k columns of x in which slopes are wanted: numbers, or
+            names; all of them if it is left out too.
+        names: the d names by which ``columns`` names them.
 
     Returns:
-        y (..., D) and ∂y/∂x2 (..., D, k), float32 for half-precision networks. Both are
-        differentiable once (to all orders with ``backend="reference"``).
+        y (..., D) and ∂y/∂x2 (..., D, k), or the slopes in ``columns`` in their order; float32 for
+        half-precision networks. Both are differentiable once (to all orders with
+        ``backend="reference"``).
     """
     mlp = unwrap(mlp)
-    inputs = check_inputs(x1, x2)
-    return _serve(mlp, inputs, None, Direction((1,), ()), None, mode, backend, batch_stats)
+    inputs, order = check_inputs(x1, x2), None
+    if columns is not None:
+        inputs, order = check_chosen(inputs, columns, names)
+    y, J = _serve(mlp, inputs, None, Direction((1,), ()), None, mode, backend, batch_stats)
+    return y, J if order is None else take(J, order)
 
 
 class MonotonePenalty(nn.Module):
-    """A network together with its penalty: ``forward(x1, x2)`` gives ``(y, penalty)``.
+    """A network together with its penalty: ``forward(x1, x2)`` or ``forward(x)`` gives
+    ``(y, penalty)``.
 
     An ordinary module around ``mlp``, so that DistributedDataParallel, FSDP, Lightning and
     ``torch.compile`` wrap it as they wrap any other. The arguments are those of
     ``fused_mono_penalty``; a tensor ``direction`` is read once, here, and a tensor ``weight``
-    is a buffer that moves with the module.
+    is a buffer that moves with the module. ``direction``, ``columns`` and ``margin`` are saved with
+    the parameters: ``load_state_dict`` brings those that the saved module had.
 
     Args:
         mlp: the network; ``.mlp`` afterwards.
     """
 
     weight: Tensor | None
+    columns: Names | None = None
 
     def __init__(
         self,
         mlp: nn.Module,
         *,
         direction: Any = 1,
-        margin: float = 0.0,
+        columns: Any = None,
+        margin: Any = 0.0,
         hinge: str = "linear",
         weight: Tensor | float | None = None,
         reduction: str = "sum",
@@ -190,8 +220,12 @@ class MonotonePenalty(nn.Module):
     ) -> None:
         super().__init__()
         self.mlp = mlp
-        self.direction = direction.tolist() if isinstance(direction, Tensor) else direction
-        self.margin, self.hinge, self.reduction = margin, hinge, reduction
+        self.direction, self.margin = plain(direction), plain(margin)
+        self.columns = columns
+        if columns is not None:
+            self.columns = check_names(columns, len(columns))
+            check_direction(self.direction, len(columns), self.columns)
+        self.hinge, self.reduction = hinge, reduction
         self.mode, self.backend, self.batch_stats = mode, backend, batch_stats
         if isinstance(weight, (int, float)):
             floating = (p.dtype for p in mlp.parameters() if p.is_floating_point())
@@ -199,13 +233,14 @@ class MonotonePenalty(nn.Module):
             weight = torch.tensor(weight, dtype=dtype)
         self.register_buffer("weight", weight)
 
-    def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-        """y (..., D) and the penalty of ``x1`` (..., d1), ``x2`` (..., k)."""
+    def forward(self, x1: Tensor, x2: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """y (..., D) and the penalty of ``x1`` (..., d1), ``x2`` (..., k), or of x (..., d)."""
         return fused_mono_penalty(
             self.mlp,
             x1,
             x2,
             direction=self.direction,
+            columns=self.columns,
             margin=self.margin,
             hinge=self.hinge,
             weight=self.weight,
@@ -216,8 +251,24 @@ class MonotonePenalty(nn.Module):
             batch_stats=self.batch_stats,
         )
 
+    def get_extra_state(self) -> dict[str, Any]:
+        """What is constrained, as plain Python."""
+        return {"direction": self.direction, "columns": self.columns, "margin": self.margin}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Of the module that was saved."""
+        self.direction, self.columns = state["direction"], state["columns"]
+        self.margin = state["margin"]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        # What was saved before this was a part of it has none, and keeps what it was made with.
+        if (key := f"{prefix}_extra_state") not in state_dict:
+            state_dict = {**state_dict, key: self.get_extra_state()}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def extra_repr(self) -> str:
-        return f"direction={self.direction}, margin={self.margin}, hinge={self.hinge!r}"
+        columns = "" if self.columns is None else f", columns={self.columns}"
+        return f"direction={self.direction}{columns}, margin={self.margin}, hinge={self.hinge!r}"
 
 
 def _serve(
@@ -240,11 +291,11 @@ def _serve(
         y, J = slopes(mlp, inputs, route, _violations(signs, hinge, weight, inputs))
         D, k = J.shape[-2:]
         signs.for_network(D)
-        penalty = hinges.penalties(J, hinge, check_weight(weight, inputs.x2, D, k))
+        penalty = hinges.penalties(J, hinge, check_weight(weight, inputs.like, D, k))
         return y, penalty if hinge.elementwise else penalty.sum()
     D = route.network.nodes[-1].width
     signs.for_network(D)
-    return _fused(inputs, route, hinge, check_weight(weight, inputs.x2, D, inputs.k))
+    return _fused(inputs, route, hinge, check_weight(weight, inputs.like, D, inputs.k))
 
 
 def slopes(
@@ -268,9 +319,12 @@ def _violations(
     """Which slopes (..., k) of output d of D have a penalty."""
 
     def violate(S: Tensor, d: int, D: int) -> Tensor:
-        k, flat = inputs.k, signs.for_network(D)
-        own = hinge._replace(direction=flat[d * k : d * k + k] if len(flat) > k else flat)
-        factor = check_weight(weight, inputs.x2, D, k)
+        k, flat, margin = inputs.k, signs.for_network(D), hinge.margin
+        row = slice(d * k, d * k + k)
+        if isinstance(margin, tuple) and len(margin) > k:
+            margin = margin[row]
+        own = hinge._replace(direction=flat[row] if len(flat) > k else flat, margin=margin)
+        factor = check_weight(weight, inputs.like, D, k)
         if factor is not None:
             factor = factor.detach().expand(*inputs.batch, D, k)[..., d : d + 1, :]
         J = S.detach().unsqueeze(-2)
@@ -296,7 +350,7 @@ def _fused(
     kernel_weight = None if outside is not None else _kernel_weight(weight, inputs, problem)
     y, out = evaluate(problem, route.backend, x, kernel_weight, params)
     if inputs.autocast:  # the backend may have computed in a wider one
-        y = y.to(inputs.x2.dtype if _unrounded(route) else operand_dtype(inputs.x2))
+        y = y.to(inputs.like.dtype if _unrounded(route) else operand_dtype(inputs.like))
     y = _output(y, inputs, route)
     if out.dim():
         out = _leading(out, inputs)
@@ -317,7 +371,7 @@ def _problem(
     backend computes: autocast's own, or wider."""
     network = route.network
     assert network is not None
-    problem = Problem(inputs.d, network.nodes, inputs.k, route.mode, hinge)
+    problem = Problem(inputs.d, network.nodes, inputs.columns, route.mode, hinge)
     x, params = network.operands(inputs.joined())
     if inputs.autocast:  # without it all dtypes are known to be equal
         dtype = operand_dtype(x)
@@ -332,8 +386,8 @@ def _kernel_weight(weight: Tensor | None, inputs: Inputs, problem: Problem) -> T
     if weight is None:
         return None
     D, k = problem.D, problem.k
-    dtype = accumulate_dtype(inputs.x2.dtype)
-    weight = weight.to(device=inputs.x2.device, dtype=dtype)
+    dtype = accumulate_dtype(inputs.like.dtype)
+    weight = weight.to(device=inputs.like.device, dtype=dtype)
     if weight.dim() <= 2:
         return weight.expand(D, k).contiguous()
     return weight.expand(*inputs.batch, D, k).reshape(math.prod(inputs.batch), D, k).contiguous()

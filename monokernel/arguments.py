@@ -5,14 +5,18 @@ Everything a user can get wrong before the network runs is checked here, and her
 
 from __future__ import annotations
 
+import difflib
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .columns import Columns, last_columns
+from .operands import PLAIN, holds
 from .problem import Hinge, accumulate_dtype
 
 __all__ = [
@@ -21,17 +25,25 @@ __all__ = [
     "REDUCTIONS",
     "Direction",
     "Inputs",
+    "Names",
     "check_box",
     "check_choice",
+    "check_chosen",
+    "check_column",
+    "check_constraints",
     "check_count",
     "check_direction",
     "check_flag",
     "check_hinge",
     "check_inputs",
     "check_module",
+    "check_names",
     "check_number",
     "check_parameter",
+    "check_table",
     "check_weight",
+    "is_mapping",
+    "plain",
 ]
 
 MODES = ("auto", "tangent", "adjoint")
@@ -41,20 +53,40 @@ BATCH_STATS = ("error", "running")
 
 
 class Inputs(NamedTuple):
-    """``x1`` (*batch, d1) and ``x2`` (*batch, k); d = d1 + k. The widths are plain numbers also
-    where torch.compile made the shapes symbolic. ``autocast`` says whether it is on for their
-    device: to ask a device for its type takes longer than all else that is asked of a tensor."""
+    """The network's input x (*batch, d), and those of its columns in which slopes are asked for.
 
-    x1: Tensor
-    x2: Tensor
+    x comes in ``blocks`` of columns: x1 (*batch, d1) and x2 (*batch, k), of which the columns are
+    the last, or as one. The widths are plain numbers also where torch.compile made the shapes
+    symbolic. ``autocast`` says whether it is on for their device: to ask a device for its type
+    takes longer than all else that is asked of a tensor."""
+
+    blocks: tuple[Tensor, ...]
     batch: torch.Size
     d: int
-    k: int
+    columns: Columns
     autocast: bool
 
+    @property
+    def k(self) -> int:
+        return len(self.columns)
+
+    @property
+    def like(self) -> Tensor:
+        """One of the blocks, for what all have in common."""
+        return self.blocks[-1]
+
+    def argument(self, block: Tensor) -> str:
+        """The name of the argument that a block came as."""
+        return "x1" if block is self.blocks[0] else "x2"
+
     def joined(self) -> Tensor:
-        """cat[x1, x2], the network's input (*batch, d)."""
-        return torch.cat((self.x1, self.x2), -1) if self.d > self.k else self.x2
+        """x itself: cat[x1, x2]."""
+        if len(self.blocks) > 1 and self.d > len(self.columns):
+            return torch.cat(self.blocks, -1)
+        x = self.blocks[-1]
+        if torch.compiler.is_compiling() or not x.is_inference():
+            return x
+        return x if torch.is_inference_mode_enabled() else x.clone()  # which autograd may save
 
 
 def check_module(mlp: Any) -> None:
@@ -62,17 +94,26 @@ def check_module(mlp: Any) -> None:
         raise TypeError(f"mlp: expected an nn.Module, got {type(mlp).__name__}")
 
 
-def check_inputs(x1: Any, x2: Any) -> Inputs:
-    """Reads ``x2`` of shape (...,) as k = 1."""
+def check_inputs(x1: Any, x2: Any = None) -> Inputs:
+    """Reads ``x2`` of shape (...,) as k = 1. Without it ``x1`` is all of x, and all of its columns
+    are asked for."""
     for name, t in (("x1", x1), ("x2", x2)):
+        if t is None and name == "x2":
+            continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
         if not t.dtype.is_floating_point:
             raise TypeError(f"{name}: expected a floating-point tensor, got {_dtype(t)}")
         _check_dense(name, t)
-    free, monotone = x1.shape, x2.shape
+    free = x1.shape
     if not free:
         raise ValueError("x1: expected shape (..., d1), got a tensor with no dimension")
+    if x2 is None:
+        d = operator.index(free[-1])
+        if d == 0:
+            raise ValueError("x1: expected at least one column where x2 is left out, got d = 0")
+        return Inputs((x1,), free[:-1], d, last_columns(d, d), _autocast(x1))
+    monotone = x2.shape
     if len(monotone) == len(free) - 1:
         x2 = x2.unsqueeze(-1)
         monotone = x2.shape
@@ -89,8 +130,12 @@ def check_inputs(x1: Any, x2: Any) -> Inputs:
         raise ValueError(f"x2: expected on the device of x1, {x1.device}, got {x2.device}")
     if x1.dtype != x2.dtype:
         raise TypeError(f"x2: expected the dtype of x1, {_dtype(x1)}, got {_dtype(x2)}")
-    autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x2.device.type)
-    return Inputs(x1, x2, batch, operator.index(free[-1]) + k, k, autocast)
+    d = operator.index(free[-1]) + k
+    return Inputs((x1, x2), batch, d, last_columns(d, k), _autocast(x2))
+
+
+def _autocast(x: Tensor) -> bool:
+    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
 
 
 def check_parameter(t: Tensor, x: Tensor) -> None:
@@ -104,46 +149,283 @@ def check_parameter(t: Tensor, x: Tensor) -> None:
 
 
 class Direction(NamedTuple):
-    """The signs as given: ``flat`` is row-major of ``shape`` (), (k,) or (D, k)."""
+    """The signs as given: ``flat`` is row-major of ``shape`` (), (k,) or (D, k). ``margins`` is the
+    shape of the margins that go with them, likewise."""
 
     flat: tuple[int, ...]
     shape: tuple[int, ...]
+    margins: tuple[int, ...] = ()
 
     def for_network(self, D: int) -> tuple[int, ...]:
         """The 1, k or D·k signs of a network with D outputs."""
-        if len(self.shape) == 2 and self.shape[0] != D:
-            raise ValueError(
-                f"direction: expected a scalar, (k,) = ({self.shape[1]},) or (D, k) = "
-                f"({D}, {self.shape[1]}), got shape {self.shape}"
-            )
+        for name, shape in (("direction", self.shape), ("margin", self.margins)):
+            if len(shape) == 2 and shape[0] != D:
+                raise ValueError(
+                    f"{name}: expected a scalar, (k,) = ({shape[1]},) or (D, k) = "
+                    f"({D}, {shape[1]}), got shape {shape}"
+                )
         return self.flat
 
+    def of_columns(self, columns: Columns) -> Direction:
+        """The signs (k,) or (D, k) of those (d,) or (D, d)."""
+        flat = _of_columns(self.flat, self.shape[-1], columns)
+        return Direction(flat, (*self.shape[:-1], len(columns)))
 
-def check_direction(direction: Any, k: int) -> Direction:
-    """``direction`` is a number, a nested sequence or a tensor (read to the host once)."""
+
+def _of_columns(flat: tuple[Any, ...], d: int, columns: Columns) -> tuple[Any, ...]:
+    """Of rows of d entries those of some columns."""
+    return tuple([flat[row + c] for row in range(0, len(flat), d) for c in columns])
+
+
+Names = tuple[Any, ...]
+
+
+def check_names(columns: Any, n: int, what: str = "", argument: str = "columns") -> Names | None:
+    """The names of n columns, ``what`` says of what: a sequence, or the index of a DataFrame."""
+    if columns is None:
+        return None
+    if isinstance(columns, (str, bytes)) or not isinstance(columns, Iterable):
+        raise TypeError(f"{argument}: expected a sequence of names, got {type(columns).__name__}")
+    names = tuple(_plain(name) for name in columns)
+    if len(names) != n:
+        raise ValueError(
+            f"{argument}: expected {n} names, one for each column{what}, got {len(names)}"
+        )
+    if len(set(names)) < n:
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise ValueError(f"{argument}: expected each name once, got {twice!r} twice")
+    return names
+
+
+def _plain(entry: Any) -> Any:
+    """A number or string of NumPy's as one of Python's, which every pickle can hold."""
+    return entry.item() if callable(getattr(entry, "item", None)) else entry
+
+
+def is_mapping(given: Any) -> bool:
+    """A dict, or what is one from columns to numbers, as a pandas Series."""
+    return callable(getattr(given, "items", None)) and callable(getattr(given, "keys", None))
+
+
+def plain(given: Any) -> Any:
+    """The same signs, margins or names as plain Python, without tensors, arrays or Series."""
+    if is_mapping(given):
+        return {_plain(key): plain(value) for key, value in given.items()}
+    if callable(getattr(given, "tolist", None)):
+        given = given.tolist()
+    if isinstance(given, (list, tuple)):
+        return tuple(plain(entry) for entry in given)
+    return given
+
+
+def check_column(argument: str, key: Any, n: int, names: Names | None) -> int:
+    """The number of one of n columns, which goes by its name, or without names by its number."""
+    if names is not None:
+        if key in names:
+            return names.index(key)
+        near = difflib.get_close_matches(str(key), [str(name) for name in names], 1, 0.0)
+        nearest = f"; the nearest is {near[0]!r}" if near else ""
+        raise ValueError(f"{argument}: expected names of columns, got {key!r}{nearest}")
+    if isinstance(key, str):
+        raise ValueError(
+            f"{argument}: expected to be given the names of the {n} columns too, to know which is "
+            f"{key!r}"
+        )
+    number = _plain(key)
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < n:
+        raise ValueError(f"{argument}: expected columns 0 to {n - 1}, got {key!r}")
+    return number
+
+
+def _table(argument: str, given: Any, n: int, names: Names | None) -> Any:
+    """A mapping from columns to numbers, or to one number for each output, as the numbers (n,) or
+    (D, n): 0 for every other column."""
+    entries: dict[int, tuple[list[Any], tuple[int, ...]]] = {}
+    for key, value in given.items():
+        c = check_column(argument, key, n, names)
+        if c in entries:
+            raise ValueError(f"{argument}: expected each column once, got {key!r} twice")
+        entries[c] = _numbers(value)
+    shapes = sorted({shape for _, shape in entries.values()} - {()})
+    if len(shapes) > 1 or any(len(shape) > 1 for shape in shapes):
+        raise ValueError(
+            f"{argument}: expected a number for each column, or (D,) numbers for each, got shapes "
+            f"{', '.join(map(str, shapes))}"
+        )
+    D = shapes[0][0] if shapes else 1
+    full = {c: values * (1 if shape else D) for c, (values, shape) in entries.items()}
+    rows = [[full[c][i] if c in full else 0 for c in range(n)] for i in range(D)]
+    return rows if shapes else rows[0]
+
+
+def check_table(argument: str, given: Any, mlp: Any) -> tuple[Any, Names | None]:
+    """A DataFrame as a tensor of the network's dtype, on its device, and the names of its columns;
+    anything else as it is."""
+    if not (hasattr(given, "columns") and callable(getattr(given, "to_numpy", None))):
+        return given, None
+    parameters = mlp.parameters() if isinstance(mlp, nn.Module) else ()
+    like = next((p for p in parameters if p.is_floating_point()), torch.empty(0))
+    names = tuple(_plain(name) for name in given.columns)
+    try:
+        return torch.tensor(given.to_numpy(), dtype=like.dtype, device=like.device), names
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{argument}: expected numbers in every column, got a DataFrame with others"
+        ) from None
+
+
+def check_direction(direction: Any, k: int, names: Names | None = None) -> Direction:
+    """``direction`` is a number, a nested sequence, a tensor (read to the host once) or a mapping
+    from columns to signs."""
     if type(direction) is int and -1 <= direction <= 1:  # the usual case, at once
         return Direction((direction,), ())
+    values, shape = _entries("direction", direction, k, names)
+    for v in values:
+        if isinstance(v, (complex, str)) or v not in (-1, 0, 1):
+            raise ValueError(f"direction: expected entries in {{-1, 0, 1}}, got {v!r}")
+    return Direction(tuple(int(v) for v in values), shape)
+
+
+def check_constraints(
+    inputs: Inputs, direction: Any, columns: Any = None, margin: Any = 0.0
+) -> tuple[Inputs, Direction, float | tuple[float, ...], Names | None]:
+    """The inputs with the columns that are constrained, the signs and the margins of these, and
+    their names: of x2, or without it of what any output constrains of all of x."""
+    whole, n = len(inputs.blocks) == 1, inputs.k
+    if not whole and columns is None and type(margin) is float:  # the usual case, at once
+        return inputs, check_direction(direction, n), margin, None
+    if not whole:
+        names = check_names(columns, n, " of x2")
+        signs = check_direction(direction, n, names)
+        margin, shape = check_margin(margin, inputs.columns, n, names)
+        return inputs, signs._replace(margins=shape), margin, names
+    if torch.compiler.is_compiling():
+        chosen, signs, margin, names = _constraints(n, direction, columns, margin)
+    else:
+        try:
+            known = _known_constraints(n, _frozen(direction), _frozen(columns), _frozen(margin))
+            chosen, signs, margin, names = known
+        except TypeError:  # something in there may change, or is wrong
+            chosen, signs, margin, names = _constraints(n, direction, columns, margin)
+    return Inputs(inputs.blocks, inputs.batch, n, chosen, inputs.autocast), signs, margin, names
+
+
+Constraints = tuple[Columns, Direction, float | tuple[float, ...], Names | None]
+
+
+def _constraints(n: int, direction: Any, columns: Any, margin: Any) -> Constraints:
+    """Of all n columns of x: those that are constrained, and what is said of them."""
+    names = check_names(columns, n)
+    signs = check_direction(direction, n, names)
+    if not signs.shape:
+        raise ValueError(
+            f"direction: expected a sign for each of the d = {n} columns of x1 where x2 is left "
+            f"out, or a mapping from columns to signs, got {direction!r}"
+        )
+    chosen = tuple([c for c in range(n) if any(signs.flat[c::n])])
+    if not chosen:
+        raise ValueError("direction: expected +1 or -1 for at least one column, got none")
+    margin, shape = check_margin(margin, chosen, n, names)
+    if names is not None:
+        names = tuple([names[c] for c in chosen])
+    return chosen, signs.of_columns(chosen)._replace(margins=shape), margin, names
+
+
+class _Items(NamedTuple):
+    """Those of a dict, which cannot be looked up itself."""
+
+    of: tuple[tuple[Any, Any], ...]
+
+
+def _frozen(given: Any) -> Any:
+    if type(given) is dict:
+        return _Items(tuple(given.items()))
+    if isinstance(given, Tensor):
+        raise TypeError("a tensor may change")
+    return given
+
+
+@lru_cache(maxsize=256, typed=True)
+def _known_constraints(n: int, direction: Any, columns: Any, margin: Any) -> Constraints:
+    """The same, which takes 30 µs, once. Raises a TypeError for what may change, as tensors do."""
+
+    def thawed(given: Any) -> Any:
+        if isinstance(given, tuple):
+            for entry in given.of if isinstance(given, _Items) else given:
+                thawed(entry)
+        elif not isinstance(given, (int, float, str, type(None))):
+            raise TypeError(f"{type(given).__name__} may change")
+        return dict(given.of) if isinstance(given, _Items) else given
+
+    return _constraints(n, *map(thawed, (direction, columns, margin)))
+
+
+def check_chosen(inputs: Inputs, columns: Any, names: Any) -> tuple[Inputs, Columns | None]:
+    """The inputs with the columns of x that are named; and these, unless they were named in the
+    order of x, as places among them."""
+    if len(inputs.blocks) > 1:
+        raise ValueError("columns: expected none beside x2, which says which columns are wanted")
+    if isinstance(columns, (str, bytes)) or not isinstance(columns, Iterable):
+        raise TypeError(f"columns: expected a sequence of columns, got {type(columns).__name__}")
+    names = check_names(names, inputs.d, argument="names")
+    found = [check_column("columns", key, inputs.d, names) for key in columns]
+    chosen = tuple(sorted(set(found)))
+    if not chosen or len(chosen) < len(found):
+        raise ValueError(f"columns: expected one or more columns, each once, got {found}")
+    order = None if tuple(found) == chosen else tuple([chosen.index(c) for c in found])
+    return inputs._replace(columns=chosen), order
+
+
+def check_margin(
+    margin: Any, chosen: Columns, n: int, names: Names | None
+) -> tuple[float | tuple[float, ...], tuple[int, ...]]:
+    """One number, or those of the k constrained of n columns, (k,) or (D, k) row-major, and their
+    shape. A mapping names some of these."""
+    if isinstance(margin, (bool, str)) or margin is None:
+        raise TypeError(f"margin: expected a number, got {type(margin).__name__}")
+    if isinstance(margin, (int, float)):
+        return float(margin), ()
+    k = len(chosen)
+    if not is_mapping(margin):
+        values, shape = _entries("margin", margin, k, None)
+    else:
+        values, shape = _entries("margin", margin, n, names)
+        at = chosen if k < n else tuple(range(n))
+        free = [c for c in range(n) if c not in at and any(values[c::n])]
+        if free:
+            which = names[free[0]] if names else free[0]
+            raise ValueError(f"margin: expected constrained columns, got {which!r}, which is free")
+        values, shape = list(_of_columns(tuple(values), n, at)), (*shape[:-1], k)
+    for v in values:
+        if isinstance(v, (bool, complex, str)):
+            raise TypeError(f"margin: expected numbers, got {v!r}")
+    if not shape:
+        return float(values[0]), ()
+    return tuple(float(v) for v in values), shape
+
+
+def _entries(
+    argument: str, given: Any, k: int, names: Names | None
+) -> tuple[list[Any], tuple[int, ...]]:
+    """The numbers of an argument, row-major, and their shape: (), (k,) or (D, k)."""
     try:
-        values, shape = _numbers(direction)
-    except (TypeError, ValueError, RuntimeError):
+        values, shape = _numbers(_table(argument, given, k, names) if is_mapping(given) else given)
+    except (TypeError, RuntimeError):
         raise TypeError(
-            "direction: expected a number, a (nested) sequence of numbers or a tensor, got "
-            f"{type(direction).__name__}"
+            f"{argument}: expected a number, a (nested) sequence of numbers, a tensor or a mapping "
+            f"from columns to numbers, got {type(given).__name__}"
         ) from None
     if len(shape) > 2 or (shape and shape[-1] != k):
         raise ValueError(
-            f"direction: expected a scalar, (k,) = ({k},) or (D, k) = (D, {k}), got shape {shape}"
+            f"{argument}: expected a scalar, (k,) = ({k},) or (D, k) = (D, {k}), got shape {shape}"
         )
-    for v in values:
-        if isinstance(v, complex) or v not in (-1, 0, 1):
-            raise ValueError(f"direction: expected entries in {{-1, 0, 1}}, got {v}")
-    return Direction(tuple(int(v) for v in values), shape)
+    return values, shape
 
 
 def _numbers(direction: Any) -> tuple[list[Any], tuple[int, ...]]:
     """The numbers, row-major, and their shape. Plain Python as far as it goes: numbers that went
     through a tensor would be unknown to torch.compile."""
-    if isinstance(direction, (int, float)):
+    if isinstance(direction, (int, float, str)):
         return [direction], ()
     if not isinstance(direction, (list, tuple)):
         tensor = torch.as_tensor(direction)
@@ -151,7 +433,7 @@ def _numbers(direction: Any) -> tuple[list[Any], tuple[int, ...]]:
     rows = [_numbers(row) for row in direction]
     shapes = {shape for _, shape in rows}
     if len(shapes) > 1:
-        raise ValueError("rows of different length")
+        raise TypeError("rows of different length")
     inner = shapes.pop() if shapes else ()
     return [v for values, _ in rows for v in values], (len(rows), *inner)
 
@@ -183,12 +465,13 @@ def check_box(lower: Any, upper: Any, d: int) -> tuple[tuple[float, ...], tuple[
     return ends[0], ends[1]
 
 
-def check_hinge(direction: tuple[int, ...], margin: Any, hinge: Any, reduction: Any) -> Hinge:
+def check_hinge(
+    direction: tuple[int, ...], margin: float | tuple[float, ...], hinge: Any, reduction: Any
+) -> Hinge:
     """The static part of the penalty; ``direction`` as ``Direction.for_network`` gives it."""
-    check_number("margin", margin)
     check_choice("hinge", hinge, HINGES)
     check_choice("reduction", reduction, REDUCTIONS)
-    return Hinge(direction, float(margin), hinge == "squared", reduction == "none")
+    return Hinge(direction, margin, hinge == "squared", reduction == "none")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -216,6 +499,8 @@ def check_weight(weight: Any, x: Tensor, D: int, k: int) -> Tensor | None:
     if weight is None:
         return None
     if isinstance(weight, (int, float)):
+        if weight < 0:
+            raise ValueError(f"weight: expected none below 0, got {weight}")
         # A fill: a copy from the host would wait for the device.
         return torch.full((), weight, dtype=accumulate_dtype(x.dtype), device=x.device)
     if not isinstance(weight, Tensor):
@@ -225,14 +510,38 @@ def check_weight(weight: Any, x: Tensor, D: int, k: int) -> Tensor | None:
     _check_dense("weight", weight)
     if weight.device != x.device and weight.dim():
         raise ValueError(f"weight: expected on the device of x1, {x.device}, got {weight.device}")
-    full = (*x.shape[:-1], D, k)
+    batch = x.shape[:-1]
+    full = (*batch, D, k)
     short = len(full) - weight.dim()
-    if short < 0 or any(w not in (1, n) for w, n in zip(weight.shape, full[short:], strict=True)):
+    fits = short >= 0 and all(w in (1, n) for w, n in zip(weight.shape, full[short:], strict=True))
+    by_row = weight.dim() > 0 and weight.shape == batch
+    if not (fits or by_row):
         raise ValueError(
             f"weight: expected a shape that broadcasts to (D, k) = ({D}, {k}) or (..., D, k) = "
-            f"{tuple(full)}, got {tuple(weight.shape)}"
+            f"{tuple(full)}, or one for each row, {tuple(batch)}, got {tuple(weight.shape)}"
         )
-    return weight
+    if fits and by_row and weight.numel() > 1:
+        raise ValueError(
+            f"weight: expected to know whether {tuple(weight.shape)} is one for each row or "
+            f"broadcasts to (D, k) = ({D}, {k}); write weight[..., None, None] or weight[None]"
+        )
+    _check_not_negative(weight)
+    return weight[..., None, None] if by_row and not fits else weight
+
+
+def _check_not_negative(weight: Tensor) -> None:
+    """Where that can be seen: not while tracing, and not without a wait for a device."""
+    if (
+        weight.device.type == "cpu"
+        and type(weight) in PLAIN
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+        and holds(weight)
+        and bool((weight.detach() < 0).any())
+    ):
+        raise ValueError(f"weight: expected none below 0, got {weight.min().item():g}")
 
 
 def _check_dense(name: str, t: Tensor) -> None:

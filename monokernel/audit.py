@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,14 @@ from . import attack as descent
 from .api import slopes
 from .arguments import (
     Direction,
+    check_constraints,
     check_count,
-    check_direction,
     check_flag,
     check_inputs,
-    check_number,
+    check_table,
 )
 from .backends import general
+from .columns import Columns
 from .layers import layers_of
 from .network import ending, unwrap
 from .planning import choose
@@ -60,6 +61,11 @@ class Audit:
         sampled: the same on points sampled away from the data, where they were asked for.
         attacked: the same on the points at which an attack ended, where it was asked for: one for
             each start and constraint, so that its rates are no shares of any data.
+        columns: the columns of x that the k are.
+        labels: what the report calls them: their names where they have any, else their numbers,
+            among the columns of x2 or of x.
+        nan_row: the first row with a NaN among its inputs, -1 where none has.
+        nan_rows: how many have one.
     """
 
     rows: int
@@ -71,6 +77,10 @@ class Audit:
     blind: Tensor
     sampled: Audit | None = None
     attacked: Audit | None = None
+    columns: Columns = ()
+    labels: tuple[Any, ...] = ()
+    nan_row: int = -1
+    nan_rows: int = 0
 
     @property
     def violation_rate(self) -> float:
@@ -95,6 +105,10 @@ class Audit:
 
         return {
             "rows": self.rows,
+            "columns": list(self.columns),
+            "labels": list(self.labels),
+            "nan_row": self.nan_row,
+            "nan_rows": self.nan_rows,
             "violation_rate": self.violation_rate,
             "worst": self.worst,
             "direction": self.direction.int().tolist(),
@@ -122,19 +136,20 @@ class Audit:
         return "\n\n".join(parts)
 
     def _table(self, what: str) -> str:
+        labels = [str(label) for label in self.labels]
+        width = max(6, *map(len, labels))
         lines = [
             *self._summary(what),
-            f"{'output':>6} {'column':>6} {'sign':>4} {'violating':>9} {'worst slope':>11} "
-            f"{'row':>8} {'x2 there':>9}",
+            f"{'output':>6} {'column':>{width}} {'sign':>4} {'violating':>9} {'worst slope':>11} "
+            f"{'row':>8} {'x there':>9}",
         ]
-        k = self.direction.shape[1]
         entries = (self.direction != 0).nonzero().tolist()
         for d, c in entries[:LINES]:
-            entry = f"{d:>6} {c:>6} {int(self.direction[d, c]):>+4} "
+            entry = f"{d:>6} {labels[c]:>{width}} {int(self.direction[d, c]):>+4} "
             if self.blind[d, c]:
                 lines.append(f"{entry}{'unknown':>9} {'unknown':>11}")
                 continue
-            at = self.worst_point[d, c, c - k].item()
+            at = self.worst_point[d, c, self.columns[c]].item()
             lines.append(
                 f"{entry}{self.rate[d, c].item():>9.2%} {self.worst_slope[d, c].item():>11.4g} "
                 f"{int(self.worst_row[d, c]):>8} {at:>9.4g}"
@@ -144,18 +159,23 @@ class Audit:
         return "\n".join(lines)
 
     def _summary(self, what: str) -> list[str]:
-        blind = self.blind.any(0).nonzero().flatten().tolist()
+        blind = [self.labels[c] for c in self.blind.any(0).nonzero().flatten().tolist()]
         known = (self.direction != 0) & ~self.blind
         counted = (
             f"{self.rate[known].mean().item():.2%} of the constrained slopes violate, worst slope "
             f"{self.worst_slope[known].min().item() if known.any() else torch.nan:.4g}"
         )
+        bad = []
+        if self.nan_rows:
+            s = "s" * (self.nan_rows > 1)
+            bad = [f"{self.nan_rows} row{s} with NaN among the inputs, first row {self.nan_row}"]
         if not blind:
-            return [f"{self.rows} {what}: {counted}"]
+            return [f"{self.rows} {what}: {counted}", *bad]
         columns = f"column{'s' * (len(blind) > 1)} {', '.join(map(str, blind))}"
         lines = [
             f"{self.rows} {what}: UNKNOWN how many of the constrained slopes violate",
-            f"In {columns} of x2 the derivative is 0 in every row, yet y changes with the column.",
+            *bad,
+            f"In {columns} the derivative is 0 in every row, yet y changes with the column.",
             f"It says nothing of rise or fall, as behind {general.WITHOUT_DERIVATIVE}.",
         ]
         return [*lines, f"Elsewhere {counted}"] if known.any() else lines
@@ -164,11 +184,12 @@ class Audit:
 @torch.no_grad()
 def audit(
     mlp: nn.Module,
-    x1: Tensor,
-    x2: Tensor,
+    x1: Any,
+    x2: Any = None,
     *,
     direction: Any = 1,
-    margin: float = 0.0,
+    columns: Any = None,
+    margin: Any = 0.0,
     sample: int = 0,
     strategy: str = "uniform",
     generator: torch.Generator | None = None,
@@ -177,7 +198,8 @@ def audit(
     """Measures violations on the given rows, with the network in evaluation mode.
 
     Args:
-        mlp, x1, x2, direction, margin: as for ``fused_mono_penalty``.
+        mlp, x1, x2, direction, columns, margin: as for ``fused_mono_penalty``. The inputs may be
+            DataFrames, which bring the names of their columns.
         sample: also measure on this many points away from the data, drawn as
             ``sample_points`` does by ``strategy`` and ``generator``; they are in
             the report's ``.sampled``.
@@ -188,41 +210,64 @@ def audit(
     Returns:
         An ``Audit``; print it for a table.
     """
+    (x1, names), (x2, own) = check_table("x1", x1, mlp), check_table("x2", x2, mlp)
+    if columns is None:
+        columns = names if x2 is None else own
     inputs = check_inputs(x1, x2)
-    signs = check_direction(direction, inputs.k)
-    check_number("margin", margin)
+    inputs, signs, margin, columns = check_constraints(inputs, direction, columns, margin)
+    numbers = inputs.columns if x2 is None else tuple(range(inputs.k))
+    asked = _Asked(inputs.columns, columns or numbers, signs, margin)
     check_count("sample", sample)
     check_flag("attack", attack)
     x = inputs.joined().reshape(-1, inputs.d)
     with evaluating(mlp):
         sampled = None
         if sample:
-            points = sample_points(x, sample, strategy, generator=generator)
-            sampled = _measure(mlp, points, inputs.k, signs, margin, None)
-        report = _measure(mlp, x, inputs.k, signs, margin, sampled)
+            points = sample_points(_without_nan(x), sample, strategy, generator=generator)
+            sampled = _measure(mlp, points, asked, None)
+        report = _measure(mlp, x, asked, sampled)
         if attack and len(x):
-            points = _attacked(mlp, x, inputs.k, report, generator)
+            points = _attacked(mlp, x, report, generator)
             if len(points):
-                attacked = _measure(mlp, points, inputs.k, signs, margin, None)
+                attacked = _measure(mlp, points, asked, None)
                 report = replace(report, attacked=attacked)
         return report
 
 
+class _Asked(NamedTuple):
+    """Of which columns of x what is asked, and what they are called."""
+
+    columns: Columns
+    labels: tuple[Any, ...]
+    signs: Direction
+    margin: float | tuple[float, ...]
+
+    def margins(self, table: Tensor) -> float | Tensor:
+        """As they are compared with slopes that have a table (D, k) of signs."""
+        if not isinstance(self.margin, tuple):
+            return self.margin
+        D, k = table.shape
+        return direction_table(self.margin, D, k, table.dtype, table.device)
+
+
 def _attacked(
-    mlp: nn.Module, x: Tensor, k: int, report: Audit, generator: torch.Generator | None
+    mlp: nn.Module, x: Tensor, report: Audit, generator: torch.Generator | None
 ) -> Tensor:
     """Where descents on every constrained slope end (n, d), within the range of the rows (N, d)."""
     d = x.shape[1]
     outputs, columns = (report.direction != 0).nonzero(as_tuple=True)
-    if not len(columns):
+    if not len(columns) or report.nan_rows == len(x):
         return x[:0]
     signs = report.direction[outputs, columns].to(x.device, torch.float64)
-    outputs, columns = outputs.to(x.device), columns.to(x.device) + d - k
+    outputs, places = outputs.to(x.device), columns.to(x.device)
+    columns = torch.tensor(report.columns, device=x.device)[places]
     each = max(1, min(STARTS, MOST_STARTS // len(signs)))
+    worst = x[report.worst_row.flatten().clamp(min=0).unique().to(x.device)]
+    x = _without_nan(x)
     lower, upper = x.amin(0).double(), x.amax(0).double()
     starts = torch.cat(
         [
-            x[report.worst_row.flatten().clamp(min=0).unique().to(x.device)],
+            _without_nan(worst),
             _spread(x, each),
             sample_points(x, each, generator=generator),
         ]
@@ -232,7 +277,7 @@ def _attacked(
     box = lower.expand_as(starts), upper.expand_as(starts)
     chain = layers_of(unwrap(mlp), d)
     if isinstance(chain, str):
-        slope, smooth = descent.of_network(_slopes_at(mlp, k), outputs, columns - (d - k), signs)
+        slope, smooth = descent.of_network(_slopes_at(mlp, report.columns), outputs, places, signs)
         steps = descent.STEPS // 2
     else:
         layers = chain[0].to(x.device)
@@ -242,12 +287,12 @@ def _attacked(
     return found.x.to(x.dtype)
 
 
-def _slopes_at(mlp: nn.Module, k: int) -> Callable[[Tensor], Tensor]:
+def _slopes_at(mlp: nn.Module, columns: Columns) -> Callable[[Tensor], Tensor]:
     """∂y/∂x2 (n, D, k) at points (n, d), with a gradient where the network has one."""
     dtype = next((p.dtype for p in mlp.parameters() if p.is_floating_point()), torch.float32)
 
     def slopes_at(x: Tensor) -> Tensor:
-        return _slopes(mlp, *x.to(dtype).split([x.shape[1] - k, k], -1)).double()
+        return _slopes(mlp, x.to(dtype), columns).double()
 
     return slopes_at
 
@@ -268,13 +313,14 @@ def evaluating(mlp: nn.Module) -> Iterator[None]:
 
 
 def slopes_in_direction(
-    mlp: nn.Module, x: Tensor, k: int, signs: Direction
+    mlp: nn.Module, x: Tensor, columns: Columns, signs: Direction
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """direction · ∂y/∂x2 (n, D, k) of one block of the rows x (N, d) after the other, at least one
-    block, and the signs (D, k). 0 where there is no derivative: see ``Audit.blind``."""
-    start, size = 0, 256
+    """direction · ∂y/∂x (n, D, k) in these columns, of one block of the rows x (N, d) after the
+    other, at least one block, and the signs (D, k). 0 where there is no derivative: see
+    ``Audit.blind``."""
+    start, size, k = 0, 256, len(columns)
     while start < max(x.shape[0], 1):
-        J = _slopes(mlp, *x[start : start + size].split([x.shape[1] - k, k], -1))
+        J = _slopes(mlp, x[start : start + size], columns)
         D = J.shape[-2]
         table = direction_table(signs.for_network(D), D, k, J.dtype, J.device)
         yield table * J, table
@@ -282,22 +328,20 @@ def slopes_in_direction(
         size = min(ROWS_AT_A_TIME, max(1, SLOPES_AT_A_TIME // max(1, D * k)))
 
 
-def _slopes(mlp: nn.Module, x1: Tensor, x2: Tensor) -> Tensor:
-    mlp, inputs = unwrap(mlp), check_inputs(x1, x2)
+def _slopes(mlp: nn.Module, x: Tensor, columns: Columns) -> Tensor:
+    mlp, inputs = unwrap(mlp), check_inputs(x)._replace(columns=columns)
     route = choose(mlp, inputs, "auto", "auto")
     if route.network is None:
         return general.value_and_jacobian(mlp, inputs, route.transformed, audited=True)[1]
     return slopes(mlp, inputs, route)[1]
 
 
-def _measure(
-    mlp: nn.Module, x: Tensor, k: int, signs: Direction, margin: float, sampled: Audit | None
-) -> Audit:
+def _measure(mlp: nn.Module, x: Tensor, asked: _Asked, sampled: Audit | None) -> Audit:
     N, start = x.shape[0], 0
     counts, worst, where, moving = [], [], [], []
-    for slope, table in slopes_in_direction(mlp, x, k, signs):
+    for slope, table in slopes_in_direction(mlp, x, asked.columns, asked.signs):
         free = table == 0
-        counts.append((~(slope >= margin)).sum(0))
+        counts.append((~(slope >= asked.margins(table))).sum(0))
         moving.append((slope != 0).any(0))
         if N:
             low, row = slope.min(0)  # NaN is the lowest of all
@@ -312,12 +356,13 @@ def _measure(
         point = x[row]
         blind = ~torch.stack(moving).any(0) & ~free
         for c in blind.any(0).nonzero().flatten().tolist():
-            blind[:, c] &= _changes(mlp, x, c - k)
+            blind[:, c] &= _changes(mlp, x, asked.columns[c])
     else:
         low = rate = torch.full_like(table, torch.nan)
         row = torch.full_like(table, -1, dtype=torch.int64)
         point = low.unsqueeze(-1).expand(*low.shape, x.shape[1])
     unknown = free | blind
+    bad = x.isnan().any(1).nonzero().flatten().tolist()
     return Audit(
         rows=N,
         direction=table.cpu(),
@@ -327,7 +372,16 @@ def _measure(
         worst_point=point.masked_fill(unknown.unsqueeze(-1), torch.nan).cpu(),
         blind=blind.cpu(),
         sampled=sampled,
+        columns=asked.columns,
+        labels=asked.labels,
+        nan_row=bad[0] if bad else -1,
+        nan_rows=len(bad),
     )
+
+
+def _without_nan(x: Tensor) -> Tensor:
+    """The rows that have a place in a range."""
+    return x[~x.isnan().any(1)]
 
 
 def _changes(mlp: nn.Module, x: Tensor, column: int) -> Tensor:

@@ -29,24 +29,25 @@ Serve = Callable[..., tuple[Tensor, Tensor]]
 # Where the graph begins, and where it ends: with all that was asked.
 _library = torch.library.Library("monokernel", "FRAGMENT")
 _library.define(
-    "opened(Tensor x1, Tensor x2) -> Tensor",
+    "opened(Tensor[] blocks) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    "closed(Tensor y, Tensor x2, Tensor? weight, int[] direction, int[] shape, bool penalised, "
-    "float margin, bool squared, bool elementwise, str mode, str backend, str batch_stats) "
+    "closed(Tensor y, Tensor x, Tensor? weight, int[] columns, int[] direction, int[] shape, "
+    "bool penalised, float[] margin, bool squared, bool elementwise, str mode, str backend, "
+    "str batch_stats) "
     "-> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def _opened(x1: Tensor, x2: Tensor) -> Tensor:
-    return torch.cat((x1, x2), -1)
+def _opened(blocks: list[Tensor]) -> Tensor:
+    return torch.cat(blocks, -1)
 
 
 def _closed(
-    y: Tensor, x2: Tensor, weight: Tensor | None, direction: Any, shape: Any, penalised: bool,
-    margin: float, squared: bool, elementwise: bool, *who: str,
+    y: Tensor, x: Tensor, weight: Tensor | None, columns: Any, direction: Any, shape: Any,
+    penalised: bool, margin: Any, squared: bool, elementwise: bool, *who: str,
 ) -> Tensor:  # fmt: skip
     """Of the penalty, or of the slopes, the shape, dtype and whether it has a gradient, by which
     the compiler goes on."""
@@ -56,8 +57,8 @@ def _closed(
     if penalised and not elementwise:
         out = out.sum()
     else:
-        out = out if y.dim() == x2.dim() else out.unsqueeze(-1)
-        out = out.unsqueeze(-1) * x2.new_ones(x2.shape[-1], dtype=out.dtype)
+        out = out if y.dim() == x.dim() else out.unsqueeze(-1)
+        out = out.unsqueeze(-1) * x.new_ones(len(columns), dtype=out.dtype)
     return out if weight is None else out * weight.sum().to(out)
 
 
@@ -91,23 +92,24 @@ def meet(mlp: nn.Module, numbers: tuple[str, ...]) -> None:
                 _ = number + 0.0
 
 
-def capturable(mlp: nn.Module, x1: Tensor, x2: Tensor) -> bool:
+def capturable(mlp: nn.Module, inputs: Inputs) -> bool:
     """Whether the compiler hands over what it writes down of the forward. A forward that changes
     what was there before it (an attribute, a list) it refuses, and no traced function can catch
     that: so here is a trial, which runs nothing."""
     try:
-        torch.compile(_trial, backend=_enough, fullgraph=True)(mlp, numbers_of(mlp), x1, x2)
+        trial = torch.compile(_trial, backend=_enough, fullgraph=True)
+        trial(mlp, numbers_of(mlp), inputs.blocks)
     except Exception as error:
         return isinstance(getattr(error, "inner_exception", None), _Enough)
     return False
 
 
-def _trial(mlp: nn.Module, numbers: tuple[str, ...], x1: Tensor, x2: Tensor) -> Tensor:
+def _trial(mlp: nn.Module, numbers: tuple[str, ...], blocks: tuple[Tensor, ...]) -> Tensor:
     """Twice, for there may be numbers elsewhere than in modules."""
     meet(mlp, numbers)
     hand_over = torch.ops.higher_order.dynamo_bypassing_wrapper
-    first: Tensor = hand_over(_as_it_is, _plain, mlp, x1, x2)
-    second: Tensor = hand_over(_as_it_is, _plain, mlp, x1, x2)
+    first: Tensor = hand_over(_as_it_is, _plain, mlp, blocks)
+    second: Tensor = hand_over(_as_it_is, _plain, mlp, blocks)
     return first + second
 
 
@@ -115,8 +117,8 @@ def _as_it_is(body: Any) -> Any:
     return body
 
 
-def _plain(mlp: nn.Module, x1: Tensor, x2: Tensor) -> Tensor:
-    y: Tensor = mlp(_OPENED(x1, x2))
+def _plain(mlp: nn.Module, blocks: tuple[Tensor, ...]) -> Tensor:
+    y: Tensor = mlp(_OPENED(blocks))
     return y
 
 
@@ -126,7 +128,7 @@ def call(
     """``serve(mlp, inputs, weight, *asked)``, of which the compiler traces nothing but the forward
     of ``mlp``."""
     if isinstance(weight, (int, float)):  # which may be symbolic
-        weight = check_weight(weight, inputs.x2, 1, 1)
+        weight = check_weight(weight, inputs.like, 1, 1)
     y, out = torch.ops.higher_order.dynamo_bypassing_wrapper(
         partial(_replayed, serve), _body, mlp, inputs, weight, *asked
     )
@@ -138,14 +140,16 @@ def _body(
     mode: str, backend: str, batch_stats: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What the compiler traces."""
-    y = mlp(_OPENED(inputs.x1, inputs.x2))
-    D = y.shape[-1] if y.dim() == inputs.x2.dim() else 1
+    x = inputs.like
+    y = mlp(_OPENED(inputs.blocks))
+    D = y.shape[-1] if y.dim() == x.dim() else 1
     signs.for_network(D)
-    weight = check_weight(weight, inputs.x2, D, inputs.k)
+    weight = check_weight(weight, x, D, inputs.k)
     _, margin, squared, elementwise = hinge or Hinge()
     return y, _CLOSED(
-        y, inputs.x2, weight, signs.flat, signs.shape, hinge is not None,
-        margin, squared, elementwise, mode, backend, batch_stats,
+        y, x, weight, inputs.columns, signs.flat, signs.shape, hinge is not None,
+        margin if isinstance(margin, tuple) else (margin,), squared, elementwise, mode, backend,
+        batch_stats,
     )  # fmt: skip
 
 
@@ -168,13 +172,14 @@ def _replay(serve: Serve, graph: fx.GraphModule, *operands: Any) -> tuple[Tensor
 
     (opened,) = graph.graph.find_nodes(op="call_function", target=_OPENED)
     (closed,) = graph.graph.find_nodes(op="call_function", target=_CLOSED)
-    x1, x2 = fx.map_arg(opened.args, value)
+    (blocks,) = fx.map_arg(opened.args, value)
     asked: Any = fx.map_arg(closed.args[2:], value)
-    weight, direction, shape, penalised, margin, squared, elementwise, *who = asked
+    weight, columns, direction, shape, penalised, margin, squared, elementwise, *who = asked
     signs = Direction(tuple(direction), tuple(shape))
-    hinge = Hinge(signs.flat, float(margin), squared, elementwise) if penalised else None
-    mlp = Captured(graph, operands)
-    return serve(mlp, check_inputs(x1, x2), weight, signs, hinge, *who)
+    own = float(margin[0]) if len(margin) == 1 else tuple(map(float, margin))
+    hinge = Hinge(signs.flat, own, squared, elementwise) if penalised else None
+    mlp, inputs = Captured(graph, operands), check_inputs(*blocks)._replace(columns=tuple(columns))
+    return serve(mlp, inputs, weight, signs, hinge, *who)
 
 
 class Captured(nn.Module):

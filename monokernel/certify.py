@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import attack, branching, forms, network, ranges, switches
-from .arguments import check_direction, check_module, check_number
+from .arguments import Names, check_direction, check_module, check_names, check_number
 from .audit import evaluating, slopes_in_direction
 from .branching import Boxes, Constraints
 from .forms import INTERVALS
@@ -46,7 +46,7 @@ class Certificate:
     Attributes:
         status: "proved", "violated" or "unknown"; of B boxes the worst of theirs.
         verdicts: the status of each box, a tuple of length 1 or B.
-        direction: the signs (D, d); margin: the number.
+        direction: the signs (D, d); margin: the number; names: of the d columns, or None.
         lower, upper: the box (d,), float64.
         lower_bound: (D, d), units of y per unit of x: the slope in its direction is nowhere in the
             box lower than that. NaN where the direction is 0. Where one constraint was found
@@ -87,6 +87,7 @@ class Certificate:
     methods: dict[str, int]
     weights: str
     dtype: str
+    names: tuple[Any, ...] | None = None
     arithmetic: str = ARITHMETIC
 
     @property
@@ -107,8 +108,9 @@ class Certificate:
     def load(cls, path: str | Path) -> Certificate:
         """The certificate that ``save`` wrote, equal in every number."""
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-        names = {f.name for f in fields(cls)}
-        if not isinstance(found, dict) or set(found) != names:
+        if isinstance(found, dict):
+            found.setdefault("names", None)  # it was saved before columns had any
+        if not isinstance(found, dict) or set(found) != {f.name for f in fields(cls)}:
             raise ValueError(f"path: expected a saved certificate, got other contents in {path}")
         integers = ("direction", "open_box")
         d = len(found["lower"][0] if len(_shape(found["lower"])) > 1 else found["lower"])
@@ -118,6 +120,8 @@ class Certificate:
         for name in ("open_lower", "open_upper"):
             found[name] = found[name].reshape(-1, d)
         found["verdicts"] = tuple(found["verdicts"])
+        if found["names"] is not None:
+            found["names"] = tuple(found["names"])
         return cls(**found)
 
     def check(self, mlp: nn.Module) -> None:
@@ -174,11 +178,13 @@ class Certificate:
         return lines
 
     def _table(self) -> list[str]:
-        lines = [
-            f"{'output':>6} {'column':>6} {'sign':>4} {'from':>9} {'to':>9} {'lower bound':>11} "
-            f"{'lowest found':>12} {'x there':>9} {'float step':>10}"
-        ]
         D, d = self.direction.shape
+        labels = [str(c) for c in self.names or range(d)]
+        width = max(6, *map(len, labels))
+        lines = [
+            f"{'output':>6} {'column':>{width}} {'sign':>4} {'from':>9} {'to':>9} "
+            f"{'lower bound':>11} {'lowest found':>12} {'x there':>9} {'float step':>10}"
+        ]
         low = self.lower.reshape(-1, d).amin(0)
         high = self.upper.reshape(-1, d).amax(0)
         bound = self.lower_bound.reshape(-1, D, d)
@@ -188,8 +194,9 @@ class Certificate:
         entries = (self.direction != 0).nonzero().tolist()
         for o, c in entries[:LINES]:
             lines.append(
-                f"{o:>6} {c:>6} {int(self.direction[o, c]):>+4} {low[c].item():>9.4g} "
-                f"{high[c].item():>9.4g} {bound[:, o, c].min().item():>11.4g} "
+                f"{o:>6} {labels[c]:>{width}} {int(self.direction[o, c]):>+4} "
+                f"{low[c].item():>9.4g} {high[c].item():>9.4g} "
+                f"{bound[:, o, c].min().item():>11.4g} "
                 f"{found[o, c].item():>12.4g} {witness[box[o, c], o, c, c].item():>9.4g} "
                 f"{step[o, c].item():>10.3g}"
             )
@@ -197,7 +204,9 @@ class Certificate:
             lines.append(f"... and {len(entries) - LINES} more constraints")
         free = [c for c in range(d) if not (self.direction[:, c] != 0).any()]
         if free:
-            ends = [f"{c}: [{low[c].item():.4g}, {high[c].item():.4g}]" for c in free[:LINES]]
+            ends = [
+                f"{labels[c]}: [{low[c].item():.4g}, {high[c].item():.4g}]" for c in free[:LINES]
+            ]
             lines.append(f"free columns {', '.join(ends)}")
         return lines
 
@@ -222,6 +231,7 @@ def certify(
     upper: Any,
     *,
     direction: Any = 1,
+    columns: Any = None,
     margin: float = 0.0,
     seconds: float = 60.0,
     one_hot: Sequence[Sequence[int]] = (),
@@ -244,7 +254,9 @@ def certify(
             verdict each, over the columns of ``mlp``'s input. Both ends may be equal: a box without
             extent in all columns but one is one row along the whole range of that column. Ends may
             be infinite: there intervals alone bound, and what they leave open is cut further.
-        direction: +1 rising, -1 falling, 0 free, as a scalar, (d,) or (D, d), for every column.
+        direction: +1 rising, -1 falling, 0 free, as a scalar, (d,) or (D, d), for every column; or
+            a mapping from columns to signs, 0 for what it does not name.
+        columns: the names of the d columns, for such a mapping, the table and the certificate.
         margin: the slope, in its direction, that is to be proved; units of y per unit of x.
         seconds: after so much time what is not decided is "unknown".
         one_hot: groups of columns of which exactly one is 1 and the others are 0, so that no
@@ -269,13 +281,14 @@ def certify(
     layers, dtype = _read(mlp, d)
     low, high, layers = low.to(place), high.to(place), layers.to(place)
     D = layers.D
-    signs = check_direction(direction, d)
+    names = check_names(columns, d)
+    signs = check_direction(direction, d, names)
     table = direction_table(signs.for_network(D), D, d, torch.float64, low.device)
     rows = _rows(low, high, _groups(one_hot, table, low, high))
-    outputs, columns = (table != 0).nonzero(as_tuple=True)
-    constraints = Constraints(outputs, columns, table[outputs, columns], float(margin))
+    outputs, places = (table != 0).nonzero(as_tuple=True)
+    constraints = Constraints(outputs, places, table[outputs, places], float(margin))
     probe = _Probe(mlp, layers, constraints, table, dtype, low, high)
-    Q = len(columns)
+    Q = len(places)
     start = Boxes(
         *rows,
         low.new_ones(len(rows[2]), Q, dtype=torch.bool),
@@ -294,7 +307,7 @@ def certify(
         found = branching.Found(none, none, going.at(slice(0, 0)), 0, {})
     line.end()
     return _certificate(
-        begin, batched, layers, constraints, table, low, high, dtype, probe, found, start
+        begin, batched, layers, constraints, table, low, high, dtype, probe, found, start, names
     )
 
 
@@ -557,7 +570,7 @@ def _replay(mlp: nn.Module, x: Tensor, table: Tensor, dtype: torch.dtype) -> Ten
     d = table.shape[1]
     signs = check_direction(table.int(), d)
     with torch.no_grad(), evaluating(mlp):
-        blocks = slopes_in_direction(mlp, x.to(place, dtype), d, signs)
+        blocks = slopes_in_direction(mlp, x.to(place, dtype), tuple(range(d)), signs)
         return torch.cat([slope.double().cpu() for slope, _ in blocks])
 
 
@@ -610,6 +623,7 @@ def _certificate(
     probe: _Probe,
     found: branching.Found,
     start: Boxes,
+    names: Names | None,
 ) -> Certificate:
     B, (D, d) = len(low), table.shape
     o, c = constraints.outputs, constraints.columns
@@ -651,6 +665,7 @@ def _certificate(
         methods=methods,
         weights=layers.digest(dtype),
         dtype=dtype,
+        names=names,
     )
 
 

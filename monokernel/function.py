@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backends import BACKENDS, Step, load
-from .operands import check_forward, check_gradients, check_saved, shapes_of
+from .operands import check_forward, check_gradients, check_saveable, check_saved, shapes_of
 from .problem import Problem, accumulate_dtype, pack, unpack
 
 __all__ = ["FusedMonoPenalty", "evaluate", "operand_dtype", "traced", "transformed"]
@@ -38,12 +38,18 @@ def evaluate(
     """y (N, D) and the penalty, or J where there is no hinge, differentiable once."""
     step = None if traced() else _step(backend)
     if step is not None:
-        y, out = step(problem, x, weight, params)
+        try:
+            y, out = step(problem, x, weight, params)
+        except RuntimeError:
+            check_saveable(params)
+            raise
         return y, out
     tracked = torch.is_grad_enabled() and (
         x.requires_grad or any(p is not None and p.requires_grad for p in params)
     )
     if tracked:
+        if not traced():
+            check_saveable(params)
         y, out = _apply(FusedMonoPenalty, problem, backend, weight, x, *params)
         return y, out
     y, out, _ = _forward(problem, backend, x, weight, params, save=False)
@@ -186,9 +192,8 @@ def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 # The problem as ``pack`` gives it, behind the backend's public name.
 _PROBLEM = (
-    "str backend, int d, str[] kinds, int[] shapes, float[] numbers, int k, str mode, "
-    "bool penalised, "
-    "int[] direction, float margin, bool squared, bool elementwise"
+    "str backend, int d, str[] kinds, int[] shapes, float[] numbers, int[] columns, str mode, "
+    "bool penalised, int[] direction, float[] margin, bool squared, bool elementwise"
 )
 _library = torch.library.Library("monokernel", "DEF")
 _library.define(

@@ -8,6 +8,8 @@ weight or the gradient from outside, also where IEEE has 0·inf = NaN. A slope t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,12 +21,20 @@ __all__ = ["mean", "penalties", "slope_cotangent", "slope_weights", "weighted"]
 def penalties(J: Tensor, hinge: Hinge, weight: Tensor | None) -> Tensor:
     """w·h(margin - direction·J) for every entry of J (N, D, k); 0 where the direction is 0."""
     direction = direction_table(hinge.direction, J.shape[-2], J.shape[-1], J.dtype, J.device)
-    r = torch.relu(hinge.margin - direction * J)
+    r = torch.relu(_margin(J, hinge) - direction * J)
     if hinge.squared:
         r = r.square()
     if 0 in hinge.direction:
         r = torch.where(direction == 0, 0.0, r)
     return r if weight is None else weighted(r, weight)
+
+
+def _margin(J: Tensor, hinge: Hinge, table: Any = direction_table) -> float | Tensor:
+    """One number, or a table (D, k)."""
+    if not isinstance(hinge.margin, tuple):
+        return hinge.margin
+    margins: Tensor = table(hinge.margin, J.shape[-2], J.shape[-1], J.dtype, J.device)
+    return margins
 
 
 def weighted(penalties: Tensor, weight: Tensor) -> Tensor:
@@ -35,7 +45,7 @@ def weighted(penalties: Tensor, weight: Tensor) -> Tensor:
 def slope_weights(J: Tensor, hinge: Hinge, weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """The penalties of J (N, D, k) and their derivatives in J, both (N, D, k). Not for autograd."""
     direction = shared_direction_table(hinge.direction, J.shape[-2], J.shape[-1], J.dtype, J.device)
-    r = hinge.margin - direction * J
+    r = _margin(J, hinge, shared_direction_table) - direction * J
     free = r <= 0 if 0 not in hinge.direction else (r <= 0) | (direction == 0)
     r.masked_fill_(free, 0.0)
     # The derivative at a slope of exactly the margin is 0, and NaN is no violation of r <= 0.
@@ -54,7 +64,7 @@ def slope_cotangent(gout: Tensor, S: Tensor) -> Tensor:
 
 
 def mean(total: Tensor, direction: tuple[int, ...], N: int, D: int, k: int) -> Tensor:
-    """The total over those of the N·D·k slopes that the direction constrains. Over none it is NaN,
-    as ``torch.mean`` has it, but no gradient is: dividing by 0 would make every parameter NaN."""
+    """The total over those of the N·D·k slopes that the direction constrains. Over none it is 0,
+    and so is every gradient: a NaN, as ``torch.mean`` has it, would end a training."""
     entries = N * (D * k // len(direction)) * sum(s != 0 for s in direction)
-    return total / entries if entries else total + torch.nan
+    return total / max(entries, 1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import network, reading
 from .activations import ACTIVATIONS, IDENTITY, Activation
-from .arguments import Inputs
+from .arguments import check_inputs
 from .intervals import without_range
 from .nodes import rule
 from .program import Node, nodes_of
@@ -146,7 +146,7 @@ def layers_of(mlp: nn.Module, d: int) -> tuple[Layers | Straight, str] | str:
         if isinstance(chain, network.Chain):
             found = chain
         else:
-            own = reading.read(wide, Inputs(x[:, :0], x, x.shape[:1], d, d, False), rehearsal=True)
+            own = reading.read(wide, check_inputs(x), rehearsal=True)
             if isinstance(own, str):
                 return f"a network that can be read, got one where {own}"
             found, offsets, folded = own, own.offsets, FOLDED

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import dropout, network, reading
-from .arguments import Inputs, check_box, check_direction, check_module, check_number
+from .arguments import (
+    check_box,
+    check_direction,
+    check_inputs,
+    check_module,
+    check_names,
+    check_number,
+    is_mapping,
+)
 from .function import traced, transformed
 from .intervals import ENDS, Interval, jacobian, without_range
 from .operands import PLAIN
@@ -74,7 +82,9 @@ class Monotone(nn.Module):
         lower, upper: the box, in the units of x: numbers, or (d,) sequences or tensors, which are
             read to the host. -inf and inf are allowed.
         direction: for each column of x +1 (no output decreases in it), -1 (none increases) or 0
-            (free): (d,), or (D, d) with signs of each output's own.
+            (free): (d,), or (D, d) with signs of each output's own; or a mapping from columns to
+            signs, 0 for what it does not name.
+        columns: the names of the d columns, by which a mapping names them.
         margin: the least slope, in its direction.
         parts: into how many parts the box is cut along the constrained columns for a tighter
             bound, at the price of one more row each.
@@ -91,6 +101,7 @@ class Monotone(nn.Module):
         upper: Any,
         *,
         direction: Any,
+        columns: Any = None,
         margin: float = 0.0,
         parts: int = 1,
     ) -> None:
@@ -103,10 +114,11 @@ class Monotone(nn.Module):
             raise ValueError(f"parts: expected a number of parts >= 1, got {parts!r}")
         self.mlp = mlp
         self.margin, self.parts = float(margin), parts
-        signs = check_direction(direction, _columns(direction))
+        d = _columns(direction, columns, lower, upper)
+        self.names = check_names(columns, d)
+        signs = check_direction(direction, d, self.names)
         if not signs.shape:
             raise ValueError("direction: expected (d,) or (D, d) signs, got a single number")
-        d = signs.shape[-1]
         self.lower, self.upper = check_box(lower, upper, d)
         self._constants: dict[tuple[torch.dtype, torch.device], Constants] = {}
         # In training or not, for x of a dtype: whether a forward of one's own is served in one.
@@ -167,7 +179,8 @@ class Monotone(nn.Module):
         return Lifted(mlp, W, b)
 
     def extra_repr(self) -> str:
-        return f"direction={self.direction}, margin={self.margin}, parts={self.parts}"
+        names = "" if self.names is None else f", columns={self.names}"
+        return f"direction={self.direction}{names}, margin={self.margin}, parts={self.parts}"
 
     def _linear_term(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Its weight (D, d) and its bias (D,)."""
@@ -202,13 +215,13 @@ class Monotone(nn.Module):
             # without a trace, and not again.
             key = mlp.training, x.dtype
             if key not in self._readable:
-                tried = reading.read(mlp, self._inputs(x), rehearsal=True, fold=False)
+                tried = reading.read(mlp, check_inputs(x), rehearsal=True, fold=False)
                 self._readable[key] = (
                     not isinstance(tried, str)
                     and _exact(mlp, tried, x.dtype)
                     and self._lift(tried.nodes, x.dtype) is not None
                 )
-            read = reading.read(mlp, self._inputs(x), fold=False) if self._readable[key] else ""
+            read = reading.read(mlp, check_inputs(x), fold=False) if self._readable[key] else ""
             if isinstance(read, str):
                 return None
             found = read
@@ -251,11 +264,6 @@ class Monotone(nn.Module):
                 f"mlp: expected {len(self.direction)} outputs, as many as it had at the start, got "
                 f"{nodes[-1].width}"
             )
-
-    def _inputs(self, x: Tensor) -> Inputs:
-        """As a reading of ``mlp`` for x (..., d) takes them."""
-        d = len(self.lower)
-        return Inputs(x[..., :0], x, x.shape[:-1], d, d, False)
 
     def __getstate__(self) -> dict[str, Any]:
         # What is native stays in its process.
@@ -303,7 +311,7 @@ class Monotone(nn.Module):
             if coupled:
                 found = f"{coupled} normalises with the statistics of the batch"
             elif not torch.compiler.is_compiling():
-                found = reading.read(mlp, self._inputs(like), rehearsal=True, fold=False)
+                found = reading.read(mlp, check_inputs(like), rehearsal=True, fold=False)
             if isinstance(found, str):
                 raise ValueError(f"mlp: expected nodes of which a range is known, got {found}")
             # A dropout's bound holds for every mask, so any key will do.
@@ -443,8 +451,16 @@ def _tensor(rows: Any, end: int, dtype: torch.dtype, device: torch.device) -> Te
     return t.to(device)
 
 
-def _columns(direction: Any) -> int:
-    """How many columns it speaks of."""
+def _columns(direction: Any, names: Any, lower: Any, upper: Any) -> int:
+    """How many columns it speaks of; a mapping leaves that to their names, or to the box."""
+    if is_mapping(direction):
+        sized = [given for given in (names, lower, upper) if hasattr(given, "__len__")]
+        if not sized:
+            raise ValueError(
+                "columns: expected the names of all columns to go with a direction by columns, got "
+                "none"
+            )
+        return len(sized[0])
     try:
         shape = direction.shape if isinstance(direction, Tensor) else _shape(direction)
         return int(shape[-1])

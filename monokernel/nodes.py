@@ -725,13 +725,13 @@ def used(nodes: tuple[Node, ...]) -> tuple[int, ...]:
     return tuple([i for i in range(len(nodes)) if i + 1 in needed])
 
 
-def moving(d: int, k: int, nodes: tuple[Node, ...]) -> tuple[bool, ...]:
-    """Of each value, whether x2 reaches it, the last k columns of x: others have no tangent."""
+def moving(d: int, x2: Sequence[int], nodes: tuple[Node, ...]) -> tuple[bool, ...]:
+    """Of each value, whether these columns of x reach it: others have no tangent."""
     reached = [True]
     for node in nodes:
         if node.kind == "columns" and node.inputs == (0,):
             columns = range(d)[columns_of(node)]
-            reached.append(len(columns) > 0 and columns[-1] >= d - k)  # those of x1 stand still
+            reached.append(any(c in columns for c in x2))  # all others stand still
         else:
             reached.append(any(reached[v] for v in node.inputs))
     return tuple(reached)

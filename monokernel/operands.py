@@ -8,7 +8,7 @@ tensors have no memory to begin with. So both passes look before they call a ker
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -26,8 +26,10 @@ __all__ = [
     "Shapes",
     "check_forward",
     "check_gradients",
+    "check_saveable",
     "check_saved",
     "has_memory",
+    "holds",
     "shapes_of",
     "traced",
 ]
@@ -75,6 +77,15 @@ def check_forward(
             raise RuntimeError(f"{name}: expected a tensor, got None")
         operands.append(t)
     return x, weight, operands
+
+
+def check_saveable(params: Iterable[Tensor | None]) -> None:
+    """Autograd keeps parameters for the backward, but none that were made in inference mode."""
+    if any(p is not None and p.is_inference() for p in params):
+        raise RuntimeError(
+            "mlp: expected parameters that autograd may keep, got some that were made under "
+            "torch.inference_mode; make, load or clone them outside of it"
+        )
 
 
 def check_gradients(
@@ -136,7 +147,7 @@ def _operand(
         and t.device == device
         and (type(t) in PLAIN or has_memory(t))
         and not t.is_neg()
-        and _holds(t)
+        and holds(t)
     ):
         return t
     if has_memory(t) and (t.is_neg() or t._is_zerotensor()):
@@ -147,7 +158,7 @@ def _operand(
     )
 
 
-def _holds(t: Tensor) -> bool:
+def holds(t: Tensor) -> bool:
     """Whether its storage reaches to its last element."""
     held = t.untyped_storage().nbytes()
     if t.is_contiguous() and t.storage_offset() == 0:  # the usual case, at once

@@ -15,12 +15,14 @@ from .arguments import (
     MODES,
     Inputs,
     check_choice,
+    check_constraints,
     check_inputs,
     check_module,
     check_parameter,
 )
 from .backends import BACKENDS, refusal
 from .capture import Captured, capturable, meet, numbers_of
+from .columns import Columns
 from .function import operand_dtype, transformed
 from .operands import has_memory
 from .problem import Mode, Problem, cheaper_mode
@@ -69,19 +71,24 @@ GENERAL = "autograd through one call of the module"
 def plan(
     mlp: nn.Module,
     x1: Tensor,
-    x2: Tensor,
+    x2: Tensor | None = None,
     *,
+    direction: Any = None,
+    columns: Any = None,
     mode: str = "auto",
     backend: str = "auto",
     batch_stats: str = "error",
 ) -> Plan:
     """Which backend, mode and kernel would serve ``fused_mono_penalty(mlp, x1, x2)``, and why no
-    other. All arguments as there.
+    other. All arguments as there; where x2 is left out and there is no ``direction``, every column
+    of x counts, as for ``value_and_jacobian(mlp, x)``.
 
     Runs nothing of a chain of layers; a forward of one's own it runs once, on symbols in the place
     of numbers, and puts back the attributes, buffers and random generators that this changed.
     """
     inputs = check_inputs(x1, x2)
+    if direction is not None:
+        inputs, *_ = check_constraints(inputs, direction, columns)
     route = choose(network.unwrap(mlp), inputs, mode, backend, batch_stats, rehearsal=True)
     kernel = GENERAL if route.network is None else REFERENCE
     if route.backend in BACKENDS:
@@ -124,10 +131,10 @@ def choose(
         found = found.sentence(mlp)
     if isinstance(found, str):
         return _general(mlp, found, mode, backend, functional, batch_stats)
-    x = inputs.x2
+    x = inputs.like
     dtype = operand_dtype(x) if inputs.autocast else x.dtype
     name, chosen, refused = serving(
-        inputs.d, found.nodes, inputs.k, mode, backend, dtype, x.device, functional
+        inputs.d, found.nodes, inputs.columns, mode, backend, dtype, x.device, functional
     )
     rounded = found.rounded if isinstance(found, reading.Reading) else None
     if rounded is not None and name in BACKENDS and not BACKENDS[name].widens:
@@ -151,9 +158,10 @@ def _captured(mlp: nn.Module, inputs: Inputs) -> bool:
     from torch._dynamo.comptime import comptime
 
     comptime(_note)
-    x = inputs.x2
+    x = inputs.like
     training = tuple([m.training for m in mlp.modules()])
-    numbers = rehearsed(training, len(inputs.batch), inputs.d, inputs.k, x.dtype, x.device)
+    widths = (inputs.d - inputs.k, inputs.k) if len(inputs.blocks) > 1 else (inputs.d,)
+    numbers = rehearsed(training, len(inputs.batch), widths, x.dtype, x.device)
     if numbers is None:
         return False
     meet(mlp, numbers)
@@ -172,8 +180,7 @@ def _note(compiling: Any) -> None:
 def rehearsed(
     training: tuple[bool, ...],
     axes: int,
-    d: int,
-    k: int,
+    widths: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[str, ...] | None:
@@ -182,7 +189,9 @@ def rehearsed(
     mlp = _noted.pop()
     if not isinstance(mlp, nn.Module):
         return None
-    x1, x2 = (torch.empty(*[2] * axes, n, dtype=dtype, device=device) for n in (d - k, k))
+    inputs = check_inputs(
+        *[torch.empty(*[2] * axes, n, dtype=dtype, device=device) for n in widths]
+    )
     parts = list(mlp.modules())
     if len(parts) != len(training):
         return None
@@ -190,9 +199,9 @@ def rehearsed(
     try:
         for m, flag in zip(parts, training, strict=True):
             m.training = flag
-        if not capturable(mlp, x1, x2):
+        if not capturable(mlp, inputs):
             return None
-        if isinstance(reading.read(mlp, check_inputs(x1, x2), rehearsal=True), str):
+        if isinstance(reading.read(mlp, inputs, rehearsal=True), str):
             return None
         return numbers_of(mlp)
     finally:
@@ -208,7 +217,7 @@ rehearsed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def serving(
     d: int,
     nodes: tuple[Node, ...],
-    k: int,
+    columns: Columns,
     mode: str,
     backend: str,
     dtype: torch.dtype,
@@ -217,9 +226,9 @@ def serving(
 ) -> tuple[str, Mode, Refused]:
     """The backend and mode for such a problem, and why no earlier one; "" where the one asked for
     cannot serve."""
-    automatic = cheaper_mode(nodes[-1].width, k)
+    automatic = cheaper_mode(nodes[-1].width, len(columns))
     chosen: Mode = automatic if mode == "auto" else mode  # type: ignore[assignment]
-    problem = Problem(d, nodes, k, chosen, None)
+    problem = Problem(d, nodes, columns, chosen, None)
     refused: Refused = ()
     for name in BACKENDS if backend == "auto" else (backend,):
         if name == "reference":
@@ -279,8 +288,9 @@ def _without_statistics(mlp: nn.Module) -> str | None:
 def _wrapped(inputs: Inputs) -> str | None:
     """A subclass that decides itself what an operation does (a MaskedTensor, a DTensor) gets to
     see the operations, unless a mode that looks on (a FakeTensorMode) takes care of it."""
-    for name, t in (("x1", inputs.x1), ("x2", inputs.x2)):
+    for t in inputs.blocks:
         if not has_memory(t) and torch._C._len_torch_dispatch_stack() == 0:
+            name = inputs.argument(t)
             return f"{name} is a {type(t).__name__}, with operations of its own"
     return None
 
@@ -288,12 +298,17 @@ def _wrapped(inputs: Inputs) -> str | None:
 def _check_chain(chain: network.Chain, inputs: Inputs) -> None:
     """What PyTorch would complain about inside the first layer, said of the user's arguments."""
     d = chain.widths[0]
+    if inputs.d != d and len(inputs.blocks) == 1:
+        raise ValueError(
+            f"x1: expected {d} columns, the inputs of mlp's first layer, where x2 is left out, got "
+            f"{inputs.d}"
+        )
     if inputs.d != d:
         raise ValueError(
             f"x2: expected d1 + k = {d}, the inputs of mlp's first layer, got d1 = "
             f"{inputs.d - inputs.k} and k = {inputs.k}"
         )
-    x = inputs.x2
+    x = inputs.like
     device, dtype = x.device, x.dtype
     for linear in chain.linears:
         for t in linear._parameters.values():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_direction, check_inputs
+from .arguments import check_constraints, check_inputs, check_table
 from .audit import Audit, audit, evaluating, slopes_in_direction
 from .sampling import sample_points
 
@@ -26,18 +26,18 @@ CURVE_POINTS = 121
 @torch.no_grad()
 def plot_audit(
     mlp: nn.Module,
-    x1: Tensor,
-    x2: Tensor,
+    x1: Any,
+    x2: Any = None,
     *,
     direction: Any = 1,
-    margin: float = 0.0,
+    margin: Any = 0.0,
     sample: int = 0,
     strategy: str = "uniform",
     generator: torch.Generator | None = None,
     most: int = 4,
     curves: int = 5,
     outputs: Sequence[str] | None = None,
-    columns: Sequence[str] | None = None,
+    columns: Any = None,
 ) -> Figure:
     """The constraints that violate most, each with the distribution of its slopes and the response
     curves through its worst points. Where the derivative says nothing (``Audit.blind``) there are
@@ -47,23 +47,31 @@ def plot_audit(
         mlp, x1, x2, direction, margin, sample, strategy, generator: as for
             ``audit``.
         most: how many constraints.
-        curves: how many of the worst points: y over x2 there, all other inputs held.
-        outputs, columns: names to show instead of numbers.
+        curves: how many of the worst points: y over the column there, all other inputs held.
+        columns: as for ``audit``; names that are shown instead of numbers.
+        outputs: likewise the D names of the outputs.
 
     Returns:
         A matplotlib figure, to show or save.
     """
     from matplotlib.figure import Figure
 
-    inputs = check_inputs(x1, x2)
-    signs = check_direction(direction, inputs.k)
+    (x1, names), (x2, own) = check_table("x1", x1, mlp), check_table("x2", x2, mlp)
+    if columns is None:
+        columns = names if x2 is None else own
+    inputs, signs, margins, named = check_constraints(
+        check_inputs(x1, x2), direction, columns, margin
+    )
     x = inputs.joined().reshape(-1, inputs.d)
-    report = audit(mlp, x1, x2, direction=direction, margin=margin)
+    report = audit(mlp, x1, x2, direction=direction, columns=columns, margin=margin)
     points = sample_points(x, sample, strategy, generator=generator) if sample else None
     hidden = report.blind  # where slopes on the points say nothing
     if points is not None:
-        free, monotone = points.split([inputs.d - inputs.k, inputs.k], -1)
-        hidden = audit(mlp, free, monotone, direction=direction).blind
+        parts = points.split([t.shape[-1] for t in inputs.blocks], -1)
+        hidden = audit(mlp, *parts, direction=direction, columns=columns).blind
+    (D, k), label = report.direction.shape, "x" if x2 is None else "x2"
+    if outputs is not None and len(outputs) != D:
+        raise ValueError(f"outputs: expected {D} names, one for each output, got {len(outputs)}")
     chosen = _most_violating(report, most)
     if not chosen or not report.rows:
         raise ValueError(
@@ -71,7 +79,7 @@ def plot_audit(
         )
 
     def slopes(rows: Tensor, d: int, c: int) -> Tensor:
-        blocks = slopes_in_direction(mlp, rows, inputs.k, signs)
+        blocks = slopes_in_direction(mlp, rows, inputs.columns, signs)
         return torch.cat([slope[:, d, c] for slope, _ in blocks]).float().cpu()
 
     figure = Figure(figsize=(9, 2.7 * len(chosen)), layout="constrained")
@@ -80,11 +88,11 @@ def plot_audit(
         for (left, right), (d, c) in zip(axes, chosen, strict=True):
             sign = int(report.direction[d, c])
             output = outputs[d] if outputs else f"output {d}"
-            column = columns[c] if columns else f"x2[{c}]"
-            s = slopes(x, d, c)
+            column = str(named[c]) if named else f"{label}[{report.labels[c]}]"
+            s, limit = slopes(x, d, c), margin_at(margins, d, k, c)
             blind = bool(report.blind[d, c])
             away = None if points is None or hidden[d, c] else slopes(points, d, c)
-            _distribution(left, None if blind else s, away, margin)
+            _distribution(left, None if blind else s, away, limit)
             must = "rise" if sign > 0 else "fall"
             share = f"{report.rate[d, c].item():.1%} of rows violate"
             if blind:
@@ -92,11 +100,19 @@ def plot_audit(
             elif hidden[d, c]:
                 share += ", unknown on sampled points"
             left.set_title(f"{output} must {must} with {column}\n{share}", loc="left", fontsize=10)
-            _responses(right, mlp, x, s, d, c - inputs.k, None if blind else margin, curves)
+            column_of_x = report.columns[c]
+            _responses(right, mlp, x, s, d, column_of_x, None if blind else limit, curves)
             which = "some" if blind else "the worst"
             right.set_title(f"{output} through {which} rows", loc="left", fontsize=10)
             right.set_xlabel(column)
     return figure
+
+
+def margin_at(margins: float | tuple[float, ...], d: int, k: int, c: int) -> float:
+    """That of output d and column c of k."""
+    if not isinstance(margins, tuple):
+        return margins
+    return margins[d * k + c if len(margins) > k else c]
 
 
 def _most_violating(report: Audit, most: int) -> list[tuple[int, int]]:
@@ -145,9 +161,9 @@ def _responses(
     margin: float | None,
     curves: int,
 ) -> None:
-    """y[d] over the data's range of one input (``column`` counts from the end of x), through the
-    rows with the lowest slopes, each marked with a dot: red where the row violates, grey where
-    without a margin nothing is known of that."""
+    """y[d] over the data's range of one column of x, through the rows with the lowest slopes, each
+    marked with a dot: red where the row violates, grey where without a margin nothing is known of
+    that."""
     order = slopes.nan_to_num(-torch.inf).argsort()[:curves]
     worst = x[order.to(x.device)]
     grid = torch.linspace(0, 1, CURVE_POINTS, dtype=x.dtype, device=x.device)

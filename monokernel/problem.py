@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
+from operator import lt
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .activations import Activation
+from .columns import Columns, last_columns
 from .nodes import wrong_nodes
 from .program import Chain, Node, chain_of, nodes_of
 
@@ -42,11 +44,12 @@ class Hinge(NamedTuple):
     """The penalty on the slopes J (N, D, k): w·h(margin - direction·J), h = relu or relu².
 
     ``direction`` is row-major with 1, k or D·k entries in {-1, 0, 1}. Entries of direction 0 never
-    count. With ``elementwise`` the penalty is (N, D, k), otherwise its sum, a scalar.
+    count. ``margin`` is one number, or k or D·k of them. With ``elementwise`` the penalty is
+    (N, D, k), otherwise its sum, a scalar.
     """
 
     direction: tuple[int, ...] = (1,)
-    margin: float = 0.0
+    margin: float | tuple[float, ...] = 0.0
     squared: bool = False
     elementwise: bool = False
 
@@ -54,15 +57,19 @@ class Hinge(NamedTuple):
 class Problem(NamedTuple):
     """A program over x (N, d) (see ``program.py``), its mode and its hinge.
 
-    The monotone inputs x2 are the last ``k`` columns of x. With ``hinge`` None the second output is
-    the Jacobian J (N, D, k) itself.
+    The monotone inputs x2 are k ``columns`` of x, in ascending order. With ``hinge`` None the
+    second output is the Jacobian J (N, D, k) itself.
     """
 
     d: int
     nodes: tuple[Node, ...]
-    k: int
+    columns: Columns
     mode: Mode
     hinge: Hinge | None
+
+    @property
+    def k(self) -> int:
+        return len(self.columns)
 
     @property
     def D(self) -> int:
@@ -106,8 +113,10 @@ def chain_problem(
     mode: Mode,
     hinge: Hinge | None,
 ) -> Problem:
-    """The problem of a chain: ``widths`` is (d, H_1, …, D), one activation for each layer."""
-    return Problem(widths[0], nodes_of(tuple(widths), tuple(activations)), k, mode, hinge)
+    """The problem of a chain in its last k inputs: ``widths`` is (d, H_1, …, D), one activation for
+    each layer."""
+    d, nodes = widths[0], nodes_of(tuple(widths), tuple(activations))
+    return Problem(d, nodes, last_columns(d, k), mode, hinge)
 
 
 Packed = tuple[
@@ -115,11 +124,11 @@ Packed = tuple[
     tuple[str, ...],
     tuple[int, ...],
     tuple[float, ...],
-    int,
+    Columns,
     Mode,
     bool,
     tuple[int, ...],
-    float,
+    tuple[float, ...],
     bool,
     bool,
 ]
@@ -143,11 +152,11 @@ def pack(problem: Problem) -> Packed:
         tuple([node.kind for node in problem.nodes]),
         shapes,
         numbers,
-        problem.k,
+        problem.columns,
         problem.mode,
         problem.hinge is not None,
         hinge.direction,
-        hinge.margin,
+        hinge.margin if isinstance(hinge.margin, tuple) else (hinge.margin,),
         hinge.squared,
         hinge.elementwise,
     )
@@ -158,11 +167,11 @@ def unpack(
     kinds: Sequence[str],
     shapes: Sequence[int],
     numbers: Sequence[float],
-    k: int,
+    columns: Sequence[int],
     mode: Mode,
     penalised: bool,
     direction: Sequence[int],
-    margin: float,
+    margin: Sequence[float],
     squared: bool,
     elementwise: bool,
 ) -> Problem:
@@ -181,21 +190,26 @@ def unpack(
         if len(places) < inputs + params or len(mine) < own:
             raise ValueError(f"shapes, numbers: expected more for node {i}, a {kind}")
         nodes.append(Node(kind, places[:inputs], places[inputs:], mine, width))
-    wrong = wrong_nodes(d, tuple(nodes))
+    wrong, k = wrong_nodes(d, tuple(nodes)), len(columns)
     if at != len(shapes) or taken != len(numbers):
         wrong = f"shapes, numbers: expected {at} and {taken}, got {len(shapes)} and {len(numbers)}"
-    elif not wrong and not 1 <= k <= d:
-        wrong = f"k: expected 1 to {d}, the columns of x, got {k}"
+    elif not wrong and not (
+        k and columns[0] >= 0 and columns[-1] < d and all(map(lt, columns, columns[1:]))
+    ):
+        wrong = f"columns: expected some of 0 to {d - 1} in ascending order, got {list(columns)}"
     elif not wrong and mode not in ("tangent", "adjoint"):
         wrong = f"mode: expected 'tangent' or 'adjoint', got {mode!r}"
     elif not wrong and (
         len(direction) not in (1, k, nodes[-1].width * k) or not set(direction) <= {-1, 0, 1}
     ):
         wrong = f"direction: expected 1, k or D·k of -1, 0, 1, got {list(direction)}"
+    elif not wrong and len(margin) not in (1, k, nodes[-1].width * k):
+        wrong = f"margin: expected 1, k or D·k numbers, got {list(margin)}"
     if wrong:
         raise ValueError(wrong)
-    hinge = Hinge(tuple(direction), margin, squared, elementwise) if penalised else None
-    return Problem(d, tuple(nodes), k, mode, hinge)
+    given = margin[0] if len(margin) == 1 else tuple(margin)
+    hinge = Hinge(tuple(direction), given, squared, elementwise) if penalised else None
+    return Problem(d, tuple(nodes), tuple(columns), mode, hinge)
 
 
 def cheaper_mode(D: int, k: int) -> Mode:
@@ -217,9 +231,9 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def direction_table(
-    direction: tuple[int, ...], D: int, k: int, dtype: torch.dtype, device: torch.device
+    direction: tuple[float, ...], D: int, k: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """``direction`` (1, k or D·k signs, row-major) as a new contiguous (D, k) tensor.
+    """``direction`` (1, k or D·k signs, row-major; or margins) as a new contiguous (D, k) tensor.
 
     By fills alone: a copy from the host waits for the device, and the capture of a CUDA graph
     refuses it.
@@ -237,7 +251,7 @@ _shared_tables: dict[tuple[object, ...], Tensor] = {}
 
 
 def shared_direction_table(
-    direction: tuple[int, ...], D: int, k: int, dtype: torch.dtype, device: torch.device
+    direction: tuple[float, ...], D: int, k: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """The same, made once and shared between the kernels' calls: not to be written to.
 

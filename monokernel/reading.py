@@ -261,7 +261,7 @@ def read(
     parts = _parts(mlp)
     if isinstance(parts, str):
         return parts
-    if inputs.x2.is_meta or torch._C._get_tracing_state() is not None:
+    if inputs.like.is_meta or torch._C._get_tracing_state() is not None:
         return "its inputs have no numbers"
     key, known = _key(mlp, inputs), _known.get(id(mlp))
     before: str | None = None if known is None else known[1].get(key)
@@ -270,7 +270,7 @@ def read(
     if before == "" and not rehearsal and torch.is_grad_enabled():  # the usual case, at once
         found = _record(mlp, inputs, fold)
     else:
-        state = _State(parts, inputs.x2.device) if before is None or rehearsal else None
+        state = _State(parts, inputs.like.device) if before is None or rehearsal else None
         with torch.enable_grad(), state or nullcontext():
             found = _record(mlp, inputs, fold)
         if state is not None and (rehearsal or isinstance(found, str)):

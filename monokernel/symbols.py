@@ -63,15 +63,15 @@ class Tape:
     )  # fmt: skip
 
     def __init__(self, mlp: nn.Module, inputs: Inputs) -> None:
-        x1, x2 = inputs.x1, inputs.x2
+        x = inputs.like
         self.mlp = mlp
         self.batch = inputs.batch
         self.lead = len(inputs.batch)
-        self.dtype, self.device = x2.dtype, x2.device
-        self.requires_grad = x1.requires_grad or x2.requires_grad
+        self.dtype, self.device = x.dtype, x.device
+        self.requires_grad = any(t.requires_grad for t in inputs.blocks)
         self.device_type = self.device.type
         self.autocast = inputs.autocast
-        self.casts = self.autocast and operand_dtype(x2) != x2.dtype
+        self.casts = self.autocast and operand_dtype(x) != x.dtype
         self.hooks = _saving(False)
         self.nodes: list[Node] = []
         self.params: list[Param] = []

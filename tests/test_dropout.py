@@ -66,7 +66,7 @@ def test_every_backend_draws_the_same(dtype: torch.dtype, p: float) -> None:
         x = torch.rand(203, width).to(dtype) + 1
         key = dropout.draw_key(x)
         problem = Problem(
-            width, (Node("dropout", (0,), (0,), (p, 3.0), width),), 1, "adjoint", None
+            width, (Node("dropout", (0,), (0,), (p, 3.0), width),), (0,), "adjoint", None
         )
         want, slopes = reference.value_and_jacobian(problem, x, [key])
         for backend in (handwritten, cpu):

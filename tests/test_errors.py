@@ -21,7 +21,7 @@ X1, X2 = points(5, 3, 2, torch.float32)
     ("arguments", "options", "sentence"),
     [
         (("x", X2), {}, "x1: expected a tensor, got str"),
-        ((X1, None), {}, "x2: expected a tensor, got NoneType"),
+        ((X1, "x"), {}, "x2: expected a tensor, got str"),
         ((X1.long(), X2), {}, "x1: expected a floating-point tensor, got int64"),
         ((X1, X2.bool()), {}, "x2: expected a floating-point tensor, got bool"),
         ((X1.to_sparse(), X2), {}, "x1: expected a dense tensor, got torch.sparse_coo"),
@@ -65,7 +65,13 @@ X1, X2 = points(5, 3, 2, torch.float32)
         (
             (X1, X2),
             {"direction": "up"},
-            "direction: expected a number, a (nested) sequence of numbers or a tensor, got str",
+            "direction: expected entries in {-1, 0, 1}, got 'up'",
+        ),
+        (
+            (X1, X2),
+            {"direction": {0: None}},
+            "direction: expected a number, a (nested) sequence of numbers, a tensor or a mapping "
+            "from columns to numbers, got dict",
         ),
         ((X1, X2), {"direction": 1j}, "direction: expected entries in {-1, 0, 1}, got 1j"),
         (
@@ -95,13 +101,13 @@ X1, X2 = points(5, 3, 2, torch.float32)
             (X1, X2),
             {"weight": torch.ones(3)},
             "weight: expected a shape that broadcasts to (D, k) = (2, 2) or (..., D, k) = "
-            "(5, 2, 2), got (3,)",
+            "(5, 2, 2), or one for each row, (5,), got (3,)",
         ),
         (
             (X1, X2),
             {"weight": torch.ones(4, 2, 2)},
             "weight: expected a shape that broadcasts to (D, k) = (2, 2) or (..., D, k) = "
-            "(5, 2, 2), got (4, 2, 2)",
+            "(5, 2, 2), or one for each row, (5,), got (4, 2, 2)",
         ),
         ((X1, X2), {"weight": "1"}, "weight: expected a number or a tensor, got str"),
         (

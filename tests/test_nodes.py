@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from monokernel.columns import last_columns
 from monokernel.nodes import RULES, parameter_shapes, rule, wrong_nodes
 from monokernel.problem import Hinge, Problem, pack, unpack
 from monokernel.program import Node
@@ -443,15 +444,15 @@ def test_what_is_no_program_gets_one_sentence(name: str) -> None:
     d, nodes = WRONG[name]
     assert one_sentence(wrong_nodes(d, nodes))
     with pytest.raises(ValueError, match="expected"):
-        unpack(*pack(Problem(d, nodes, 1, "adjoint", None)))
+        unpack(*pack(Problem(d, nodes, last_columns(d, 1), "adjoint", None)))
 
 
 PROBLEMS = [
-    Problem(*program(case), k, mode, hinge)
+    Problem(*program(case), columns, mode, hinge)
     for i, case in enumerate(CASES.values())
-    for k, mode, hinge in [
-        (1, "adjoint", None),
-        (2, "tangent", Hinge((1, -1), 0.1, True, True)),
+    for columns, mode, hinge in [
+        ((1,), "adjoint", None),
+        ((0, 2), "tangent", Hinge((1, -1), (0.1, 0.2), True, True)),
     ][i % 2 :][:1]
 ]
 

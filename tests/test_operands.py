@@ -417,7 +417,7 @@ def views_to_be_negated(backend: str) -> None:
     )
     want = torch.autograd.grad([y, penalty], list(net.parameters()), [-ones, -one])
     assert all(map(torch.equal, got, want))
-    weight = torch.rand(N, 1, 1)
+    weight = -torch.rand(N, 1, 1)
     got_loss = loss(net, *data(), backend, margin=2.0, weight=torch._neg_view(weight))
     same(got_loss, loss(net, *data(), backend, margin=2.0, weight=-weight))
 
@@ -512,7 +512,7 @@ def traced_by_jit(backend: str) -> None:
 
 # One linear layer and SiLU: for each node its width and counts, what it reads, its parameters.
 SHAPES = [*(H, 1, 2, 0), 0, 0, 1, *(H, 1, 0, 3), 1]
-HINGE: list[Any] = [1, "adjoint", True, [1], 0.0, False, False]
+HINGE: list[Any] = [[4], "adjoint", True, [1], [0.0], False, False]
 PROBLEM: list[Any] = [5, ["linear", "silu"], SHAPES, [0.0, 0.0, 0.0], *HINGE]
 
 
@@ -577,9 +577,10 @@ def an_operator_with_a_false_problem(backend: str) -> None:
         1: [["linear", "step"], [], ["silu", "linear"]],
         2: [[], SHAPES[:-1], [*SHAPES, 0], [-H, *SHAPES[1:]], [*SHAPES[:-1], 2], [9, *SHAPES[1:]]],
         3: [[0.0], [0.0] * 4],
-        4: [0, 6],
+        4: [[], [5], [-1], [1, 1], [2, 1]],
         5: ["both"],
         7: [[1, 1], [2], []],
+        8: [[], [0.0, 0.0]],
     }
     for place, values in wrong.items():
         for value in values:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from monokernel import fused_mono_penalty
 from monokernel import hinge as hinges
 from monokernel.backends import cpu, handwritten, load, reference, schedule
+from monokernel.columns import last_columns
 from monokernel.nodes import RULES, parameter_shapes, rule, wrong_nodes
 from monokernel.operands import check_forward
 from monokernel.problem import Hinge, Mode, Problem, nan_rule
@@ -56,7 +57,7 @@ def oracle(p: Problem, x: Tensor, params: Params) -> tuple[Tensor, Tensor]:
         else torch.zeros_like(x)
         for d in range(p.D)
     ]
-    return y, nan_rule(y, torch.stack(rows, 1)[..., p.d - p.k :])
+    return y, nan_rule(y, torch.stack(rows, 1)[..., p.columns])
 
 
 def penalised(p: Problem, J: Tensor, weight: Tensor | None) -> Tensor:
@@ -244,7 +245,8 @@ def random_calls(draw: Any, rows: Sequence[int]) -> RandomCall:
     N = draw(st.sampled_from(rows))
     x, params = operands(d, nodes, N, draw(st.booleans()), draw(st.booleans()))
     signs = tuple([(1, 0, -1)[i % 3] for i in range(D * k)])
-    hinges = None, Hinge(), Hinge((1, -1)[:k], 0.1, True), Hinge(signs, 0.2, False, True)
+    margins = tuple([0.1 + 0.1 * i for i in range(D * k)])
+    hinges = None, Hinge(), Hinge((1, -1)[:k], 0.1, True), Hinge(signs, margins, False, True)
     hinge = draw(st.sampled_from(hinges))
     weight = None
     if hinge is not None and draw(st.booleans()):
@@ -260,7 +262,8 @@ def random_calls(draw: Any, rows: Sequence[int]) -> RandomCall:
     mode: Mode = draw(st.sampled_from(["tangent", "adjoint"]))
     task, slopes = draw(st.sampled_from([(True, True), (True, False), (False, True)]))
     block_rows = draw(st.sampled_from([5, 1000]))
-    p = Problem(d, nodes, k, mode, hinge)
+    columns = tuple(sorted(draw(st.sets(st.integers(0, d - 1), min_size=k, max_size=k))))
+    p = Problem(d, nodes, columns, mode, hinge)
     return RandomCall(p, x, params, weight, needs, task, slopes, block_rows)
 
 
@@ -455,7 +458,7 @@ def test_value_slopes_and_gradients(name: str, mode: Mode, monkeypatch: pytest.M
     """Whole batches, and blocks of 7 rows with one of a single row at the end."""
     d, nodes = CASES[name]
     for k, hinge in ((1, Hinge((1,), 0.3)), (min(d, 2), None)):
-        p = Problem(d, nodes, k, mode, hinge)
+        p = Problem(d, nodes, last_columns(d, k), mode, hinge)
         x, params = operands(d, nodes, 22, single=name == "one number for two widths")
         masks = {place for node in nodes if node.kind == "dropout" for place in node.params}
         needs = [True] + [i not in masks for i in range(len(params))]
@@ -478,9 +481,10 @@ def test_any_number_of_rows(name: str, N: int, mode: Mode) -> None:
     x, params = operands(d, nodes, N)
     needs = [True] * (1 + len(params))
     weight = torch.rand(N, nodes[-1].width, 2, dtype=torch.float64)
-    check(Problem(d, nodes, 2, mode, Hinge((1,), 0.1, False, True)), x, params, needs, weight)
-    check(Problem(d, nodes, 2, mode, Hinge((1,), 0.3, True)), x, params, needs, weight, task=False)
-    check(Problem(d, nodes, 2, mode, Hinge((1,), -1e6)), x, params, needs)
+    p = Problem(d, nodes, last_columns(d, 2), mode, Hinge((1,), 0.1, False, True))
+    check(p, x, params, needs, weight)
+    check(p._replace(hinge=Hinge((1,), 0.3, True)), x, params, needs, weight, task=False)
+    check(p._replace(hinge=Hinge((1,), -1e6)), x, params, needs)
 
 
 @pytest.mark.parametrize(("D", "mode"), [(1, "adjoint"), (2, "tangent"), (2, "adjoint")])
@@ -508,8 +512,8 @@ def test_every_node_between_layers(name: str, D: int, mode: Mode) -> None:
     trained = [t is not None for t in params]
     if case.node.kind == "dropout":
         trained[own[0]] = False
-    check(Problem(4, tuple(nodes), 3, mode, None), x, params, [True, *trained])
-    p = Problem(4, tuple(nodes), 1, mode, Hinge((1,), 0.2, True))
+    check(Problem(4, tuple(nodes), last_columns(4, 3), mode, None), x, params, [True, *trained])
+    p = Problem(4, tuple(nodes), last_columns(4, 1), mode, Hinge((1,), 0.2, True))
     check(p, x, params, [False, *trained], task=False)
 
 
@@ -520,7 +524,7 @@ def test_more_layers_than_the_kernel_of_chains_serves(mode: Mode) -> None:
         nodes += [linear(2 * l, 2 * l, 3), Node("tanh", (2 * l + 1,), (), (0.0, 0.0, 0.0), 3)]
     nodes.append(linear(260, 260, 1))
     x, params = operands(3, tuple(nodes), 9)
-    p = Problem(3, tuple(nodes), 1, mode, Hinge((1,), 1.0))
+    p = Problem(3, tuple(nodes), last_columns(3, 1), mode, Hinge((1,), 1.0))
     check(p, x, params, [True] * (1 + len(params)))
 
 
@@ -552,7 +556,7 @@ def run(backend: str, p: Problem, x: Tensor, params: Params) -> list[Tensor]:
 @NATIVE
 @BOTH_MODES
 def test_thread_counts_agree_and_reruns_give_the_same_bits(mode: Mode) -> None:
-    p = Problem(6, MIXED, 2, mode, Hinge((1,), 0.1))
+    p = Problem(6, MIXED, last_columns(6, 2), mode, Hinge((1,), 0.1))
     x, params = operands(6, MIXED, 700)
     want, before = run("torch", p, x, params), torch.get_num_threads()
     of, needs = load("cpu"), [True] * (1 + len(params))
@@ -575,7 +579,7 @@ def test_thread_counts_agree_and_reruns_give_the_same_bits(mode: Mode) -> None:
 @NATIVE
 @BOTH_MODES
 def test_without_compaction(mode: Mode) -> None:
-    p = Problem(6, MIXED, 2, mode, Hinge((1,), 0.1))
+    p = Problem(6, MIXED, last_columns(6, 2), mode, Hinge((1,), 0.1))
     x, params = operands(6, MIXED, 130)
     want = run("torch", p, x, params)
     try:
@@ -591,7 +595,7 @@ def test_without_compaction(mode: Mode) -> None:
 def test_float32_is_as_exact_as_pytorch(name: str, mode: Mode) -> None:
     """Root-mean-square error against float64 at most twice that of PyTorch's own float32."""
     d, nodes = CASES[name] if name != "mixed" else (6, MIXED)
-    p = Problem(d, nodes, 2, mode, None)
+    p = Problem(d, nodes, last_columns(d, 2), mode, None)
     x, params = operands(d, nodes, 200)
     # Numbers of float32, and a mask that is none of the gradients.
     x, params = x.float(), [None if t is None else t.float() for t in params]
@@ -613,7 +617,7 @@ def test_no_nan_becomes_a_finite_penalty(name: str, mode: Mode) -> None:
     """In a row of x, which leaves the others alone, or in a parameter: y is NaN where the reference
     says so, and there the penalty is, too."""
     d, nodes = CASES[name]
-    p = Problem(d, nodes, 1, mode, Hinge((1,), 0.0, False, True))
+    p = Problem(d, nodes, last_columns(d, 1), mode, Hinge((1,), 0.0, False, True))
     x, params = operands(d, nodes, 20, single=name == "one number for two widths")
     rest = torch.arange(20) != 7
     want, J = reference.value_and_jacobian(p, x, params)
@@ -639,7 +643,7 @@ def test_no_nan_becomes_a_finite_penalty(name: str, mode: Mode) -> None:
 def test_an_infinite_gradient_leaves_clean_rows_alone(name: str, backend: str, mode: Mode) -> None:
     """It meets inactive entries only: their gradient is zero, not NaN."""
     d, nodes = CASES[name]
-    p = Problem(d, nodes, 1, mode, Hinge((1,), -1e9))
+    p = Problem(d, nodes, last_columns(d, 1), mode, Hinge((1,), -1e9))
     x, params = operands(d, nodes, 20)
     _, out, saved = load(backend).forward(p, x, None, params, True)
     needs = [True] * (1 + len(params))
@@ -652,7 +656,7 @@ def test_an_infinite_gradient_leaves_clean_rows_alone(name: str, backend: str, m
 @pytest.mark.parametrize("name", [name for name in CASES if name != "wide"])
 def test_the_reference_has_a_second_derivative(name: str, mode: Mode) -> None:
     d, nodes = CASES[name]
-    p = Problem(d, nodes, 1, mode, None)
+    p = Problem(d, nodes, last_columns(d, 1), mode, None)
     x, params = operands(d, nodes, 2, single=name == "one number for two widths")
     leaves = [t.requires_grad_() for t in (x, *params) if t is not None]
 
@@ -666,7 +670,7 @@ def test_the_reference_has_a_second_derivative(name: str, mode: Mode) -> None:
 
 def test_one_number_or_one_for_each_column() -> None:
     d, nodes = CASES["a standardised input"]
-    p = Problem(d, nodes, 1, "adjoint", None)
+    p = Problem(d, nodes, last_columns(d, 1), "adjoint", None)
     x, params = operands(d, nodes, 3)
     for size, fits in ((5, True), (1, True), (2, False)):
         params[0] = torch.ones(size, dtype=torch.float64)
@@ -679,12 +683,12 @@ def test_one_number_or_one_for_each_column() -> None:
     x, params = operands(d, nodes, 3, single=True)
     params[2] = torch.ones(6, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="mlp: the parameter of its prelu: expected"):
-        check_forward(Problem(d, nodes, 1, "adjoint", None), x, None, params)
+        check_forward(Problem(d, nodes, last_columns(d, 1), "adjoint", None), x, None, params)
 
 
 def test_a_drawn_mask_has_no_gradient_and_says_so() -> None:
     nodes = (Node("dropout", (0,), (0,), (0.5, 0.0), 3), linear(1, 1, 1))
-    p = Problem(3, nodes, 1, "adjoint", None)
+    p = Problem(3, nodes, last_columns(3, 1), "adjoint", None)
     x, params = operands(3, nodes, 4)
     for name in HANDWRITTEN:
         y, J, saved = load(name).forward(p, x, None, params, True)
@@ -714,7 +718,7 @@ def test_a_residual_network_costs_the_products_of_a_chain(D: int, mode: Mode, v:
     """3 + 3v, 3 + k + 3kv and 3 + D + 3Dv of each layer: skips and norms are no products."""
     N, H, blocks = 512, 64, 2
     nodes = pre_norm(5, H, D, blocks)
-    p = Problem(5, nodes, 1, mode, Hinge((1,), 1e6))
+    p = Problem(5, nodes, last_columns(5, 1), mode, Hinge((1,), 1e6))
     x, params = operands(5, nodes, N)
     weight = torch.zeros(N, D, 1, dtype=torch.float64)
     weight[torch.randperm(N)[: round(v * N)]] = 1.0
@@ -729,7 +733,7 @@ def test_a_residual_network_costs_the_products_of_a_chain(D: int, mode: Mode, v:
 
 def test_rows_without_a_violation_cost_nothing_where_the_penalty_alone_is_wanted() -> None:
     nodes = pre_norm(5, 16, 1, 1)
-    p = Problem(5, nodes, 1, "adjoint", Hinge((1,), -1e6))
+    p = Problem(5, nodes, last_columns(5, 1), "adjoint", Hinge((1,), -1e6))
     x, params = operands(5, nodes, 40)
     _, penalty, saved = handwritten.forward(p, x, None, params, True)
     needs = [True] * (1 + len(params))
@@ -744,7 +748,9 @@ def test_what_is_saved_is_what_linear_nodes_make() -> None:
     layer pulls the same row of W everywhere."""
     nodes = pre_norm(5, 6, 1, 2)
     x, _ = operands(5, nodes, 3)
-    adjoint, tangent = (Problem(5, nodes, 1, mode, None) for mode in ("adjoint", "tangent"))
+    adjoint, tangent = (
+        Problem(5, nodes, last_columns(5, 1), mode, None) for mode in ("adjoint", "tangent")
+    )
     assert len(handwritten.saved_like(tangent, x)) == 5  # not y
     # What the two layers of each block pull; the second of the last block gets w from the last.
     assert len(handwritten.saved_like(adjoint, x)) == 5 + 3

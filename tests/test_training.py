@@ -553,7 +553,8 @@ def test_persistence(way: str) -> None:
     x1, x2, _ = data()
     if way == "state_dict":
         fresh = penalised(network(seed=9), margin=0.1, hinge="squared", weight=torch.zeros(1, 2))
-        assert set(model.state_dict()) == {"weight", *(f"mlp.{n}" for n in network().state_dict())}
+        state = {"weight", "_extra_state", *(f"mlp.{n}" for n in network().state_dict())}
+        assert set(model.state_dict()) == state
         fresh.load_state_dict(model.state_dict())
     elif way == "pickle":
         model(x1, x2)[1].backward()

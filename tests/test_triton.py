@@ -117,6 +117,26 @@ def test_agrees_with_its_twin(
 
 
 @BOTH
+@pytest.mark.parametrize(("mode", "D"), [("tangent", 2), ("adjoint", 2), ("adjoint", 1)])
+@pytest.mark.parametrize("columns", [(0, 3), (1, 2, 40)])
+def test_columns_anywhere(path: ModuleType, mode: Mode, D: int, columns: tuple[int, ...]) -> None:
+    """Also further apart than a tile of inputs; and with a margin of each constraint."""
+    k = len(columns)
+    margins = tuple(0.1 + 0.05 * i for i in range(D * k))
+    p = problem((41, 9, 7, D), "silu", k, mode)._replace(columns=columns)
+    x, params = inputs(p, 40)
+    weight = torch.rand(40, D, k, dtype=torch.float64)
+    for hinge, options in (
+        (None, {}),
+        (Hinge(margin=margins[:k]), {"task": False}),
+        (Hinge((1, -1, 1)[:k], margins, True, True), {"weight": weight}),
+    ):
+        own = p._replace(hinge=hinge)
+        want = run(handwritten, own, x, params, **options)
+        assert_same(run(path, own, x, params, **options), want)
+
+
+@BOTH
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_activation(path: ModuleType, kind: str) -> None:
     for mode, last in (("adjoint", "identity"), ("tangent", kind)):

@@ -24,6 +24,7 @@ from monokernel import problem as problems
 from monokernel.backends.triton import layered, programs, tuning, whole
 from monokernel.backends.triton.launch import Launch, recorded
 from monokernel.backends.triton.target import interpreting
+from monokernel.columns import last_columns
 from monokernel.problem import Hinge, Mode, Problem, direction_table, shared_direction_table
 from tests.problems import inputs, problem
 from tests.support import mlp, points
@@ -97,7 +98,7 @@ def test_kernels_wait_for_nothing(
 def test_programs_wait_for_nothing(name: str, mode: Mode, cotangents: str) -> None:
     """Of whatever number of rows: what is launched is the same. (One row is all of them.)"""
     d, nodes = CASES[name]
-    p = Problem(d, nodes, 2, mode, Hinge(elementwise=True))
+    p = Problem(d, nodes, last_columns(d, min(d, 2)), mode, Hinge(elementwise=True))
     keys = {place for node in nodes if node.kind == "dropout" for place in node.params}
     seen: dict[int, Launches] = {}
     for N in (33, 2):

@@ -17,6 +17,7 @@ from monokernel.backends import triton as backend
 from monokernel.backends.triton import programs as path
 from monokernel.backends.triton.programs.config import WIDEST_ROW
 from monokernel.backends.triton.target import interpreting
+from monokernel.columns import last_columns
 from monokernel.problem import Hinge, Mode, Problem
 from monokernel.program import Node
 from tests.problems import errors, run
@@ -54,11 +55,26 @@ def test_value_slopes_and_gradients(name: str, mode: Mode) -> None:
     d, nodes = CASES[name]
     x, params = operands(d, nodes, 22, single=name == "one number for two widths")
     violating = torch.rand(22) < 0.5
-    p = Problem(d, nodes, min(d, 2), mode, None)
+    p = Problem(d, nodes, last_columns(d, min(d, 2)), mode, None)
     keys = {place for node in nodes if node.kind == "dropout" for place in node.params}
     needs = [True, *(t is not None and i not in keys for i, t in enumerate(params))]
     assert_agrees(p, x, params, violating=violating, needs=needs)
     assert_agrees(p, x, params, violating=violating, needs=needs, task=False)
+
+
+@BOTH_MODES
+@pytest.mark.parametrize("name", ["pre-norm RMSNorm", "DCN-v2", "wide and deep"])
+def test_columns_anywhere(name: str, mode: Mode) -> None:
+    net = network(name, 5, 2, 6, torch.float64, seed=7)
+    x = torch.randn(22, 5, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *net.parameters()]
+    options = {"direction": {0: 1, 3: -1, 4: 1}, "margin": (0.1, 0.3, 0.2), "mode": mode}
+    found = []
+    for served in ("triton", "torch"):
+        y, penalty = fused_mono_penalty(net, x, return_output=True, backend=served, **options)
+        grads = gradients(y.square().sum() + penalty, *inputs)
+        found.append([y, penalty, *grads])
+    assert_same(*found)
 
 
 # Chains of layers, which have kernels of their own.
@@ -106,7 +122,7 @@ AFFINE = (
 
 @BOTH_MODES
 def test_a_norm_and_what_follows_it_with_any_of_them_frozen(mode: Mode) -> None:
-    p = Problem(4, AFFINE, 2, mode, None)
+    p = Problem(4, AFFINE, last_columns(4, 2), mode, None)
     for single in (False, True):
         x, params = operands(4, AFFINE, 22, single=single)
         assert_agrees(p, x, params)
@@ -127,7 +143,7 @@ def test_chunks_of_which_one_has_no_part_in_the_slopes() -> None:
     for mode in ("tangent", "adjoint"):
         x, params = operands(4, nodes, 22)
         for task in (True, False):
-            assert_agrees(Problem(4, nodes, 2, mode, None), x, params, task=task)
+            assert_agrees(Problem(4, nodes, last_columns(4, 2), mode, None), x, params, task=task)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -135,7 +151,7 @@ def test_chunks_of_which_one_has_no_part_in_the_slopes() -> None:
 def test_precision(dtype: torch.dtype, mode: Mode) -> None:
     """As precise as PyTorch at the same precision, and the same bits in a second run."""
     d, nodes = CASES["gates"]
-    p = Problem(d, nodes, 2, mode, None)
+    p = Problem(d, nodes, last_columns(d, 2), mode, None)
     # The same numbers in every precision.
     x, params = operands(d, nodes, 60)
     x, params = x.bfloat16(), [None if t is None else t.bfloat16() for t in params]
@@ -155,7 +171,7 @@ def test_precision(dtype: torch.dtype, mode: Mode) -> None:
 def test_what_is_given_out_shares_no_memory() -> None:
     for name in ("x itself is y", "pre-norm", "gates"):
         d, nodes = CASES[name]
-        p = Problem(d, nodes, 2, "adjoint", Hinge())
+        p = Problem(d, nodes, last_columns(d, 2), "adjoint", Hinge())
         x, params = operands(d, nodes, 20)
         y, out, saved = path.forward(p, x, None, params, True)
         gy, needs = torch.ones_like(y), [True] * (1 + len(params))
@@ -169,6 +185,6 @@ def test_refuses_rows_that_no_program_of_a_kernel_holds() -> None:
     x = torch.empty(2, 3)
     for width, refused in ((WIDEST_ROW, False), (WIDEST_ROW + 1, True)):
         nodes = (linear(0, 0, width), Node("softmax", (1,), (), (), width), linear(2, 2, 1))
-        why = backend.refuses(Problem(3, nodes, 1, "adjoint", None), x)
+        why = backend.refuses(Problem(3, nodes, last_columns(3, 1), "adjoint", None), x)
         assert (why is not None) == refused
         assert not refused or f"a softmax is {width} wide" in str(why)

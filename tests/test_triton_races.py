@@ -22,6 +22,7 @@ from triton.runtime import interpreter
 
 from monokernel.backends.triton import layered, programs, whole
 from monokernel.backends.triton.target import assumed, interpreting
+from monokernel.columns import last_columns
 from monokernel.problem import Hinge, Mode, Problem
 from tests.problems import inputs, problem, run
 from tests.test_programs import CASES, operands
@@ -130,7 +131,13 @@ def test_no_race_in_a_program(mode: Mode) -> None:
     d, nodes = CASES["gates"]
     x, params = operands(d, nodes, 70)
     with recorded() as ledger:
-        run(programs, Problem(d, nodes, 2, mode, None), x, params, violating=torch.rand(70) < 0.3)
+        run(
+            programs,
+            Problem(d, nodes, last_columns(d, 2), mode, None),
+            x,
+            params,
+            violating=torch.rand(70) < 0.3,
+        )
     assert ledger.races == set()
 
 

@@ -20,6 +20,7 @@ from monokernel.backends.triton import layered, programs, whole
 from monokernel.backends.triton.launch import Launch, recorded
 from monokernel.backends.triton.programs.config import WIDEST_ROW
 from monokernel.backends.triton.target import assumed
+from monokernel.columns import last_columns
 from monokernel.nodes import parameter_shapes
 from monokernel.problem import Hinge, Mode, Problem, chain_problem
 from monokernel.program import Node
@@ -80,7 +81,8 @@ class Case:
     @property
     def problem(self) -> Problem:
         if self.nodes:
-            return Problem(self.widths[0], self.nodes, self.k, self.mode, self.hinge)
+            d = self.widths[0]
+            return Problem(d, self.nodes, last_columns(d, self.k), self.mode, self.hinge)
         hidden = {"softplus": (1.0, 20.0), "elu": (1.0, 1.0, 1.0)}.get(self.kind, ())
         σ = Activation(self.kind, *hidden)
         acts = (*(σ,) * (len(self.widths) - 2), Activation("identity"))

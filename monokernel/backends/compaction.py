@@ -26,6 +26,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from ..columns import Columns, take
 from ..function import operand_dtype
 
 __all__ = ["DENSE", "Call", "Repeat", "compacted", "slope"]
@@ -48,25 +49,27 @@ Module = Callable[[Tensor], Tensor]  # (B, ..., d) to (B, ..., D) or (B, ...)
 class Repeat(NamedTuple):
     """What it takes to call ``module``, which gave y from x, again on some rows of x (B, ..., d).
 
-    ``wanted`` says whether x1 and x2, the parts of x, get gradients. The edges are where autograd
-    finds y and x2, and in ``sources`` all that gets gradients: the wanted parts, then ``leaves``.
+    ``columns`` are those of x in which slopes were asked for, ``wanted`` says whether x gets
+    gradients. The edges are where autograd finds y and x, and in ``sources`` all that gets
+    gradients: x if it is wanted, then ``leaves``.
     """
 
     mlp: nn.Module
     module: Module
     x: Tensor
     y: Tensor
-    wanted: tuple[bool, bool]
+    columns: Columns
+    wanted: bool
     leaves: list[Tensor]
     state: _State
     y_edge: GradientEdge
-    x2_edge: GradientEdge
+    x_edge: GradientEdge
     sources: list[GradientEdge]
     autocast: torch.autocast
 
 
 class Call:
-    """Made before the module is called on x = cat[x1, x2], it tells afterwards of a repetition."""
+    """Made before the module is called on x, it tells afterwards of a repetition."""
 
     def __init__(self, mlp: nn.Module, x: Tensor) -> None:
         self.mlp, self.x, self.node = mlp, x.detach(), get_gradient_edge(x).node
@@ -74,11 +77,11 @@ class Call:
         self.start: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
 
     def repeat(
-        self, module: Module, y: Tensor, parts: tuple[Tensor, Tensor], wanted: tuple[bool, bool]
+        self, module: Module, y: Tensor, source: Tensor, wanted: bool, columns: Columns
     ) -> Repeat | None:
         """None where the module must not be called again, or where that does not pay, or where its
         gradients do not end in leaves: the graph of what others computed may be gone when the
-        backward wants it. The ``parts`` x1 and x2 are nodes of x's graph if they are in autograd's.
+        backward wants it. The ``source`` is x in autograd's graph.
         """
         x = self.x
         if self.state is None or x.dim() < 2 or not y.requires_grad:
@@ -96,35 +99,42 @@ class Call:
             return None
         state = _State.of(self.mlp, [x, *leaves])
         assert state is not None
-        sources = [t for t, w in zip(parts, wanted, strict=True) if w] + leaves
+        sources = [source, *leaves] if wanted else leaves
         return Repeat(
             self.mlp,
             module,
             x,
             y.detach(),
+            columns,
             wanted,
             leaves,
             state,
             get_gradient_edge(y),
-            get_gradient_edge(parts[1]),
+            get_gradient_edge(source),
             [get_gradient_edge(t) for t in sources],
             _autocast(x.device.type),
         )
 
 
 def slope(
-    y: Tensor | GradientEdge, x2: Tensor | GradientEdge, seed: Tensor, create_graph: bool
+    y: Tensor | GradientEdge,
+    x: Tensor | GradientEdge,
+    columns: Columns,
+    seed: Tensor,
+    create_graph: bool,
 ) -> Tensor | None:
-    """The reverse pass of y with this seed; None where no differentiable path leads to x2."""
-    return torch.autograd.grad(
-        y, x2, seed, create_graph=create_graph, retain_graph=True, allow_unused=True
+    """The reverse pass of y with this seed, in these columns; None where no differentiable path
+    leads to x."""
+    found = torch.autograd.grad(
+        y, x, seed, create_graph=create_graph, retain_graph=True, allow_unused=True
     )[0]
+    return None if found is None else take(found, columns)
 
 
-def compacted(J: Tensor, repeat: Repeat, parts: tuple[Tensor, Tensor]) -> Tensor:
-    """The slopes J (B, ..., D, k), with gradients for the parts x1, x2 and for all leaves. J may
-    have a graph of its own, which then serves wherever pairs alone do not."""
-    out: Tensor = _Compacted.apply(repeat, J, *parts, *repeat.leaves)  # type: ignore[no-untyped-call]
+def compacted(J: Tensor, repeat: Repeat, x: Tensor) -> Tensor:
+    """The slopes J (B, ..., D, k), with gradients for x and for all leaves. J may have a graph of
+    its own, which then serves wherever pairs alone do not."""
+    out: Tensor = _Compacted.apply(repeat, J, x, *repeat.leaves)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -141,24 +151,23 @@ class _Compacted(torch.autograd.Function):
         repeat: Repeat = ctx.repeat
         nothing = (None,) * len(repeat.leaves)
         if gJ is None:
-            return None, None, None, None, *nothing
+            return None, None, None, *nothing
         (J,) = ctx.saved_tensors
         grads = None
         if not torch.is_grad_enabled():  # no create_graph=True: nothing is differentiated further
             grads = _of_pairs(repeat, gJ, J)
         if grads is None and ctx.needs_input_grad[1]:
-            return None, gJ, None, None, *nothing
+            return None, gJ, None, *nothing
         if grads is None:
             grads = _of_all(repeat, gJ)
         rest = iter(grads)
-        x1, x2 = (next(rest) if w else None for w in repeat.wanted)
-        return None, None, x1, x2, *rest
+        return None, None, next(rest) if repeat.wanted else None, *rest
 
 
 def _of_pairs(repeat: Repeat, gJ: Tensor, J: Tensor) -> Sequence[Tensor | None] | None:
     """Gradients of Σ gJ·J by the pairs with gJ != 0 alone; None where that is not right, or not
     worth it."""
-    B, D, k = J.shape[0], *J.shape[-2:]
+    B, D = J.shape[0], J.shape[-2]
     active = (gJ != 0).any(-1)
     if active.dim() > 2:
         active = active.flatten(1, -2).any(1)
@@ -168,33 +177,28 @@ def _of_pairs(repeat: Repeat, gJ: Tensor, J: Tensor) -> Sequence[Tensor | None] 
     state = _State.of(repeat.mlp, [repeat.x, *repeat.leaves])
     if len(rows) > DENSE * B * D or state is None or not state.same(repeat.state):
         return None
-    x = repeat.x[rows]
-    x1, x2 = x.split([x.shape[-1] - k, k], -1)
-    x1.requires_grad_(repeat.wanted[0])
-    x2.requires_grad_()
+    x = repeat.x[rows].requires_grad_()
     at = (rows, ..., outputs, slice(None))  # of J: (pairs, ..., k)
     try:
         with torch.enable_grad(), repeat.autocast:
-            y = repeat.module(torch.cat([x1, x2], -1))
+            y = repeat.module(x)
             seed = y.new_zeros(len(rows), *J.shape[1:-1])
             seed[torch.arange(len(rows), device=rows.device), ..., outputs] = 1
-            S = slope(y, x2, seed.reshape(y.shape), create_graph=True)
+            S = slope(y, x, repeat.columns, seed.reshape(y.shape), create_graph=True)
             if S is None or not _agree(repeat, y.detach(), rows, S.detach(), J[at], D):
                 return None
     except Exception:  # whatever it is: it takes no other number of rows
         return None
     if not S.requires_grad:
         return [None] * len(repeat.sources)
-    own = [t for t, w in zip((x1, x2), repeat.wanted, strict=True) if w]
+    sources = list(repeat.sources)
+    if repeat.wanted:
+        sources[0] = get_gradient_edge(x)
     with repeat.autocast:
-        grads = torch.autograd.grad(
-            S, [*own, *repeat.sources[len(own) :]], gJ[at], allow_unused=True
-        )
-    whole = [
-        None if g is None else g.new_zeros(B, *g.shape[1:]).index_add_(0, rows, g)
-        for g in grads[: len(own)]
-    ]
-    return [*whole, *grads[len(own) :]]
+        grads = list(torch.autograd.grad(S, sources, gJ[at], allow_unused=True))
+    if repeat.wanted and grads[0] is not None:
+        grads[0] = torch.zeros_like(repeat.x).index_add_(0, rows, grads[0])
+    return grads
 
 
 def _of_all(repeat: Repeat, gJ: Tensor) -> Sequence[Tensor | None]:
@@ -205,7 +209,8 @@ def _of_all(repeat: Repeat, gJ: Tensor) -> Sequence[Tensor | None]:
         for d in range(gJ.shape[-2]):
             seed = repeat.y.new_zeros(gJ.shape[:-1])
             seed[..., d] = 1
-            S = slope(repeat.y_edge, repeat.x2_edge, seed.reshape(repeat.y.shape), True)
+            seed = seed.reshape(repeat.y.shape)
+            S = slope(repeat.y_edge, repeat.x_edge, repeat.columns, seed, True)
             if S is not None and S.requires_grad:
                 slopes.append(S)
                 cotangents.append(gJ[..., d, :])

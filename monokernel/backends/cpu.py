@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..activations import ACTIVATIONS, Activation
-from ..problem import Hinge, Problem, accumulate_dtype
+from ..problem import Problem, accumulate_dtype
 from ..program import Node
 from ..ranges import described
 from . import Step
@@ -215,7 +215,7 @@ def lift(
     operators, library = _operators(), _library()
     if operators is None or isinstance(library, str):
         return None
-    plan = _Plan(library, Problem(d, nodes, 0, "tangent", None), dtype)
+    plan = _Plan(library, Problem(d, nodes, (), "tangent", None), dtype)
     ends = [end for side in zip(*boxes, strict=True) for row in side for end in row]
     signs = [sign for row in direction for sign in row]
     curves = [
@@ -310,7 +310,7 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "mk_node_names": (c_char_p, ()),
     "mk_plan_new": (
         c_int64,
-        (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_double, c_void_p),
+        (c_void_p, c_int64, c_int64, c_void_p, c_int64, *(c_void_p,) * 4),
     ),
     "mk_plan_keep": (c_int64, (c_int64,)),
     "mk_plan_drop": (None, (c_int64,)),
@@ -393,15 +393,20 @@ class _Plan:
             counts = len(node.inputs), len(node.params), len(node.numbers)
             description += (codes[node.kind], node.width, *counts, *node.inputs, *node.params)
             numbers += node.numbers
-        signs = None if hinge is None else (c_double * (D * k))(*_signs(hinge, D, k))
+        margin = signs = None
+        if hinge is not None:
+            given = hinge.margin if isinstance(hinge.margin, tuple) else (hinge.margin,)
+            margin = (c_double * (D * k))(*_entries(given, D, k))
+            signs = (c_double * (D * k))(*_entries(hinge.direction, D, k))
         self.handle = library.mk_plan_new(
             (c_int64 * len(flags))(*flags),
             problem.d,
             k,
+            (c_int64 * k)(*problem.columns),
             len(problem.nodes),
             (c_int64 * len(description))(*description),
             (c_double * len(numbers))(*numbers),
-            0.0 if hinge is None else hinge.margin,
+            margin,
             signs,
         )
         if not self.handle:
@@ -475,9 +480,8 @@ def _plan(problem: Problem, dtype: torch.dtype) -> _Plan:
     return _Plan(library, problem, dtype)
 
 
-def _signs(hinge: Hinge, D: int, k: int) -> list[int]:
-    """The direction of every output and column, row-major."""
-    given = hinge.direction
+def _entries(given: Sequence[float], D: int, k: int) -> list[float]:
+    """The signs or margins of every output and column, row-major."""
     if len(given) == D * k:
         return list(given)
     return list(given) * (D if len(given) == k else D * k)

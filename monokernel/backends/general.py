@@ -25,7 +25,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..arguments import Inputs
+from ..columns import take
 from ..network import ending
+from ..operands import check_saveable
 from ..problem import accumulate_dtype, nan_rule
 from .compaction import DENSE, Call, compacted, slope
 
@@ -65,11 +67,13 @@ def value_and_jacobian(
     An output that takes no part in autograd is a ValueError, and slopes that are all 0 are worth a
     warning. With ``audited`` such slopes are 0 without a word: the audit finds out what it means.
     """
+    if not transformed:
+        check_saveable(mlp.parameters())
     if (
         not transformed and torch.is_inference_mode_enabled()
     ):  # its tensors can take no part in autograd
         with torch.inference_mode(False), torch.no_grad():
-            copies = inputs._replace(x1=inputs.x1.clone(), x2=inputs.x2.clone())
+            copies = inputs._replace(blocks=tuple([t.clone() for t in inputs.blocks]))
             return value_and_jacobian(mlp, copies, transformed, running, audited=audited)
     trained = _call(mlp, inputs.joined()) if running else None
     if transformed:
@@ -89,11 +93,10 @@ def _by_autograd(
 ) -> tuple[Tensor, Tensor]:
     further = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Nodes of their own, so that no path from x2 through x1 counts as a slope.
-        wanted = (inputs.x1.requires_grad and further, inputs.x2.requires_grad and further)
-        x1 = inputs.x1.view_as(inputs.x1) if wanted[0] else inputs.x1.detach()
-        x2 = inputs.x2.view_as(inputs.x2) if wanted[1] else inputs.x2.detach().requires_grad_()
-        x = inputs._replace(x1=x1, x2=x2).joined()
+        # A node of its own, so that no path around the network counts as a slope.
+        wanted = further and any(t.requires_grad for t in inputs.blocks)
+        x = inputs.joined()
+        x = x.view_as(x) if wanted else x.detach().requires_grad_()
         module = partial(_call, mlp, running=running)
         call = Call(mlp, x) if further and _readable(x) else None
         with ending():
@@ -103,21 +106,22 @@ def _by_autograd(
                 "mlp: its output has no gradient (it was detached, or computed under no_grad), so "
                 "its slopes cannot be known"
             )
-        repeat = call.repeat(module, y, (x1, x2), wanted) if call else None
-        few = _while_few(y, x2, inputs, violations) if repeat and violations else None
-        found = few or [_slope(y, x2, inputs, d, further) for d in range(_width(y, inputs))]
+        repeat = call.repeat(module, y, x, wanted, inputs.columns) if call else None
+        few = _while_few(y, x, inputs, violations) if repeat and violations else None
+        found = few or [_slope(y, x, inputs, d, further) for d in range(_width(y, inputs))]
         # Zeros that are a leaf, so that a loss made of nothing else still has a backward.
-        zeros = torch.zeros_like(x2, requires_grad=further and few is None)
-        J = _stacked([zeros if S is None else S for S in found], x2)
+        zeros = _no_slopes(x, inputs).requires_grad_(further and few is None)
+        J = _stacked([zeros if S is None else S for S in found], zeros)
         if repeat and (few or not violations):
-            J = compacted(J, repeat, (x1, x2))
+            J = compacted(J, repeat, x)
     if not audited and id(mlp) not in _judged:
-        _judge(mlp, y.detach(), J.detach(), reached=any(s is not None for s in found))
+        reached = any(s is not None for s in found)
+        _judge(mlp, inputs, y.detach(), J.detach(), reached)
     return (y, J) if further else (y.detach(), J)
 
 
 def _while_few(
-    y: Tensor, x2: Tensor, inputs: Inputs, violations: Violations
+    y: Tensor, x: Tensor, inputs: Inputs, violations: Violations
 ) -> list[Tensor | None] | None:
     """The slopes of every output, without a graph; None as soon as so many violate that their
     gradients are cheaper with one."""
@@ -125,31 +129,35 @@ def _while_few(
     left = DENSE * inputs.batch.numel() * D
     found = []
     for d in range(D):
-        S = _slope(y, x2, inputs, d, further=False)
+        S = _slope(y, x, inputs, d, further=False)
         found.append(S)
-        wrong = violations(torch.zeros_like(x2) if S is None else S, d, D)
+        wrong = violations(_no_slopes(x, inputs) if S is None else S, d, D)
         left -= int(wrong.any(-1).sum())
         if left < 0:
             return None
     return found
 
 
-def _slope(y: Tensor, x2: Tensor, inputs: Inputs, d: int, further: bool) -> Tensor | None:
-    """The slopes (*batch, k) of output d; None where no differentiable path leads to x2."""
+def _slope(y: Tensor, x: Tensor, inputs: Inputs, d: int, further: bool) -> Tensor | None:
+    """The slopes (*batch, k) of output d; None where no differentiable path leads to x."""
     if not y.requires_grad:
         return None
     seed = y.new_zeros(y.shape)
     _outputs(seed, inputs)[..., d] = 1
-    return slope(y, x2, seed, further)
+    return slope(y, x, inputs.columns, seed, further)
 
 
-def _judge(mlp: nn.Module, y: Tensor, J: Tensor, reached: bool) -> None:
-    """Warns, once for each module, of columns of x2 in which every slope J (*batch, D, k) is 0.
+def _no_slopes(x: Tensor, inputs: Inputs) -> Tensor:
+    return x.new_zeros(*inputs.batch, inputs.k)
 
-    The graph alone seldom tells that x2 is not ``reached``: where x1 takes a differentiable path
-    out of cat[x1, x2], x2 gets zeros by it. So the slopes are looked at, until for once they can be
-    judged: rows that all have the same y (a last layer that starts at 0) say nothing. On a GPU that
-    waits for the device, which is why it is done once.
+
+def _judge(mlp: nn.Module, inputs: Inputs, y: Tensor, J: Tensor, reached: bool) -> None:
+    """Warns, once for each module, of columns in which every slope J (*batch, D, k) is 0.
+
+    The graph alone seldom tells that a column is not ``reached``: where another takes a
+    differentiable path out of x, it gets zeros by it. So the slopes are looked at, until for once
+    they can be judged: rows that all have the same y (a last layer that starts at 0) say nothing.
+    On a GPU that waits for the device, which is why it is done once.
     """
     if not J.numel() or not _readable(y, J):
         return
@@ -161,11 +169,15 @@ def _judge(mlp: nn.Module, y: Tensor, J: Tensor, reached: bool) -> None:
     key = id(mlp)
     _judged[key] = weakref.ref(mlp, lambda _: _judged.pop(key, None))
     columns = dead.nonzero().flatten().tolist()
+    name = inputs.argument(inputs.like)
+    if name == "x1":
+        columns = [inputs.columns[c] for c in columns]
     if columns:
         warnings.warn(
-            f"x2: in column{'s' * (len(columns) > 1)} {', '.join(map(str, columns))} every slope "
-            f"of mlp ({type(mlp).__name__}) is exactly 0. If y moves with it all the same (by "
-            f"{WITHOUT_DERIVATIVE}), no penalty can see that, and 0 is no all-clear; audit() tells",
+            f"{name}: in column{'s' * (len(columns) > 1)} {', '.join(map(str, columns))} every "
+            f"slope of mlp ({type(mlp).__name__}) is exactly 0. If y moves with it all the same ("
+            f"by {WITHOUT_DERIVATIVE}), no penalty can see that, and 0 is no all-clear; "
+            "audit() tells",
             RuntimeWarning,
             stacklevel=7,  # where the public function was called
         )
@@ -182,22 +194,22 @@ def _readable(*tensors: Tensor) -> bool:
 
 def _by_func(mlp: nn.Module, inputs: Inputs, running: bool) -> tuple[Tensor, Tensor]:
     # Numbers cannot be read here, so slopes that are all 0 go without the warning.
-    def call(x2: Tensor) -> Tensor:
-        return _call(mlp, inputs._replace(x2=x2).joined(), running)
+    def call(x: Tensor) -> Tensor:
+        return _call(mlp, x, running)
 
-    y, pull, *_ = torch.func.vjp(call, inputs.x2)
+    y, pull, *_ = torch.func.vjp(call, inputs.joined())
     out = _outputs(y, inputs)
     slopes = []
     for d in range(out.shape[-1]):
         e = torch.zeros_like(out)
         e[..., d] = 1
-        slopes.append(pull(e.reshape(y.shape))[0])
-    return y, _stacked(slopes, inputs.x2)
+        slopes.append(take(pull(e.reshape(y.shape))[0], inputs.columns))
+    return y, _stacked(slopes, _no_slopes(out, inputs))
 
 
-def _stacked(slopes: list[Tensor], x2: Tensor) -> Tensor:
+def _stacked(slopes: list[Tensor], zeros: Tensor) -> Tensor:
     """J (*batch, D, k) of the slopes (*batch, k) of each output; there may be none."""
-    return torch.stack(slopes, -2) if slopes else x2.unsqueeze(-2)[..., :0, :]
+    return torch.stack(slopes, -2) if slopes else zeros.unsqueeze(-2)[..., :0, :]
 
 
 def _call(mlp: nn.Module, x: Tensor, running: bool = False) -> Tensor:

@@ -25,8 +25,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from ..columns import Columns, add, spread, take
 from ..hinge import slope_cotangent, slope_weights
 from ..nodes import columns_of
 from ..problem import Problem, accumulate_dtype, nan_rule
@@ -129,7 +129,7 @@ def forward(
     problem: Problem, x: Tensor, weight: Tensor | None, params: Params, save: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """y (N, D), the penalty (or J where there is no hinge), and what the backward needs."""
-    N, D, k, facts = x.shape[0], problem.D, problem.k, facts_of(problem)
+    N, D, k, x2, facts = x.shape[0], problem.D, problem.k, problem.columns, facts_of(problem)
     saved = saved_like(problem, x) if save else []
     y = x.new_empty(N, D)
     J = x.new_empty(N, D, k, dtype=accumulate_dtype(x.dtype))
@@ -138,12 +138,12 @@ def forward(
         buffers = {v: t[rows] for v, t in zip(facts.saved, saved, strict=False)}
         values = _values(facts, x[rows], θ, buffers, y[rows])
         if problem.mode == "tangent":
-            slopes = _tangent_slopes(facts, k, values, θ)
+            slopes = _tangent_slopes(facts, x2, values, θ)
         else:
             rest = zip(facts.pulled, saved[len(facts.saved) :], strict=False)
             pulled = {v: t[rows] for v, t in rest}
             wanted = facts.kept if save and problem.keeps_adjoint else facts.moving
-            slopes = _adjoint_slopes(facts, k, values, θ, wanted, pulled)
+            slopes = _adjoint_slopes(facts, x2, values, θ, wanted, pulled)
         J[rows] = 0.0 if slopes is None else slopes
     J = nan_rule(y, J)
     if problem.hinge is None:
@@ -176,9 +176,10 @@ def _linear(h: Tensor, θ: Params, out: Tensor | None) -> Tensor:
     return torch.mm(h, W.t(), out=out) if b is None else torch.addmm(b, h, W.t(), out=out)
 
 
-def _tangent_slopes(facts: Facts, k: int, values: Values, θ: dict[int, Params]) -> Tensor | None:
+def _tangent_slopes(
+    facts: Facts, x2: Columns, values: Values, θ: dict[int, Params]
+) -> Tensor | None:
     """J (n or 1, D, k) of a block, all k tangents side by side; None where x2 does not reach y."""
-    d = facts.widths[0]
     dots: Values = {}  # (k, n or 1, H)
     for v, node, of, linear, spent in facts.steps:
         if not facts.moving[v]:
@@ -186,10 +187,10 @@ def _tangent_slopes(facts: Facts, k: int, values: Values, θ: dict[int, Params])
         if linear:
             u, W = node.inputs[0], weight_of(θ[v])
             # A one-hot times W is a choice of its columns, not a product.
-            dots[v] = dots[u] @ W.t() if u else W[:, d - k :].t().unsqueeze(1)
+            dots[v] = dots[u] @ W.t() if u else take(W, x2).t().unsqueeze(1)
         else:
             if 0 in node.inputs and 0 not in dots:
-                dots[0] = _one_hot(values[0], d)[d - k :]
+                dots[0] = take(_one_hot(values[0], facts.widths[0]), x2, 0)
             at, u_dot = [values[u] for u in node.inputs], [dots.get(u) for u in node.inputs]
             dots[v] = of.push_now(node, at, values[v] if of.reads_v else at[0], u_dot, θ[v])
         for u in spent:
@@ -200,7 +201,7 @@ def _tangent_slopes(facts: Facts, k: int, values: Values, θ: dict[int, Params])
 
 def _adjoint_slopes(
     facts: Facts,
-    k: int,
+    x2: Columns,
     values: Values,
     θ: dict[int, Params],
     wanted: Sequence[bool],
@@ -210,7 +211,7 @@ def _adjoint_slopes(
 
     P runs down to the values that are ``wanted``; ``pulled`` is filled with what linear nodes pull.
     """
-    d, last, filled = facts.widths[0], facts.steps[-1], set[int]()
+    last, filled = facts.steps[-1], set[int]()
     P = _Cotangents()  # (D, n or 1, H)
     if not last.linear:
         P.add(last.v, _one_hot(values[last.v], last.node.width), True)
@@ -230,7 +231,7 @@ def _adjoint_slopes(
             continue
         u, W = node.inputs[0], weight_of(θ[v])
         if not u:
-            u, W = X2, W[:, d - k :]
+            u, W = X2, take(W, x2)
         elif not wanted[u]:
             continue
         if p is None:  # of y, the identity
@@ -243,7 +244,7 @@ def _adjoint_slopes(
             torch.mm(p.squeeze(0), W, out=pulled[u])
             filled.add(u)
     if 0 in P.of:
-        P.add(X2, P.of[0][..., d - k :], False)
+        P.add(X2, take(P.of[0], x2), False)
     slopes = P.of.get(X2)
     return None if slopes is None else slopes.transpose(0, 1)
 
@@ -307,12 +308,12 @@ class _Gradients:
         else:
             self._add(place, left.t() @ right)
 
-    def product_of_x2(self, place: int, left: Tensor, right: Tensor) -> None:
-        """The same in the last columns of dW alone, as many as right (m, k) has."""
+    def product_of_x2(self, place: int, left: Tensor, right: Tensor, x2: Columns) -> None:
+        """The same in the columns x2 of dW alone, as many as right (m, k) has."""
         if self.wanted[place]:
             if place not in self.sums:
                 self.sums[place] = self._zeros(place)
-            self.sums[place][:, -right.shape[1] :].add_(left.t() @ right)
+            add(self.sums[place], x2, left.t() @ right)
 
     def rows(self, place: int, t: Tensor) -> None:
         """dθ += the sum of t (m, H) over its rows, and over its columns where θ is one number."""
@@ -468,9 +469,15 @@ class _Pairs:
     """
 
     def __init__(
-        self, row: Tensor, x_dot: Tensor, seed: Tensor, groups: list[int], everything: bool
+        self,
+        x2: Columns,
+        row: Tensor,
+        x_dot: Tensor,
+        seed: Tensor,
+        groups: list[int],
+        everything: bool,
     ) -> None:
-        self.row, self.x_dot, self.seed, self.groups = row, x_dot, seed, groups
+        self.x2, self.row, self.x_dot, self.seed, self.groups = x2, row, x_dot, seed, groups
         self.rows = row.split(groups) if len(groups) > 1 else (row,)
         self.everything = everything  # one group, all rows: nothing to gather
         self.values: Values = {}
@@ -491,7 +498,7 @@ class _Pairs:
         other.scatter_(1, group.unsqueeze(1), 1.0)
         x_dot, seed = (other, own) if tangent else (own, other)
         groups = active.sum(1).tolist()
-        return cls(row, x_dot, seed, groups, groups == [active.shape[1]])
+        return cls(problem.columns, row, x_dot, seed, groups, groups == [active.shape[1]])
 
     def take(self, t: Tensor) -> Tensor:
         """The pairs' rows of a block's tensor."""
@@ -522,7 +529,7 @@ class _Pairs:
             elif node.inputs[0]:
                 dots[v] = dots[node.inputs[0]] @ weight_of(block.θ[v]).t()
             else:
-                dots[v] = x_dot @ weight_of(block.θ[v])[:, -x_dot.shape[1] :].t()
+                dots[v] = x_dot @ take(weight_of(block.θ[v]), self.x2).t()
         y = block.facts.steps[-1].v
         if block.facts.moving[y] and not block.facts.kept[y]:
             self.chain.add(y, self.seed, False)
@@ -542,7 +549,7 @@ class _Pairs:
         if p is not None and u:
             grads.product(node.params[0], p, self.dots[u])
         elif p is not None:
-            grads.product_of_x2(node.params[0], p, self.x_dot)
+            grads.product_of_x2(node.params[0], p, self.x_dot, self.x2)
         if passed is not None and down.by_pairs[0]:
             self.chain.add_product(u, passed, weight_of(block.θ[v]))
 
@@ -603,6 +610,5 @@ class _Pairs:
     def _dots(self, block: _Block, node: Node) -> list[Tensor | None]:
         """The tangents of the node's inputs, None where one has none."""
         if 0 in node.inputs and 0 not in self.dots:
-            d, k = block.facts.widths[0], self.x_dot.shape[1]
-            self.dots[0] = F.pad(self.x_dot, (d - k, 0))
+            self.dots[0] = spread(self.x_dot, self.x2, block.facts.widths[0])
         return [self.dots.get(u) for u in node.inputs]

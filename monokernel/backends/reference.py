@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..columns import take
 from ..nodes import Maybe, moving, rule, used
 from ..problem import Problem, accumulate_dtype, nan_rule
 from ..program import Node
@@ -18,7 +19,7 @@ __all__ = ["value_and_jacobian"]
 
 
 def value_and_jacobian(problem: Problem, x: Tensor, params: Params) -> tuple[Tensor, Tensor]:
-    """The output y (N, D) and its slopes J (N, D, k) in the last k columns of x (N, d).
+    """The output y (N, D) and its slopes J (N, D, k) in k columns of x (N, d).
 
     ``params`` are those of the program's nodes, each at its place.
     """
@@ -47,10 +48,10 @@ def _parameters(node: Node, params: Params, x: Tensor) -> Maybe:
 
 def _tangent(problem: Problem, values: dict[int, Tensor], θ: dict[int, Maybe]) -> Tensor | None:
     """J (N or 1, D, k), or None where x2 does not reach y."""
-    d, k, nodes = problem.d, problem.k, problem.nodes
-    moves = moving(d, k, nodes)
+    d, x2, nodes = problem.d, problem.columns, problem.nodes
+    moves = moving(d, x2, nodes)
     dots: dict[int, Tensor] = {}  # (k, N or 1, H)
-    dots[0] = _one_hot(values[0], d)[d - k :]
+    dots[0] = take(_one_hot(values[0], d), x2, 0)
     for i in used(nodes):
         node = nodes[i]
         if not moves[i + 1]:
@@ -58,7 +59,7 @@ def _tangent(problem: Problem, values: dict[int, Tensor], θ: dict[int, Maybe]) 
         if node.kind == "linear" and node.inputs == (0,):
             W = θ[i + 1][0]
             assert W is not None
-            dots[i + 1] = W[:, d - k :].mT.unsqueeze(1)  # no product by a one-hot
+            dots[i + 1] = take(W, x2).mT.unsqueeze(1)  # no product by a one-hot
         else:
             u, u_dot = [values[v] for v in node.inputs], [dots.get(v) for v in node.inputs]
             dots[i + 1] = rule(node).push(node, u, values[i + 1], u_dot, θ[i + 1])
@@ -68,8 +69,8 @@ def _tangent(problem: Problem, values: dict[int, Tensor], θ: dict[int, Maybe]) 
 
 def _adjoint(problem: Problem, values: dict[int, Tensor], θ: dict[int, Maybe]) -> Tensor | None:
     """J (N or 1, D, k), or None where x2 does not reach y."""
-    d, k, nodes = problem.d, problem.k, problem.nodes
-    moves = moving(d, k, nodes)
+    x2, nodes = problem.columns, problem.nodes
+    moves = moving(problem.d, x2, nodes)
     P: dict[int, Tensor] = {}  # (D, N or 1, H), of x2 alone for x
     P[len(nodes)] = _one_hot(values[len(nodes)], problem.D)
     for i in reversed(used(nodes)):
@@ -79,11 +80,11 @@ def _adjoint(problem: Problem, values: dict[int, Tensor], θ: dict[int, Maybe]) 
         if node.kind == "linear" and node.inputs == (0,):
             W = θ[i + 1][0]
             assert W is not None
-            pulled = [P[i + 1] @ W[:, d - k :]]
+            pulled = [P[i + 1] @ take(W, x2)]
         else:
             u = [values[v] for v in node.inputs]
             pulled = rule(node).pull(node, u, values[i + 1], P[i + 1], θ[i + 1])
-            pulled = [t if v else t[..., d - k :] for v, t in zip(node.inputs, pulled, strict=True)]
+            pulled = [t if v else take(t, x2) for v, t in zip(node.inputs, pulled, strict=True)]
         for v, t in zip(node.inputs, pulled, strict=True):
             P[v] = P[v] + t if v in P else t
     x_bar = P.get(0)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..columns import Columns
 from ..nodes import Rule, moving, rule, used
 from ..problem import Problem, accumulate_dtype
 from ..program import Node
@@ -35,7 +36,7 @@ __all__ = [
     "weight_of",
 ]
 
-X2 = -1  # the number of the last k columns of x, where they have cotangents of their own
+X2 = -1  # the number of the columns of x2, where they have cotangents of their own
 
 # Elements of one activation block. On the CPU 2^18 (1 MiB of float32) keeps a block in the L2
 # cache through a layer's element-wise passes; elsewhere only the temporaries' size is bounded.
@@ -70,12 +71,12 @@ class Facts(NamedTuple):
 
 
 def facts_of(problem: Problem) -> Facts:
-    return _facts(problem.d, problem.nodes, problem.k, problem.keeps_adjoint)
+    return _facts(problem.d, problem.nodes, problem.columns, problem.keeps_adjoint)
 
 
 @lru_cache(maxsize=1024)
-def _facts(d: int, nodes: tuple[Node, ...], k: int, keeps_adjoint: bool) -> Facts:
-    moves, y = moving(d, k, nodes), len(nodes)
+def _facts(d: int, nodes: tuple[Node, ...], columns: Columns, keeps_adjoint: bool) -> Facts:
+    moves, y = moving(d, columns, nodes), len(nodes)
     trains = [False]  # whether there is a parameter at the value or below it
     for node in nodes:
         trains.append(bool(node.params) or any(trains[v] for v in node.inputs))
@@ -125,14 +126,14 @@ class WayDown(NamedTuple):
 
 def way_down(problem: Problem, needs: Sequence[bool]) -> WayDown:
     """For the gradients of x and of every parameter, where ``needs`` is true."""
-    return _way_down(problem.d, problem.nodes, problem.k, problem.keeps_adjoint, tuple(needs))
+    return _way_down(problem.d, problem.nodes, problem.columns, problem.keeps_adjoint, tuple(needs))
 
 
 @lru_cache(maxsize=1024)
 def _way_down(
-    d: int, nodes: tuple[Node, ...], k: int, keeps_adjoint: bool, needs: tuple[bool, ...]
+    d: int, nodes: tuple[Node, ...], columns: Columns, keeps_adjoint: bool, needs: tuple[bool, ...]
 ) -> WayDown:
-    facts = _facts(d, nodes, k, keeps_adjoint)
+    facts = _facts(d, nodes, columns, keeps_adjoint)
     wanted = [needs[0]]  # of each value, whether a gradient is wanted at it or below
     for node in nodes:
         own = any(needs[1 + place] for place in node.params)

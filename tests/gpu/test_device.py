@@ -14,6 +14,7 @@ import monokernel
 from monokernel.activations import KINDS
 from monokernel.backends import handwritten, load
 from monokernel.backends.triton import layered, programs, whole
+from monokernel.columns import last_columns
 from monokernel.problem import Hinge, Mode, Problem
 from tests.problems import assert_as_precise_as_pytorch, errors, inputs, problem, run
 from tests.support import mlp, points
@@ -103,7 +104,7 @@ def test_two_runs_give_the_same_bits(path: ModuleType) -> None:
 def test_programs(name: str, mode: Mode) -> None:
     """Strict float32 against float64, and the same bits in a second run."""
     d, nodes = CASES[name]
-    p = Problem(d, nodes, 2, mode, None)
+    p = Problem(d, nodes, last_columns(d, min(d, 2)), mode, None)
     x, params = operands(d, nodes, 3000, single=name == "one number for two widths")
     violating = torch.rand(3000) < 0.3
     truth = run(handwritten, p, x, params, violating=violating)

@@ -24,6 +24,7 @@ export MONOKERNEL_LIBRARY=$library
 LD_PRELOAD="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -print-file-name=libubsan.so)" \
   "$python" -m pytest -q -p no:cacheprovider tests/test_cpu.py tests/test_operands.py \
   tests/test_programs.py tests/test_zoo.py::test_value_penalty_and_gradients \
+  tests/test_columns.py::test_the_zoo \
   tests/test_monotone.py::test_the_native_bound_is_that_of_the_intervals \
   tests/test_monotone.py::test_the_native_step_is_that_of_pytorch \
   tests/test_monotone.py::test_parameters_of_any_node_that_are_no_numbers_prove_nothing \

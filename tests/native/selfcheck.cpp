@@ -46,8 +46,8 @@ int64_t code(const std::string& kind) {
 struct Net {
   int64_t d, k, count = 0;
   bool adjoint;
-  Places nodes, widths;
-  Numbers numbers, direction;
+  Places nodes, widths, columns;
+  Numbers numbers, margin, direction;
   std::vector<Numbers> operands;
   std::vector<bool> trained;
   double step = 1e-6;  // of the differences: small where a kink must not be crossed
@@ -55,6 +55,7 @@ struct Net {
   Net(int64_t d, int64_t k, bool adjoint) : d(d), k(k), adjoint(adjoint), widths{d} {
     operands.push_back(randoms(N * d, 1));
     trained.push_back(true);
+    for (int64_t c = 0; c < k; ++c) columns.push_back(d - k + c);
   }
   int64_t D() const { return widths.back(); }
 
@@ -87,8 +88,9 @@ struct Net {
 // y·gy + penalty, and, where grads is given, its gradient.
 double loss(const Net& net, const Numbers& gy, std::vector<Numbers>* grads) {
   const int64_t flags[] = {1, net.adjoint, 1, 1, 0};
-  const int64_t plan = mk_plan_new(flags, net.d, net.k, net.count, net.nodes.data(),
-                                   net.numbers.data(), 0.3, net.direction.data());
+  const int64_t plan =
+      mk_plan_new(flags, net.d, net.k, net.columns.data(), net.count, net.nodes.data(),
+                  net.numbers.data(), net.margin.data(), net.direction.data());
   mk_shape shape;
   mk_plan_shape(plan, &shape);
   std::vector<Numbers> buffers;
@@ -123,7 +125,10 @@ double loss(const Net& net, const Numbers& gy, std::vector<Numbers>* grads) {
 
 // The derivative in a random direction against a central difference; returns the relative error.
 double error_of(Net net) {
-  for (int64_t i = 0; i < net.D() * net.k; ++i) net.direction.push_back(i % 4 == 3 ? -1 : 1);
+  for (int64_t i = 0; i < net.D() * net.k; ++i) {
+    net.direction.push_back(i % 4 == 3 ? -1 : 1);
+    net.margin.push_back(i % 2 ? 0.3 : 0.4);
+  }
   const Numbers gy = randoms(N * net.D(), 1);
   std::vector<Numbers> grads;
   loss(net, gy, &grads);
@@ -217,14 +222,19 @@ Net concatenated(bool adjoint, int64_t D) {
 
 int failed = 0, passed = 0;
 
-void check(const std::string& name, const Net& net) {
-  const double error = error_of(net);
-  const bool good = error < (net.step < 1e-6 ? 1e-4 : 1e-6);
-  if (!good) {
-    std::printf("%s, %s, D %d: %g\n", name.c_str(), net.adjoint ? "adjoint" : "tangent",
-                int(net.D()), error);
+// With the last columns of x constrained, and with columns that lie apart.
+void check(const std::string& name, Net net) {
+  for (bool apart : {false, true}) {
+    for (int64_t c = 0; apart && c < net.k; ++c) net.columns[size_t(c)] = 2 * c + (c > 1);
+    const double error = error_of(net);
+    const bool good = error < (net.step < 1e-6 ? 1e-4 : 1e-6);
+    if (!good) {
+      std::printf("%s, %s, D %d, columns %s: %g\n", name.c_str(),
+                  net.adjoint ? "adjoint" : "tangent", int(net.D()), apart ? "apart" : "last",
+                  error);
+    }
+    (good ? passed : failed) += 1;
   }
-  (good ? passed : failed) += 1;
 }
 
 }  // namespace

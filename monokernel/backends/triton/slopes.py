@@ -13,7 +13,7 @@ from .launch import launch
 from .reduce import reduce_sum
 from .target import processors
 
-__all__ = ["hinge_slopes", "hinged", "output_like"]
+__all__ = ["direction_of", "hinge_slopes", "hinged", "margins_of", "output_like"]
 
 
 def output_like(problem: Problem, y: Tensor) -> Tensor:
@@ -22,6 +22,22 @@ def output_like(problem: Problem, y: Tensor) -> Tensor:
     if problem.hinge is not None and not problem.hinge.elementwise:
         return y.new_empty((), dtype=wide)
     return y.new_empty(y.shape[0], problem.D, problem.k, dtype=wide)
+
+
+def direction_of(problem: Problem, out: Tensor) -> Tensor | None:
+    """The signs (D, k), as the second output ``out`` has its dtype and device."""
+    if problem.hinge is None:
+        return None
+    signs = problem.hinge.direction
+    return shared_direction_table(signs, problem.D, problem.k, out.dtype, out.device)
+
+
+def margins_of(problem: Problem, out: Tensor) -> tuple[float, Tensor | None]:
+    """The margin, a number at run time, or in its place those of every constraint (D, k)."""
+    margin = 0.0 if problem.hinge is None else problem.hinge.margin
+    if not isinstance(margin, tuple):
+        return float(margin), None
+    return 0.0, shared_direction_table(margin, problem.D, problem.k, out.dtype, out.device)
 
 
 def hinged(
@@ -37,13 +53,10 @@ def hinged(
     BM = max(16, 1024 // BE)
     P = min(-(-N // BM), 4 * processors(y.device))
     sums = out.new_empty(P) if summed else None
-    direction = None
-    if hinge is not None:
-        direction = shared_direction_table(hinge.direction, D, k, out.dtype, y.device)
     launch(
-        hinge_slopes, (P,), y, J, y, direction, weight,
+        hinge_slopes, (P,), y, J, y, direction_of(problem, out), weight,
         D * k if weight is not None and weight.dim() == 3 else 0,
-        0.0 if hinge is None else float(hinge.margin),
+        *margins_of(problem, out),
         None if summed else out, saved[-1] if saved and hinge is not None else None, sums, N,
         *J.stride(), D=D, K=k, OUT=output_code(problem),
         SQUARED=hinge is not None and hinge.squared, SAVE=bool(saved) and hinge is not None,
@@ -65,6 +78,7 @@ def hinge_slopes(
     weight,
     weight_row,
     margin,
+    margins,
     out,
     slopes,
     sums,
@@ -94,8 +108,8 @@ def hinge_slopes(
             value = tl.load(J + n[:, None] * stride_n + place[None, :], mask=mask, other=0.0).to(A)
             own = tl.load(y + n[:, None] * D + (at // K)[None, :], mask=mask, other=0.0).to(A)
             penalty = hinge_epilogue(
-                value, own, n, ok, at, inside, direction, weight, weight_row, margin, out, slopes,
-                D * K, OUT, SQUARED, SAVE,
+                value, own, n, ok, at, inside, direction, weight, weight_row, margin, margins, out,
+                slopes, D * K, OUT, SQUARED, SAVE,
             )  # fmt: skip
             total += tl.sum(penalty, 1)
     if OUT == PENALTY_SUM:

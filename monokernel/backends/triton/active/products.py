@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ..device.activations import activation
+from ..device.columns import place_of
 
 __all__ = ["pairs_down", "pairs_up", "pairs_weight"]
 
@@ -110,20 +111,20 @@ def pairs_down(
 @triton.jit
 def pairs_weight(
     p, q, h_dot, below, rows, total, dW, db,
-    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, TANGENTS: tl.constexpr,
+    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, RUNS: tl.constexpr, TANGENTS: tl.constexpr,
     BELOW_ROW: tl.constexpr, ACT: tl.constexpr, FRESH: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BR: tl.constexpr, C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dW += qᵀ h + pᵀ ḣ and db += Σ q over the pairs, by one program per tile: a fixed order.
 
     h = σ(below[row]), or below[row] itself for the input (ACT is the identity there), in rows that
-    lie BELOW_ROW apart. ``h_dot`` has TANGENTS columns, which stand for the last ones of INPUTS.
+    lie BELOW_ROW apart. ``h_dot`` has TANGENTS columns, which stand for those RUNS of INPUTS.
     FRESH: the sums begin at 0.
     """
     count = tl.load(total)
     o = tl.program_id(0) * BM + tl.arange(0, BM)
     j = tl.program_id(1) * BN + tl.arange(0, BN)
-    t = j - (INPUTS - TANGENTS)
+    t = place_of(j, RUNS)
     acc = tl.zeros((BM, BN), A)
     bias = tl.zeros((BM,), A)
     for start in range(0, count, BR):

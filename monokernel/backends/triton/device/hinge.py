@@ -44,6 +44,7 @@ def hinge_epilogue(
     weight,
     weight_row,
     margin,
+    margins,
     out,
     slopes,
     ENTRIES: tl.constexpr,
@@ -54,7 +55,8 @@ def hinge_epilogue(
     """Writes what was asked for of a tile of slopes J; returns its penalties, 0 outside the mask.
 
     J[i, j] is the entry ``at[j]`` of the ENTRIES = D·k slopes of row n[i]. Where y is NaN the slope
-    is too: no NaN becomes a penalty of zero.
+    is too: no NaN becomes a penalty of zero. The ``margins`` of the entries, if there are any, take
+    the place of the one ``margin``.
     """
     J = tl.where(y == y, J, tl.zeros_like(J) + float("nan"))
     mask = ok[:, None] & inside[None, :]
@@ -68,7 +70,11 @@ def hinge_epilogue(
             w = tl.zeros_like(J) + 1
         else:
             w = tl.load(weight + n[:, None] * weight_row + at[None, :], mask=mask, other=0.0)
-        penalty, S = hinge(J, sign, w, margin, SQUARED)
+        if margins is None:
+            penalty, S = hinge(J, sign, w, margin, SQUARED)
+        else:
+            own = tl.load(margins + at, mask=inside, other=0.0)[None, :]
+            penalty, S = hinge(J, sign, w, own, SQUARED)
         if OUT == PENALTIES:
             tl.store(out + entry, penalty, mask=mask)
         if SAVE:

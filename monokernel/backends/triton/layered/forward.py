@@ -12,10 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ....columns import runs_of, take
 from ....problem import Problem
 from ... import Params
 from ..constants import accumulator, activation_table
 from ..device.activations import activation
+from ..device.columns import column_of
 from ..device.tiles import bias_row
 from ..launch import launch
 from ..slopes import hinged
@@ -61,7 +63,8 @@ def _tangent_forward(
         grid, tile = tiles_of(N, H)
         launch(
             layer_up, grid, x, z, b if b is None else b.contiguous(), W, a, h, N,
-            H=H, T=k, FIRST=l == 0, d=problem.d, K=k, ACT=table[l], **tile, A=accumulator(x.dtype),
+            H=H, T=k, FIRST=l == 0, d=problem.d, RUNS=runs_of(problem.columns), ACT=table[l],
+            **tile, A=accumulator(x.dtype),
         )  # fmt: skip
         z = h
     # y is a part of the stack: given out, it would keep all of it alive.
@@ -80,7 +83,7 @@ def _values(problem: Problem, x: Tensor, params: Params, keep: list[Tensor]) -> 
         grid, tile = tiles_of(N, H)
         launch(
             layer_up, grid, x, z, b if b is None else b.contiguous(), W, keep[l], h, N,
-            H=H, T=0, FIRST=False, d=0, K=0, ACT=table[l], **tile, A=accumulator(x.dtype),
+            H=H, T=0, FIRST=False, d=0, RUNS=(), ACT=table[l], **tile, A=accumulator(x.dtype),
         )  # fmt: skip
     return h
 
@@ -91,7 +94,7 @@ def _adjoint_slopes(
     """J (N, D, k) by D stacked chains. ``kept`` receives P_l."""
     D, k, L, table = problem.D, problem.k, problem.depth, activation_table(problem)
     N, nonlinear = a[0].shape[0] if a else 0, problem.activations[-1].kind != "identity"
-    first = weight_of(params, 0)[:, problem.d - k :]
+    first = take(weight_of(params, 0), problem.columns)
     if L == 1:
         J = first.unsqueeze(0)
         if nonlinear:
@@ -128,7 +131,7 @@ def layer_up(
     T: tl.constexpr,
     FIRST: tl.constexpr,
     d: tl.constexpr,
-    K: tl.constexpr,
+    RUNS: tl.constexpr,
     ACT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -136,7 +139,7 @@ def layer_up(
 ):
     """h = σ(a) and ḣ_t = σ'(a)∘ȧ_t, stacked (1+T)·N rows, from z = [a - b; ȧ_1; …].
 
-    In the first layer z is a - b alone: ȧ_t is the column d-K+t of W_1. ``a_out`` keeps a.
+    In the first layer z is a - b alone: ȧ_t is column number t of x2 in W_1. ``a_out`` keeps a.
     """
     n = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     j = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -152,7 +155,7 @@ def layer_up(
     for t in range(T):
         shift = tl.full((), 1, tl.int64) * N * (t + 1) * H
         if FIRST:
-            w = tl.load(W1 + j * d + (d - K) + t, mask=j < H, other=0.0).to(A)
+            w = tl.load(W1 + j * d + column_of(t, RUNS), mask=j < H, other=0.0).to(A)
             tl.store(h_out + shift + at, slope * w[None, :], mask=mask)
         else:
             a_dot = tl.load(z + shift + at, mask=mask, other=0.0).to(A)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ....columns import runs_of, take
 from ....problem import Problem
 from ... import Params
 from ..active import BLOCK, list_active
@@ -70,8 +71,7 @@ class Pairs:
         h_dot, inputs = self.active.x_dot, problem.k
         for l in range(kept_layers(problem)):
             W, H = weight_of(self.params, l), problem.widths[l + 1]
-            # The last k columns of W_1 are those of ẋ.
-            W = W[:, problem.d - problem.k :] if l == 0 else W
+            W = take(W, problem.columns) if l == 0 else W  # those of ẋ
             a_dot = x.new_empty(M, H)
             below, h_dot_in = None, h_dot
             if l < L - 1:
@@ -148,7 +148,8 @@ class Pairs:
             pairs_weight, self.config.grid(O, I), self.p, self.p, q,
             self.h_dot[l - 1] if l else self.active.x_dot, self.saved[l - 1] if l else self.x,
             self.active.rows, self.active.total, dW, db,
-            OUTPUTS=O, INPUTS=I, TANGENTS=I if l else self.problem.k, BELOW_ROW=I,
+            OUTPUTS=O, INPUTS=I, RUNS=((0, 0, I),) if l else runs_of(self.problem.columns),
+            TANGENTS=I if l else self.problem.k, BELOW_ROW=I,
             ACT=activation_table(self.problem)[l - 1] if l else (0, 0.0, 0.0, 0.0), FRESH=fresh,
             BM=self.config.rows, BN=self.config.columns, BR=self.config.inner, **self.dots,
         )  # fmt: skip

@@ -68,7 +68,7 @@ class Descent:
         gout: Tensor | None,
         rows: slice,
     ) -> None:
-        self.facts, self.k, self.rows = facts, problem.k, rows
+        self.facts, self.x2, self.rows = facts, problem.columns, rows
         self.fan = problem.D if problem.mode == "adjoint" else problem.k
         self.y = facts.steps[-1].v
         self.affine = affine_of(facts.steps)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ....activations import ACTIVATIONS
+from ....columns import take
 from ....problem import Problem
 from ....program import Node
 from ...schedule import (
@@ -70,6 +71,7 @@ class Ascent:
 
     def __init__(self, problem: Problem, facts: Facts, x: Tensor, θ: dict[int, Params]) -> None:
         self.facts, self.θ, self.k, self.D = facts, θ, problem.k, problem.D
+        self.x2 = problem.columns
         self.tangent = problem.mode == "tangent"
         self.on = On(x, x.shape[0])
         self.values: dict[int, Tensor] = {0: x.unsqueeze(0)}
@@ -124,13 +126,13 @@ class Ascent:
     def _linear_dots(self, node: Node, θ: Params) -> Tensor:
         u, W = node.inputs[0], weight_of(θ)
         if not u:  # a one-hot times W is a choice of its columns, not a product
-            return W[:, W.shape[1] - self.k :].t()
+            return take(W, self.x2).t()
         t = self.dots[u]
         return torch.mm(flattened(t), W.t()).view(*t.shape[:-1], W.shape[0])
 
     def _dots_of(self, node: Node) -> list[Tensor | None]:
         if 0 in node.inputs and 0 not in self.dots:
-            self.dots[0] = one_hot(self.on.x, self.facts.widths[0])[-self.k :]
+            self.dots[0] = take(one_hot(self.on.x, self.facts.widths[0]), self.x2, 0)
         return [self.dots.get(u) for u in node.inputs]
 
     def tangent_slopes(self) -> Tensor:
@@ -151,7 +153,7 @@ class Ascent:
         P runs down to the values that are ``wanted``; ``pulled`` is filled with what linear nodes
         pull.
         """
-        facts, k, d = self.facts, self.k, self.facts.widths[0]
+        facts = self.facts
         last, filled = facts.steps[-1], set[int]()
         chain = Cotangents(self.on, parted_of(facts.widths, facts.steps))
         if not last.linear:
@@ -173,7 +175,7 @@ class Ascent:
                 continue
             u, W = node.inputs[0], weight_of(self.θ[v])
             if not u:
-                u, W = X2, W[:, d - k :]
+                u, W = X2, take(W, self.x2)
             elif not wanted[u]:
                 continue
             if P is None:  # of y, the identity
@@ -187,7 +189,7 @@ class Ascent:
                 filled.add(u)
         of_x = chain.pop(0)
         if of_x is not None:
-            chain.add(X2, of_x[..., d - k :])
+            chain.add(X2, take(of_x, self.x2))
         slopes = chain.of.get(X2)
         if slopes is None:
             return self._no_slopes()

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from ....activations import ACTIVATIONS
+from ....columns import spread, take
 from ....program import Node
 from ...schedule import Down, Step, weight_of
 from ..active import Active
@@ -61,11 +61,11 @@ class Pairs:
                 continue
             u, W = node.inputs[0], weight_of(self.block.θ[v])
             t = self.dots[u] if u else self.x_dot
-            self.dots[v] = self.products.up(t, W if u else W[:, W.shape[1] - self.block.k :])
+            self.dots[v] = self.products.up(t, W if u else take(W, self.block.x2))
 
     def _dots_of(self, node: Node) -> list[Tensor | None]:
         if 0 in node.inputs and 0 not in self.dots:
-            self.dots[0] = F.pad(self.x_dot, (self.facts.widths[0] - self.block.k, 0))
+            self.dots[0] = spread(self.x_dot, self.block.x2, self.facts.widths[0])
         return [self.dots.get(u) for u in node.inputs]
 
     def _seeds(self, v: int, P: Tensor | None) -> Operand | None:
@@ -108,7 +108,8 @@ class Pairs:
                 seeds = self._own(p)
             u_dot = None if p is None else self.dots[u] if u else self.x_dot
             dW, fresh = grads.weight(node.params[0])
-            self.products.weight(seeds, alone, u_dot, self.block.values[u], dW, fresh)
+            x2 = None if u else self.block.x2
+            self.products.weight(seeds, alone, u_dot, self.block.values[u], dW, fresh, x2)
         if trained[1] and alone is not None:
             grads.rows(node.params[1], self.on, alone)
         if not wanted:

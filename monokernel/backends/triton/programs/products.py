@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ....columns import Columns, runs_of
 from ..active import Active
 from ..active.config import product_config, product_options
 from ..active.products import pairs_down, pairs_up, pairs_weight
@@ -51,9 +52,9 @@ class Products:
 
     def weight(
         self, p: Tensor | None, q: Tensor | None, u_dot: Tensor | None, u: Tensor,
-        dW: Tensor, fresh: bool,
+        dW: Tensor, fresh: bool, columns: Columns | None = None,
     ) -> None:  # fmt: skip
-        """dW += pᵀ u̇ + qᵀ u, u̇ the last columns alone if it has no more."""
+        """dW += pᵀ u̇ + qᵀ u, u̇ in these ``columns`` alone if there are any."""
         outputs, inputs = dW.shape
         if u.stride(2) != 1 and q is not None:
             u = u.contiguous()
@@ -64,7 +65,7 @@ class Products:
             None if p is None else self.on.dense(given(u_dot)), u,
             self.active.rows, self.active.total, dW, None,
             OUTPUTS=outputs, INPUTS=inputs,
-            TANGENTS=inputs if u_dot is None else u_dot.shape[-1], BELOW_ROW=u.stride(1),
-            ACT=IDENTITY, FRESH=fresh,
-            BM=config.rows, BN=config.columns, BR=config.inner, **self.options,
+            RUNS=runs_of(columns) if columns else ((0, 0, inputs),),
+            TANGENTS=len(columns) if columns else inputs, BELOW_ROW=u.stride(1), ACT=IDENTITY,
+            FRESH=fresh, BM=config.rows, BN=config.columns, BR=config.inner, **self.options,
         )  # fmt: skip

@@ -152,6 +152,7 @@ def whole_backward(
     NEEDS: tl.constexpr,
     OFFSETS: tl.constexpr,
     K: tl.constexpr,
+    RUNS: tl.constexpr,
     ADJOINT: tl.constexpr,
     OUT: tl.constexpr,
     H: tl.constexpr,
@@ -200,8 +201,8 @@ def whole_backward(
             for pair in tl.range(0, PAIRS, disable_licm=True):
                 gradients_of_tile(
                     n, ok, pair, True, x, gy, gout, slopes, ws, bs, dx, partials, scratch,
-                    WIDTHS, ACTS, BIAS, NEEDS, OFFSETS, K, ADJOINT, OUT, H, PD, BK, INNER, CHUNK,
-                    C, A, PRECISION,
+                    WIDTHS, ACTS, BIAS, NEEDS, OFFSETS, K, RUNS, ADJOINT, OUT, H, PD, BK, INNER,
+                    CHUNK, C, A, PRECISION,
                 )  # fmt: skip
     for tile in tl.range(tl.cdiv(active, BM), mine, disable_licm=True):
         at = tile * BM + tl.arange(0, BM)
@@ -212,8 +213,8 @@ def whole_backward(
         if gy is not None:
             gradients_of_tile(
                 n, ok, 0, False, x, gy, gout, slopes, ws, bs, dx, partials, scratch,
-                WIDTHS, ACTS, BIAS, NEEDS, OFFSETS, K, ADJOINT, OUT, H, PD, BK, INNER, CHUNK,
-                C, A, PRECISION,
+                WIDTHS, ACTS, BIAS, NEEDS, OFFSETS, K, RUNS, ADJOINT, OUT, H, PD, BK, INNER,
+                CHUNK, C, A, PRECISION,
             )  # fmt: skip
         elif dx is not None:
             for start in range(0, WIDTHS[0], BK):
@@ -255,9 +256,10 @@ def list_rows(
 def gradients_of_tile(
     n, ok, pair, ACTIVE: tl.constexpr, x, gy, gout, slopes, ws, bs, dx, partials, scratch,
     WIDTHS: tl.constexpr, ACTS: tl.constexpr, BIAS: tl.constexpr, NEEDS: tl.constexpr,
-    OFFSETS: tl.constexpr, K: tl.constexpr, ADJOINT: tl.constexpr, OUT: tl.constexpr,
-    H: tl.constexpr, PD: tl.constexpr, BK: tl.constexpr, INNER: tl.constexpr, CHUNK: tl.constexpr,
-    C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
+    OFFSETS: tl.constexpr, K: tl.constexpr, RUNS: tl.constexpr, ADJOINT: tl.constexpr,
+    OUT: tl.constexpr, H: tl.constexpr, PD: tl.constexpr, BK: tl.constexpr,
+    INNER: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, A: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what the rows n give for pair number ``pair`` (gy counts with pair 0)."""
     tl.debug_barrier()  # the slots may still be read by the tile before
@@ -268,12 +270,12 @@ def gradients_of_tile(
     if ACTIVE:
         tangent_pass(
             n, ok, pair, gout, slopes, ws, scratch,
-            WIDTHS, ACTS, K, ADJOINT, OUT, H, PD, BK, INNER, C, A, PRECISION,
+            WIDTHS, ACTS, K, RUNS, ADJOINT, OUT, H, PD, BK, INNER, C, A, PRECISION,
         )  # fmt: skip
         seed_pass(
             n, ok, pair, gout, slopes, ws, partials, scratch,
-            WIDTHS, ACTS, NEEDS, OFFSETS, dx is not None, K, ADJOINT, OUT, H, PD, BK, INNER, CHUNK,
-            C, A, PRECISION,
+            WIDTHS, ACTS, NEEDS, OFFSETS, dx is not None, K, RUNS, ADJOINT, OUT, H, PD, BK, INNER,
+            CHUNK, C, A, PRECISION,
         )  # fmt: skip
     down_pass(
         n, ok, pair, ACTIVE, x, gy, ws, dx, partials, scratch,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ....columns import runs_of
 from ....problem import Problem
 from ... import Params
 from ..constants import TL_DTYPES, accumulator, activation_table, output_code, power_of_two
@@ -117,6 +118,7 @@ def shape_of(problem: Problem) -> dict[str, Any]:
         "WIDTHS": problem.widths,
         "ACTS": activation_table(problem),
         "K": problem.k,
+        "RUNS": runs_of(problem.columns),
         # With one output and one column both modes are the same; the tangent's needs less.
         "ADJOINT": problem.mode == "adjoint" and not problem.k == problem.D == 1,
         "OUT": output_code(problem),

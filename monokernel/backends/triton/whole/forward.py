@@ -12,14 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ....problem import Problem, accumulate_dtype, shared_direction_table
+from ....problem import Problem, accumulate_dtype
 from ... import Params
 from ..constants import as_compiled
 from ..device.activations import activation_of
+from ..device.columns import column_of
 from ..device.hinge import PENALTY_SUM, hinge_epilogue
 from ..launch import launch
 from ..reduce import reduce_sum
-from ..slopes import output_like
+from ..slopes import direction_of, margins_of, output_like
 from ..target import compute_dtype, processors, products, register_limit
 from ..tuning import tuned
 from .config import (
@@ -96,14 +97,11 @@ def launch_forward(
         size = P * (problem.depth + 1) * config.rows * max(shape["H"], shape["PD"])
         scratch = x.new_empty(size, dtype=compute_dtype(x.dtype))
     ws, bs = split(params)
-    direction = None
-    if hinge is not None:
-        direction = shared_direction_table(hinge.direction, D, k, out.dtype, x.device)
     launch(
-        whole_forward, (P,), x, x.contiguous(), weight, direction, ws, bs, y,
+        whole_forward, (P,), x, x.contiguous(), weight, direction_of(problem, out), ws, bs, y,
         None if summed else out, saved[0] if saved else None, sums, scratch, N,
         D * k if weight is not None and weight.dim() == 3 else 0,
-        0.0 if hinge is None else float(hinge.margin),
+        *margins_of(problem, out),
         **shape, **dtypes_of(x.dtype), BIAS=tuple(b is not None for b in bs),
         SQUARED=hinge is not None and hinge.squared, SAVE=bool(saved),
         PK=padded(k), BK=min(padded(problem.d), config.chunk), INNER=config.inner, BM=config.rows,
@@ -135,10 +133,12 @@ def whole_forward(
     N,
     weight_row,
     margin,
+    margins,
     WIDTHS: tl.constexpr,
     ACTS: tl.constexpr,
     BIAS: tl.constexpr,
     K: tl.constexpr,
+    RUNS: tl.constexpr,
     ADJOINT: tl.constexpr,
     OUT: tl.constexpr,
     SQUARED: tl.constexpr,
@@ -176,15 +176,16 @@ def whole_forward(
         if ADJOINT:
             total += adjoint_tile(
                 n, ok, x_, weight_, direction, ws, bs, y_, out_, slopes_, scratch, weight_row,
-                margin, WIDTHS, ACTS, BIAS, K, OUT, SQUARED, SAVE, H, PD, PK, BK, INNER,
+                margin, margins, WIDTHS, ACTS, BIAS, K, RUNS, OUT, SQUARED, SAVE, H, PD, PK, BK,
+                INNER,
                 C, A, PRECISION,
             )  # fmt: skip
         else:
             for c in tl.range(0, K, disable_licm=True):
                 total += tangent_tile(
                     n, ok, c, x_, weight_, direction, ws, bs, y_, out_, slopes_, scratch,
-                    weight_row, margin,
-                    WIDTHS, ACTS, BIAS, K, OUT, SQUARED, SAVE, H, PD, BK, INNER,
+                    weight_row, margin, margins,
+                    WIDTHS, ACTS, BIAS, K, RUNS, OUT, SQUARED, SAVE, H, PD, BK, INNER,
                     C, A, PRECISION,
                 )  # fmt: skip
     if OUT == PENALTY_SUM:
@@ -193,9 +194,9 @@ def whole_forward(
 
 @triton.jit
 def tangent_tile(
-    n, ok, c, x, weight, direction, ws, bs, y, out, slopes, scratch, weight_row, margin,
+    n, ok, c, x, weight, direction, ws, bs, y, out, slopes, scratch, weight_row, margin, margins,
     WIDTHS: tl.constexpr, ACTS: tl.constexpr, BIAS: tl.constexpr, K: tl.constexpr,
-    OUT: tl.constexpr, SQUARED: tl.constexpr, SAVE: tl.constexpr,
+    RUNS: tl.constexpr, OUT: tl.constexpr, SQUARED: tl.constexpr, SAVE: tl.constexpr,
     H: tl.constexpr, PD: tl.constexpr, BK: tl.constexpr, INNER: tl.constexpr,
     C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -212,7 +213,7 @@ def tangent_tile(
     WIDE: tl.constexpr = max(H, PD)
     a = first_layer(x, n, ok, ws[0], bs[0], WIDTHS, BIAS[0], FIRST, BK, C, A, PRECISION)
     unit = tl.arange(0, FIRST)
-    w1 = tl.load(ws[0] + unit * d + (d - K) + c, mask=unit < WIDTHS[1], other=0.0)
+    w1 = tl.load(ws[0] + unit * d + column_of(c, RUNS), mask=unit < WIDTHS[1], other=0.0)
     a_dot = tl.broadcast_to(w1.to(A)[None, :], (BM, FIRST))
     h, slope, _curvature = activation_of(a, ACTS, 0)
     h_dot = slope * a_dot
@@ -229,17 +230,17 @@ def tangent_tile(
     mask = ok[:, None] & (output[None, :] < D)
     tl.store(y + n[:, None] * D + output[None, :], h, mask=mask & (c == 0))
     penalty = hinge_epilogue(
-        h_dot, h, n, ok, output * K + c, output < D, direction, weight, weight_row, margin, out,
-        slopes, D * K, OUT, SQUARED, SAVE,
+        h_dot, h, n, ok, output * K + c, output < D, direction, weight, weight_row, margin, margins,
+        out, slopes, D * K, OUT, SQUARED, SAVE,
     )  # fmt: skip
     return tl.sum(penalty, 1)
 
 
 @triton.jit
 def adjoint_tile(
-    n, ok, x, weight, direction, ws, bs, y, out, slopes, scratch, weight_row, margin,
+    n, ok, x, weight, direction, ws, bs, y, out, slopes, scratch, weight_row, margin, margins,
     WIDTHS: tl.constexpr, ACTS: tl.constexpr, BIAS: tl.constexpr, K: tl.constexpr,
-    OUT: tl.constexpr, SQUARED: tl.constexpr, SAVE: tl.constexpr,
+    RUNS: tl.constexpr, OUT: tl.constexpr, SQUARED: tl.constexpr, SAVE: tl.constexpr,
     H: tl.constexpr, PD: tl.constexpr, PK: tl.constexpr, BK: tl.constexpr, INNER: tl.constexpr,
     C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -275,7 +276,7 @@ def adjoint_tile(
         unit = tl.arange(0, FIRST)
         inside = (unit[:, None] < WIDTHS[1]) & (column[None, :] < K)
         w1 = tl.load(
-            ws[0] + unit[:, None] * d + (d - K) + column[None, :],
+            ws[0] + unit[:, None] * d + column_of(column, RUNS)[None, :],
             mask=inside,
             other=0.0,
         )
@@ -283,7 +284,7 @@ def adjoint_tile(
         own = tl.sum(tl.where(chosen, h, tl.zeros_like(h)), 1)[:, None]
         penalty = hinge_epilogue(
             J, tl.broadcast_to(own, (BM, PK)), n, ok, column + e * K, column < K, direction, weight,
-            weight_row, margin, out, slopes, D * K, OUT, SQUARED, SAVE,
+            weight_row, margin, margins, out, slopes, D * K, OUT, SQUARED, SAVE,
         )  # fmt: skip
         total += tl.sum(penalty, 1)
     return total

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ..device.activations import activation_of
+from ..device.columns import first_of, last_of, place_of
 from ..device.hinge import slope_cotangent
 from ..device.tiles import weight_tile
 from .sums import add_bias, add_weight, inner_gradient
@@ -83,9 +84,10 @@ def up_pass(
 @triton.jit
 def tangent_pass(
     n, ok, pair, gout, slopes, ws, scratch,
-    WIDTHS: tl.constexpr, ACTS: tl.constexpr, K: tl.constexpr, ADJOINT: tl.constexpr,
-    OUT: tl.constexpr, H: tl.constexpr, PD: tl.constexpr, BK: tl.constexpr, INNER: tl.constexpr,
-    C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTHS: tl.constexpr, ACTS: tl.constexpr, K: tl.constexpr, RUNS: tl.constexpr,
+    ADJOINT: tl.constexpr, OUT: tl.constexpr, H: tl.constexpr, PD: tl.constexpr,
+    BK: tl.constexpr, INNER: tl.constexpr, C: tl.constexpr, A: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The pair's direction ẋ runs up: keeps ḣ_l, and σ''∘ȧ_l in the place of σ''."""
     L: tl.constexpr = len(ACTS)
@@ -95,10 +97,10 @@ def tangent_pass(
     WIDE: tl.constexpr = max(H, PD)
     unit = tl.arange(0, FIRST)
     a_dot = tl.zeros((BM, FIRST), A)
-    for start in range((d - K) // BK * BK, d, BK):
+    for start in range(first_of(RUNS) // BK * BK, last_of(RUNS), BK):
         column = start + tl.arange(0, BK)
         x_dot = tangent_of_input(
-            n, ok, pair, column, gout, slopes, d, WIDTHS[L], K, ADJOINT, OUT, A
+            n, ok, pair, column, gout, slopes, WIDTHS[L], K, RUNS, ADJOINT, OUT, A
         )
         w = weight_tile(ws[0], unit, column, WIDTHS[1], d, C)
         a_dot += matmul(x_dot, tl.trans(w), C, PRECISION)
@@ -133,7 +135,7 @@ def scale_slot(
 def seed_pass(
     n, ok, pair, gout, slopes, ws, partials, scratch,
     WIDTHS: tl.constexpr, ACTS: tl.constexpr, NEEDS: tl.constexpr, OFFSETS: tl.constexpr,
-    DX: tl.constexpr, K: tl.constexpr, ADJOINT: tl.constexpr, OUT: tl.constexpr,
+    DX: tl.constexpr, K: tl.constexpr, RUNS: tl.constexpr, ADJOINT: tl.constexpr, OUT: tl.constexpr,
     H: tl.constexpr, PD: tl.constexpr, BK: tl.constexpr, INNER: tl.constexpr,
     CHUNK: tl.constexpr, C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -173,10 +175,10 @@ def seed_pass(
                         WIDTHS, H, PD, INNER, C, A, PRECISION,
                     )  # fmt: skip
             elif NEEDS[0]:
-                for start in range((d - K) // BK * BK, d, BK):
+                for start in range(first_of(RUNS) // BK * BK, last_of(RUNS), BK):
                     column = start + tl.arange(0, BK)
                     x_dot = tangent_of_input(
-                        n, ok, pair, column, gout, slopes, d, D, K, ADJOINT, OUT, A
+                        n, ok, pair, column, gout, slopes, D, K, RUNS, ADJOINT, OUT, A
                     )
                     product = matmul(tl.trans(p), x_dot, C, PRECISION)
                     add_weight(product, column, partials, WIDTHS[1], d)
@@ -271,13 +273,13 @@ def lowest_layer(needs, dx, L):
 
 @triton.jit
 def tangent_of_input(
-    n, ok, pair, column, gout, slopes, d: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
+    n, ok, pair, column, gout, slopes, D: tl.constexpr, K: tl.constexpr, RUNS: tl.constexpr,
     ADJOINT: tl.constexpr, OUT: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
-    """The columns ``column`` of ẋ, zero but in the K monotone ones, which are x's last."""
-    j = column - (d - K)
+    """The columns ``column`` of ẋ, zero but in the K monotone ones."""
+    j = place_of(column, RUNS)
     if ADJOINT:
-        inside = ok[:, None] & ((j >= 0) & (j < K))[None, :]
+        inside = ok[:, None] & (j >= 0)[None, :]
         at = n[:, None] * (D * K) + pair * K + j[None, :]
         return slope_cotangent(gout, slopes, at, inside, OUT).to(A)
     else:
