@@ -430,7 +430,8 @@ def test_module(backend: str) -> None:
         net, x1, x2, weight=weight, return_output=True, backend=backend, **options
     )
     assert_same(module(x1, x2), want)
-    assert set(module.state_dict()) == {"weight", *(f"mlp.{n}" for n in net.state_dict())}
+    own = {"weight", "_extra_state"}
+    assert set(module.state_dict()) == own | {f"mlp.{n}" for n in net.state_dict()}
 
 
 def test_without_grad_nothing_is_tracked() -> None:
