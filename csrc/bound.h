@@ -546,7 +546,7 @@ template <class T> struct Bounded {
     double* of_r = to_high + whole;                    // for each box
     clear(of_r, 2 * B);
     const auto give = [&](int64_t i) {
-      norm.pull_centre(to_low, to_high);
+      norm.pull_centre(u.a + i * u.ld, u.b + i * u.ld, to_low, to_high);
       for (int64_t j = 0; first && j < H; ++j) of(first).add(i, j, {to_low[j], to_high[j]});
     };
     for (int64_t i = B; i < R; ++i) {
@@ -653,12 +653,10 @@ template <class T> struct Bounded {
     const Pair ball{after, after + R * columns, columns}, u = ends(first), to = of(first);
     pull_product(R, in, out, W, whole, ball);
     each(R, in, [&](int64_t i, int64_t j) {
-      const Interval a = u.at(i, j), c = ball.at(i, j);
-      const double low = 0.5 * (c.low - c.high), high = 0.5 * (c.low + c.high);
-      if (i >= B || (!is_infinite(a.low) && !is_infinite(a.high))) return to.add(i, j, {low, high});
+      const Interval c = ball.at(i, j);
+      const Interval a{0.5 * (c.low - c.high), 0.5 * (c.low + c.high)};
       // What stood in the place of an infinite end was the other one.
-      if (!is_infinite(a.low)) to.add(i, j, {low + high, 0});
-      if (!is_infinite(a.high)) to.add(i, j, {0, low + high});
+      to.add(i, j, i < B ? pulled_finite(a, u.at(i, j)) : a);
     });
   }
 };

@@ -42,16 +42,20 @@ struct Norm {
       to_high[j] = !alone && (rises || down > falls) ? infinity : c + wide;
     }
   }
-  // The adjoint of a row, in place; symmetric as c is.
-  void pull_centre(double* low, double* high) const {
+  // The adjoint of the row, in place; symmetric as c is. What stood in the place of an infinite end was
+  // the other one.
+  void pull_centre(const double* low, const double* high, double* to_low, double* to_high) const {
     if (!centres) return;
     double middle = 0, radius = 0;
-    for (int64_t j = 0; j < H; ++j) middle += low[j] + high[j], radius += high[j] - low[j];
+    for (int64_t j = 0; j < H; ++j) {
+      middle += to_low[j] + to_high[j], radius += to_high[j] - to_low[j];
+    }
     middle /= double(H), radius /= double(H);
     for (int64_t j = 0; j < H; ++j) {
-      const double c = (low[j] + high[j]) - middle;
-      const double r = (high[j] - low[j]) * (1 - 2 / double(H)) + radius;
-      low[j] = 0.5 * (c - r), high[j] = 0.5 * (c + r);
+      const double c = (to_low[j] + to_high[j]) - middle;
+      const double r = (to_high[j] - to_low[j]) * (1 - 2 / double(H)) + radius;
+      const Interval to = pulled_finite({0.5 * (c - r), 0.5 * (c + r)}, {low[j], high[j]});
+      to_low[j] = to.low, to_high[j] = to.high;
     }
   }
 
@@ -76,11 +80,11 @@ struct Norm {
     const double by_greatest = is_infinite(r.low) ? 0 : -g.low * r.low * r.low * r.low / double(H);
     const double by_least = is_infinite(r.high) ? 0 : -g.high * r.high * r.high * r.high / double(H);
     for (int64_t j = 0; j < H; ++j) {
-      if (is_infinite(low[j]) || is_infinite(high[j])) continue;
       const bool negative = low[j] * low[j] > high[j] * high[j];  // the low end is the larger one
-      (negative ? to_low[j] : to_high[j]) += by_greatest * (negative ? low[j] : high[j]);
-      if (low[j] <= 0 && high[j] >= 0) continue;
-      (negative ? to_high[j] : to_low[j]) += by_least * (negative ? high[j] : low[j]);
+      const double larger = negative ? low[j] : high[j], smaller = negative ? high[j] : low[j];
+      if (!is_infinite(larger)) (negative ? to_low[j] : to_high[j]) += by_greatest * larger;
+      if ((low[j] <= 0 && high[j] >= 0) || is_infinite(smaller)) continue;
+      (negative ? to_high[j] : to_low[j]) += by_least * smaller;
     }
   }
 

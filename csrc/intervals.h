@@ -30,6 +30,12 @@ MK_INLINE Interval finite_part(Interval a) {
   return {!is_infinite(a.low) ? a.low : is_infinite(a.high) ? 0 : a.high,
           !is_infinite(a.high) ? a.high : is_infinite(a.low) ? 0 : a.low};
 }
+// The adjoint of it.
+MK_INLINE Interval pulled_finite(Interval g, Interval a) {
+  if (!is_infinite(a.low) && !is_infinite(a.high)) return g;
+  const double both = g.low + g.high;
+  return {is_infinite(a.low) ? 0 : both, is_infinite(a.high) ? 0 : both};
+}
 
 MK_INLINE Interval outward(double low, double high, double units = 2) {
   return {low - (units * epsilon * size_of(low) + tiny),

@@ -139,9 +139,7 @@ def _linear(a: Interval, W: Tensor, b: Tensor | None = None) -> Interval:
     """W u + b for all u in a: (..., n) to (..., m)."""
     info = torch.finfo(W.dtype)
     γ = (W.shape[-1] + 8) * info.eps
-    lower, upper = a.lower, a.upper
-    if not a.finite:
-        lower, upper = _finite_part(lower, upper), _finite_part(upper, lower)
+    lower, upper = _finite_part(a)
     c, r = 0.5 * lower + 0.5 * upper, 0.5 * upper - 0.5 * lower
     rounding = γ * (c.detach().abs() + r.detach()) + info.tiny
     centre = F.linear(c, W, b)
@@ -164,10 +162,14 @@ def _infinite(weight: Tensor) -> Tensor:
     return torch.zeros_like(weight).masked_fill(weight > 0, math.inf)
 
 
-def _finite_part(end: Tensor, other: Tensor) -> Tensor:
-    """The end, or where it is infinite the other one, or 0."""
-    zero = torch.zeros_like(end)
-    return torch.where(end.isinf(), torch.where(other.isinf(), zero, other), end)
+def _finite_part(a: Interval) -> tuple[Tensor, Tensor]:
+    """The ends, in the place of an infinite one the other, or 0."""
+    if a.finite:
+        return a.lower, a.upper
+    zero, (low, high) = torch.zeros_like(a.lower), (end.isinf() for end in a[:2])
+    lower = torch.where(low, torch.where(high, zero, a.upper), a.lower)
+    upper = torch.where(high, torch.where(low, zero, a.lower), a.upper)
+    return lower, upper
 
 
 def _total(a: Interval) -> Interval:
@@ -377,7 +379,8 @@ class Normalised(Rule):
         H = t.lower.shape[-1]
         C = torch.eye(H, dtype=t.lower.dtype, device=t.lower.device) - 1 / H
         # 1/H is rounded.
-        mean = 4 * torch.finfo(t.lower.dtype).eps * _magnitude(t).detach().amax(-1, keepdim=True)
+        size = _magnitude(Interval(*_finite_part(t))).detach().amax(-1, keepdim=True)
+        mean = 4 * torch.finfo(t.lower.dtype).eps * size
         centred = _linear(t, C)
         return Interval(centred.lower - mean, centred.upper + mean, t.finite)
 
