@@ -12,7 +12,9 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/from_blob.h>
+#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -271,10 +273,18 @@ Outputs run(const PlanReference& plan, const Tensor& given, const std::optional<
   return o;
 }
 
+// What a plan with a box computes, by PyTorch's operations, with all derivatives: monokernel/monotone.py.
+std::tuple<Tensor, Tensor> by_pytorch(int64_t plan, const Tensor& x,
+                                      const c10::List<std::optional<Tensor>>& params) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("monokernel::lift_by_pytorch", "")
+                             .typed<decltype(by_pytorch)>();
+  return op.call(plan, x, params);
+}
+
 constexpr const char* second_derivative =
     "fused_mono_penalty: its backward is written by hand and first-order; a second derivative was "
     "asked for, which backend='reference' supports";
-
 // Identity on the first `count` tensors; its backward raises.
 struct NoSecond : torch::autograd::Function<NoSecond> {
   static variable_list forward(AutogradContext*, int64_t count, const at::TensorList& tensors) {
@@ -311,8 +321,13 @@ struct Step : torch::autograd::Function<Step> {
     const Present present = bools(ctx->saved_data["present"]);
     const bool weighted = ctx->saved_data["weight"].toBool();
     const variable_list saved = ctx->get_saved_variables();
-    variable_list grads = run_backward(ctx, plan, present, weighted, saved, outer);
-    if (at::GradMode::is_enabled()) guard(grads, saved, outer);
+    variable_list grads;
+    if (plan.shape.bound && (at::GradMode::is_enabled() || many(outer))) {
+      grads = differentiable(ctx, plan, present, saved, outer);
+    } else {
+      grads = run_backward(ctx, plan, present, weighted, saved, outer);
+      if (at::GradMode::is_enabled()) guard(grads, saved, outer);
+    }
     // For plan, present, weight, x and the parameters.
     variable_list all(2 + 1 + grads.size());
     std::move(grads.begin(), grads.end(), all.begin() + 3);
@@ -379,6 +394,48 @@ struct Step : torch::autograd::Function<Step> {
     }
     for (Tensor& g : grads) {
       if (g.defined()) g = as_dtype(g, network);
+    }
+    return grads;
+  }
+
+  // Whether they stand for many gradients at once, of which a kernel knows nothing.
+  static bool many(const variable_list& outer) {
+    for (const Tensor& g : outer) {
+      if (g.defined() && g.key_set().has_any(wrapped)) return true;
+    }
+    return false;
+  }
+
+  // The gradients of a plan with a box, for whoever differentiates them or has many at once.
+  static variable_list differentiable(AutogradContext* ctx, const PlanReference& plan,
+                                      const Present& present, const variable_list& saved,
+                                      const variable_list& outer) {
+    const bool second = at::GradMode::is_enabled();
+    const at::AutoGradMode recording(true);
+    variable_list given;  // views, for a tensor in two places has a gradient for each
+    for (size_t i = 0; i + 2 < saved.size(); ++i) given.push_back(saved[i].view_as(saved[i]));
+    c10::List<std::optional<Tensor>> params;
+    size_t next = 1;
+    for (const bool there : present) {
+      params.push_back(there ? std::optional<Tensor>(given[next++]) : std::nullopt);
+    }
+    const auto [y, bound] = by_pytorch(plan.handle, given[0], params);
+    variable_list results, cotangents, wanted;
+    for (const auto& [result, g] : {std::pair(y, outer[0]), std::pair(bound, outer[1])}) {
+      if (!g.defined() || !result.requires_grad()) continue;
+      results.push_back(result);
+      cotangents.push_back(g);
+    }
+    for (size_t i = 0; i < given.size(); ++i) {
+      if (ctx->needs_input_grad(i)) wanted.push_back(given[i]);
+    }
+    variable_list grads(given.size());
+    if (results.empty()) return grads;
+    const variable_list found =
+        torch::autograd::grad(results, wanted, cotangents, second, second, /*allow_unused=*/true);
+    next = 0;
+    for (size_t i = 0; i < given.size(); ++i) {
+      if (ctx->needs_input_grad(i)) grads[i] = found[next++];
     }
     return grads;
   }

@@ -19,12 +19,14 @@ from torch import SymFloat, Tensor, fx, nn
 from .arguments import Direction, Inputs, check_inputs, check_weight
 from .problem import Hinge, accumulate_dtype
 
-__all__ = ["Captured", "call", "capturable", "meet", "numbers_of"]
+__all__ = ["Captured", "call", "capturable", "lift", "meet", "numbers_of"]
 
 
 # (mlp, inputs, weight, signs, hinge, mode, backend, batch_stats) → y, and the penalty or, without a
 # hinge, the slopes.
 Serve = Callable[..., tuple[Tensor, Tensor]]
+# (mlp, inputs, lower, upper, direction, margin, parts) → y with the linear term of ``monotone.py``.
+Lift = Callable[..., Tensor]
 
 # Where the graph begins, and where it ends: with all that was asked.
 _library = torch.library.Library("monokernel", "FRAGMENT")
@@ -36,6 +38,11 @@ _library.define(
     "closed(Tensor y, Tensor x, Tensor? weight, int[] columns, int[] direction, int[] shape, "
     "bool penalised, float[] margin, bool squared, bool elementwise, str mode, str backend, "
     "str batch_stats) "
+    "-> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "lifted(Tensor y, float[] lower, float[] upper, int[] direction, float margin, int parts) "
     "-> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -51,8 +58,7 @@ def _closed(
 ) -> Tensor:  # fmt: skip
     """Of the penalty, or of the slopes, the shape, dtype and whether it has a gradient, by which
     the compiler goes on."""
-    if torch._C._len_torch_dispatch_stack() == 0:
-        raise RuntimeError("monokernel: a captured forward was run by itself")
+    _check_watched()
     out = y.to(accumulate_dtype(y.dtype))
     if penalised and not elementwise:
         out = out.sum()
@@ -62,9 +68,20 @@ def _closed(
     return out if weight is None else out * weight.sum().to(out)
 
 
-_library.impl("opened", _opened, "CompositeImplicitAutograd")
-_library.impl("closed", _closed, "CompositeImplicitAutograd")
+def _lifted(y: Tensor, *_: Any) -> Tensor:
+    _check_watched()
+    return y.clone()
+
+
+def _check_watched() -> None:
+    if torch._C._len_torch_dispatch_stack() == 0:
+        raise RuntimeError("monokernel: a captured forward was run by itself")
+
+
+for _name, _implementation in (("opened", _opened), ("closed", _closed), ("lifted", _lifted)):
+    _library.impl(_name, _implementation, "CompositeImplicitAutograd")
 _OPENED, _CLOSED = torch.ops.monokernel.opened.default, torch.ops.monokernel.closed.default
+_LIFTED = torch.ops.monokernel.lifted.default
 
 
 class _Enough(Exception):  # noqa: N818  # it ends a trial that went well
@@ -135,11 +152,25 @@ def call(
     return y, out
 
 
+def lift(
+    serve: Lift, mlp: nn.Module, inputs: Inputs, lower: tuple[float, ...],
+    upper: tuple[float, ...], direction: tuple[tuple[int, ...], ...], margin: float, parts: int,
+) -> Tensor:  # fmt: skip
+    """``serve`` of all that follows it, of which the compiler traces the forward of ``mlp``."""
+    asked = lower, upper, direction, margin, parts
+    y: Tensor = torch.ops.higher_order.dynamo_bypassing_wrapper(
+        partial(_replayed_lift, serve), _lift_body, mlp, inputs, *asked
+    )
+    return y
+
+
+# --- what the compiler traces ---------------------------------------------------------------------
+
+
 def _body(
     mlp: nn.Module, inputs: Inputs, weight: Tensor | None, signs: Direction, hinge: Hinge | None,
     mode: str, backend: str, batch_stats: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What the compiler traces."""
     x = inputs.like
     y = mlp(_OPENED(inputs.blocks))
     D = y.shape[-1] if y.dim() == x.dim() else 1
@@ -153,14 +184,50 @@ def _body(
     )  # fmt: skip
 
 
+def _lift_body(
+    mlp: nn.Module, inputs: Inputs, lower: tuple[float, ...], upper: tuple[float, ...],
+    direction: tuple[tuple[int, ...], ...], margin: float, parts: int,
+) -> Tensor:  # fmt: skip
+    y = mlp(_OPENED(inputs.blocks))
+    signs = [sign for row in direction for sign in row]
+    lifted: Tensor = _LIFTED(y, lower, upper, signs, margin, parts)
+    return lifted
+
+
+# --- what is run in its place ---------------------------------------------------------------------
+# Of the graph, or of the module itself, where the compiler gave up before it and goes on in Python.
+
+
 def _replayed(serve: Serve, body: Any) -> Callable[..., tuple[Tensor, Tensor]]:
-    """What is run in the place of the body: of the graph, or, where the compiler gave up before it
-    and goes on in Python, of the module itself."""
     return partial(_replay, serve, body) if isinstance(body, fx.GraphModule) else serve
+
+
+def _replayed_lift(serve: Lift, body: Any) -> Callable[..., Any]:
+    return partial(_replay_lift, serve, body) if isinstance(body, fx.GraphModule) else serve
 
 
 def _replay(serve: Serve, graph: fx.GraphModule, *operands: Any) -> tuple[Tensor, Tensor]:
     """The call that was captured, of the network as the graph has it."""
+    inputs, asked = _asked(graph, operands, _CLOSED)
+    weight, columns, direction, shape, penalised, margin, squared, elementwise, *who = asked[1:]
+    signs = Direction(tuple(direction), tuple(shape))
+    own = float(margin[0]) if len(margin) == 1 else tuple(map(float, margin))
+    hinge = Hinge(signs.flat, own, squared, elementwise) if penalised else None
+    inputs = inputs._replace(columns=tuple(columns))
+    return serve(Captured(graph, operands), inputs, weight, signs, hinge, *who)
+
+
+def _replay_lift(serve: Lift, graph: fx.GraphModule, *operands: Any) -> tuple[Tensor]:
+    """What a graph returns is a tuple."""
+    inputs, (lower, upper, signs, margin, parts) = _asked(graph, operands, _LIFTED)
+    d = len(lower)
+    direction = tuple([tuple(signs[i : i + d]) for i in range(0, len(signs), d)])
+    box = tuple(map(float, lower)), tuple(map(float, upper))
+    return (serve(Captured(graph, operands), inputs, *box, direction, float(margin), parts),)
+
+
+def _asked(graph: fx.GraphModule, operands: Any, end: Any) -> tuple[Inputs, Any]:
+    """What the network is called with, and what the operator at the end is told beside y."""
     given = dict(zip(graph.graph.find_nodes(op="placeholder"), operands, strict=True))
     run = _Run(graph, None)
 
@@ -171,15 +238,9 @@ def _replay(serve: Serve, graph: fx.GraphModule, *operands: Any) -> tuple[Tensor
         return given[node]
 
     (opened,) = graph.graph.find_nodes(op="call_function", target=_OPENED)
-    (closed,) = graph.graph.find_nodes(op="call_function", target=_CLOSED)
+    (closed,) = graph.graph.find_nodes(op="call_function", target=end)
     (blocks,) = fx.map_arg(opened.args, value)
-    asked: Any = fx.map_arg(closed.args[2:], value)
-    weight, columns, direction, shape, penalised, margin, squared, elementwise, *who = asked
-    signs = Direction(tuple(direction), tuple(shape))
-    own = float(margin[0]) if len(margin) == 1 else tuple(map(float, margin))
-    hinge = Hinge(signs.flat, own, squared, elementwise) if penalised else None
-    mlp, inputs = Captured(graph, operands), check_inputs(*blocks)._replace(columns=tuple(columns))
-    return serve(mlp, inputs, weight, signs, hinge, *who)
+    return check_inputs(*blocks), fx.map_arg(closed.args[1:], value)
 
 
 class Captured(nn.Module):
@@ -206,6 +267,8 @@ class _Run(fx.Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is _OPENED:
             return self.x
+        if target is _LIFTED:
+            return args[0]
         return None if target is _CLOSED else super().call_function(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:

@@ -7,14 +7,18 @@ import itertools
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
-from . import dropout, network, reading
+from . import capture, dropout, network, reading
 from .arguments import (
+    Inputs,
     check_box,
     check_direction,
     check_inputs,
@@ -23,9 +27,11 @@ from .arguments import (
     check_number,
     is_mapping,
 )
-from .function import traced, transformed
+from .backends import reference
+from .function import operand_dtype, traced, transformed
 from .intervals import ENDS, Interval, jacobian, without_range
 from .operands import PLAIN
+from .planning import captured
 from .problem import accumulate_dtype
 from .program import Node
 from .symbols import Key, Param
@@ -34,6 +40,10 @@ if TYPE_CHECKING:
     from .backends import cpu
 
 __all__ = ["Monotone"]
+
+
+Boxes = list[tuple[tuple[float, ...], tuple[float, ...]]]  # (lower, upper) of each
+Signs = Sequence[Sequence[int]]  # (D, d)
 
 
 class Constants(NamedTuple):
@@ -66,8 +76,9 @@ class Monotone(nn.Module):
     that the network learns to need little of the linear term. A constant added to one slope moves
     no other, so every output rises (or falls) in every constrained column everywhere in the box.
 
-    On the CPU the native kernels compute y, ``mlp`` and term in one, where they serve the network
-    and x wants no gradient: the same but for rounding, differentiable once.
+    On the CPU the native kernels compute y, ``mlp`` and term in one, where they serve the network:
+    the same but for rounding, under autocast of the weights as they are, in float32. Second
+    derivatives are PyTorch's.
 
     The bound is rigorous, rounding included, for the weights as they are stored and exact
     arithmetic; a forward in floating point rounds as any network's does. Outside of the box nothing
@@ -77,8 +88,7 @@ class Monotone(nn.Module):
         mlp: the network, called as ``mlp(x)`` with x (..., d), output (..., D); afterwards
             ``.mlp``. Every operation in it must be a row-wise node of which the range over an
             interval is known: linear layers, the element-wise activations, PReLU, dropout, scales
-            and shifts, sums, products, concatenations, LayerNorm, RMSNorm, softmax. Under
-            ``torch.compile``, ``nn.Sequential`` of linear layers and activations.
+            and shifts, sums, products, concatenations, LayerNorm, RMSNorm, softmax.
         lower, upper: the box, in the units of x: numbers, or (d,) sequences or tensors, which are
             read to the host. -inf and inf are allowed.
         direction: for each column of x +1 (no output decreases in it), -1 (none increases) or 0
@@ -121,29 +131,47 @@ class Monotone(nn.Module):
             raise ValueError("direction: expected (d,) or (D, d) signs, got a single number")
         self.lower, self.upper = check_box(lower, upper, d)
         self._constants: dict[tuple[torch.dtype, torch.device], Constants] = {}
-        # In training or not, for x of a dtype: whether a forward of one's own is served in one.
-        self._readable: dict[tuple[bool, torch.dtype], bool] = {}
+        # In training or not, in a dtype, under autocast or not: whether a forward of one's own is
+        # served in one.
+        self._readable: dict[tuple[bool, torch.dtype, bool], bool] = {}
         x = torch.zeros(2, d, **_like(mlp))
-        D = self._program().nodes[-1].width
+        D = self._outputs(x)
         flat = signs.for_network(D)
         rows = [flat[i : i + d] for i in range(0, len(flat), d)]
         self.direction = tuple(rows * D if len(rows) == 1 else rows)
-        self.columns = tuple(c for c in range(d) if any(row[c] for row in self.direction))
+        self.columns = _constrained(self.direction)
         self._boxes = cut(self.lower, self.upper, self.columns, self.parts)
         self._check_bounded(x)
 
+    def _outputs(self, x: Tensor) -> int:
+        """D. A forward of one's own without numbers is not read before it has some."""
+        mlp = network.unwrap(self.mlp)
+        if not _without_numbers(x) or isinstance(network.read(mlp), network.Chain):
+            return self._program().nodes[-1].width
+        y = mlp(x)
+        return int(y.shape[-1]) if y.dim() == x.dim() else 1
+
     def forward(self, x: Tensor) -> Tensor:
         """y (..., D), or as ``mlp`` squeezes it, for x (..., d)."""
+        if not self.columns:
+            return self.mlp(x)  # type: ignore[no-any-return]
+        if torch.compiler.is_dynamo_compiling():
+            mlp = network.unwrap(self.mlp)
+            inputs = check_inputs(x)
+            if network.with_hooks(mlp) is None and captured(mlp, inputs):
+                asked = self.lower, self.upper, self.direction, self.margin, self.parts
+                return capture.lift(_served, mlp, inputs, *asked)
+        if _without_numbers(x):
+            return self.mlp(x)  # type: ignore[no-any-return]
         native = self._in_one(x)
         if native is not None:
             return native
-        if not self.columns:
-            return self.mlp(x)  # type: ignore[no-any-return]
-        with _full_precision(x.device.type):
-            # Before the network runs, which may draw numbers: the bound is of those that it draws.
-            W, b = self._linear_term(x)
-            term = F.linear(x if x.dtype == W.dtype else x.to(W.dtype), W, b)
-        y: Tensor = self.mlp(x)
+        with _computed_once(network.unwrap(self.mlp)):
+            with _full_precision(x.device.type):
+                # Before the network runs, which may draw numbers: the bound is of what it draws.
+                W, b = self._linear_term(x)
+                term = F.linear(x if x.dtype == W.dtype else x.to(W.dtype), W, b)
+            y: Tensor = self.mlp(x)
         if y.dim() < x.dim():
             term = term.squeeze(-1)
         return y + (term if term.dtype == y.dtype else term.to(y.dtype))
@@ -152,6 +180,7 @@ class Monotone(nn.Module):
     def bound(self) -> Tensor:
         """(D, d): the lower bound of ``direction · ∂mlp/∂x`` over the box, NaN where free."""
         x = self._example()
+        _check_weights(self.mlp)
         with _full_precision(x.device.type):
             return self._spread(self._bound(x), math.nan)
 
@@ -160,20 +189,24 @@ class Monotone(nn.Module):
         """(D, d): the slope that the linear term adds in the direction of each output and column,
         0 where free. What the guarantee costs: 0 everywhere if the network needs none of it."""
         x = self._example()
+        _check_weights(self.mlp)
         with _full_precision(x.device.type):
-            return self._spread(self._lifted(self._bound(x)), 0.0)
+            bound = self._bound(x)
+            own = self._constants_for(bound.dtype, bound.device)
+            return self._spread(_lifted(bound, own, self.margin), 0.0)
 
     def frozen(self) -> nn.Module:
         """The network to deploy: a copy of ``mlp`` in evaluation mode and one linear layer with
         constants, rounded such that the promise holds for them. An ordinary module, with nothing of
         this package left in it."""
+        x = self._example()
+        _check_weights(self.mlp)
         mlp = copy.deepcopy(network.unwrap(self.mlp)).eval()
-        own = copy.copy(self)
-        own._modules = {"mlp": mlp}
-        own.training = False
-        x = own._example()
+        own = Monotone.__new__(Monotone)  # whatever FSDP made of the class
+        own.__dict__.update(self.__dict__, _modules={"mlp": mlp}, training=False)
         with torch.no_grad(), _full_precision(x.device.type):
             W, b = own._linear_term(x)
+        W, b = _away_from_zero(W, x.dtype), b.to(x.dtype)
         if not (W.isfinite().all() and b.isfinite().all()):
             raise ValueError("mlp: expected weights with a finite bound on the box, got none")
         return Lifted(mlp, W, b)
@@ -184,67 +217,75 @@ class Monotone(nn.Module):
 
     def _linear_term(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Its weight (D, d) and its bias (D,)."""
-        lift = self._lifted(self._bound(x))
-        own = self._constants_for(lift.dtype, lift.device)
-        W = (own.sign * lift) @ own.place
-        return W, -(W @ own.middle)
+        bound = self._bound(x)
+        return _line(bound, self._constants_for(bound.dtype, bound.device), self.margin)
 
     def _in_one(self, x: Tensor) -> Tensor | None:
-        """y by the native kernels, network, bound and linear term in one, where they serve these.
-
-        They have no second derivative, which nobody asks for who asks for none of x.
-        """
+        """y by the native kernels, network, bound and linear term in one, where they serve it."""
         if (
             not self.columns
             or not _is_plain(x)
             or x.dtype not in NATIVE
             or x.shape[-1:] != (len(self.lower),)
-            or (x.requires_grad and torch.is_grad_enabled())
-            or torch.is_autocast_enabled("cpu")
         ):
             return None
-        mlp = network.unwrap(self.mlp)
-        chain = network.read(mlp)
-        found: network.Chain | reading.Reading
-        if isinstance(chain, network.Chain):
-            found = chain
-            if chain.widths[0] != len(self.lower):
-                return None
-        else:
-            # The reading is the network's one forward. So whether it leads anywhere is tried first,
-            # without a trace, and not again.
-            key = mlp.training, x.dtype
-            if key not in self._readable:
-                tried = reading.read(mlp, check_inputs(x), rehearsal=True, fold=False)
-                self._readable[key] = (
-                    not isinstance(tried, str)
-                    and _exact(mlp, tried, x.dtype)
-                    and self._lift(tried.nodes, x.dtype) is not None
-                )
-            read = reading.read(mlp, check_inputs(x), fold=False) if self._readable[key] else ""
-            if isinstance(read, str):
-                return None
-            found = read
-        lift = self._lift(found.nodes, x.dtype) if _exact(mlp, found, x.dtype) else None
-        if lift is None:
+        mlp, inputs = network.unwrap(self.mlp), check_inputs(x)
+        # Under autocast of the weights as they are, which to round would only lose digits.
+        dtype = accumulate_dtype(operand_dtype(x)) if inputs.autocast else x.dtype
+        found = self._readable_in_one(mlp, inputs, dtype)
+        lift = None if found is None else self._lift(found.nodes, dtype)
+        if found is None or lift is None:
             return None
-        y, _ = lift(*found.operands(x))
+        with _full_precision("cpu"):
+            rows, params = found.operands(x)
+            if inputs.autocast:
+                if any(p is not None and p.dtype.itemsize > dtype.itemsize for p in params):
+                    return None  # which PyTorch does not multiply with rows of float32
+                rows, params = rows.to(dtype), [None if p is None else p.to(dtype) for p in params]
+            y, _ = lift(rows, params)
         if x.dim() != 2:
             y = y.reshape(*x.shape[:-1], y.shape[-1])
+        if inputs.autocast:
+            y = y.to(_output_dtype(found, x))
         return y.squeeze(-1) if found.squeezed else y
+
+    def _readable_in_one(
+        self, mlp: nn.Module, inputs: Inputs, dtype: torch.dtype
+    ) -> network.Chain | reading.Reading | None:
+        """The network as it is in this call, where the library may take its parameters as exact in
+        this dtype.
+
+        The reading of a forward of one's own is its one run. So whether it leads anywhere is tried
+        first, without a trace, and not again.
+        """
+        key = mlp.training, dtype, inputs.autocast
+        served = self._readable.get(key)
+        if not served:
+            chain = network.read(mlp)
+            if isinstance(chain, network.Chain):
+                return chain if chain.widths[0] == len(self.lower) else None
+        if served is None:
+            tried = reading.read(mlp, inputs, rehearsal=True, fold=False)
+            served = self._readable[key] = (
+                not isinstance(tried, str)
+                and _exact(mlp, tried, dtype)
+                and self._lift(tried.nodes, dtype) is not None
+            )
+        if not served:
+            return None
+        found = reading.read(mlp, inputs, fold=False)
+        return None if isinstance(found, str) or not _exact(mlp, found, dtype) else found
 
     def _lift(self, nodes: tuple[Node, ...], dtype: torch.dtype) -> cpu.Lift | None:
         """What serves such a program, on plain operands of a dtype, in the native library."""
-        from .backends import cpu  # the library is opened when it is first of use
-
         self._check_outputs(nodes)
         own = self._constants_for(accumulate_dtype(dtype), torch.device("cpu"))
-        if not own.box.finite and any(node.kind in NORMS for node in nodes):
-            return None  # of an end that is infinite its gradient is not exact
         key = nodes, dtype, self.margin
         if len(own.lifts) == MOST_LIFTS and key not in own.lifts:
             own.lifts.clear()  # a forward with a number that moves makes one after another
         if key not in own.lifts:
+            from .backends import cpu  # the library is opened when it is first of use
+
             own.lifts[key] = cpu.lift(
                 len(self.lower),
                 nodes,
@@ -254,6 +295,7 @@ class Monotone(nn.Module):
                 [[row[c] for c in self.columns] for row in self.direction],
                 [_middle(self.lower[c], self.upper[c]) for c in self.columns],
                 self.margin,
+                partial(_by_pytorch, nodes, own._replace(lifts={}), self.columns, self.margin),
             )
         return own.lifts[key]
 
@@ -269,13 +311,6 @@ class Monotone(nn.Module):
         # What is native stays in its process.
         return self.__dict__ | {"_constants": {}, "_readable": {}}
 
-    def _lifted(self, bound: Tensor) -> Tensor:
-        """relu(margin - bound) (D, k), rounded up; 0 where free."""
-        ε = 4 * torch.finfo(bound.dtype).eps
-        own = self._constants_for(bound.dtype, bound.device)
-        lift = torch.relu((self.margin + ε * abs(self.margin)) - bound) * (1 + ε)
-        return lift.masked_fill(own.sign == 0, 0.0)
-
     def _bound(self, x: Tensor) -> Tensor:
         """(D, k), over all parts of the box."""
         nodes, params, dtype, exact = self._program()
@@ -284,12 +319,10 @@ class Monotone(nn.Module):
             rows = x.new_empty(0, len(self.lower), dtype=dtype)
             return lift(rows, params)[1]  # type: ignore[arg-type]  # there is no Key
         self._check_outputs(nodes)
-        own = self._constants_for(dtype, x.device)
-        lower, upper, _ = jacobian(nodes, params, own.box, self.columns)
-        return torch.where(own.sign > 0, lower, -upper).amin(0)
+        return _bound(nodes, params, self._constants_for(dtype, x.device), self.columns)
 
     def _program(self) -> Program:
-        """What ``mlp`` is."""
+        """What ``mlp`` is. Raises where its ranges are not known."""
         mlp = network.unwrap(self.mlp)
         d = len(self.lower)
         chain = network.read(mlp)
@@ -307,9 +340,18 @@ class Monotone(nn.Module):
         else:
             found: reading.Reading | str = chain.sentence(mlp)
             like = torch.zeros(2, d, **_like(mlp))
-            coupled = network.batch_coupling(mlp)
+            coupled, part = network.batch_coupling(mlp), network.sharded(mlp)
             if coupled:
                 found = f"{coupled} normalises with the statistics of the batch"
+            elif part:
+                raise ValueError(
+                    f"mlp: expected fully_shard around the Monotone as a whole, got {part}"
+                )
+            elif torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+                raise ValueError(
+                    "Monotone: expected its frozen() to be exported or traced, got the module that "
+                    "bounds its weights anew in every call"
+                )
             elif not torch.compiler.is_compiling():
                 found = reading.read(mlp, check_inputs(like), rehearsal=True, fold=False)
             if isinstance(found, str):
@@ -328,7 +370,10 @@ class Monotone(nn.Module):
 
     def _check_bounded(self, x: Tensor) -> None:
         """A network with sound weights and no bound is one that this box does not fit."""
-        if x.device.type == "meta" or not all(p.isfinite().all() for p in self.mlp.parameters()):
+        params = list(self.mlp.parameters())
+        if any(p.is_meta or isinstance(p, FakeTensor) for p in params):
+            return
+        if not all(p.isfinite().all() for p in params):
             return
         with torch.no_grad(), _full_precision(x.device.type):
             bound = self._bound(x)
@@ -349,7 +394,8 @@ class Monotone(nn.Module):
         own = self._constants_for(t.dtype, t.device)
         t = t.masked_fill(own.sign == 0, free)
         full = t.new_full((t.shape[0], len(self.lower)), free)
-        return full.index_copy(1, torch.tensor(self.columns, device=t.device), t)
+        columns = torch.tensor(self.columns, dtype=torch.int64, device=t.device)
+        return full.index_copy(1, columns, t)
 
     def _constants_for(self, dtype: torch.dtype, device: torch.device) -> Constants:
         found = self._constants.get((dtype, device))
@@ -362,18 +408,85 @@ class Monotone(nn.Module):
         return made
 
     def _made_for(self, dtype: torch.dtype, device: torch.device) -> Constants:
-        d, k = len(self.lower), len(self.columns)
-        like: dict[str, Any] = {"dtype": dtype, "device": device}
-        lower, upper = (_tensor([box[end] for box in self._boxes], end, **like) for end in (0, 1))
-        place = torch.zeros(k, d, **like)
-        for i, c in enumerate(self.columns):
-            place[i, c] = 1
-        pairs = zip(self.lower, self.upper, strict=True)
-        finite = all(map(math.isfinite, (*self.lower, *self.upper)))
-        box = Interval(lower, upper, finite)
-        sign = torch.tensor([[row[c] for c in self.columns] for row in self.direction], **like)
-        middle = torch.tensor([_middle(l, u) for l, u in pairs], **like)
-        return Constants(box, sign, place, middle, {})
+        box = self.lower, self.upper, self._boxes
+        return _constants(*box, self.direction, self.columns, dtype, device)
+
+
+# --- the arithmetic -------------------------------------------------------------------------------
+
+
+def _constants(
+    lower: Sequence[float], upper: Sequence[float], boxes: Boxes, direction: Signs,
+    columns: Sequence[int], dtype: torch.dtype, device: torch.device,
+) -> Constants:  # fmt: skip
+    d, k = len(lower), len(columns)
+    like: dict[str, Any] = {"dtype": dtype, "device": device}
+    low, high = (_tensor([box[end] for box in boxes], end, **like) for end in (0, 1))
+    place = torch.zeros(k, d, **like)
+    for i, c in enumerate(columns):
+        place[i, c] = 1
+    finite = all(map(math.isfinite, (*lower, *upper)))
+    sign = torch.tensor([[row[c] for c in columns] for row in direction], **like)
+    middle = torch.tensor([_middle(l, u) for l, u in zip(lower, upper, strict=True)], **like)
+    return Constants(Interval(low, high, finite), sign, place, middle, {})
+
+
+def _bound(
+    nodes: tuple[Node, ...], params: Sequence[Param], own: Constants, columns: Sequence[int]
+) -> Tensor:
+    """(D, k), over all parts of the box."""
+    lower, upper, _ = jacobian(nodes, params, own.box, columns)
+    return torch.where(own.sign > 0, lower, -upper).amin(0)
+
+
+def _lifted(bound: Tensor, own: Constants, margin: float) -> Tensor:
+    """relu(margin - bound) (D, k), rounded up; 0 where free."""
+    ε = 4 * torch.finfo(bound.dtype).eps
+    lift = torch.relu((margin + ε * abs(margin)) - bound) * (1 + ε)
+    return lift.masked_fill(own.sign == 0, 0.0)
+
+
+def _line(bound: Tensor, own: Constants, margin: float) -> tuple[Tensor, Tensor]:
+    """The linear term: its weight (D, d) and its bias (D,)."""
+    W = (own.sign * _lifted(bound, own, margin)) @ own.place
+    return W, -(W @ own.middle)
+
+
+def _by_pytorch(
+    nodes: tuple[Node, ...], own: Constants, columns: Sequence[int], margin: float,
+    x: Tensor, params: Sequence[Tensor | None],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y (N, D) of a program over x (N, d), with the linear term, and the bound (D, k)."""
+    y = reference.value(nodes, x, params)
+    wide = own.sign.dtype
+    bound = _bound(nodes, [None if p is None else p.to(wide) for p in params], own, columns)
+    term = F.linear(x.to(wide), *_line(bound, own, margin))
+    return y + term.to(y.dtype), bound
+
+
+def _served(
+    mlp: nn.Module, inputs: Inputs, lower: tuple[float, ...], upper: tuple[float, ...],
+    direction: Signs, margin: float, parts: int,
+) -> Tensor:  # fmt: skip
+    """``Monotone.forward`` of a forward that the compiler wrote down, once: network and bound have
+    the same weights, also those that the forward computes."""
+    if not isinstance(mlp, capture.Captured):  # it gave up, and goes on in Python
+        model = Monotone(mlp, lower, upper, direction=direction, margin=margin, parts=parts)
+        return model.forward(inputs.joined())
+    found = reading.read(mlp, inputs, fold=False)
+    kind = found if isinstance(found, str) else without_range(found.nodes)
+    if isinstance(found, str) or kind:
+        raise ValueError(f"mlp: expected nodes of which a range is known, got {kind}")
+    x, columns = inputs.joined(), _constrained(direction)
+    dtype = accumulate_dtype(operand_dtype(x)) if inputs.autocast else x.dtype
+    boxes = cut(lower, upper, columns, parts)
+    own = _constants(lower, upper, boxes, direction, columns, accumulate_dtype(dtype), x.device)
+    with _full_precision(x.device.type):
+        rows, params = found.operands(x)
+        rows, params = rows.to(dtype), [None if p is None else p.to(dtype) for p in params]
+        y, _ = _by_pytorch(found.nodes, own, columns, margin, rows, params)
+    y = y.reshape(*inputs.batch, y.shape[-1]).to(_output_dtype(found, x))
+    return y.squeeze(-1) if found.squeezed else y
 
 
 class Lifted(nn.Module):
@@ -389,13 +502,13 @@ class Lifted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """y (..., D), or as ``mlp`` squeezes it, for x (..., d)."""
         y: Tensor = self.mlp(x)
-        term: Tensor = self.linear(x.to(self.linear.weight.dtype)).to(y.dtype)
+        term: Tensor = self.linear(x).to(y.dtype)
         return y + (term.squeeze(-1) if y.dim() < x.dim() else term)
 
 
 def cut(
     lower: Sequence[float], upper: Sequence[float], columns: Sequence[int], parts: int
-) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
+) -> Boxes:
     """The box as at most ``parts`` boxes (lower, upper), cut along these columns in turn, but for
     those that are infinite or have no extent."""
     counts = {c: 1 for c in columns if 0 < upper[c] - lower[c] < math.inf}
@@ -414,7 +527,6 @@ def cut(
     ]
 
 
-NORMS = ("normalise", "root_mean_square")
 MOST_LIFTS = 64
 NATIVE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -423,6 +535,44 @@ def _is_plain(x: Tensor) -> bool:
     """Whether x has memory that a native kernel may be called with: nothing looks on."""
     dense = type(x) in PLAIN and x.layout is torch.strided
     return dense and x.device.type == "cpu" and not transformed() and not traced()
+
+
+def _constrained(direction: Signs) -> tuple[int, ...]:
+    """The columns in which some output has a sign."""
+    return tuple(c for c in range(len(direction[0])) if any(row[c] for row in direction))
+
+
+def _without_numbers(x: Tensor) -> bool:
+    return type(x) in PLAIN and x.is_meta
+
+
+def _check_weights(mlp: nn.Module) -> None:
+    for p in mlp.parameters():
+        if p.is_meta:
+            raise ValueError("mlp: expected weights with numbers, got some on the meta device")
+        if type(p) not in PLAIN:
+            raise ValueError(
+                f"mlp: expected weights in one piece, as FSDP's unshard() makes them, got a "
+                f"{type(p).__name__}"
+            )
+
+
+def _computed_once(mlp: nn.Module) -> Any:
+    """Of a chain with parametrized weights, bound and network are to have the same: to compute them
+    may change them (the power iteration of spectral_norm). A forward of one's own is rehearsed for
+    its bound, and leaves no trace of that."""
+    chain = network.read(mlp)
+    if isinstance(chain, network.Chain) and any(
+        not {"weight", "bias"} <= linear._parameters.keys() for linear in chain.linears
+    ):
+        return parametrize.cached()
+    return nullcontext()
+
+
+def _output_dtype(found: network.Chain | reading.Reading, x: Tensor) -> torch.dtype:
+    """That of y, autocast's where it is on."""
+    rounds = not isinstance(found, reading.Reading) or found.rounded is not False
+    return operand_dtype(x) if rounds else x.dtype
 
 
 def _exact(mlp: nn.Module, found: network.Chain | reading.Reading, dtype: torch.dtype) -> bool:
@@ -449,6 +599,13 @@ def _tensor(rows: Any, end: int, dtype: torch.dtype, device: torch.device) -> Te
     inwards = t.double() < exact if end else t.double() > exact
     t = torch.where(inwards, torch.nextafter(t, torch.full_like(t, ENDS[end])), t)
     return t.to(device)
+
+
+def _away_from_zero(W: Tensor, dtype: torch.dtype) -> Tensor:
+    """W in a dtype that may be shorter; no number becomes smaller."""
+    t = W.to(dtype)
+    ends = torch.full_like(t, math.inf).copysign(t)
+    return torch.where(t.to(W.dtype).abs() < W.abs(), torch.nextafter(t, ends), t)
 
 
 def _columns(direction: Any, names: Any, lower: Any, upper: Any) -> int:

@@ -28,7 +28,7 @@ from .operands import has_memory
 from .problem import Mode, Problem, cheaper_mode
 from .program import Node
 
-__all__ = ["Plan", "Route", "choose", "plan"]
+__all__ = ["Plan", "Route", "captured", "choose", "plan"]
 
 Refused = tuple[tuple[str, str], ...]  # a backend's name and the reason
 
@@ -114,7 +114,7 @@ def choose(
     compiling = torch.compiler.is_compiling() and type(mlp) is not Captured
     wrapped, hooks = _wrapped(inputs), network.with_hooks(mlp) if compiling else None
     fusing = compiling and not functional and backend != "reference"
-    if fusing and not (wrapped or hooks) and _captured(mlp, inputs):
+    if fusing and not (wrapped or hooks) and captured(mlp, inputs):
         return Route("", "adjoint", None, False, (), captured=True)
     aside = functional or compiling or rehearsal or wrapped is not None
     again = None if aside else reading.read_again(mlp, inputs)
@@ -145,7 +145,7 @@ def choose(
     return Route(name, chosen, found, functional, refused)
 
 
-def _captured(mlp: nn.Module, inputs: Inputs) -> bool:
+def captured(mlp: nn.Module, inputs: Inputs) -> bool:
     """Whether the compiler is to hand over what it writes down of the forward of ``mlp``: if it
     can, and if that can be read.
 

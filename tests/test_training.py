@@ -594,6 +594,15 @@ def free_port() -> int:
         return port
 
 
+def said(call: Callable[[], object]) -> str:
+    """What a ValueError says, "" where there is none."""
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def on_rank(rank: int, port: int, folder: str) -> None:
     """One process of two: DDP and FSDP2 on its half of the rows; writes the gradients it got."""
     import torch.distributed as dist
@@ -651,6 +660,12 @@ def on_rank(rank: int, port: int, folder: str) -> None:
     fully_shard(built, mesh=mesh)
     (built(x) - t).square().mean().backward()
     found["monotone fsdp"] = [p.grad.full_tensor() for p in built.parameters()]  # type: ignore[union-attr]
+    found["monotone sharded"] = said(built.frozen)
+    built.unshard()  # type: ignore[operator]
+    found["monotone frozen"] = built.frozen()(x)
+    apart = monotone()
+    fully_shard(apart.mlp[0], mesh=mesh)  # type: ignore[index]
+    found["monotone layer"] = said(lambda: apart(x))
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -729,3 +744,15 @@ def test_a_network_monotone_by_construction_trains_in_several_processes(
     (model(torch.cat([x1, x2], -1)) - t).square().mean().backward()
     for found in distributed:
         torch.testing.assert_close(found[f"monotone {way}"], grads(model), rtol=1e-10, atol=1e-12)
+
+
+def test_a_network_monotone_by_construction_is_frozen_in_one_piece(
+    distributed: list[dict[str, object]],
+) -> None:
+    x1, x2, _ = data()
+    deployed = monotone().frozen()
+    for rank, found in enumerate(distributed):
+        x = torch.cat([x1, x2], -1).chunk(RANKS)[rank]
+        torch.testing.assert_close(found["monotone frozen"], deployed(x), rtol=1e-10, atol=1e-12)
+        assert "as FSDP's unshard() makes them, got a DTensor" in str(found["monotone sharded"])
+        assert "fully_shard around the Monotone as a whole" in str(found["monotone layer"])

@@ -18,11 +18,12 @@ import ctypes
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -155,12 +156,16 @@ def step() -> Step | None:
 
 
 def _operators() -> Any:
-    """The operators of ``csrc/boundary.cpp``, connected, or None where they were not built."""
+    """The operators of ``csrc/boundary.cpp``, or None where they were not built or not wanted."""
+    return None if os.environ.get("MONOKERNEL_BOUNDARY") == "0" else _connected()
+
+
+@cache
+def _connected() -> Any:
+    """The operators, which are told of the library once."""
     library = _library()
     path = _PACKAGE / BOUNDARY.format(*torch.__version__.split(".")[:2])
-    if isinstance(library, str) or os.environ.get("MONOKERNEL_BOUNDARY") == "0":
-        return None
-    if not path.exists():
+    if isinstance(library, str) or not path.exists():
         return None
     try:
         torch.ops.load_library(path)
@@ -179,17 +184,42 @@ CALLS = (
 )
 
 
+# A program's rows and parameters → y (N, D) with the linear term and the bound (D, k).
+ByPyTorch = Callable[[Tensor, Params], tuple[Tensor, Tensor]]
+
+
 class Lift:
     """A program and the linear term that ``monotone.py`` adds to it, by one operator that autograd
-    knows."""
+    knows. Second derivatives are those of ``by_pytorch``."""
 
-    def __init__(self, plan: _Plan, operator: Any) -> None:
-        self._plan, self._operator = plan, operator
+    def __init__(self, plan: _Plan, operator: Any, by_pytorch: ByPyTorch | None) -> None:
+        self._plan, self._operator, self.by_pytorch = plan, operator, by_pytorch
+        _lifts[plan.handle] = self
 
     def __call__(self, x: Tensor, params: Params) -> tuple[Tensor, Tensor]:
         """y (N, D) with the linear term for x (N, d), and the bound (D, k)."""
         found: tuple[Tensor, Tensor] = self._operator(self._plan.handle, x, None, params)
         return found
+
+
+# By the handle of its plan.
+_lifts: WeakValueDictionary[int, Lift] = WeakValueDictionary()
+
+
+def _lift_by_pytorch(plan: int, x: Tensor, params: Params) -> tuple[Tensor, Tensor]:
+    """What the operator calls for gradients that have gradients."""
+    lift = _lifts.get(plan)
+    if lift is None or lift.by_pytorch is None:
+        raise RuntimeError(
+            "Monotone: a second derivative was asked for when the model was gone, expected it to "
+            "be there"
+        )
+    return lift.by_pytorch(x, params)
+
+
+_fragment = torch.library.Library("monokernel", "FRAGMENT")
+_fragment.define("lift_by_pytorch(int plan, Tensor x, Tensor?[] params) -> (Tensor, Tensor)")
+_fragment.impl("lift_by_pytorch", _lift_by_pytorch, "CompositeImplicitAutograd")
 
 
 def lift(
@@ -201,6 +231,7 @@ def lift(
     direction: Sequence[Sequence[int]],
     middle: Sequence[float],
     margin: float,
+    by_pytorch: ByPyTorch | None = None,
 ) -> Lift | None:
     """For a program over x (N, d) and operands of a dtype; None where there is no operator or the
     library has no rule for one of the nodes.
@@ -211,6 +242,7 @@ def lift(
         direction: for each output its k signs.
         middle: for each of the columns, where the linear term is 0.
         margin: what the term makes of every slope, at least.
+        by_pytorch: the same in PyTorch's operations, for derivatives of any order.
     """
     operators, library = _operators(), _library()
     if operators is None or isinstance(library, str):
@@ -235,7 +267,7 @@ def lift(
         margin,
         (c_double * len(curves))(*curves),
     )
-    return Lift(plan, operators.cpu_step.default) if serves else None
+    return Lift(plan, operators.cpu_step.default, by_pytorch) if serves else None
 
 
 def activation(σ: Activation, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:

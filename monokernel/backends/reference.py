@@ -15,7 +15,12 @@ from ..problem import Problem, accumulate_dtype, nan_rule
 from ..program import Node
 from . import Params
 
-__all__ = ["value_and_jacobian"]
+__all__ = ["value", "value_and_jacobian"]
+
+
+def value(nodes: tuple[Node, ...], x: Tensor, params: Params) -> Tensor:
+    """The output y (N, D) of a program."""
+    return _values(nodes, x, params)[0][len(nodes)]
 
 
 def value_and_jacobian(problem: Problem, x: Tensor, params: Params) -> tuple[Tensor, Tensor]:
@@ -23,19 +28,26 @@ def value_and_jacobian(problem: Problem, x: Tensor, params: Params) -> tuple[Ten
 
     ``params`` are those of the program's nodes, each at its place.
     """
-    nodes = problem.nodes
+    values, θ = _values(problem.nodes, x, params)
+    y = values[len(problem.nodes)]
+    J = (_tangent if problem.mode == "tangent" else _adjoint)(problem, values, θ)
+    if J is None:
+        J = y.new_zeros(())
+    J = J.expand(x.shape[0], problem.D, problem.k)
+    return y, nan_rule(y, J.to(accumulate_dtype(J.dtype)))
+
+
+def _values(
+    nodes: tuple[Node, ...], x: Tensor, params: Params
+) -> tuple[dict[int, Tensor], dict[int, Maybe]]:
+    """Every value that y depends on, and θ of the node that it is of."""
     values: dict[int, Tensor] = {0: x}
     θ: dict[int, Maybe] = {}
     for i in used(nodes):
         node = nodes[i]
         θ[i + 1] = _parameters(node, params, x)
         values[i + 1] = rule(node).value(node, [values[v] for v in node.inputs], θ[i + 1])
-    y = values[len(nodes)]
-    J = (_tangent if problem.mode == "tangent" else _adjoint)(problem, values, θ)
-    if J is None:
-        J = y.new_zeros(())
-    J = J.expand(x.shape[0], problem.D, problem.k)
-    return y, nan_rule(y, J.to(accumulate_dtype(J.dtype)))
+    return values, θ
 
 
 def _parameters(node: Node, params: Params, x: Tensor) -> Maybe:
