@@ -19,6 +19,7 @@
 #include <torch/library.h>
 
 #include <array>
+#include <memory>
 #include <optional>
 #include <sstream>
 #include <vector>
@@ -47,13 +48,15 @@ Kernel kernel;
 // From so many bytes on, what forward saves comes from the library's pool; malloc keeps the rest.
 constexpr int64_t pool_from = 1 << 18;
 
-// Keeps a plan alive as long as a backward may come.
-struct PlanReference : torch::CustomClassHolder {
+// Keeps a plan alive.
+struct PlanReference {
   explicit PlanReference(int64_t handle) : handle(handle) {
     TORCH_CHECK_VALUE(kernel.keep(handle), "plan: expected the handle of a plan, got ", handle);
     kernel.shape(handle, &shape);
   }
-  ~PlanReference() override { kernel.drop(handle); }
+  PlanReference(const PlanReference&) = delete;
+  PlanReference& operator=(const PlanReference&) = delete;
+  ~PlanReference() { kernel.drop(handle); }
 
   int64_t D() const { return shape.D; }
   int64_t row_size() const { return shape.saved[0] + shape.saved[1] + shape.saved[2]; }
@@ -282,6 +285,24 @@ std::tuple<Tensor, Tensor> by_pytorch(int64_t plan, const Tensor& x,
   return op.call(plan, x, params);
 }
 
+// What a backward has to know of its forward, and the plan for as long as one may come. As the memory of
+// a tensor, since of all that autograd keeps compiled autograd takes nothing else that owns something.
+struct Record {
+  Record(int64_t handle, bool weighted, const Present& present)
+      : plan(handle), numbers{handle, weighted} {
+    numbers.insert(numbers.end(), present.begin(), present.end());
+  }
+
+  static Tensor tensor(std::unique_ptr<Record> record) {
+    Record* owned = record.release();
+    const int64_t size = int64_t(owned->numbers.size());
+    return at::from_blob(owned->numbers.data(), {size}, [owned](void*) { delete owned; }, at::kLong);
+  }
+
+  PlanReference plan;
+  std::vector<int64_t> numbers;
+};
+
 constexpr const char* second_derivative =
     "fused_mono_penalty: its backward is written by hand and first-order; a second derivative was "
     "asked for, which backend='reference' supports";
@@ -301,25 +322,24 @@ struct Step : torch::autograd::Function<Step> {
   static variable_list forward(AutogradContext* ctx, int64_t plan, const Present& present,
                                const std::optional<Tensor>& weight, const Tensor& x,
                                const at::TensorList& given) {
-    auto reference = c10::make_intrusive<PlanReference>(plan);
-    const Outputs o = run(*reference, x, weight, present, {given.begin(), given.end()}, true);
+    auto record = std::make_unique<Record>(plan, weight.has_value(), present);
+    const Outputs o = run(record->plan, x, weight, present, {given.begin(), given.end()}, true);
     variable_list saved{x};
     saved.insert(saved.end(), given.begin(), given.end());
     saved.push_back(o.saved);
     saved.push_back(o.bounds);
     ctx->save_for_backward(std::move(saved));
     ctx->set_materialize_grads(false);
-    ctx->saved_data["plan"] = c10::IValue::make_capsule(std::move(reference));
-    ctx->saved_data["present"] = present;
-    ctx->saved_data["weight"] = weight.has_value();
+    ctx->saved_data["record"] = Record::tensor(std::move(record));
     return {o.y, o.out};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& outer) {
-    const auto held = ctx->saved_data["plan"].toCapsule();
-    const PlanReference& plan = *static_cast<const PlanReference*>(held.get());
-    const Present present = bools(ctx->saved_data["present"]);
-    const bool weighted = ctx->saved_data["weight"].toBool();
+    const Tensor record = ctx->saved_data["record"].toTensor();
+    const int64_t* numbers = record.const_data_ptr<int64_t>();
+    const PlanReference plan(numbers[0]);
+    const bool weighted = numbers[1];
+    const Present present(numbers + 2, numbers + record.numel());
     const variable_list saved = ctx->get_saved_variables();
     variable_list grads;
     if (plan.shape.bound && (at::GradMode::is_enabled() || many(outer))) {
@@ -335,11 +355,6 @@ struct Step : torch::autograd::Function<Step> {
   }
 
  private:
-  static Present bools(const c10::IValue& value) {
-    const auto list = value.toBoolList();
-    return Present(list.begin(), list.end());
-  }
-
   // Of x and the parameters that are there.
   static variable_list run_backward(AutogradContext* ctx, const PlanReference& plan,
                                     const Present& present, bool weighted,

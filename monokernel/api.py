@@ -283,6 +283,9 @@ def _serve(
 ) -> tuple[Tensor, Tensor]:
     """y (..., D), or as ``mlp`` squeezes it, and the penalty, or J where there is no hinge."""
     route = choose(mlp, inputs, mode, backend, batch_stats)
+    if route.broken:
+        asked = mlp, inputs, weight, signs, hinge, mode, backend, batch_stats
+        return capture.aside(_serve, route.broken, *asked)
     if route.captured:
         return capture.call(_serve, mlp, inputs, weight, signs, hinge, mode, backend, batch_stats)
     if hinge is None:

@@ -501,8 +501,11 @@ def check_weight(weight: Any, x: Tensor, D: int, k: int) -> Tensor | None:
     if isinstance(weight, (int, float)):
         if weight < 0:
             raise ValueError(f"weight: expected none below 0, got {weight}")
+        dtype = accumulate_dtype(x.dtype)
+        if torch.compiler.is_compiling():  # a fill by a number is compiled for that number
+            return x.new_ones((), dtype=dtype) * weight
         # A fill: a copy from the host would wait for the device.
-        return torch.full((), weight, dtype=accumulate_dtype(x.dtype), device=x.device)
+        return torch.full((), weight, dtype=dtype, device=x.device)
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: expected a number or a tensor, got {type(weight).__name__}")
     if not weight.dtype.is_floating_point:

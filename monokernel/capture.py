@@ -9,17 +9,22 @@ reads a module, so that what is read is what the compiler saw, guards included.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import SymFloat, Tensor, fx, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from .arguments import Direction, Inputs, check_inputs, check_weight
+from .backends import general
+from .network import parts
 from .problem import Hinge, accumulate_dtype
+from .reading import read
 
-__all__ = ["Captured", "call", "capturable", "lift", "meet", "numbers_of"]
+__all__ = ["Captured", "aside", "call", "lift", "way"]
 
 
 # (mlp, inputs, weight, signs, hinge, mode, backend, batch_stats) → y, and the penalty or, without a
@@ -84,46 +89,173 @@ _OPENED, _CLOSED = torch.ops.monokernel.opened.default, torch.ops.monokernel.clo
 _LIFTED = torch.ops.monokernel.lifted.default
 
 
+# --- aside from the compiler ----------------------------------------------------------------------
+# What a traced function cannot find out: it can catch no error of the compiler's, and read nothing.
+
+
+def way(mlp: nn.Module, inputs: Inputs, fusing: bool) -> tuple[str, ...] | str:
+    """How the compiler is to take ``mlp``. If it can hand over what it writes down of the forward
+    (``call``), and that can be read: the names of the numbers in the network, which it has met. If
+    it is to have the slopes in its graph: why it cannot, or "".
+
+    To know that takes a rehearsal, aside from the compiler. Its answer chooses the way and nothing
+    else, so it may be of a module that the compiled function has yet to change: on every way the
+    compiler sees, and guards, the forward itself.
+    """
+    _noting(mlp, inputs.blocks[0], inputs.like)
+    training = tuple([m.training for m in parts(mlp)])
+    found = rehearsed(training, len(inputs.blocks), fusing)
+    if isinstance(found, tuple):
+        _meet(mlp, found)
+    return found
+
+
+def unseen(mlp: nn.Module, inputs: Inputs) -> str:
+    """Why the compiler must not even look at ``mlp``, or ""."""
+    _noting(mlp, inputs.blocks[0], inputs.like)
+    return recurrent()
+
+
+def aside(serve: Serve, why: str, *asked: Any) -> tuple[Tensor, Tensor]:
+    """``serve(*asked)`` in eager mode; where the whole function must be one graph, that is an error
+    that says why."""
+    torch._dynamo.graph_break(msg=why)
+    y, out = torch.compiler.disable(serve)(*asked)
+    return y, out
+
+
+# The module in question and its inputs. As an argument it would be guarded by its identity: a graph
+# for each.
+_noted: list[Any] = []
+
+
+def _noting(mlp: nn.Module, first: Tensor, last: Tensor) -> None:
+    from torch._dynamo.comptime import comptime
+
+    comptime(_note)
+
+
+def _note(compiling: Any) -> None:
+    mlp = compiling.get_local("mlp")._i_will_not_complain_if_bc_breaks_VariableTracker()
+    inputs = [compiling.get_local(name).as_fake() for name in ("first", "last")]
+    _noted[:] = [getattr(mlp.realize(), "value", None), *inputs]
+
+
+def _like(fake: Tensor) -> Tensor:
+    """A tensor for a trial, of the sizes that this graph was asked for with."""
+    shape: list[Any] = list(fake.shape)
+    hints = [n if type(n) is int else n.node.hint for n in shape]
+    sizes = [2 if n is None else int(n) for n in hints]
+    return torch.empty(sizes, dtype=fake.dtype, device=fake.device)
+
+
+@contextmanager
+def _rehearsing(
+    training: tuple[bool, ...], blocks: int
+) -> Iterator[tuple[nn.Module | None, tuple[Tensor, ...]]]:
+    """What was noted, the module's parts in training or not as the compiler has them, which may be
+    in the midst of a change; None where it has another module."""
+    mlp, *like = _noted
+    _noted.clear()
+    found = list(parts(mlp)) if isinstance(mlp, nn.Module) else []
+    before = [m.training for m in found]
+    try:
+        for m, flag in zip(found, training, strict=False):
+            m.training = flag
+        with temporarily_clear_interpreter_stack():  # of functorch, whose transform may be traced
+            yield mlp if len(found) == len(training) else None, tuple(map(_like, like[-blocks:]))
+    finally:
+        for m, flag in zip(found, before, strict=True):
+            m.training = flag
+
+
+def recurrent() -> str:
+    found = parts(_noted[0]) if isinstance(_noted[0], nn.Module) else {}
+    if torch._dynamo.config.allow_rnn or not any(isinstance(m, nn.RNNBase) for m in found):
+        return ""
+    return BROKEN.format("it has an RNN, GRU or LSTM")
+
+
+def rehearsed(training: tuple[bool, ...], blocks: int, fusing: bool) -> tuple[str, ...] | str:
+    if not _noted:  # the compiler gave up between the note and this
+        return BROKEN.format("it cannot be looked at")
+    with _rehearsing(training, blocks) as (mlp, x):
+        if mlp is None:
+            return ""
+        if fusing:
+            # A forward that changes what was there before it (an attribute, a list) is not handed
+            # over.
+            numbers = _numbers_of(mlp)
+            if not _trial(partial(_handed_over, numbers), mlp, x):
+                readable = not isinstance(read(mlp, check_inputs(*x), rehearsal=True), str)
+                return numbers if readable else ""
+        return _trial(_with_slopes, mlp, x)
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler for it (1 s).
+recurrent._dynamo_marked_constant = True  # type: ignore[attr-defined]
+rehearsed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+BROKEN = (
+    "mlp: the compiler cannot trace its forward as one graph ({}); expected the call outside of "
+    "the compiled function"
+)
+
+
 class _Enough(Exception):  # noqa: N818  # it ends a trial that went well
     pass
 
 
 def _enough(graph: fx.GraphModule, inputs: Any) -> Any:
+    for part in graph.modules():
+        if isinstance(part, fx.GraphModule) and any(
+            str(node.target) == "autograd_function_apply" for node in part.graph.nodes
+        ):
+            raise ValueError(
+                "mlp: it has an autograd.Function, whose backward torch.compile does not "
+                "differentiate; expected the call outside of the compiled function"
+            )
     raise _Enough
 
 
-def numbers_of(mlp: nn.Module) -> tuple[str, ...]:
+def _trial(function: Callable[..., Tensor], mlp: nn.Module, blocks: tuple[Tensor, ...]) -> str:
+    """What keeps the compiler from tracing the function as one graph, or "". Runs nothing."""
+    blocks = (*blocks[:-1], blocks[-1].clone().requires_grad_())  # as the slopes want it
+    try:
+        with torch.enable_grad():
+            torch.compile(function, backend=_enough, fullgraph=True)(mlp, blocks)
+    except Exception as error:
+        cause = getattr(error, "inner_exception", error)
+        if isinstance(cause, _Enough):
+            return ""
+        if isinstance(cause, ValueError):
+            return str(cause)
+        said = str(error).strip().partition("\n")[0]
+        return BROKEN.format(said)
+    return ""
+
+
+def _numbers_of(mlp: nn.Module) -> tuple[str, ...]:
     """The names by which the modules of ``mlp`` hold numbers that the compiler may make symbolic:
     eps, p and the like."""
-    held = {name for m in mlp.modules() for name, v in vars(m).items() if type(v) is float}
+    held = {name for m in parts(mlp) for name, v in vars(m).items() if type(v) is float}
     return tuple(sorted(held))
 
 
-def meet(mlp: nn.Module, numbers: tuple[str, ...]) -> None:
+def _meet(mlp: nn.Module, numbers: tuple[str, ...]) -> None:
     """Has the compiler meet these numbers. One that it meets within a forward that is handed over
     for the first time PyTorch does not know again outside of it."""
-    for m in mlp.modules():
+    for m in parts(mlp):
         for name in numbers:
             number = getattr(m, name, None)
             if isinstance(number, float):
                 _ = number + 0.0
 
 
-def capturable(mlp: nn.Module, inputs: Inputs) -> bool:
-    """Whether the compiler hands over what it writes down of the forward. A forward that changes
-    what was there before it (an attribute, a list) it refuses, and no traced function can catch
-    that: so here is a trial, which runs nothing."""
-    try:
-        trial = torch.compile(_trial, backend=_enough, fullgraph=True)
-        trial(mlp, numbers_of(mlp), inputs.blocks)
-    except Exception as error:
-        return isinstance(getattr(error, "inner_exception", None), _Enough)
-    return False
-
-
-def _trial(mlp: nn.Module, numbers: tuple[str, ...], blocks: tuple[Tensor, ...]) -> Tensor:
+def _handed_over(numbers: tuple[str, ...], mlp: nn.Module, blocks: tuple[Tensor, ...]) -> Tensor:
     """Twice, for there may be numbers elsewhere than in modules."""
-    meet(mlp, numbers)
+    _meet(mlp, numbers)
     hand_over = torch.ops.higher_order.dynamo_bypassing_wrapper
     first: Tensor = hand_over(_as_it_is, _plain, mlp, blocks)
     second: Tensor = hand_over(_as_it_is, _plain, mlp, blocks)
@@ -137,6 +269,13 @@ def _as_it_is(body: Any) -> Any:
 def _plain(mlp: nn.Module, blocks: tuple[Tensor, ...]) -> Tensor:
     y: Tensor = mlp(_OPENED(blocks))
     return y
+
+
+def _with_slopes(mlp: nn.Module, blocks: tuple[Tensor, ...]) -> Tensor:
+    return general.by_operators(mlp, check_inputs(*blocks), running=False)[1]
+
+
+# --- handing over ---------------------------------------------------------------------------------
 
 
 def call(

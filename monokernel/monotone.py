@@ -31,7 +31,6 @@ from .backends import reference
 from .function import operand_dtype, traced, transformed
 from .intervals import ENDS, Interval, jacobian, without_range
 from .operands import PLAIN
-from .planning import captured
 from .problem import accumulate_dtype
 from .program import Node
 from .symbols import Key, Param
@@ -158,7 +157,7 @@ class Monotone(nn.Module):
         if torch.compiler.is_dynamo_compiling():
             mlp = network.unwrap(self.mlp)
             inputs = check_inputs(x)
-            if network.with_hooks(mlp) is None and captured(mlp, inputs):
+            if network.with_hooks(mlp) is None and _handed_over(mlp, inputs):
                 asked = self.lower, self.upper, self.direction, self.margin, self.parts
                 return capture.lift(_served, mlp, inputs, *asked)
         if _without_numbers(x):
@@ -462,6 +461,11 @@ def _by_pytorch(
     bound = _bound(nodes, [None if p is None else p.to(wide) for p in params], own, columns)
     term = F.linear(x.to(wide), *_line(bound, own, margin))
     return y + term.to(y.dtype), bound
+
+
+def _handed_over(mlp: nn.Module, inputs: Inputs) -> bool:
+    """Whether the compiler can hand over what it writes down of the forward, to be read."""
+    return isinstance(capture.way(mlp, inputs, fusing=True), tuple)
 
 
 def _served(

@@ -7,9 +7,9 @@ and parametrizations may change between two calls; no weight is touched until ``
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,10 @@ __all__ = [
     "ending",
     "global_hooks",
     "hooked",
+    "parts",
     "read",
     "sharded",
+    "uncompiled",
     "unwrap",
     "where",
     "with_hooks",
@@ -90,6 +92,17 @@ def unwrap(mlp: nn.Module) -> nn.Module:
     if isinstance(mlp, nn.Module) and "_orig_mod" in mlp._modules:
         return mlp._modules["_orig_mod"] or mlp
     return mlp
+
+
+def uncompiled(inside: Iterable[nn.Module]) -> AbstractContextManager[Any]:
+    """Has those of these modules that were compiled run as they were written: a compiled form has
+    no second derivative and takes no symbols."""
+    if torch.compiler.is_compiling():  # with the rest
+        return nullcontext()
+    if not any("_compiled_call_impl" in m.__dict__ or "_orig_mod" in m._modules for m in inside):
+        return nullcontext()
+    as_written: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return as_written
 
 
 class Unfused(NamedTuple):
@@ -205,9 +218,25 @@ def ending() -> Iterator[None]:
         ) from error
 
 
+def parts(mlp: nn.Module) -> dict[nn.Module, str]:
+    """Every module in it and its name, as ``named_modules`` has them, which torch.compile does not
+    follow through a module in which an attribute was set before."""
+    found: dict[nn.Module, str] = {}
+    left = [("", mlp)]
+    while left:
+        name, m = left.pop()
+        if m in found:
+            continue
+        found[m] = name
+        within = f"{name}." if name else ""
+        inner = [(within + own, part) for own, part in m._modules.items() if part is not None]
+        left += reversed(inner)
+    return found
+
+
 def batch_coupling(mlp: nn.Module) -> str | None:
     """A batch normalisation that uses the statistics of the batch: its rows have no own slope."""
-    for name, m in mlp.named_modules():
+    for m, name in parts(mlp).items():
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and (
             m.training or m.running_mean is None
         ):
@@ -217,7 +246,7 @@ def batch_coupling(mlp: nn.Module) -> str | None:
 
 def sharded(mlp: nn.Module) -> str | None:
     """A part that FSDP manages by itself: it frees its weights before the slopes are computed."""
-    for name, m in mlp.named_modules():
+    for m, name in parts(mlp).items():
         if any(c.__name__ in ("FSDPModule", "FullyShardedDataParallel") for c in type(m).__mro__):
             return f"{name or 'mlp'} ({type(m).__name__})"
     return None
@@ -225,7 +254,7 @@ def sharded(mlp: nn.Module) -> str | None:
 
 def where(root: nn.Module, m: nn.Module) -> str:
     """The path of a part from ``mlp`` on, and its class."""
-    name = next(name for name, part in root.named_modules() if part is m)
+    name = parts(root)[m]
     return f"mlp{'.' if name else ''}{name} ({type(m).__name__})"
 
 
@@ -243,7 +272,7 @@ def hooked(m: nn.Module) -> bool:
 def with_hooks(mlp: nn.Module) -> Unfused | None:
     """A part that has hooks, under torch.compile. There a hook that is added later goes unseen, as
     PyTorch guards no dictionary of hooks unless its length is asked for: so of each, always."""
-    found = [m for m in mlp.modules() if sum(len(m.__dict__[hooks]) for hooks in HOOKS)]
+    found = [m for m in parts(mlp) if sum(len(m.__dict__[hooks]) for hooks in HOOKS)]
     return Unfused(found[0], "has hooks") if found else None
 
 

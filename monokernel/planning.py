@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import network, reading
+from . import capture, network, reading
 from .arguments import (
     BATCH_STATS,
     MODES,
@@ -21,14 +21,13 @@ from .arguments import (
     check_parameter,
 )
 from .backends import BACKENDS, refusal
-from .capture import Captured, capturable, meet, numbers_of
 from .columns import Columns
 from .function import operand_dtype, transformed
 from .operands import has_memory
 from .problem import Mode, Problem, cheaper_mode
 from .program import Node
 
-__all__ = ["Plan", "Route", "captured", "choose", "plan"]
+__all__ = ["Plan", "Route", "choose", "plan"]
 
 Refused = tuple[tuple[str, str], ...]  # a backend's name and the reason
 
@@ -36,7 +35,8 @@ Refused = tuple[tuple[str, str], ...]  # a backend's name and the reason
 class Route(NamedTuple):
     """The decision for one call. ``network`` is None on the general path, where ``running`` says
     that batch normalisations are in training mode and their slopes go by the running statistics.
-    With ``captured`` there is none yet: the network is read when its forward has been compiled."""
+    With ``captured`` there is none yet: the network is read when its forward has been compiled.
+    ``broken`` says why torch.compile cannot have it and its slopes in one graph, if it is so."""
 
     backend: str
     mode: Mode
@@ -45,6 +45,7 @@ class Route(NamedTuple):
     refused: Refused
     running: bool = False
     captured: bool = False
+    broken: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ def plan(
     of x counts, as for ``value_and_jacobian(mlp, x)``.
 
     Runs nothing of a chain of layers; a forward of one's own it runs once, on symbols in the place
-    of numbers, and puts back the attributes, buffers and random generators that this changed.
+    of numbers, and puts back the attributes (with what is in lists, dicts and sets), buffers and
+    random generators that this changed.
     """
     inputs = check_inputs(x1, x2)
     if direction is not None:
@@ -111,11 +113,18 @@ def choose(
     check_choice("batch_stats", batch_stats, BATCH_STATS)
     check_module(mlp)
     functional = transformed()
-    compiling = torch.compiler.is_compiling() and type(mlp) is not Captured
+    compiling = torch.compiler.is_compiling() and type(mlp) is not capture.Captured
+    tracing = compiling and torch.compiler.is_dynamo_compiling()
+    broken = capture.unseen(mlp, inputs) if tracing else ""
+    if broken:
+        return Route("", "adjoint", None, functional, (), broken=broken)
     wrapped, hooks = _wrapped(inputs), network.with_hooks(mlp) if compiling else None
     fusing = compiling and not functional and backend != "reference"
-    if fusing and not (wrapped or hooks) and captured(mlp, inputs):
-        return Route("", "adjoint", None, False, (), captured=True)
+    if tracing:
+        way = capture.way(mlp, inputs, fusing and not (wrapped or hooks))
+        if isinstance(way, tuple):
+            return Route("", "adjoint", None, False, (), captured=True)
+        broken = way
     aside = functional or compiling or rehearsal or wrapped is not None
     again = None if aside else reading.read_again(mlp, inputs)
     found: network.Chain | network.Unfused | reading.Reading | str = again or network.read(mlp)
@@ -130,7 +139,8 @@ def choose(
     if isinstance(found, network.Unfused):
         found = found.sentence(mlp)
     if isinstance(found, str):
-        return _general(mlp, found, mode, backend, functional, batch_stats)
+        route = _general(mlp, found, mode, backend, functional, batch_stats)
+        return route._replace(broken=broken) if broken else route
     x = inputs.like
     dtype = operand_dtype(x) if inputs.autocast else x.dtype
     name, chosen, refused = serving(
@@ -143,74 +153,6 @@ def choose(
     if not name:
         raise ValueError(f"backend: {backend!r} was asked for but cannot serve: {refused[0][1]}")
     return Route(name, chosen, found, functional, refused)
-
-
-def captured(mlp: nn.Module, inputs: Inputs) -> bool:
-    """Whether the compiler is to hand over what it writes down of the forward of ``mlp``: if it
-    can, and if that can be read.
-
-    To know that takes a rehearsal, aside from the compiler. Its answer chooses the way and nothing
-    else, so it may be of a module that the compiled function has yet to change: on both ways the
-    compiler sees, and guards, the forward itself.
-    """
-    if not torch.compiler.is_dynamo_compiling():
-        return False
-    from torch._dynamo.comptime import comptime
-
-    comptime(_note)
-    x = inputs.like
-    training = tuple([m.training for m in mlp.modules()])
-    widths = (inputs.d - inputs.k, inputs.k) if len(inputs.blocks) > 1 else (inputs.d,)
-    numbers = rehearsed(training, len(inputs.batch), widths, x.dtype, x.device)
-    if numbers is None:
-        return False
-    meet(mlp, numbers)
-    return True
-
-
-# The module in question. As an argument it would be guarded by its identity: a graph for each.
-_noted: list[Any] = []
-
-
-def _note(compiling: Any) -> None:
-    mlp = compiling.get_local("mlp")._i_will_not_complain_if_bc_breaks_VariableTracker()
-    _noted[:] = [getattr(mlp.realize(), "value", None)]
-
-
-def rehearsed(
-    training: tuple[bool, ...],
-    axes: int,
-    widths: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> tuple[str, ...] | None:
-    """None where the module is better not captured, else the names of the numbers in it. Its parts
-    are in training or not as the compiler has them, which may be in the midst of a change."""
-    mlp = _noted.pop()
-    if not isinstance(mlp, nn.Module):
-        return None
-    inputs = check_inputs(
-        *[torch.empty(*[2] * axes, n, dtype=dtype, device=device) for n in widths]
-    )
-    parts = list(mlp.modules())
-    if len(parts) != len(training):
-        return None
-    before = [m.training for m in parts]
-    try:
-        for m, flag in zip(parts, training, strict=True):
-            m.training = flag
-        if not capturable(mlp, inputs):
-            return None
-        if isinstance(reading.read(mlp, inputs, rehearsal=True), str):
-            return None
-        return numbers_of(mlp)
-    finally:
-        for m, flag in zip(parts, before, strict=True):
-            m.training = flag
-
-
-# What torch.compiler.assume_constant_result does, without importing the compiler for it (1 s).
-rehearsed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=1024)
@@ -272,14 +214,13 @@ def _general(
             f"mode: 'tangent' was asked for but serves fused networks only ({reason}); PyTorch's "
             "forward mode can be silently wrong inside a general module"
         )
-    functional = functional or torch.compiler.is_compiling()
     refused = tuple((name, reason) for name in BACKENDS) if backend == "auto" else ()
     return Route("reference", "adjoint", None, functional, refused, coupled is not None)
 
 
 def _without_statistics(mlp: nn.Module) -> str | None:
     """A batch normalisation that keeps no running statistics."""
-    for name, m in mlp.named_modules():
+    for m, name in network.parts(mlp).items():
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None:
             return f"{name or 'mlp'} ({type(m).__name__})"
     return None

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import sys
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
@@ -27,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from .arguments import Inputs
 from .dropout import draw_key
-from .network import global_hooks, hooked, where
+from .network import global_hooks, hooked, uncompiled, where
 from .problem import capturing
 from .program import Node, chain_of
 from .symbols import Key, Param, Tape, Value, place, placed, said
@@ -253,31 +254,37 @@ def read(
     """The program that the module's forward is for these inputs, or one sentence naming what is
     not known as a row-wise node.
 
-    Runs the forward once. Where that turns out unreadable, the attributes, buffers and random
-    generators that it changed are put back, since the general path runs it once more, and it is not
-    tried again in later calls. A ``rehearsal`` tries all the same, and leaves no trace either way.
-    With ``fold``, scales and shifts are taken into the linear layers next to them.
+    Runs the forward once. Where that turns out unreadable, the attributes (lists, dicts and sets
+    among them included), buffers and random generators that it changed are put back, since the
+    general path runs it once more, and it is not tried again in later calls. A ``rehearsal`` tries
+    all the same, and leaves no trace either way. With ``fold``, scales and shifts are taken into
+    the linear layers next to them.
     """
-    parts = _parts(mlp)
-    if isinstance(parts, str):
-        return parts
+    whole = _parts(mlp)
+    if isinstance(whole, str):
+        return whole
+    parts, compiled = whole
     if inputs.like.is_meta or torch._C._get_tracing_state() is not None:
         return "its inputs have no numbers"
     key, known = _key(mlp, inputs), _known.get(id(mlp))
-    before: str | None = None if known is None else known[1].get(key)
-    if before and not rehearsal:
+    before: str | bool | None = None if known is None else known[1].get(key)
+    if isinstance(before, str) and not rehearsal:
         return before
-    if before == "" and not rehearsal and torch.is_grad_enabled():  # the usual case, at once
+    steady = before is True and not rehearsal
+    if steady and not compiled and torch.is_grad_enabled():  # the usual case, at once
         found = _record(mlp, inputs, fold)
     else:
-        state = _State(parts, inputs.like.device) if before is None or rehearsal else None
-        with torch.enable_grad(), state or nullcontext():
+        state = None if steady else _State(parts, inputs.like.device)
+        as_written = uncompiled(parts) if compiled else nullcontext()
+        with torch.enable_grad(), state or nullcontext(), as_written:
             found = _record(mlp, inputs, fold)
-        if state is not None and (rehearsal or isinstance(found, str)):
-            state.restore()
+        if state is not None:
+            steady = before is not False and not state.changed()
+            if rehearsal or isinstance(found, str):
+                state.restore()
     if known is None:
         _known[id(mlp)] = known = weakref.ref(mlp, _forgets(id(mlp))), {}
-    known[1][key] = found if isinstance(found, str) else ""
+    known[1][key] = found if isinstance(found, str) else steady
     return found
 
 
@@ -285,7 +292,7 @@ def read_again(mlp: nn.Module, inputs: Inputs) -> Reading | str | None:
     """The same of a network that could be read in a call like this, else None: it is known to be
     more than layers in turn, without a look at them."""
     known = _known.get(id(mlp))
-    if known is None or known[1].get(_key(mlp, inputs)) != "":
+    if known is None or not isinstance(known[1].get(_key(mlp, inputs)), bool):
         return None
     return read(mlp, inputs)
 
@@ -297,8 +304,10 @@ def _key(mlp: nn.Module, inputs: Inputs) -> tuple[Any, ...]:
     return mlp.training, len(inputs.batch), few, id(forward)
 
 
-# Of each module, by identity, what was found of it in each mode: "" or why it is unreadable.
-_known: dict[int, tuple[weakref.ref[nn.Module], dict[tuple[Any, ...], str]]] = {}
+# Of each module, by identity, what was found of it in each mode: why it is unreadable, or whether a
+# call leaves it as it was. One that changes itself may be unreadable in a later call, and then has
+# to be put back.
+_known: dict[int, tuple[weakref.ref[nn.Module], dict[tuple[Any, ...], str | bool]]] = {}
 
 
 def _forgets(key: int) -> Callable[[Any], None]:
@@ -340,10 +349,22 @@ class _State(TorchFunctionMode):
 
     def __init__(self, parts: list[nn.Module], device: torch.device) -> None:
         super().__init__()
-        attributes = [d for m in parts for d in (m.__dict__, m._parameters, m._buffers, m._modules)]
-        self.attributes = [(d, dict(d)) for d in attributes]
-        buffers = [b for m in parts for b in m._buffers.values() if b is not None]
-        self.buffers = [(b, b._version, b.clone()) for b in buffers if not b.is_inference()]
+        self.held: list[tuple[Any, Any]] = []  # dicts, lists and so on, and what was in them
+        self.tensors: list[tuple[Tensor, int, Tensor]] = []
+        left: list[Any] = [m.__dict__ for m in parts]
+        seen = {id(d) for d in left}
+        for at in left:  # grows on the way
+            if isinstance(at, Tensor):
+                if not (isinstance(at, nn.Parameter) or at.is_inference()):
+                    self.tensors.append((at, at._version, at.detach().clone()))
+                continue
+            self.held.append((at, _content(at)))
+            for part in at.values() if isinstance(at, dict) else at:
+                if isinstance(part, nn.Module):  # in a list, say, and so no part of the network
+                    part = part.__dict__
+                if isinstance(part, CHANGEABLE) and id(part) not in seen:
+                    seen.add(id(part))
+                    left.append(part)
         self.generators: list[tuple[torch.Generator, Tensor]] = []
         self._keep(torch.default_generator)
         if device.type == "cuda" and not capturing(device):
@@ -361,30 +382,61 @@ class _State(TorchFunctionMode):
     def _keep(self, generator: torch.Generator) -> None:
         self.generators.append((generator, generator.get_state()))
 
+    def changed(self) -> bool:
+        """Whether anything may not be as it was."""
+        return (
+            torch._C._len_torch_dispatch_stack() > 0  # no number can be read
+            or any(not _same(_content(now), before) for now, before in self.held)
+            or any(t._version != version for t, version, _ in self.tensors)
+            or any(not torch.equal(g.get_state(), state) for g, state in self.generators)
+        )
+
     def restore(self) -> None:
-        for now, before in self.attributes:
-            for name in [name for name in now if name not in before]:
-                del now[name]
-            for name, held in before.items():
-                if name not in now or now[name] is not held:
-                    now[name] = held
+        for now, before in self.held:
+            if _same(_content(now), before):
+                continue
+            if isinstance(now, dict):
+                for name in [name for name in now if name not in before]:
+                    del now[name]
+                for name, held in before.items():
+                    if name not in now or now[name] is not held:
+                        now[name] = held
+                continue
+            now.clear()
+            (now.update if isinstance(now, set) else now.extend)(before)
         with torch.no_grad():
-            for buffer, version, value in self.buffers:
-                if buffer._version != version:
-                    buffer.copy_(value)
+            for t, version, value in self.tensors:
+                if t._version != version:
+                    t.copy_(value)
         for generator, state in self.generators:
             generator.set_state(state)
 
 
-def _parts(mlp: nn.Module) -> list[nn.Module] | str:
-    """Every module in it, or the sentence on one that is more than Python around functions."""
+CHANGEABLE = (dict, list, set, deque, Tensor)
+
+
+def _content(held: Any) -> Any:
+    return dict(held) if isinstance(held, dict) else list(held)
+
+
+def _same(now: Any, before: Any) -> bool:
+    """Whether they hold the same objects."""
+    if isinstance(now, dict):
+        return _same([*now, *now.values()], [*before, *before.values()])
+    return len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
+
+
+def _parts(mlp: nn.Module) -> tuple[list[nn.Module], bool] | str:
+    """Every module in it and whether any was compiled, or the sentence on one that is more than
+    Python around functions."""
     if global_hooks():
         return "a global module hook is registered"
-    found, seen = [mlp], {id(mlp)}
+    found, seen, compiled = [mlp], {id(mlp)}, False
     for m in found:  # grows on the way
         own, nature = m.__dict__, _nature(type(m).__mro__)
-        if nature == "opaque" or "_compiled_call_impl" in own:
-            return f"{where(mlp, m)} is compiled, distributed or quantised"
+        if nature == "opaque":
+            return f"{where(mlp, m)} is scripted, distributed or quantised"
+        compiled = compiled or nature == "compiled" or "_compiled_call_impl" in own
         if hooked(m):
             return f"{where(mlp, m)} has hooks"
         if nature == "batch" and (m.training or m.running_mean is None):
@@ -393,15 +445,18 @@ def _parts(mlp: nn.Module) -> list[nn.Module] | str:
             if part is not None and id(part) not in seen:
                 seen.add(id(part))
                 found.append(part)
-    return found
+    return found, compiled
 
 
-OPAQUE = ("torch.jit", "torch._dynamo", "torch.distributed", "torch.nn.parallel", "torch.ao")
+OPAQUE = ("torch.jit", "torch.distributed", "torch.nn.parallel", "torch.ao")
 
 
 @lru_cache(maxsize=1024)
 def _nature(mro: tuple[type, ...]) -> str:
-    """ "opaque", "batch" for a batch normalisation, or "", by the classes that a module has."""
+    """ "opaque", "compiled", "batch" for a batch normalisation, or "", by the classes that a module
+    has."""
     if any(base.__module__.startswith(OPAQUE) for base in mro):
         return "opaque"
+    if any(base.__module__.startswith("torch._dynamo") for base in mro):
+        return "compiled"
     return "batch" if _BatchNorm in mro else ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,11 +16,18 @@ import torch
 from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
-from monokernel import MonotonePenalty, fused_mono_penalty, plan, value_and_jacobian
+from monokernel import (
+    MonotonePenalty,
+    capture,
+    fused_mono_penalty,
+    plan,
+    value_and_jacobian,
+)
 from tests.support import HANDWRITTEN, assert_same, gradients, points
 from tests.zoo import ZOO, network
 
@@ -306,6 +314,23 @@ def test_whatever_is_asked(loss: Loss, recorder: Recorder) -> None:
     assert recorder.fused == [loss is not _REFERENCE]
 
 
+@pytest.mark.parametrize("kind", ["chain", "program", "not read"])
+def test_a_weight_that_is_a_number_makes_no_graph_for_each_value(kind: str) -> None:
+    net: nn.Module = Inside(partial(torch.cumsum, dim=-1) if kind == "not read" else torch.sin)
+    if kind == "chain":
+        net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(fused_mono_penalty, fullgraph=True, backend=counter)
+    x1, x2 = points(9, D1, K)
+    for weight in (0.3, 0.7, 1.9, 0.01):
+        assert_same(
+            [compiled(net, x1, x2, margin=0.2, weight=weight)],
+            [fused_mono_penalty(net, x1, x2, margin=0.2, weight=weight)],
+            1e-12,
+        )
+    assert counter.frame_count == 2  # the second value makes it symbolic
+
+
 def test_batches_of_two_axes_and_x2_without_an_axis(recorder: Recorder) -> None:
     def loss(net: nn.Module, x1: Tensor, x2: Tensor) -> Tensor:
         x = torch.cat([x1, x2], -1).unflatten(0, (3, -1))
@@ -519,24 +544,196 @@ def test_a_forward_that_changes_something_changes_it_once(how: str, recorder: Re
     assert recorder.fused[0] == (how == "buffer")
 
 
-class Breaks(nn.Module):
-    """The compiler gives up in the middle of its forward."""
-
+class Layered(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 2)
+        self.register_buffer("mean", torch.zeros(8))
+        self.last: Tensor | None = None
         self.double()
 
+    def hidden(self, x: Tensor) -> Tensor:
+        h: Tensor = torch.tanh(self.a(x))
+        return h
+
+
+class Stores(Layered):
     def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(self.a(x))
+        self.last = self.hidden(x)
+        y: Tensor = self.b(self.last)
+        return y
+
+
+class Replaces(Layered):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.hidden(x)
+        self.mean = 0.9 * self.mean + 0.1 * h.detach().mean(0)
+        y: Tensor = self.b(h - self.mean)
+        return y
+
+
+class Averages(Layered):
+    """In place, in a network that is not read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.hidden(x).cumsum(-1)
+        with torch.no_grad():
+            self.mean.lerp_(h.mean(0), 0.1)
+        y: Tensor = self.b(h - self.mean)
+        return y
+
+
+class Checkpoints(Layered):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b(checkpoint(self.hidden, x, use_reentrant=False))
+        return y
+
+
+class Attends(Layered):
+    """With PyTorch's fused attention, were it not for the second derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.MultiheadAttention(8, 2, batch_first=True).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.hidden(x).unsqueeze(1)
+        y: Tensor = self.b(self.heads(h, h, h)[0].squeeze(1).tanh())
+        return y
+
+
+def _statistics(net: nn.Module, x1: Tensor, x2: Tensor) -> Tensor:
+    """Two calls in one function, each of which moves them."""
+    total = x1.new_zeros(())
+    for x in (x2, -x2):
+        y, penalty = fused_mono_penalty(
+            net, x1, x, margin=0.1, return_output=True, batch_stats="running"
+        )
+        total = total + y.square().mean() + penalty
+    return total
+
+
+class Normalised(Layered):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b(self.norm(self.hidden(x)))
+        return y
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss"),
+    [
+        (Stores, loss_of),
+        (Replaces, loss_of),
+        (Averages, loss_of),
+        (Checkpoints, loss_of),
+        (Attends, loss_of),
+        (Stores, _asked(backend="reference")),
+        (Normalised, _statistics),
+    ],
+)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_state_and_checkpoints_of_a_network_that_is_not_captured(
+    kind: type[Layered], loss: Loss, backend: str
+) -> None:
+    net = kind()
+    twin, (x1, x2) = copy.deepcopy(net), points(9, D1, K)
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=backend)
+    for _ in range(2):
+        found = []
+        for f, m in ((compiled, net), (loss, twin)):
+            value = f(m, x1, x2)
+            if m.last is not None:
+                value = value + m.last.square().sum()
+            found.append([value, *gradients(value, *m.parameters()), *m.buffers()])
+        assert_same(*found, 1e-12)
+
+
+class Recurs(Layered):
+    """The compiler does not even look at an LSTM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTM(8, 8, batch_first=True).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b(self.cell(self.hidden(x).unsqueeze(1))[0].squeeze(1))
+        return y
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        ctx.save_for_backward(h)
+        return h**3
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (h,) = ctx.saved_tensors
+        return 3 * h * h * g
+
+
+class Cubes(Layered):
+    """Has a derivative of its own, inside a part that is compiled with the rest."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = Cube.apply(self.hidden(x))  # type: ignore[no-untyped-call]
+        y: Tensor = self.b(checkpoint(torch.tanh, h, use_reentrant=False))
+        return y
+
+
+class Breaks(Layered):
+    """The compiler gives up in the middle of its forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.hidden(x)
         torch._dynamo.graph_break()
         y: Tensor = self.b(h * h)
         return y
 
 
-def test_where_the_compiler_gives_up_eager_mode_serves() -> None:
-    compiled = torch.compile(loss_of, backend="aot_eager")
-    compare(compiled, Breaks())
+class BreaksUnread(Breaks):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).cumsum(-1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        (Cubes, "mlp: it has an autograd.Function, whose backward torch.compile does not"),
+        (Breaks, r"mlp: the compiler cannot trace its forward as one graph \(Call to"),
+        (Recurs, r"mlp: the compiler cannot trace its forward as one graph \(it has an RNN"),
+        (BreaksUnread, r"mlp: the compiler cannot trace its forward as one graph \(Call to"),
+    ],
+)
+@pytest.mark.parametrize("loss", [loss_of, _REFERENCE])
+def test_where_the_compiler_gives_up_eager_mode_serves(
+    kind: type[Layered], why: str, loss: Loss
+) -> None:
+    """Or, where all is to be one graph, there is an error."""
+    net = kind()
+    for backend in ("eager", "aot_eager"):
+        torch._dynamo.reset()
+        compare(torch.compile(loss, backend=backend), net, loss=loss)
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=why):
+            torch.compile(loss, backend=backend, fullgraph=True)(net, *points(9, D1, K))
+    net.requires_grad_(False)
+    for context in (torch.enable_grad, torch.no_grad):
+        torch._dynamo.reset()
+        with context(), pytest.raises(torch._dynamo.exc.Unsupported, match=why):
+            torch.compile(loss, backend="eager", fullgraph=True)(net, *points(9, D1, K))
+
+
+def test_a_break_that_no_trial_told_of_makes_no_slopes_of_zero(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in a graph of their own they would be."""
+    monkeypatch.setattr(capture, "_trial", lambda *_: "")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
+        torch.compile(loss_of, backend="aot_eager")(BreaksUnread(), *points(9, D1, K))
 
 
 class Picks(nn.Module):
@@ -608,3 +805,50 @@ def test_batch_normalisation_put_into_training_within_the_compiled_function() ->
     torch._dynamo.reset()
     with pytest.raises(Exception, match="statistics of the batch"):
         torch.compile(loss, backend="aot_eager")(net.eval())
+
+
+# --- compiled inside, called in eager mode --------------------------------------------------------
+
+
+class Inside(nn.Module):
+    def __init__(self, run: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.run, self.a, self.b = run, nn.Linear(5, 8), nn.Linear(8, 2)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b(self.run(self.a(x)))
+        return y
+
+
+@pytest.mark.parametrize(
+    ("what", "run", "fused"),
+    [
+        ("network", torch.sin, True),
+        ("network", partial(torch.cumsum, dim=-1), False),
+        ("network in place", torch.sin, True),
+        ("part", torch.sin, True),
+        ("part in place", torch.sin, True),
+        ("part in place", partial(torch.cumsum, dim=-1), False),
+    ],
+)
+def test_what_is_compiled_inside_a_network_runs_as_it_is_written(
+    what: str, run: Callable[[Tensor], Tensor], fused: bool
+) -> None:
+    """A compiled form has no second derivative."""
+    net = Inside(run)
+    twin, (x1, x2) = copy.deepcopy(net), points(9, D1, K)
+    if "in place" in what:
+        (net.b if "part" in what else net).compile(backend="aot_eager")
+    elif what == "part":
+        net.b = torch.compile(net.b, backend="aot_eager")
+    outer = torch.compile(net, backend="aot_eager") if what == "network" else net
+    x = torch.cat([x1, x2], -1)
+    for _ in range(2):  # and the compiled form serves who calls it
+        assert_same([outer(x)], [twin(x)])
+        found = []
+        for m, called in ((net, outer), (twin, twin)):
+            value = loss_of(called, x1, x2)
+            found.append([value, *gradients(value, *m.parameters())])
+        assert_same(*found)
+        assert (plan(outer, x1, x2).backend != "reference") == fused

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
+from torch._dynamo.testing import CompileCounter
 from torch.autograd import forward_ad
 
 from monokernel import MonotonePenalty, fused_mono_penalty, plan, value_and_jacobian
@@ -103,6 +106,29 @@ def test_a_network_outside_the_table_compiles_as_one_graph_too() -> None:
     got, want = compiled(x1, x2), run(x1, x2)
     assert_same([got], [want], 1e-12)
     assert_same(gradients(got, *net.parameters()), gradients(want, *net.parameters()), 1e-12)
+
+
+@pytest.mark.parametrize("backend", [*HANDWRITTEN, "reference"])
+@pytest.mark.parametrize("drawn", [False, True])
+def test_the_backward_of_an_eager_step_compiles(backend: str, drawn: bool) -> None:
+    """Compiled autograd: one graph serves other numbers, each step by its own plan."""
+    net = mlp(3, 2, 2, activation=nn.Sequential(nn.Dropout(0.3), nn.Tanh()) if drawn else nn.Tanh())
+    net.train(drawn and backend != "reference")
+    x1, x2 = points(9, 3, 2)
+    params, weight = list(net.parameters()), torch.rand(2, 2, dtype=torch.float64)
+    graphs = CompileCounter()
+    compiler = torch.compile(backend=graphs)
+    for i in range(3):
+        found = []
+        for compiled in (False, True):
+            torch.manual_seed(i)
+            loss = step(net, backend=backend, margin=0.3 * i, weight=weight + i)(x1, x2)
+            net.zero_grad()
+            with compiled_autograd._enable(compiler) if compiled else nullcontext():
+                loss.backward()
+            found.append([p.grad for p in params])
+        assert_same(*found)
+    assert graphs.frame_count > 0
 
 
 def test_a_compiled_network_is_read_through() -> None:

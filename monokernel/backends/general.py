@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -25,15 +25,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..arguments import Inputs
-from ..columns import take
-from ..network import ending
+from ..columns import Columns, take
+from ..network import ending, parts, uncompiled
 from ..operands import check_saveable
 from ..problem import accumulate_dtype, nan_rule
 from .compaction import DENSE, Call, compacted, slope
 
-__all__ = ["WITHOUT_DERIVATIVE", "value_and_jacobian"]
+__all__ = ["WITHOUT_DERIVATIVE", "by_operators", "value_and_jacobian"]
 
 WITHOUT_DERIVATIVE = "an embedding, a rounding, a step, detach, no_grad or a quantised layer"
+
+WITHOUT_GRADIENT = (
+    "mlp: its output has no gradient (it was detached, or computed under no_grad), so its slopes "
+    "cannot be known"
+)
 
 Violations = Callable[[Tensor, int, int], Tensor]
 
@@ -53,8 +58,9 @@ def value_and_jacobian(
 ) -> tuple[Tensor, Tensor]:
     """y as ``mlp`` gives it and J (*batch, D, k).
 
-    ``transformed`` says that a functorch transform or torch.compile is at work, where
-    ``torch.autograd.grad`` is not available and ``torch.func.vjp`` does the same.
+    ``transformed`` says that a functorch transform is at work, where ``torch.autograd.grad`` is not
+    available and ``torch.func.vjp`` does the same. Under torch.compile two operators do, which its
+    tracer takes as they are.
 
     With ``running`` batch normalisations in training mode give y by the statistics of the batch
     and J, in a second call, by the running statistics after this call's update, which are those
@@ -67,17 +73,19 @@ def value_and_jacobian(
     An output that takes no part in autograd is a ValueError, and slopes that are all 0 are worth a
     warning. With ``audited`` such slopes are 0 without a word: the audit finds out what it means.
     """
-    if not transformed:
+    compiling = torch.compiler.is_compiling() and not transformed
+    if not (transformed or compiling):
         check_saveable(mlp.parameters())
-    if (
-        not transformed and torch.is_inference_mode_enabled()
-    ):  # its tensors can take no part in autograd
+    # Its tensors can take no part in autograd; those of a compiler are no such.
+    if not (transformed or compiling) and torch.is_inference_mode_enabled():
         with torch.inference_mode(False), torch.no_grad():
             copies = inputs._replace(blocks=tuple([t.clone() for t in inputs.blocks]))
             return value_and_jacobian(mlp, copies, transformed, running, audited=audited)
     trained = _call(mlp, inputs.joined()) if running else None
     if transformed:
         y, J = _by_func(mlp, inputs, running)
+    elif compiling:
+        y, J = by_operators(mlp, inputs, running)
     else:
         y, J = _by_autograd(mlp, inputs, running, audited, violations)
     J = nan_rule(y.reshape(J.shape[:-1]), J.to(accumulate_dtype(J.dtype)))
@@ -102,10 +110,7 @@ def _by_autograd(
         with ending():
             y = module(x)
         if not (y.requires_grad or audited):
-            raise ValueError(
-                "mlp: its output has no gradient (it was detached, or computed under no_grad), so "
-                "its slopes cannot be known"
-            )
+            raise ValueError(WITHOUT_GRADIENT)
         repeat = call.repeat(module, y, x, wanted, inputs.columns) if call else None
         few = _while_few(y, x, inputs, violations) if repeat and violations else None
         found = few or [_slope(y, x, inputs, d, further) for d in range(_width(y, inputs))]
@@ -207,14 +212,67 @@ def _by_func(mlp: nn.Module, inputs: Inputs, running: bool) -> tuple[Tensor, Ten
     return y, _stacked(slopes, _no_slopes(out, inputs))
 
 
+# What torch.compile does not trace by itself: a leaf, and the derivative by it. Where it runs them,
+# on fake tensors or on real ones, autograd is at work below the operators.
+_library = torch.library.Library("monokernel", "FRAGMENT")
+for _signature in (
+    "leaf(Tensor(a) x) -> Tensor(a)",
+    "slope(Tensor y, Tensor x, int[] columns, Tensor seed, bool further) -> Tensor",
+):
+    _library.define(_signature, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+
+
+def _reverse(y: Tensor, x: Tensor, columns: Columns, seed: Tensor, further: bool) -> Tensor:
+    S = slope(y, x, tuple(columns), seed, further)
+    return x.new_zeros(*x.shape[:-1], len(columns)) if S is None else S
+
+
+_library.impl("leaf", _leaf, "CompositeImplicitAutograd")
+_library.impl("slope", _reverse, "CompositeImplicitAutograd")
+_LEAF, _SLOPE = torch.ops.monokernel.leaf.default, torch.ops.monokernel.slope.default
+
+
+def by_operators(mlp: nn.Module, inputs: Inputs, running: bool) -> tuple[Tensor, Tensor]:
+    """The same under torch.compile."""
+    further = torch.is_grad_enabled()
+    with _in_one_graph(), torch.enable_grad():
+        x = _LEAF(inputs.joined())
+        y = _call(mlp, x, running)
+        if not y.requires_grad:
+            raise ValueError(WITHOUT_GRADIENT)
+        slopes = []
+        for d in range(_width(y, inputs)):
+            seed = torch.zeros_like(y)
+            _outputs(seed, inputs)[..., d] = 1
+            slopes.append(_SLOPE(y, x, inputs.columns, seed, further))
+        J = _stacked(slopes, _no_slopes(x, inputs))
+    return (y, J) if further else (y.detach(), J.detach())
+
+
+def _in_one_graph() -> AbstractContextManager[Any]:
+    """From the leaf to the slopes: in a graph of their own, slopes would be 0."""
+    if torch.compiler.is_dynamo_compiling():
+        return torch._dynamo.error_on_graph_break(True)
+    return nullcontext()
+
+
 def _stacked(slopes: list[Tensor], zeros: Tensor) -> Tensor:
     """J (*batch, D, k) of the slopes (*batch, k) of each output; there may be none."""
     return torch.stack(slopes, -2) if slopes else zeros.unsqueeze(-2)[..., :0, :]
 
 
 def _call(mlp: nn.Module, x: Tensor, running: bool = False) -> Tensor:
-    batch = x.shape[:-1]
-    with _twice_differentiable(mlp), _by_running_statistics(mlp) if running else nullcontext():
+    batch, modules = x.shape[:-1], parts(mlp)
+    with (
+        uncompiled(modules),
+        _attention(modules),
+        _recurrent(modules),
+        _by_running_statistics(mlp) if running else nullcontext(),
+    ):
         y = mlp(x)
     if not isinstance(y, Tensor):
         raise TypeError(f"mlp: expected to return a tensor, got {type(y).__name__}")
@@ -239,7 +297,7 @@ def _width(y: Tensor, inputs: Inputs) -> int:
 def _by_running_statistics(mlp: nn.Module) -> Iterator[None]:
     """Batch normalisations in evaluation mode. They get copies of their statistics: autograd keeps
     what they used, and the next training step must not change that under a backward to come."""
-    layers = [m for m in mlp.modules() if isinstance(m, _BatchNorm) and m.training]
+    layers = [m for m in parts(mlp) if isinstance(m, _BatchNorm) and m.training]
     kept: list[Any] = [(m.running_mean, m.running_var) for m in layers]  # planning saw to it
     try:
         for m, (mean, var) in zip(layers, kept, strict=True):
@@ -250,12 +308,15 @@ def _by_running_statistics(mlp: nn.Module) -> Iterator[None]:
             m.training, m.running_mean, m.running_var = True, mean, var
 
 
-def _twice_differentiable(mlp: nn.Module) -> AbstractContextManager[object]:
-    """Fused attention and cuDNN's recurrent layers have no second derivative; others have."""
-    stack = ExitStack()
-    modules = list(mlp.modules())
-    if any(isinstance(m, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) for m in modules):
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-    if torch.backends.cudnn.enabled and any(isinstance(m, nn.RNNBase) for m in modules):
-        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-    return stack
+# Fused attention and cuDNN's recurrent layers have no second derivative; others have.
+
+
+def _attention(modules: Iterable[nn.Module]) -> AbstractContextManager[object]:
+    fused = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+    used = any(isinstance(m, fused) for m in modules)
+    return sdpa_kernel(SDPBackend.MATH) if used else nullcontext()
+
+
+def _recurrent(modules: Iterable[nn.Module]) -> AbstractContextManager[object]:
+    used = torch.backends.cudnn.enabled and any(isinstance(m, nn.RNNBase) for m in modules)
+    return torch.backends.cudnn.flags(enabled=False) if used else nullcontext()
