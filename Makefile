@@ -17,6 +17,7 @@ bench: $(READY)
 
 kernels: $(READY)
 	$(BIN)/python -m tools.compile_report
+	$(BIN)/python -m tools.predict --check
 
 lint: $(READY)
 	$(BIN)/ruff check .

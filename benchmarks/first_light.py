@@ -221,8 +221,8 @@ def one(options: argparse.Namespace) -> bool:
 def configurations(width: int) -> Iterator[tuple[str, WholeConfig]]:
     """What the rules take in half precision, and what else a card may like better."""
     way = products(torch.device("cuda"))
-    forward = forward_config(width, 4, 2, False, way, False)
-    backward = backward_config(width, way, False)
+    forward = forward_config(width, False, way, False)
+    backward = backward_config(width, 2, way, False)
     yield "forward", forward
     yield "forward", replace(forward, per_processor=1)
     yield "backward", backward

@@ -370,17 +370,27 @@ def _unrounded(route: Route) -> bool:
 def _problem(
     inputs: Inputs, route: Route, hinge: Hinge | None
 ) -> tuple[Problem, Tensor, list[Tensor | None]]:
-    """The problem, its rows x (N, d) and its parameters, under autocast in the dtype in which the
-    backend computes: autocast's own, or wider."""
+    """The problem, its rows x (N, d) and its parameters, under autocast in the dtypes in which the
+    backend computes."""
     network = route.network
     assert network is not None
     problem = Problem(inputs.d, network.nodes, inputs.columns, route.mode, hinge)
     x, params = network.operands(inputs.joined())
     if inputs.autocast:  # without it all dtypes are known to be equal
-        dtype = operand_dtype(x)
-        if route.backend in BACKENDS and BACKENDS[route.backend].widens:
-            dtype = accumulate_dtype(dtype)
-        x, params = x.to(dtype), [None if p is None else p.to(dtype) for p in params]
+        dtype = linear = operand_dtype(x)
+        way = BACKENDS[route.backend].autocast if route.backend in BACKENDS else "chains"
+        if way == "wide":
+            dtype = linear = accumulate_dtype(dtype)
+        elif way == "mixed" and isinstance(network, Reading) and network.rounded is not None:
+            dtype, problem = x.dtype, problem._replace(cast=linear)
+        layers = {p for node in network.nodes if node.kind == "linear" for p in node.params}
+        x, params = (
+            x.to(dtype),
+            [
+                None if p is None else p.to(linear if i in layers else dtype)
+                for i, p in enumerate(params)
+            ],
+        )
     return problem, x, params
 
 

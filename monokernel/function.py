@@ -193,7 +193,8 @@ def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
 # The problem as ``pack`` gives it, behind the backend's public name.
 _PROBLEM = (
     "str backend, int d, str[] kinds, int[] shapes, float[] numbers, int[] columns, str mode, "
-    "bool penalised, int[] direction, float[] margin, bool squared, bool elementwise"
+    "bool penalised, int[] direction, float[] margin, bool squared, bool elementwise, "
+    "ScalarType? cast=None"
 )
 _library = torch.library.Library("monokernel", "DEF")
 _library.define(

@@ -66,13 +66,14 @@ def check_forward(
         full = shape if weight.dim() == 2 else (N, *shape)
         weight = _operand("weight", weight, full, accumulate_dtype(dtype), device)
     expected = _expected(problem.d, problem.nodes)
+    linear = problem.cast or dtype
     if len(params) != len(expected):
         raise RuntimeError(f"params: expected {len(expected)}, got {len(params)}")
     operands: list[Tensor | None] = []
-    for t, (name, sizes, optional) in zip(params, expected, strict=True):
+    for t, (name, sizes, optional, layer) in zip(params, expected, strict=True):
         if t is not None:
             size = sizes[-1] if t.shape == sizes[-1] else sizes[0]
-            t = _operand(name, t, size, dtype, device)
+            t = _operand(name, t, size, linear if layer else dtype, device)
         elif not optional:
             raise RuntimeError(f"{name}: expected a tensor, got None")
         operands.append(t)
@@ -119,8 +120,9 @@ def check_saved(saved: Sequence[Tensor], shapes: Shapes, device: torch.device) -
 @lru_cache(maxsize=1024)
 def _expected(
     d: int, nodes: tuple[Node, ...]
-) -> list[tuple[str, tuple[tuple[int, ...], ...], bool]]:
-    """Name and shapes (one or two) of each parameter, and whether it may be None."""
+) -> list[tuple[str, tuple[tuple[int, ...], ...], bool, bool]]:
+    """Name and shapes (one or two) of each parameter, whether it may be None, and whether it is a
+    linear layer's."""
     shapes = parameter_shapes(d, nodes)
     linears = [node for node in nodes if node.kind == "linear"]
     expected = []
@@ -129,11 +131,11 @@ def _expected(
         if not either:
             raise RuntimeError(f"mlp: expected layers that share a {node.kind} to be of one width")
         if node.kind != "linear":
-            expected.append((f"mlp: the parameter of its {node.kind}", either, False))
+            expected.append((f"mlp: the parameter of its {node.kind}", either, False, False))
             continue
         bias = place == node.params[1]
         name = f"mlp: the {'bias' if bias else 'weight'} of linear layer"
-        expected.append((f"{name} {linears.index(node) + 1}", either, bias))
+        expected.append((f"{name} {linears.index(node) + 1}", either, bias, True))
     return expected
 
 

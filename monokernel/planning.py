@@ -147,7 +147,7 @@ def choose(
         inputs.d, found.nodes, inputs.columns, mode, backend, dtype, x.device, functional
     )
     rounded = found.rounded if isinstance(found, reading.Reading) else None
-    if rounded is not None and name in BACKENDS and not BACKENDS[name].widens:
+    if rounded is not None and name in BACKENDS and BACKENDS[name].autocast == "chains":
         why = f"under autocast backend {name!r} serves chains of linear layers and activations only"
         return _general(mlp, why, mode, backend, functional, batch_stats)
     if not name:

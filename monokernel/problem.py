@@ -58,7 +58,9 @@ class Problem(NamedTuple):
     """A program over x (N, d) (see ``program.py``), its mode and its hinge.
 
     The monotone inputs x2 are k ``columns`` of x, in ascending order. With ``hinge`` None the
-    second output is the Jacobian J (N, D, k) itself.
+    second output is the Jacobian J (N, D, k) itself. With ``cast``, the dtype of an autocast, the
+    parameters of linear nodes are of that dtype, which they compute in, and all other operands of
+    the dtype of x.
     """
 
     d: int
@@ -66,6 +68,7 @@ class Problem(NamedTuple):
     columns: Columns
     mode: Mode
     hinge: Hinge | None
+    cast: torch.dtype | None = None
 
     @property
     def k(self) -> int:
@@ -131,6 +134,7 @@ Packed = tuple[
     tuple[float, ...],
     bool,
     bool,
+    torch.dtype | None,
 ]
 
 
@@ -159,6 +163,7 @@ def pack(problem: Problem) -> Packed:
         hinge.margin if isinstance(hinge.margin, tuple) else (hinge.margin,),
         hinge.squared,
         hinge.elementwise,
+        problem.cast,
     )
 
 
@@ -174,6 +179,7 @@ def unpack(
     margin: Sequence[float],
     squared: bool,
     elementwise: bool,
+    cast: torch.dtype | None = None,
 ) -> Problem:
     """The problem that ``pack`` made these of. Raises a ValueError where they make none."""
     nodes, at, taken = [], 0, 0
@@ -205,11 +211,13 @@ def unpack(
         wrong = f"direction: expected 1, k or D·k of -1, 0, 1, got {list(direction)}"
     elif not wrong and len(margin) not in (1, k, nodes[-1].width * k):
         wrong = f"margin: expected 1, k or D·k numbers, got {list(margin)}"
+    elif not wrong and cast not in (None, torch.float16, torch.bfloat16):
+        wrong = f"cast: expected None, float16 or bfloat16, got {cast}"
     if wrong:
         raise ValueError(wrong)
     given = margin[0] if len(margin) == 1 else tuple(margin)
     hinge = Hinge(tuple(direction), given, squared, elementwise) if penalised else None
-    return Problem(d, tuple(nodes), tuple(columns), mode, hinge)
+    return Problem(d, tuple(nodes), tuple(columns), mode, hinge, cast)
 
 
 def cheaper_mode(D: int, k: int) -> Mode:

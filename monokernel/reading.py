@@ -98,15 +98,20 @@ def _laid_out(tape: Tape, y: int, d: int, squeezed: bool, fold: bool) -> Reading
 
 def _rounds(tape: Tape, y: int) -> bool | None:
     """Whether value y has autocast's dtype, as every linear layer's has, and not that of x; None
-    where a parameter of another dtype may decide."""
-    if tape.device_type != "cpu" or tape.dtype != torch.float32:
+    where a parameter of another dtype may decide, or a function that is another one in another
+    version of PyTorch."""
+    if tape.device_type not in ("cpu", "cuda") or tape.dtype != torch.float32:
         return None
     found: list[bool | None] = [False]
-    for node in tape.nodes[:y]:
+    for v, node in enumerate(tape.nodes[:y], 1):
         of = {found[u] for u in node.inputs}
         if node.kind == "linear":
             found.append(True)
-        elif node.params and node.kind != "dropout":
+        elif v in tape.full:
+            found.append(False)
+        elif (node.params and node.kind != "dropout") or (
+            node.kind == "root_mean_square" and tape.device_type == "cuda"
+        ):
             found.append(None)
         else:  # the wider dtype of several decides
             found.append(False if False in of else None if None in of else True)

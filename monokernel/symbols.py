@@ -13,7 +13,7 @@ import operator
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -58,8 +58,8 @@ class Tape:
     """What one forward has done so far: a program's nodes, and the parameters at their places."""
 
     __slots__ = (
-        "autocast", "batch", "casts", "device", "device_type", "dtype", "ended", "hooks", "lead",
-        "mlp", "nodes", "params", "requires_grad", "sentence", "values",
+        "autocast", "batch", "casts", "device", "device_type", "dtype", "ended", "full", "hooks",
+        "lead", "mlp", "nodes", "params", "requires_grad", "sentence", "values",
     )  # fmt: skip
 
     def __init__(self, mlp: nn.Module, inputs: Inputs) -> None:
@@ -72,6 +72,7 @@ class Tape:
         self.device_type = self.device.type
         self.autocast = inputs.autocast
         self.casts = self.autocast and operand_dtype(x) != x.dtype
+        self.full = set[int]()  # values that autocast sees to it are float32
         self.hooks = _saving(False)
         self.nodes: list[Node] = []
         self.params: list[Param] = []
@@ -112,6 +113,11 @@ class Tape:
         self.nodes.append(Node(kind, inputs, places, numbers, width))
         return self.value(len(self.nodes), width, flat, shared)
 
+    def made_in_full(self, before: int) -> None:
+        """Of all but the first ``before`` nodes."""
+        if self.casts and self.device_type == "cuda":
+            self.full.update(range(before + 1, len(self.nodes) + 1))
+
     def refuse(self, what: str, why: object = "is not known as a row-wise node") -> Unreadable:
         """The exception to raise; the first one stands, whatever becomes of it."""
         if not self.sentence:
@@ -151,6 +157,8 @@ class Symbol:
         if handler is None:
             raise _tape((args, kwargs)).refuse(_name(func))
         try:
+            if func in _FULL:
+                return _full(handler, *args, **(kwargs or {}))
             return handler(*args, **kwargs) if kwargs else handler(*args)
         except Exception as error:
             raise _tape((args, kwargs)).refuse(_name(func), _why(error)) from None
@@ -713,7 +721,9 @@ class Stack(Symbol):
         self.tape, self.parts, self.axis = parts[0].tape, parts, axis
 
     def sum(self, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Value:
-        return self._combined("sum", dim, keepdim, dtype, 1.0)
+        found = self._combined("sum", dim, keepdim, dtype, 1.0)
+        self.tape.made_in_full(found.at - 1)
+        return found
 
     def mean(self, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Value:
         return self._combined("mean", dim, keepdim, dtype, 1.0 / len(self.parts))
@@ -1117,7 +1127,29 @@ _REFUSED = (
 )
 
 
+# What autocast computes in float32 on CUDA, whatever it is given; in place it does not.
+_IN_FULL = frozenset(
+    ("exp", "layer_norm", "log", "log_softmax", "pow", "reciprocal", "rsqrt", "softmax", "softplus",
+     "square", "sum", "__pow__", "__rtruediv__")
+)  # fmt: skip
+_FULL = {
+    getattr(home, name) for home in (torch, F, Tensor) for name in _IN_FULL if hasattr(home, name)
+}
+
+
+def _full(handler: Handler, *args: Any, **kwargs: Any) -> Any:
+    """The handler, with what it makes marked on the tape where autocast sees to it."""
+    tape = _tape((args, kwargs))
+    before = len(tape.nodes)
+    found = handler(*args, **kwargs)
+    tape.made_in_full(before)
+    return found
+
+
 def _method(name: str, handler: Handler) -> Handler:
+    if name in _IN_FULL:
+        handler = partial(_full, handler)
+
     def method(self: Value, *args: Any, **kwargs: Any) -> Any:
         try:
             return handler(self, *args, **kwargs)

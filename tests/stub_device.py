@@ -149,6 +149,7 @@ call(
     backend="triton",
     dx=True,
 )
+call("SwiGLU under autocast", zoo="SwiGLU", dtype=torch.float32, autocast=True, backend="triton")
 
 
 def module(N: int, margin: float) -> None:

@@ -455,6 +455,7 @@ PROBLEMS = [
         ((0, 2), "tangent", Hinge((1, -1), (0.1, 0.2), True, True)),
     ][i % 2 :][:1]
 ]
+PROBLEMS[1] = PROBLEMS[1]._replace(cast=torch.bfloat16)
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=CASES)
@@ -499,4 +500,6 @@ def mutation(field: object) -> st.SearchStrategy[object]:
         )
     if isinstance(field, bool):
         return st.booleans()
+    if field is None or isinstance(field, torch.dtype):
+        return st.sampled_from([None, torch.float16, torch.bfloat16, torch.float64])
     return {int: INTEGERS, float: FLOATS, str: WORDS}[type(field)]

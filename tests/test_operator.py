@@ -179,6 +179,15 @@ def test_opcheck(D: int, mode: Any, backend: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(torch.ops.monokernel.backward.default, arguments)
 
 
+@pytest.mark.parametrize("backend", HANDWRITTEN)
+def test_operands_of_two_dtypes_are_for_triton_alone(backend: str) -> None:
+    problem = chain_problem((3, 1), (Activation("identity"),), 1, "adjoint", None)
+    packed = pack(problem._replace(cast=torch.bfloat16))
+    params = [torch.randn(1, 3, dtype=torch.bfloat16), None]
+    with pytest.raises(ValueError, match="cannot serve"):
+        torch.ops.monokernel.forward(torch.randn(2, 3), None, params, False, backend, *packed)
+
+
 # --- functorch and forward mode: the reference path, never a silent zero -------------------------
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -21,7 +22,7 @@ from monokernel import fused_mono_penalty, plan, value_and_jacobian
 from monokernel.arguments import check_inputs
 from monokernel.nodes import rule, wrong_nodes
 from monokernel.program import chain_of
-from monokernel.reading import Reading, read
+from monokernel.reading import Reading, _record, read
 from monokernel.symbols import Value
 from tests.support import HANDWRITTEN, assert_same, gradients, mlp, oracle, points
 
@@ -961,6 +962,61 @@ def test_autocast_needs_to_know_the_dtype_of_the_output() -> None:
         with pytest.raises(ValueError, match="under autocast backend 'torch' serves chains"):
             value_and_jacobian(shifted, x1, x2, backend="torch")
     assert math.isfinite(fused_mono_penalty(shifted, x1, x2).item())
+
+
+# What autocast makes of what a linear layer gives, on CUDA.
+ON_CUDA: dict[str, Forward] = {
+    "an activation": lambda n, x: F.silu(n.a(x)),
+    "a residual": lambda n, x: n.a(x) + n.b(F.gelu(n.a(x))),
+    "x beside it": lambda n, x: n.a(x) + x,
+    "concatenated with x": lambda n, x: torch.cat([n.a(x), x], -1),
+    "the mean of a stack": lambda n, x: torch.stack([n.a(x), n.b(x)]).mean(0),
+    "the sum of a stack": lambda n, x: torch.stack([n.a(x), n.b(x)]).sum(0),
+    "a norm": lambda n, x: n.norm(n.a(x)),
+    "a norm and a layer": lambda n, x: n.one(n.norm(n.a(x))),
+    "softmax": lambda n, x: n.a(x).softmax(-1),
+    "log-softmax": lambda n, x: F.log_softmax(n.a(x), -1),
+    "exp": lambda n, x: n.a(x).exp(),
+    "exp in place": lambda n, x: n.a(x).exp_(),
+    "log": lambda n, x: torch.log(n.a(x)),
+    "softplus": lambda n, x: F.softplus(n.a(x)) + n.b(x),
+    "a power": lambda n, x: n.a(x) ** 2,
+    "a square": lambda n, x: n.a(x).square(),
+    "its square": lambda n, x: F.relu(n.a(x)) * n.a(x),
+    "a root": lambda n, x: n.a(x).sqrt(),
+    "one by a root": lambda n, x: n.a(x).rsqrt(),
+    "a reciprocal": lambda n, x: n.a(x).reciprocal(),
+    "a number by it": lambda n, x: 2 / n.a(x),
+    "a quotient": lambda n, x: n.a(x) / n.b(x),
+    "a total": lambda n, x: n.a(x).sum(-1, keepdim=True),
+    "a mean": lambda n, x: n.a(x).mean(-1, keepdim=True),
+    "dropout": lambda n, x: F.dropout(n.a(x), 0.5, True),
+}
+
+
+@pytest.mark.parametrize("what", ON_CUDA)
+def test_the_dtype_of_the_output_under_autocast_on_cuda(what: str) -> None:
+    """Asked of PyTorch by tensors that have no memory: no GPU is needed."""
+    net: Any = Net(ON_CUDA[what]).float()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x, x1, x2 = (torch.randn(7, n, device="cuda") for n in (D, D1, K))
+        for m in net.modules():
+            for held in (m._parameters, m._buffers):
+                for name, t in held.items():
+                    if t is not None and t.is_floating_point():
+                        # Without a gradient, for which autograd would look for a GPU.
+                        held[name] = torch.empty_like(t, device="cuda", requires_grad=False)
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            plain = net(x)
+            found = _record(net, check_inputs(x1, x2), fold=True)
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+            torch.set_autocast_dtype("cuda", torch.float16)
+    assert isinstance(found, Reading), found
+    rounded = True if found.rounded is None else found.rounded  # of a chain of layers
+    assert plain.dtype == (torch.bfloat16 if rounded else torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -82,3 +82,23 @@ for D, k, mode in ((1, 4, "adjoint"), (8, 1, "tangent")):
 """
     found = _python("-c", code)
     assert found.returncode == 0, found.stderr
+
+
+def test_each_card_exponentiates_in_its_own_way() -> None:
+    """Also where both are compiled for in one process: what is kept of a problem tells them
+    apart."""
+    code = """
+import torch
+from tools.compile_report import compiled_code
+from tools.kernel_cases import Case, launches
+for path in ("whole", "layered"):
+    case = Case((8, 32, 1), "silu", 1, "adjoint", torch.float16, path=path)
+    for target, how in (("sm_90", 1), ("gfx942", 0), ("sm_90", 1)):
+        options = launches(case, target)[0].options
+        act = options["ACTS"][0] if path == "whole" else options["ACT"]
+        assert act[4] == how, (path, target, act)
+call = launches(case, "sm_90")[0]
+assert "ex2.approx.ftz" in compiled_code(call, "sm_90").intermediate["ptx"]
+"""
+    found = _python("-c", code)
+    assert found.returncode == 0, found.stderr

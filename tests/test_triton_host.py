@@ -87,7 +87,7 @@ def test_kernels_wait_for_nothing(
     with Host() as host:
         seen = step()
     assert host.waits == []
-    handed_over = [t for _, args, _ in seen for t in tree_leaves(args) if isinstance(t, Tensor)]
+    handed_over = [t for _, _, args, _ in seen for t in tree_leaves(args) if isinstance(t, Tensor)]
     assert len(handed_over) > 10
     assert {t.device for t in handed_over} == {META}
 
@@ -117,7 +117,7 @@ def test_programs_wait_for_nothing(name: str, mode: Mode, cotangents: str) -> No
         with Host() as host:
             seen[N] = step()
         assert host.waits == []
-    kernels = [[(kernel, options) for kernel, _, options in found] for found in seen.values()]
+    kernels = [[(kernel, options) for kernel, _, _, options in found] for found in seen.values()]
     assert kernels[0] == kernels[1]
     assert len(kernels[0]) > 2
 
@@ -219,7 +219,7 @@ def pair_products(launched: Launches, width: int) -> int:
     sides, one for each operand that is there."""
     operands = {"pairs_up": ["h_dot"], "pairs_weight": ["p", "q"], "pairs_down": ["P", "q"]}
     found = 0
-    for kernel, args, options in launched:
+    for kernel, _, args, options in launched:
         name = kernel.fn.__name__
         if name in operands and options["INPUTS"] == options["OUTPUTS"] == width:
             given = dict(zip(kernel.arg_names, args, strict=False))
@@ -303,8 +303,8 @@ def test_a_margin_that_moves_compiles_nothing_again(path: ModuleType, mode: Mode
         x, params = inputs(p, 40)
         with recorded() as seen:
             path.forward(p, x, None, params, True)
-        numbers = [a for _, args, _ in seen for a in args if isinstance(a, (int, float))]
-        return [(kernel, options) for kernel, _, options in seen], numbers
+        numbers = [a for _, _, args, _ in seen for a in args if isinstance(a, (int, float))]
+        return [(kernel, options) for kernel, _, _, options in seen], numbers
 
     compiled, numbers = launched(0.3)
     for margin in (0.0, 1.0):  # integers equal to 1 would be compile-time constants

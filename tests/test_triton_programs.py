@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
-from monokernel import fused_mono_penalty, plan
+from monokernel import fused_mono_penalty, plan, value_and_jacobian
 from monokernel.backends import handwritten
 from monokernel.backends import triton as backend
 from monokernel.backends.triton import programs as path
@@ -21,7 +23,7 @@ from monokernel.columns import last_columns
 from monokernel.problem import Hinge, Mode, Problem
 from monokernel.program import Node
 from tests.problems import errors, run
-from tests.support import assert_same, gradients, points
+from tests.support import assert_same, gradients, oracle, points
 from tests.test_programs import BOTH_MODES, CASES, RandomCall, operands, random_calls
 from tests.zoo import ACTIVE, ZOO, network
 
@@ -188,3 +190,129 @@ def test_refuses_rows_that_no_program_of_a_kernel_holds() -> None:
         why = backend.refuses(Problem(3, nodes, last_columns(3, 1), "adjoint", None), x)
         assert (why is not None) == refused
         assert not refused or f"a softmax is {width} wide" in str(why)
+
+
+# --- autocast ------------------------------------------------------------------------------------
+
+
+@settings(max_examples=50)
+@given(call=random_calls([0, 1, 16, 29]))
+def test_random_programs_of_two_dtypes(call: RandomCall) -> None:
+    """As under autocast, but linear nodes are in float32 and the rest in float64: so near to the
+    twin that nothing can be missing. Without a hinge, whose sign rounding could change."""
+    p = call.problem._replace(hinge=None)
+    layers = {place for node in p.nodes if node.kind == "linear" for place in node.params}
+    options = {
+        "task": call.task, "slopes": call.slopes, "needs": call.needs,
+        "violating": torch.rand(len(call.x)) < 0.5,
+    }  # fmt: skip
+    params = [t.float() if t is not None and i in layers else t for i, t in enumerate(call.params)]
+    with call.blocks():
+        got = run(path, p._replace(cast=torch.float32), call.x, params, **options)
+        want = run(handwritten, p, call.x, call.params, **options)
+    assert_same([t.double() for t in got], want, 1e-4)
+
+
+def results(net: nn.Module, x1: Tensor, x2: Tensor, J_of: Any) -> list[Tensor]:
+    """y, J and all gradients of a smooth loss of both: no hinge, whose sign may flip near zero."""
+    leaves = [x1.clone().requires_grad_(), x2.clone().requires_grad_()]
+    y, J = J_of(net, *leaves)
+    torch.manual_seed(1)
+    gy, gJ = torch.randn(y.shape, dtype=torch.float64), torch.randn(J.shape, dtype=torch.float64)
+    loss = ((y * gy.to(y.dtype)).sum() + (J * gJ.to(J.dtype)).sum()) / len(y)
+    return [y, J, *gradients(loss, *leaves, *net.parameters())]
+
+
+def assert_as_good_as_autocast(
+    net: nn.Module, x1: Tensor, x2: Tensor, dtype: torch.dtype, **way: str
+) -> None:
+    def ours(*call: Any) -> Any:
+        return value_and_jacobian(*call, backend="triton", **way)
+
+    with torch.autocast("cpu", dtype):
+        assert plan(net, x1, x2, backend="triton").backend == "triton"
+        own, got = results(net, x1, x2, oracle), results(net, x1, x2, ours)
+    truth = results(copy.deepcopy(net).double(), x1.double(), x2.double(), oracle)
+    assert got[0].dtype == own[0].dtype
+    assert got[1].dtype == torch.float32
+    assert all(g.dtype == torch.float32 for g in got[2:])
+    # Where the interpreter stores bfloat16 it truncates, which devices round.
+    factor = 8 if dtype == torch.bfloat16 else 2
+    for i, (g, o, t) in enumerate(zip(got, own, truth, strict=True)):
+        size = max(t.square().mean().sqrt().item(), 1e-12)
+        a, b = ((f.double() - t).square().mean().sqrt().item() / size for f in (g, o))
+        b = max(b, torch.finfo(dtype).eps)
+        assert a <= factor * b, f"tensor {i}: {a:.2e}, PyTorch {b:.2e}"
+
+
+# A parameter is added to its output, and may be of another dtype: it is not served under autocast.
+UNKNOWN = ("additive",)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("D", "k", "mode"), [(1, 2, "adjoint"), (3, 1, "tangent")], ids=["adjoint", "tangent"]
+)
+@pytest.mark.parametrize("name", [n for n in ZOO if n not in (*ACTIVE, *CHAINS, *UNKNOWN)])
+def test_autocast(name: str, D: int, k: int, mode: Mode, dtype: torch.dtype) -> None:
+    """Nothing is more than twice as wrong as PyTorch's own."""
+    net, (x1, x2) = network(name, 3 + k, D, 16, seed=3), points(200, 3, k, torch.float32)
+    assert_as_good_as_autocast(net, x1, x2, dtype, mode=mode)
+
+
+class Far(nn.Module):
+    """Inputs that half precision cannot tell apart, which a norm brings near."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer, self.out = nn.LayerNorm(5), nn.Linear(5, 16), nn.Linear(16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.out(F.silu(self.layer(self.norm(500 + x))))
+        return h
+
+
+class Beside(nn.Module):
+    """An input that goes on as it is, beside a small part of a network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.out = nn.Linear(5, 16), nn.Linear(16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., -1:] + 0.01 * self.out(torch.tanh(self.layer(x))).softmax(-1) * x[..., :1]
+
+
+@pytest.mark.parametrize("make", [Far, Beside])
+def test_autocast_rounds_nothing_that_pytorch_does_not(make: type[nn.Module]) -> None:
+    x1, x2 = points(60, 3, 2, torch.float32)
+    assert_as_good_as_autocast(make(), x1, x2, torch.float16)
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_an_active_dropout_under_autocast(name: str) -> None:
+    """The same masks as without: the value is as far off as autocast alone makes it."""
+    net, (x1, x2) = network(name, 5, 1, 16).train(), points(60, 3, 2, torch.float32)
+    found = []
+    for enabled in (True, False):
+        torch.manual_seed(5)
+        with torch.autocast("cpu", torch.float16, enabled=enabled):
+            found.append(value_and_jacobian(net, x1, x2, backend="triton"))
+    assert_same([t.float() for t in found[0]], list(found[1]), 0.01)
+
+
+def test_a_compiled_step_under_autocast() -> None:
+    net, (x1, x2) = network("SwiGLU", 5, 1, 16), points(40, 3, 2, torch.float32)
+
+    def loss() -> Tensor:
+        with torch.autocast("cpu", torch.float16):
+            y, penalty = fused_mono_penalty(
+                net, x1, x2, margin=0.05, return_output=True, backend="triton"
+            )
+        return y.float().square().sum() + penalty
+
+    want = loss()
+    got = torch.compile(loss, fullgraph=True, backend="aot_eager")()
+    assert torch.equal(got, want)
+    params = [*net.parameters()]
+    assert all(map(torch.equal, gradients(got, *params), gradients(want, *params)))

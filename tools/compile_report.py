@@ -19,7 +19,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -30,7 +30,7 @@ from monokernel.backends.triton.launch import Launch
 from monokernel.backends.triton.target import interpreting
 from tools.kernel_cases import KNOWN_SPILLS, TARGETS, Case, every_case, launches, quick_cases
 
-__all__ = ["main", "source_of"]
+__all__ = ["Compiled", "compiled_code", "main", "source_of"]
 
 
 # --- one kernel, one target ---------------------------------------------------------------------
@@ -88,6 +88,33 @@ def source_of(call: Launch) -> tuple[ASTSource, dict[str, Any]]:
     return ASTSource(call.kernel, signature, constants, attributes), options
 
 
+class Compiled(NamedTuple):
+    """What the compiler made of a launch: SASS or AMD assembly, and what a program takes."""
+
+    registers: int
+    stack: int
+    shared: int
+    warps: int
+    code: str
+    intermediate: dict[str, Any]  # by Triton's names of its forms
+    tensor_memory: int
+
+
+def compiled_code(call: Launch, target_name: str) -> Compiled:
+    source, options = source_of(call)
+    target = TARGETS[target_name].gpu
+    if target.backend == "hip":
+        options.pop("maxnreg", None)
+    made = triton.compile(source, target=target, options=options)
+    read = (
+        read_amd(made.asm["amdgcn"]) if target.backend == "hip" else read_nvidia(made.asm["cubin"])
+    )
+    return Compiled(
+        *read[:2], made.metadata.shared, made.metadata.num_warps, read[2], made.asm,
+        getattr(made.metadata, "tmem_size", 0) or 0,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the table."""
@@ -109,13 +136,10 @@ class Row:
 def compile_one(case: Case, index: int, target_name: str) -> Row:
     """Compiles launch number ``index`` of the case's step and reads what came out."""
     call, target = launches(case, target_name)[index], TARGETS[target_name]
-    source, options = source_of(call)
-    if target.gpu.backend == "hip":
-        options.pop("maxnreg", None)
     began = time.perf_counter()
     name = call.kernel.__name__
     try:
-        compiled = triton.compile(source, target=target.gpu, options=options)
+        made = compiled_code(call, target_name)
     except Exception as error:  # the table shows which one failed, whatever the compiler raised
         root: BaseException = error
         while root.__cause__ is not None:
@@ -123,28 +147,25 @@ def compile_one(case: Case, index: int, target_name: str) -> Row:
         complaint = f"does not compile: {' '.join(str(root).split())[-200:]}"
         return Row(case.name, name, target_name, 0, 0, 0, 0, 0, 0, 0.0, (complaint,))
     seconds = time.perf_counter() - began
-    if target.gpu.backend == "hip":
-        registers, stack, code = read_amd(compiled.asm["amdgcn"])
-    else:
-        registers, stack, code = read_nvidia(compiled.asm["cubin"])
+    stack, code = made.stack, made.code
     # wgmma takes 64 rows; what has fewer runs on the instruction of the older cards.
     few = call.options.get("BM", 64) < 64
     row = Row(
         case.name,
         name,
         target_name,
-        registers,
+        made.registers,
         stack,
-        compiled.metadata.shared,
-        getattr(compiled.metadata, "tmem_size", 0) or 0,
+        made.shared,
+        made.tensor_memory,
         tensor_core=len(re.findall(target.tensor_core + (r"|\bHMMA" if few else ""), code)),
         special=len(re.findall(r"\bMUFU|\bv_(?:exp|log|rcp|rsq|sqrt|sin|cos)_", code)),
         seconds=seconds,
     )
     known = known_spill(case, name, target_name)
-    multiplies = "tt.dot" in compiled.asm["ttir"]
+    multiplies = "tt.dot" in made.intermediate["ttir"]
     found = complaints(row, call, known, multiplies)
-    if re.search(r"^\s*trap;", compiled.asm.get("ptx", ""), re.M):
+    if re.search(r"^\s*trap;", made.intermediate.get("ptx", ""), re.M):
         found.append("a trap in the PTX")
     warning = f"known: spills {stack} bytes" if 0 < stack <= known else ""
     return replace(row, complaints=tuple(found), warning=warning)

@@ -77,12 +77,14 @@ class Case:
     row_weight: bool = False  # a hinge weight for each row
     N: int = 1024
     nodes: tuple[Node, ...] = ()  # of a program, which ``kind`` is then the name of
+    cast: torch.dtype | None = None  # of an autocast
 
     @property
     def problem(self) -> Problem:
         if self.nodes:
             d = self.widths[0]
-            return Problem(d, self.nodes, last_columns(d, self.k), self.mode, self.hinge)
+            columns = last_columns(d, self.k)
+            return Problem(d, self.nodes, columns, self.mode, self.hinge, self.cast)
         hidden = {"softplus": (1.0, 20.0), "elu": (1.0, 1.0, 1.0)}.get(self.kind, ())
         σ = Activation(self.kind, *hidden)
         acts = (*(σ,) * (len(self.widths) - 2), Activation("identity"))
@@ -90,7 +92,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        kind = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "tf32"}[self.dtype]
+        kinds = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "tf32"}
+        kind = kinds[self.dtype]
         if self.dtype == torch.float32 and self.precision != "high":
             kind = "fp32" if self.precision == "highest" else self.precision
         shape = "-".join(map(str, self.widths))
@@ -103,6 +106,7 @@ class Case:
             "no bias": not self.bias,
             f"{self.cotangents} alone": self.cotangents != "both",
             "dx": self.dx,
+            f"autocast {kinds.get(self.cast or self.dtype)}": self.cast is not None,
             f"N={self.N}": self.N != 1024,
         }
         own = "".join(f", {what}" for what, present in special.items() if present)
@@ -244,6 +248,7 @@ def program_cases() -> Iterator[Case]:
         yield block
         yield replace(block, cotangents="slopes")
         yield replace(block, hinge=None, N=1)
+        yield replace(block, dtype=single, cast=brain)
 
 
 def quick_cases() -> Iterator[Case]:
@@ -268,7 +273,7 @@ def every_case() -> Iterator[Case]:
     yield from program_cases()
 
 
-def launches(case: Case, target: str) -> list[Launch]:
+def launches(case: Case, target: str, processors: int = 2) -> list[Launch]:
     """What a training step of the case launches on the target; nothing if it is not served so."""
     precision = torch.get_float32_matmul_precision()
     chosen = case.precision
@@ -276,7 +281,7 @@ def launches(case: Case, target: str) -> list[Launch]:
         os.environ["MONOKERNEL_FP32"], chosen = chosen, "highest"
     torch.set_float32_matmul_precision(chosen)
     try:
-        with assumed(TARGETS[target].products), recorded() as seen:
+        with assumed(TARGETS[target].products, processors), recorded() as seen:
             _step(case)
     finally:
         os.environ.pop("MONOKERNEL_FP32", None)
@@ -286,11 +291,13 @@ def launches(case: Case, target: str) -> list[Launch]:
 
 def _step(case: Case) -> None:
     problem, N = case.problem, case.N
-    biases = {node.params[1] for node in problem.nodes if node.kind == "linear"}
+    linears = [node for node in problem.nodes if node.kind == "linear"]
+    layers, biases = {p for n in linears for p in n.params}, {n.params[1] for n in linears}
     params: list[Tensor | None] = []
     for place, (_, shapes) in sorted(parameter_shapes(problem.d, problem.nodes).items()):
         given = case.bias or place not in biases
-        params.append(torch.zeros(shapes[0], dtype=case.dtype) if given else None)
+        dtype = case.cast if case.cast and place in layers else case.dtype
+        params.append(torch.zeros(shapes[0], dtype=dtype) if given else None)
     x = torch.empty(N, problem.d, dtype=case.dtype)
     weight = torch.empty(N, problem.D, problem.k) if case.row_weight else None
     path = PATHS[case.path]

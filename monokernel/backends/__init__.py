@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
-from typing import NamedTuple, Protocol, cast
+from typing import Literal, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -25,21 +25,26 @@ class Record(NamedTuple):
     imported when first asked for (Triton must not be paid for on a CPU).
 
     ``device`` is where ``auto`` looks for it, anywhere if None; asked for by name it answers for
-    itself: under its interpreter Triton serves CPU tensors. One that ``widens`` computes in
-    ``accumulate_dtype`` whatever it reads: under autocast it takes the weights as they are, for to
-    round them first would only lose digits.
+    itself: under its interpreter Triton serves CPU tensors. ``autocast`` is what it serves under
+    one, and how:
+
+    * "chains": those of layers alone, with all operands rounded to autocast's dtype;
+    * "mixed": these, and other programs as PyTorch does, linear nodes alone in autocast's dtype
+      (``Problem.cast``);
+    * "wide": every program with its operands as they are. It computes in ``accumulate_dtype``
+      whatever it reads, so to round them first would only lose digits.
     """
 
     kernel: str
     module: str
     device: str | None = None
-    widens: bool = False
+    autocast: Literal["chains", "mixed", "wide"] = "chains"
 
 
 # By public name, in the order in which ``auto`` asks them. AMD's GPUs are "cuda" too.
 BACKENDS = {
-    "triton": Record("fused Triton kernels", ".triton", "cuda"),
-    "cpu": Record("native C++ kernel", ".cpu", "cpu", widens=True),
+    "triton": Record("fused Triton kernels", ".triton", "cuda", "mixed"),
+    "cpu": Record("native C++ kernel", ".cpu", "cpu", "wide"),
     "torch": Record("hand-written backward in PyTorch operations", ".handwritten"),
 }
 

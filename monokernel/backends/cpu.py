@@ -58,6 +58,8 @@ def refuses(problem: Problem, x: Tensor) -> str | None:
     if x.dtype not in _DTYPES:
         came = str(x.dtype).removeprefix("torch.")
         return f"it serves float32, float64, bfloat16 and float16, got {came}"
+    if problem.cast is not None:
+        return "it casts no operands, it takes all of them as they are"
     library = _library()
     if isinstance(library, str):
         return library

@@ -52,8 +52,8 @@ Values = dict[int, Tensor]  # by number: 0 is x, i + 1 what node i made
 
 
 def refuses(problem: Problem, x: Tensor) -> str | None:
-    """Why this backend cannot serve the problem, or None. It serves every one."""
-    return None
+    """Why this backend cannot serve the problem, or None. It serves every program."""
+    return None if problem.cast is None else "it serves operands of one dtype"
 
 
 def step() -> None:

@@ -29,6 +29,7 @@ __all__ = [
     "Step",
     "WayDown",
     "blocks",
+    "dtypes_of",
     "facts_of",
     "parameters_of",
     "saved_like",
@@ -172,11 +173,41 @@ def saved_like(problem: Problem, x: Tensor) -> list[Tensor]:
     the values (N, H) of linear nodes but for y itself, the cotangents (N, H) that they pull where
     the adjoint chain is kept, ∂penalty/∂J (N, D, k) when there is a hinge.
     """
-    N, facts = x.shape[0], facts_of(problem)
-    saved = [x.new_empty(N, facts.widths[v]) for v in (*facts.saved, *facts.pulled)]
+    N, facts, dtypes = x.shape[0], facts_of(problem), dtypes_of(problem, x.dtype)
+    saved = [
+        x.new_empty(N, facts.widths[v], dtype=dtypes[v]) for v in (*facts.saved, *facts.pulled)
+    ]
     if problem.hinge is not None:
         saved.append(x.new_empty(N, problem.D, problem.k, dtype=accumulate_dtype(x.dtype)))
     return saved
+
+
+# Under autocast these are float32 whatever they read: autocast sees to it (on CUDA; to a root where
+# it is written as a power), or a parameter that is none of a linear layer.
+FULL = frozenset(
+    ("normalise", "root_mean_square", "softmax", "log_softmax", "total", "scale", "shift", "exp",
+     "log", "reciprocal", "softplus", "square", "sqrt")
+)  # fmt: skip
+
+
+def dtypes_of(problem: Problem, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """The dtype that each value is stored in, and its tangents and cotangents, for x of a dtype."""
+    return _dtypes(facts_of(problem), problem.cast or dtype, dtype)
+
+
+@lru_cache(maxsize=1024)
+def _dtypes(facts: Facts, cast: torch.dtype, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    found = [dtype] * len(facts.widths)
+    read, lightly = set[int](), set[int]()
+    for _, node, _, linear, _ in facts.steps:
+        read.update(node.inputs)
+        lightly.update(() if linear else node.inputs)
+    for v, node, _, linear, _ in facts.steps:
+        kept = node.kind not in FULL and all(found[u] is cast for u in node.inputs)
+        # What linear nodes alone read they would round themselves.
+        if linear or kept or (v in read and v not in lightly):
+            found[v] = cast
+    return tuple(found)
 
 
 def blocks(problem: Problem, facts: Facts, x: Tensor) -> Iterator[slice]:

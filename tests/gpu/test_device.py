@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import ModuleType
 
 import pytest
@@ -17,7 +18,7 @@ from monokernel.backends.triton import layered, programs, whole
 from monokernel.columns import last_columns
 from monokernel.problem import Hinge, Mode, Problem
 from tests.problems import assert_as_precise_as_pytorch, errors, inputs, problem, run
-from tests.support import mlp, points
+from tests.support import mlp, oracle, points
 from tests.test_programs import CASES, operands
 from tests.zoo import network
 
@@ -115,6 +116,21 @@ def test_programs(name: str, mode: Mode) -> None:
         assert a <= 3 * b + 1e-5
     again = run(programs, p, x.float().cuda(), low, violating=violating)
     assert all(map(torch.equal, ours, again))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["tabular ResNet", "pre-norm LayerNorm", "SwiGLU", "softmax"])
+def test_programs_under_autocast(name: str, dtype: torch.dtype) -> None:
+    """Value and slopes at most twice as far off as PyTorch's own; the output's dtype is its."""
+    net, (x1, x2) = network(name, 8, 3, 64), points(3000, 6, 2, torch.float32)
+    y, J = oracle(copy.deepcopy(net).double(), x1.double(), x2.double())
+    net, x1, x2 = net.cuda(), x1.cuda(), x2.cuda()
+    with torch.autocast("cuda", dtype):
+        assert monokernel.plan(net, x1, x2).backend == "triton"
+        ours, torchs = monokernel.value_and_jacobian(net, x1, x2), oracle(net, x1, x2)
+    assert ours[0].dtype == torchs[0].dtype
+    for a, b in zip(errors(ours, (y, J)), errors(torchs, (y, J)), strict=True):
+        assert a <= 2 * max(b, torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("name", [64, 300, "pre-norm LayerNorm", "nested GLU"])

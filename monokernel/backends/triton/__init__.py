@@ -31,7 +31,9 @@ def refuses(problem: Problem, x: Tensor) -> str | None:
         return "x is float64, for which there are no tensor-core kernels"
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return f"x is {x.dtype}; the Triton kernels serve float32, float16 and bfloat16"
-    if problem.chain is None:
+    if problem.cast is not None and x.dtype != torch.float32:
+        return f"x is {x.dtype}; under autocast the Triton kernels take float32"
+    if _is_program(problem):
         return programs.refuses(problem, x)
     return None if whole.refuses(problem, x) is None else layered.refuses(problem, x)
 
@@ -41,11 +43,16 @@ def _path(problem: Problem, x: Tensor, saved: Sequence[Tensor] | None = None) ->
 
     In the backward what was saved decides, should the float32 precision have been changed since.
     """
-    if problem.chain is None:
+    if _is_program(problem):
         return programs
     if saved is not None and len(saved) != len(whole.saved_like(problem, x[:0])):
         return layered
     return whole if whole.refuses(problem, x) is None else layered
+
+
+def _is_program(problem: Problem) -> bool:
+    """Whether it goes node by node: of a chain all operands have one dtype."""
+    return problem.chain is None or problem.cast is not None
 
 
 def step() -> None:

@@ -13,9 +13,12 @@ import triton.language as tl
 
 from ...activations import ACTIVATIONS, Activation
 from ...problem import Problem, accumulate_dtype
+from .target import approximate
 
 __all__ = [
+    "IDENTITY",
     "TL_DTYPES",
+    "ActivationCode",
     "accumulator",
     "activation_code",
     "activation_table",
@@ -39,15 +42,23 @@ def accumulator(dtype: torch.dtype) -> Any:
     return TL_DTYPES[accumulate_dtype(dtype)]
 
 
-def activation_code(a: Activation) -> tuple[int, float, float, float]:
-    """(code, p, q, r)."""
-    return CODES[a.kind], a.p, a.q, a.r
+ActivationCode = tuple[int, float, float, float, int]
+IDENTITY: ActivationCode = (0, 0.0, 0.0, 0.0, 0)
+
+
+def activation_code(a: Activation, how: int) -> ActivationCode:
+    """(code, p, q, r, how to exponentiate)."""
+    return CODES[a.kind], a.p, a.q, a.r, how
+
+
+def activation_table(problem: Problem, dtype: torch.dtype) -> tuple[ActivationCode, ...]:
+    """The code of each layer's activation, for operands of a dtype."""
+    return _activation_table(problem, approximate(dtype))
 
 
 @lru_cache(maxsize=256)
-def activation_table(problem: Problem) -> tuple[tuple[int, float, float, float], ...]:
-    """The code of each layer's activation."""
-    return tuple(map(activation_code, problem.activations))
+def _activation_table(problem: Problem, how: int) -> tuple[ActivationCode, ...]:
+    return tuple([activation_code(a, how) for a in problem.activations])
 
 
 def output_code(problem: Problem) -> int:

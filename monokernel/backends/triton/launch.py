@@ -13,9 +13,10 @@ __all__ = ["Launch", "launch", "recorded"]
 
 
 class Launch(NamedTuple):
-    """A kernel with its arguments, and its compile-time constants and options by name."""
+    """A kernel with its grid, its arguments, and its compile-time constants and options by name."""
 
     kernel: Any
+    programs: tuple[int, ...]
     args: tuple[object, ...]
     options: dict[str, Any]
 
@@ -40,7 +41,7 @@ def launch(
 ) -> None:
     """Runs ``kernel`` on the grid ``programs``, on the device of ``on``."""
     if _records:
-        _records[-1].append(Launch(kernel, args, options))
+        _records[-1].append(Launch(kernel, programs, args, options))
         return
     elsewhere = on.is_cuda and on.device.index != torch.cuda.current_device()
     with torch.cuda.device(on.device) if elsewhere else nullcontext():

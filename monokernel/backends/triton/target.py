@@ -13,6 +13,7 @@ import torch
 import triton
 
 __all__ = [
+    "approximate",
     "assumed",
     "compute_dtype",
     "dot_precision",
@@ -33,14 +34,14 @@ def interpreting() -> bool:
     return not isinstance(_probe, triton.JITFunction)
 
 
-_assumed: list[str] = []
+_assumed: list[tuple[str, int]] = []
 
 
 @contextmanager
-def assumed(way: str) -> Iterator[None]:
-    """As if every device multiplied this way (see ``products``), and were a card: for compiling
-    without one, and for tests."""
-    _assumed.append(way)
+def assumed(way: str, count: int = 2) -> Iterator[None]:
+    """As if every device multiplied this way (see ``products``), and were a card of so many
+    processors: for compiling without one, and for tests."""
+    _assumed.append((way, count))
     try:
         yield
     finally:
@@ -55,7 +56,7 @@ def products(device: torch.device) -> str:
     The interpreter has no registers to run out of.
     """
     if _assumed:
-        return _assumed[-1]
+        return _assumed[-1][0]
     return _products(device) if device.type == "cuda" else "wgmma"
 
 
@@ -64,6 +65,18 @@ def _products(device: torch.device) -> str:
     if torch.version.hip is not None:
         return "wave"
     return {9: "wgmma", 10: "tcgen05"}.get(torch.cuda.get_device_capability(device)[0], "warp")
+
+
+def approximate(dtype: torch.dtype) -> int:
+    """How kernels exponentiate and divide for operands of a dtype (see ``device/activations.py``):
+    in half precision 1 by NVIDIA's approximate instructions, 2 as if by those, under the
+    interpreter; else 0, as Triton does."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return 0
+    if interpreting():
+        return 2
+    amd = _assumed[-1][0] == "wave" if _assumed else torch.version.hip is not None
+    return 0 if amd else 1
 
 
 def register_limit(device: torch.device) -> dict[str, int]:
@@ -76,11 +89,15 @@ def register_limit(device: torch.device) -> dict[str, int]:
     return {"maxnreg": 255} if cuda or _assumed else {}
 
 
-@lru_cache
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors; 2 under the interpreter, so that tests meet several programs."""
-    if device.type != "cuda":
-        return 2
+    if _assumed:
+        return _assumed[-1][1]
+    return _processors(device) if device.type == "cuda" else 2
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

@@ -45,10 +45,45 @@ SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 GELU_CUBIC = tl.constexpr(0.044715)
 
 
+# How to exponentiate and divide. Triton's own spelling keeps subnormal numbers, which takes more
+# instructions; here they are as good as 0. Either is within two units of the last place.
+APPROXIMATE = tl.constexpr(1)
+EMULATED = tl.constexpr(2)  # with an error as large as the instructions may have
+LOG2_E = tl.constexpr(1.4426950408889634)
+LEAST = tl.constexpr(1.1754943508222875e-38)  # of what is not subnormal in float32
+TWO_UNITS = tl.constexpr(1 + 2**-22)
+
+
 @triton.jit
-def expm1(x):
+def exp(x, HOW: tl.constexpr):
+    if HOW == APPROXIMATE:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * LOG2_E], tl.float32, True, 1
+        )
+    elif HOW == EMULATED and x.dtype == tl.float32:
+        e = tl.exp(x) * TWO_UNITS
+        return tl.where(e < LEAST, tl.zeros_like(e), e)
+    else:
+        return tl.exp(x)
+
+
+@triton.jit
+def reciprocal(x, HOW: tl.constexpr):
+    if HOW == APPROXIMATE:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1
+        )
+    elif HOW == EMULATED and x.dtype == tl.float32:
+        r = 1 / x * TWO_UNITS
+        return tl.where(tl.abs(r) < LEAST, tl.zeros_like(r), r)
+    else:
+        return 1 / x
+
+
+@triton.jit
+def expm1(x, HOW: tl.constexpr):
     """exp(x) - 1. In float32 a polynomial near 0, where the difference would cancel."""
-    direct = tl.exp(x) - 1
+    direct = exp(x, HOW) - 1
     if x.dtype == tl.float64:
         return direct
     else:
@@ -60,9 +95,9 @@ def expm1(x):
 
 
 @triton.jit
-def log1p_exp(x):
+def log1p_exp(x, HOW: tl.constexpr):
     """log(1 + exp(x)) for x <= 0, with its relative accuracy kept where exp(x) is small."""
-    e = tl.exp(x)
+    e = exp(x, HOW)
     direct = tl.log(1 + e)
     if x.dtype == tl.float64:
         return direct
@@ -72,20 +107,36 @@ def log1p_exp(x):
 
 
 @triton.jit
-def tanh(x):
-    e = expm1(-2 * tl.abs(x))  # in (-1, 0]: nothing overflows
-    t = -e / (2 + e)
-    return tl.where(x < 0, -t, t)
+def tanh(x, HOW: tl.constexpr):
+    """tanh(x), and 1 - tanh(x)² as accurately where that is small."""
+    e = expm1(-2 * tl.abs(x), HOW)  # in (-1, 0]: nothing overflows
+    d = reciprocal(2 + e, HOW)
+    t = -e * d
+    return tl.where(x < 0, -t, t), 4 * (1 + e) * d * d
 
 
 @triton.jit
-def sigmoid(x):
-    return 1 / (1 + tl.exp(-x))
+def sigmoids(x, HOW: tl.constexpr):
+    """σ(x), and 1 - σ(x) as accurately where that is small."""
+    e = exp(-tl.abs(x), HOW)  # in (0, 1]: nothing overflows
+    large = reciprocal(1 + e, HOW)
+    small = e * large
+    return tl.where(x < 0, small, large), tl.where(x < 0, large, small)
+
+
+@triton.jit
+def sigmoid(x, HOW: tl.constexpr):
+    """The same, but with a difference where σ(x) is exact to the last digit."""
+    if HOW:
+        return sigmoids(x, HOW)
+    else:
+        s = 1 / (1 + tl.exp(-x))
+        return s, 1 - s
 
 
 @triton.jit
 def activation(a, ACT: tl.constexpr):
-    """σ(a), σ'(a), σ''(a) of the kind and numbers ACT = (code, p, q, r).
+    """σ(a), σ'(a), σ''(a) of the kind and numbers ACT = (code, p, q, r, how to exponentiate).
 
     What the caller does not use is dead code to the compiler. Comparisons are written so that a NaN
     in ``a`` stays one in σ(a).
@@ -94,6 +145,7 @@ def activation(a, ACT: tl.constexpr):
     p: tl.constexpr = ACT[1]
     q: tl.constexpr = ACT[2]
     r: tl.constexpr = ACT[3]
+    HOW: tl.constexpr = ACT[4]
     zero = tl.zeros_like(a)
     value = a
     first = zero + 1
@@ -109,58 +161,57 @@ def activation(a, ACT: tl.constexpr):
         first = tl.where((a > p) & (a < q), zero + 1, zero)
     elif CODE == ELU:
         x = tl.where(a > 0, zero, a) * r
-        tail = tl.exp(x) * (p * q * r)
-        value = tl.where(a > 0, a * p, expm1(x) * (p * q))
+        tail = exp(x, HOW) * (p * q * r)
+        value = tl.where(a > 0, a * p, expm1(x, HOW) * (p * q))
         first = tl.where(a > 0, zero + p, tail)
         second = tl.where(a > 0, zero, tail * r)
     elif CODE == GELU:
         normal = 0.5 * (1 + tl.erf(a * SQRT_HALF))
-        density = tl.exp(-0.5 * a * a) * INV_SQRT_2PI
+        density = exp(-0.5 * a * a, HOW) * INV_SQRT_2PI
         value = a * normal
         first = normal + a * density
         second = density * (2 - a * a)
     elif CODE == GELU_TANH:
-        t = tanh((a + a * a * a * GELU_CUBIC) * SQRT_2_OVER_PI)
+        s, c = sigmoids((a + a * a * a * GELU_CUBIC) * (2 * SQRT_2_OVER_PI), HOW)  # (1 + tanh)/2
         u1 = (1 + a * a * (3 * GELU_CUBIC)) * SQRT_2_OVER_PI
         u2 = a * (6 * SQRT_2_OVER_PI * GELU_CUBIC)
-        value = 0.5 * a * (1 + t)
-        first = 0.5 * (1 + t) + 0.5 * a * (1 - t * t) * u1
-        second = (1 - t * t) * (u1 + 0.5 * a * (u2 - 2 * t * u1 * u1))
-    elif CODE == SILU:
-        s = sigmoid(a)
         value = a * s
-        first = s * (1 + a * (1 - s))
-        second = s * (1 - s) * (2 + a * (1 - 2 * s))
+        first = s + 2 * a * s * c * u1
+        second = 4 * s * c * (u1 + 0.5 * a * (u2 - 2 * (s - c) * u1 * u1))
+    elif CODE == SILU:
+        s, c = sigmoid(a, HOW)
+        value = a * s
+        first = s * (1 + a * c)
+        second = s * c * (2 + a * (c - s))
     elif CODE == MISH:
-        t = tanh(tl.where(a > 0, a, zero) + log1p_exp(-tl.abs(a)))
-        s = sigmoid(a)
+        # By the approximate instructions seven layers of 64 spill 8 bytes on sm_90.
+        t, d = tanh(tl.where(a > 0, a, zero) + log1p_exp(-tl.abs(a), 0), 0)
+        s, c = sigmoid(a, HOW)
         value = a * t
-        first = t + a * s * (1 - t * t)
-        second = (1 - t * t) * s * (2 + a * (1 - s - 2 * t * s))
+        first = t + a * s * d
+        second = d * s * (2 + a * (c - 2 * t * s))
     elif CODE == SOFTPLUS:
         x = a * p
-        s = sigmoid(x)
-        value = tl.where(x > q, a, (tl.where(x > 0, x, zero) + log1p_exp(-tl.abs(x))) / p)
+        s, c = sigmoid(x, HOW)
+        value = tl.where(x > q, a, (tl.where(x > 0, x, zero) + log1p_exp(-tl.abs(x), HOW)) / p)
         first = tl.where(x > q, zero + 1, s)
-        second = tl.where(x > q, zero, s * (1 - s) * p)
+        second = tl.where(x > q, zero, s * c * p)
     elif CODE == SOFTSIGN:
-        d = 1 / (1 + tl.abs(a))
+        d = reciprocal(1 + tl.abs(a), HOW)
         value = a * d
         first = d * d
         second = tl.where(a > 0, -2 * d * d * d, tl.where(a < 0, 2 * d * d * d, zero))
     elif CODE == TANH:
-        value = tanh(a)
-        first = 1 - value * value
+        value, first = tanh(a, HOW)
         second = -2 * value * first
     elif CODE == SIGMOID:
-        value = sigmoid(a)
-        first = value * (1 - value)
-        second = first * (1 - 2 * value)
+        value, c = sigmoid(a, HOW)
+        first = value * c
+        second = first * (c - value)
     elif CODE == LOGSIGMOID:
-        s = sigmoid(a)
-        value = tl.where(a < 0, a, zero) - log1p_exp(-tl.abs(a))
-        first = 1 - s
-        second = -s * (1 - s)
+        s, first = sigmoid(a, HOW)
+        value = tl.where(a < 0, a, zero) - log1p_exp(-tl.abs(a), HOW)
+        second = -s * first
     elif CODE == HARDSIGMOID:
         value = tl.where(a <= -3, zero, tl.where(a >= 3, zero + 1, a / 6 + 0.5))
         first = tl.where((a > -3) & (a < 3), (zero + 1) / 6, zero)
@@ -184,10 +235,10 @@ def activation(a, ACT: tl.constexpr):
         value = tl.where(a <= p, zero + p, tl.where(a >= q, zero + q, a))
         first = tl.where((a >= p) & (a <= q), zero + 1, zero)
     elif CODE == TANHSHRINK:
-        t = tanh(a)
+        t, c = tanh(a, 0)  # a - t has fewer digits
         value = a - t
         first = t * t
-        second = 2 * t * (1 - t * t)
+        second = 2 * t * c
     elif CODE == ABS:
         value = tl.abs(a)
         first = tl.where(a > 0, zero + 1, tl.where(a < 0, zero - 1, zero))

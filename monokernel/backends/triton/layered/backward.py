@@ -88,7 +88,7 @@ class _Rows:
         self, problem: Problem, x: Tensor, params: Params, saved: Sequence[Tensor], gy: Tensor
     ) -> None:
         self.problem, self.x, self.params, self.saved, self.gy = problem, x, params, saved, gy
-        self.table = activation_table(problem)
+        self.table = activation_table(problem, x.dtype)
         self.kept = kept_chain(problem, saved)
         self.g = gy
         if problem.activations[-1].kind != "identity":

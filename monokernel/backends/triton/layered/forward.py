@@ -50,7 +50,7 @@ def _tangent_forward(
 ) -> tuple[Tensor, Tensor]:
     """y and J (N, D, k): one product over the stacked rows [h; ḣ_1; …; ḣ_k] for each layer."""
     N, k, D, L = x.shape[0], problem.k, problem.D, problem.depth
-    table, z = activation_table(problem), x
+    table, z = activation_table(problem, x.dtype), x
     for l in range(L):
         W, b, H = weight_of(params, l), params[2 * l + 1], problem.widths[l + 1]
         z = torch.mm(z, W.t())
@@ -73,7 +73,8 @@ def _tangent_forward(
 
 def _values(problem: Problem, x: Tensor, params: Params, keep: list[Tensor]) -> Tensor:
     """y, with a_l in ``keep``."""
-    N, L, table, h = x.shape[0], problem.depth, activation_table(problem), x
+    N, L, h = x.shape[0], problem.depth, x
+    table = activation_table(problem, x.dtype)
     for l in range(L):
         W, b, H = weight_of(params, l), params[2 * l + 1], problem.widths[l + 1]
         if l == L - 1 and problem.activations[l].kind == "identity":
@@ -92,9 +93,10 @@ def _adjoint_slopes(
     problem: Problem, params: Params, a: list[Tensor], kept: Sequence[Tensor]
 ) -> Tensor:
     """J (N, D, k) by D stacked chains. ``kept`` receives P_l."""
-    D, k, L, table = problem.D, problem.k, problem.depth, activation_table(problem)
+    D, k, L = problem.D, problem.k, problem.depth
     N, nonlinear = a[0].shape[0] if a else 0, problem.activations[-1].kind != "identity"
     first = take(weight_of(params, 0), problem.columns)
+    table = activation_table(problem, first.dtype)
     if L == 1:
         J = first.unsqueeze(0)
         if nonlinear:

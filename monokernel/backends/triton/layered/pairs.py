@@ -17,7 +17,7 @@ from ..active import BLOCK, list_active
 from ..active.config import ProductConfig, product_options
 from ..active.listing import gather_inputs
 from ..active.products import pairs_down, pairs_up, pairs_weight
-from ..constants import accumulator, activation_table
+from ..constants import IDENTITY, accumulator, activation_table
 from ..device.activations import activation
 from ..launch import launch
 from .config import kept_chain, kept_layers, tiles_of, weight_of
@@ -65,7 +65,7 @@ class Pairs:
     def _tangents(self) -> tuple[list[Tensor], list[Tensor]]:
         """ȧ_l and ḣ_l of every layer (ḣ_l of the hidden ones)."""
         problem, x, L = self.problem, self.x, self.problem.depth
-        M, table = self.most, activation_table(problem)
+        M, table = self.most, activation_table(problem, x.dtype)
         a_dots: list[Tensor] = []
         h_dots: list[Tensor] = []
         h_dot, inputs = self.active.x_dot, problem.k
@@ -98,7 +98,7 @@ class Pairs:
         launch(
             seed_cotangents, (-(-p.numel() // BLOCK),), p, self.saved[l], self.a_dot[l], seed,
             self.active.rows, self.active.total, p, q,
-            D=self.problem.D, ACT=activation_table(self.problem)[l], BLOCK=BLOCK,
+            D=self.problem.D, ACT=activation_table(self.problem, self.x.dtype)[l], BLOCK=BLOCK,
             A=accumulator(p.dtype),
         )  # fmt: skip
         return p, q
@@ -130,8 +130,8 @@ class Pairs:
             self.active.rows, self.active.total, self.saved[l - 1], self.a_dot[l - 1],
             self.kept[l - 1] if self.kept else None, p, q,
             OUTPUTS=self.problem.widths[l + 1], INPUTS=H,
-            ACT=activation_table(self.problem)[l - 1], CURVED=not σ.piecewise_linear, ADD=False,
-            **self.config.tile, **self.dots,
+            ACT=activation_table(self.problem, self.x.dtype)[l - 1],
+            CURVED=not σ.piecewise_linear, ADD=False, **self.config.tile, **self.dots,
         )  # fmt: skip
         self.p, self.q = p, q
 
@@ -150,7 +150,7 @@ class Pairs:
             self.active.rows, self.active.total, dW, db,
             OUTPUTS=O, INPUTS=I, RUNS=((0, 0, I),) if l else runs_of(self.problem.columns),
             TANGENTS=I if l else self.problem.k, BELOW_ROW=I,
-            ACT=activation_table(self.problem)[l - 1] if l else (0, 0.0, 0.0, 0.0), FRESH=fresh,
+            ACT=activation_table(self.problem, self.x.dtype)[l - 1] if l else IDENTITY, FRESH=fresh,
             BM=self.config.rows, BN=self.config.columns, BR=self.config.inner, **self.dots,
         )  # fmt: skip
 
@@ -163,7 +163,7 @@ class Pairs:
         launch(
             pairs_down, self.grid(self.problem.d), self.x, q, q, weight_of(self.params, 0),
             self.active.rows, self.active.total, None, None, None, None, part,
-            OUTPUTS=self.problem.widths[1], INPUTS=self.problem.d, ACT=(0, 0.0, 0.0, 0.0),
+            OUTPUTS=self.problem.widths[1], INPUTS=self.problem.d, ACT=IDENTITY,
             CURVED=False, ADD=False, **self.config.tile, **self.dots,
         )  # fmt: skip
         self._gather(dx, part, fresh=True)

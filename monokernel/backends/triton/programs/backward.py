@@ -14,6 +14,7 @@ from ...schedule import (
     Step,
     WayDown,
     blocks,
+    dtypes_of,
     facts_of,
     parameters_of,
     way_down,
@@ -75,6 +76,7 @@ class Descent:
         self.parts = {
             s.v: one for one in self.affine.values() for s in (one.norm, one.scale, one.last)
         }
+        self.dtypes, self.cast = dtypes_of(problem, x.dtype), problem.cast or x.dtype
         x = x[rows]
         self.θ = parameters_of(facts, params, rows, x)
         self.on = On(x, x.shape[0])
@@ -83,7 +85,7 @@ class Descent:
             self.values[v] = t[rows].unsqueeze(0)
         # Of all rows: g of the values that have it for themselves, P of those with gy∘P + q.
         self.parted = parted_of(facts.widths, facts.steps)
-        self.g, self.P = Cotangents(self.on, self.parted), Cotangents(self.on, self.parted)
+        self.g, self.P = (Cotangents(self.on, self.dtypes, self.parted) for _ in range(2))
         for v, t in zip(facts.pulled, saved[len(facts.saved) :], strict=False):
             self.P.add(v, t[rows].unsqueeze(0))
         self.gy = None if gy is None else gy[rows].unsqueeze(0)
@@ -100,7 +102,8 @@ class Descent:
     def at(self, step: Step) -> At:
         u: list[Operand] = [OfRows(self.values[i]) for i in step.node.inputs]
         v = self.values.get(step.v)
-        return At(step.node, u, u[0] if v is None else OfRows(v), self.θ[step.v])
+        of_v = u[0] if v is None else OfRows(v)
+        return At(step.node, u, of_v, self.θ[step.v], self.dtypes[step.v])
 
     def run(self, way: WayDown, grads: Gradients) -> None:
         self._again(way.again)
@@ -133,7 +136,8 @@ class Descent:
                 self.values[step.v] = value_of(self.on, self.at(step))
             elif step.v == affine.last.v:
                 at, H = self.at(affine.norm), step.node.width
-                plain, out = self.on.new(1, H), self.on.new(1, H)
+                plain = self.on.new(1, H, self.dtypes[affine.norm.v])
+                out = self.on.new(1, H, self.dtypes[step.v])
                 affine.run(self.on, at, out, at.u[0], light.VALUE.value, self.θ, plain)
                 # A shift asks of its input the width alone.
                 self.values |= {affine.norm.v: plain, affine.scale.v: out, step.v: out}
@@ -153,7 +157,7 @@ class Descent:
             return self.g.pop(v)
         if self.gy is None or P is None:
             return None
-        out = self.on.new(1, P.shape[-1])
+        out = self.on.new(1, P.shape[-1], self.dtypes[v])
         gy = self.gy.expand(-1, -1, P.shape[-1])
         self.on.combine(out, P, factor=times(gy))
         return out

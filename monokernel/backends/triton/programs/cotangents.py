@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -12,7 +13,18 @@ from ....nodes import columns_of
 from ...schedule import Step
 from . import light
 from .nodes import BY_ROW, At
-from .operands import ONE, Factor, OfRows, On, Operand, flattened, given, is_one_row, tensor_of
+from .operands import (
+    ONE,
+    Factor,
+    OfRows,
+    On,
+    Operand,
+    converted,
+    flattened,
+    given,
+    is_one_row,
+    tensor_of,
+)
 from .products import Products
 
 __all__ = ["Cotangents", "parted_of"]
@@ -21,13 +33,18 @@ __all__ = ["Cotangents", "parted_of"]
 class Cotangents:
     """A cotangent of each value, summed over the nodes that read it.
 
-    A sum is written in place only where its memory is known to be no one else's.
+    A sum is written in place only where its memory is known to be no one else's, and of the dtype
+    of its value.
     """
 
     def __init__(
-        self, on: On, parted: dict[int, tuple[slice, ...]], products: Products | None = None
+        self,
+        on: On,
+        dtypes: Sequence[torch.dtype],
+        parted: dict[int, tuple[slice, ...]],
+        products: Products | None = None,
     ) -> None:
-        self.on, self.parted, self.products = on, parted, products
+        self.on, self.dtypes, self.parted, self.products = on, dtypes, parted, products
         self.of: dict[int, Tensor] = {}
         self.own = set[int]()
         # Of a value that is nothing but its parts, those that have no sum yet.
@@ -41,12 +58,15 @@ class Cotangents:
         for columns in self.missing.pop(v, ()):
             self.of[v][..., columns].zero_()
 
+    def _dtype(self, v: int) -> torch.dtype:
+        return self.dtypes[max(v, 0)]  # X2 is a part of x
+
     def _target(self, v: int, T: int, H: int, one_row: bool) -> tuple[Tensor, Tensor | None]:
         """Where the next sum of v goes, and what it begins with."""
         held = self.of.get(v)
         if held is not None and v in self.own and held.dim() == (2 if one_row else 3):
             return held, held
-        out = self.of[v] = self.on.new(T, H, one_row)
+        out = self.of[v] = self.on.new(T, H, self._dtype(v), one_row)
         self.own.add(v)
         return out, held
 
@@ -82,17 +102,19 @@ class Cotangents:
         held = self.of.get(v)
         mine = held is not None and v in self.own and held.dim() == P.dim()
         if self.products is not None:
-            out = self.products.down(P, W, held if mine else None)
-        elif mine:
-            flattened(given(held)).addmm_(flattened(P), W)
-            return
+            out = self.products.down(P, W, held if mine else None, self._dtype(v))
+            if mine:
+                return
         else:
-            out = torch.mm(flattened(P), W).view(*P.shape[:-1], W.shape[1])
-        if mine:
-            return
+            left = flattened(converted(P, W.dtype))
+            if mine and given(held).dtype is W.dtype:
+                flattened(given(held)).addmm_(left, W)
+                return
+            out = torch.mm(left, W).view(*P.shape[:-1], W.shape[1])
         if held is None:
             self.of[v] = out
-            self.own.add(v)
+            if out.dtype is self._dtype(v):
+                self.own.add(v)
         else:
             self.add(v, out)
 

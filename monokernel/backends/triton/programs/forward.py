@@ -17,6 +17,7 @@ from ...schedule import (
     Params,
     Step,
     blocks,
+    dtypes_of,
     facts_of,
     parameters_of,
     saved_like,
@@ -27,7 +28,7 @@ from . import light
 from .affine import ups
 from .cotangents import Cotangents, parted_of
 from .nodes import At, push, value_of
-from .operands import OfRows, On, Operand, flattened, given, slope_of
+from .operands import OfRows, On, Operand, converted, flattened, given, slope_of
 
 __all__ = ["contiguous", "forward"]
 
@@ -72,7 +73,7 @@ class Ascent:
     def __init__(self, problem: Problem, facts: Facts, x: Tensor, θ: dict[int, Params]) -> None:
         self.facts, self.θ, self.k, self.D = facts, θ, problem.k, problem.D
         self.x2 = problem.columns
-        self.tangent = problem.mode == "tangent"
+        self.tangent, self.dtypes = problem.mode == "tangent", dtypes_of(problem, x.dtype)
         self.on = On(x, x.shape[0])
         self.values: dict[int, Tensor] = {0: x.unsqueeze(0)}
         self.dots: dict[int, Tensor] = {}  # (k, n, H), or (k, H) where it is the same in all rows
@@ -81,7 +82,8 @@ class Ascent:
         of = OfRows
         u: list[Operand] = [of(self.values[i]) for i in step.node.inputs]
         v = self.values.get(step.v)
-        return At(step.node, u, u[0] if v is None else of(v), self.θ[step.v])
+        of_v = u[0] if v is None else of(v)
+        return At(step.node, u, of_v, self.θ[step.v], self.dtypes[step.v])
 
     def run(self, buffers: dict[int, Tensor], y: Tensor) -> None:
         """The values, those of linear nodes in ``buffers`` if given, the outputs in y; in tangent
@@ -92,11 +94,11 @@ class Ascent:
             beside = self.tangent and self.facts.moving[v]
             if affine is not None:
                 at = self.at(affine.norm)
-                value = self.values[v] = self.on.new(1, node.width)
+                value = self.values[v] = self.on.new(1, node.width, self.dtypes[v])
                 affine.run(self.on, at, value, at.u[0], light.VALUE.value, self.θ)
                 if beside:
                     t: Tensor = given(self._dots_of(at.node)[0])
-                    dot = self.dots[v] = self.on.new(t.shape[0], node.width)
+                    dot = self.dots[v] = self.on.new(t.shape[0], node.width, self.dtypes[v])
                     affine.run(self.on, at, dot, t, light.PUSH.value, self.θ)
             elif linear:
                 to = y if v == last else buffers.get(v)
@@ -119,7 +121,7 @@ class Ascent:
     def _activation(self, step: Step) -> None:
         """σ and σ'∘u̇ in one pass over u."""
         at, (t,) = self.at(step), self._dots_of(step.node)
-        value, out = self.on.new(1, step.node.width), self.on.new(self.k, step.node.width)
+        value, out = (self.on.new(T, step.node.width, at.dtype) for T in (1, self.k))
         self.on.combine(out, t, factor=slope_of(step.node, at.u[0]), value=value)
         self.values[step.v], self.dots[step.v] = value, out
 
@@ -127,7 +129,7 @@ class Ascent:
         u, W = node.inputs[0], weight_of(θ)
         if not u:  # a one-hot times W is a choice of its columns, not a product
             return take(W, self.x2).t()
-        t = self.dots[u]
+        t = converted(self.dots[u], W.dtype)
         return torch.mm(flattened(t), W.t()).view(*t.shape[:-1], W.shape[0])
 
     def _dots_of(self, node: Node) -> list[Tensor | None]:
@@ -155,7 +157,7 @@ class Ascent:
         """
         facts = self.facts
         last, filled = facts.steps[-1], set[int]()
-        chain = Cotangents(self.on, parted_of(facts.widths, facts.steps))
+        chain = Cotangents(self.on, self.dtypes, parted_of(facts.widths, facts.steps))
         if not last.linear:
             chain.add(last.v, one_hot(self.on.x, self.D))
         for step, affine, _ in reversed(ups(facts.steps)):
@@ -182,10 +184,8 @@ class Ascent:
                 chain.add(u, W)
             elif facts.uniform[v] or u not in pulled:
                 chain.add_product(u, P, W)
-            elif u in filled:
-                pulled[u].addmm_(P[0], W)
             else:
-                torch.mm(P[0], W, out=pulled[u])
+                add_product(pulled[u], converted(P[0], W.dtype), W, fresh=u not in filled)
                 filled.add(u)
         of_x = chain.pop(0)
         if of_x is not None:
@@ -200,9 +200,22 @@ class Ascent:
 
 def linear_value(h: Tensor, θ: Params, out: Tensor | None) -> Tensor:
     W, b = weight_of(θ), θ[1]
-    flat = flattened(h)
+    flat = flattened(converted(h, W.dtype))
+    if out is not None and out.dtype is not W.dtype:
+        return out.copy_(linear_value(h, θ, None)[0]).unsqueeze(0)
     to = torch.mm(flat, W.t(), out=out) if b is None else torch.addmm(b, flat, W.t(), out=out)
     return to.unsqueeze(0)
+
+
+def add_product(out: Tensor, P: Tensor, W: Tensor, fresh: bool) -> None:
+    """out = P W, or added to it; out may be wider."""
+    if out.dtype is not W.dtype:
+        found = torch.mm(P, W)
+        _ = out.copy_(found) if fresh else out.add_(found)
+    elif fresh:
+        torch.mm(P, W, out=out)
+    else:
+        out.addmm_(P, W)
 
 
 def one_hot(x: Tensor, n: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...schedule import Params
-from .operands import Factor, On, Operand, flattened, given
+from .operands import Factor, On, Operand, converted, flattened, given
 
 __all__ = ["Gradients"]
 
@@ -26,7 +26,8 @@ class Gradients:
     def inputs(self, rows: slice, g: Tensor | None, own: bool) -> Tensor:
         """dx of a block of rows, that begins with g (none is zeros): in the memory of g if that is
         no one else's and the block is all rows."""
-        if self.dx is None and own and g is not None and g.shape == self.x.shape:
+        whole, dtype = self.x.shape, self.x.dtype
+        if g is not None and own and self.dx is None and (g.shape, g.dtype) == (whole, dtype):
             self.dx = g
             return g
         if self.dx is None:
@@ -36,11 +37,12 @@ class Gradients:
 
     def product(self, place: int, left: Tensor, right: Tensor) -> None:
         """dW += leftᵀ right."""
-        held = self.weights.get(place)
+        held, dtype = self.weights.get(place), given(self.params[place]).dtype
+        left, right = (flattened(converted(t, dtype)) for t in (left, right))
         if held is None:
-            self.weights[place] = torch.mm(flattened(left).t(), flattened(right))
+            self.weights[place] = torch.mm(left.t(), right)
         else:
-            held.addmm_(flattened(left).t(), flattened(right))
+            held.addmm_(left.t(), right)
 
     def weight(self, place: int) -> tuple[Tensor, bool]:
         """dW to be added to, and whether it is empty yet."""

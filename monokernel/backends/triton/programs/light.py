@@ -159,7 +159,7 @@ def column_sums(
         n = rows_of(rows, i, count)
         mask = (i[:, None] < count) & (j[None, :] < H)
         factor, _value, _second = factor_of(
-            u, F, i, n, j, mask, N, FACTOR, (0, 0.0, 0.0, 0.0), U, F_, A
+            u, F, i, n, j, mask, N, FACTOR, (0, 0.0, 0.0, 0.0, 0), U, F_, A
         )
         own = tl.load(P + place_of(i, n, j, 0, N, P_), mask=mask, other=0.0).to(A)
         acc += tl.where(mask, factor * own, tl.zeros_like(own))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ....activations import ACTIVATIONS
@@ -42,12 +43,14 @@ OF_VALUE = ("softmax", "log_softmax")  # their Jacobian is known from v
 
 
 class At(NamedTuple):
-    """A light node with what it reads. A norm may have the scale after it in what it pulls."""
+    """A light node with what it reads, and the dtype of what it makes. A norm may have the scale
+    after it in what it pulls."""
 
     node: Node
     u: list[Operand]
     v: Operand
     θ: Params
+    dtype: torch.dtype
     scale: Operand | None = None
 
     @property
@@ -88,12 +91,12 @@ def value_of(on: On, at: At) -> Tensor:
     node, H = at.node, at.node.width
     kind, u = node.kind, [given(tensor_of(t)) for t in at.u]
     if kind in BY_ROW or kind == "total":
-        out = on.new(1, H)
+        out = on.new(1, H, at.dtype)
         on.by_row(out, u[0], BY_ROW.get(kind, light.SUM.value), epsilon=at.epsilon)
     elif kind in ("columns", "expand", "concat", "identity", "sum"):
         return linear_push(on, at, u)
     else:
-        out = on.new(1, H)
+        out = on.new(1, H, at.dtype)
         if kind in ACTIVATIONS:
             on.combine(None, None, factor=slope_of(node, u[0]), value=out)
         elif kind == "shift":
@@ -110,7 +113,7 @@ def push(on: On, at: At, u_dot: Sequence[Tensor | None]) -> Tensor:
     node = at.node
     if node.kind in BY_ROW:
         t: Tensor = given(u_dot[0])
-        out = on.new(t.shape[0], node.width)
+        out = on.new(t.shape[0], node.width, at.dtype)
         on.by_row(out, t, BY_ROW[node.kind], light.PUSH.value, u=at.point, epsilon=at.epsilon)
         return out
     return linear_push(on, at, u_dot)
@@ -127,11 +130,11 @@ def linear_push(on: On, at: At, u_dot: Sequence[Tensor | None]) -> Tensor:
     if kind == "expand":
         return first.expand(*first.shape[:-1], H)
     if kind == "total":
-        out = on.new(T, 1, first.dim() == 2)
+        out = on.new(T, 1, at.dtype, first.dim() == 2)
         on.by_row(out, first, light.SUM.value)
         return out
     if kind == "concat":
-        out, start = on.new(T, H, all(t.dim() == 2 for _, t in moving)), 0
+        out, start = on.new(T, H, at.dtype, all(t.dim() == 2 for _, t in moving)), 0
         for u, t in zip(at.u, u_dot, strict=True):
             width = given(tensor_of(u)).shape[-1]
             part = out[..., start : start + width]
@@ -152,13 +155,13 @@ def linear_push(on: On, at: At, u_dot: Sequence[Tensor | None]) -> Tensor:
         if found is not None and own and found.dim() == (2 if one_row else 3):
             out = found
         else:
-            out = on.new(T, H, one_row)
+            out = on.new(T, H, at.dtype, one_row)
         on.combine(out, t, c=c, base=found, c_base=c_found, factor=factor)
         found, c_found, own = out, 1.0, True
     assert found is not None
     if c_found == 1:
         return found
-    out = on.new(T, H, found.dim() == 2)
+    out = on.new(T, H, at.dtype, found.dim() == 2)
     on.combine(out, found, c=c_found)
     return out
 

@@ -9,20 +9,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ....activations import Activation
 from ....problem import accumulate_dtype
 from ....program import Node
 from ..active import Active
-from ..constants import accumulator, activation_code
+from ..constants import IDENTITY, ActivationCode, accumulator, activation_code
 from ..launch import launch
-from ..target import processors
+from ..target import approximate, processors
 from . import light
 from .config import row_tile, tile
 
 __all__ = [
-    "IDENTITY",
     "ONE",
     "Factor",
     "OfRows",
@@ -30,6 +30,7 @@ __all__ = [
     "Operand",
     "act_of",
     "as_row",
+    "converted",
     "flattened",
     "given",
     "is_one_row",
@@ -37,8 +38,6 @@ __all__ = [
     "tensor_of",
     "times",
 ]
-
-IDENTITY = (0, 0.0, 0.0, 0.0)
 
 
 class OfRows(NamedTuple):
@@ -76,7 +75,7 @@ class Factor(NamedTuple):
     kind: int = light.ONE.value
     u: Operand | None = None
     F: Operand | None = None
-    act: tuple[int, float, float, float] = IDENTITY
+    act: ActivationCode = IDENTITY
 
     @property
     def one_row(self) -> bool:
@@ -94,8 +93,9 @@ class On:
     count: int
     active: Active | None = None
 
-    def new(self, T: int, H: int, one_row: bool = False) -> Tensor:
-        return self.x.new_empty(T, H) if one_row else self.x.new_empty(T, self.count, H)
+    def new(self, T: int, H: int, dtype: torch.dtype, one_row: bool = False) -> Tensor:
+        shape = (T, H) if one_row else (T, self.count, H)
+        return self.x.new_empty(shape, dtype=dtype)
 
     def _rows(self) -> tuple[Tensor | None, Tensor | None]:
         return (None, None) if self.active is None else (self.active.rows, self.active.total)
@@ -127,7 +127,8 @@ class On:
             light.combine, (-(-N // BM), -(-H // BN)), self.x,
             out, tensor_of(P), tensor_of(base), tensor_of(factor.u), tensor_of(factor.F), value,
             tensor_of(p), s, *self._rows(), float(constant), float(c), float(c_base), N,
-            FACTOR=factor.kind, ACT=factor.act, H=H, T=1 if out is None else out.shape[0],
+            FACTOR=factor.kind, ACT=(*factor.act[:4], approximate(self.x.dtype)),
+            H=H, T=1 if out is None else out.shape[0],
             O=layout_of(out, pairs), P_=layout_of(P, pairs), B=layout_of(base, pairs),
             U=layout_of(factor.u, pairs), F_=layout_of(factor.F, pairs), V=layout_of(value, pairs),
             BENT=layout_of(p, pairs), S=layout_of(s, pairs),
@@ -188,7 +189,7 @@ class On:
         """The pairs' t (1, M, H) as a product wants it."""
         if t.is_contiguous():
             return t
-        out = self.new(1, t.shape[-1])
+        out = self.new(1, t.shape[-1], t.dtype)
         self.combine(out, t)
         return out
 
@@ -201,13 +202,18 @@ def slope_of(node: Node, u: Operand) -> Factor:
     return Factor(light.SLOPE.value, u, act=act_of(node))
 
 
-def act_of(node: Node) -> tuple[int, float, float, float]:
-    return activation_code(Activation(node.kind, *node.numbers))
+def act_of(node: Node) -> ActivationCode:
+    return activation_code(Activation(node.kind, *node.numbers), 0)
 
 
 def flattened(t: Tensor) -> Tensor:
     """The rows of a stack one below the other."""
     return t.reshape(-1, t.shape[-1])
+
+
+def converted(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """As PyTorch's products want it, which take one dtype."""
+    return t if t.dtype is dtype else t.to(dtype)
 
 
 def as_row(θ: Tensor, H: int) -> Tensor:

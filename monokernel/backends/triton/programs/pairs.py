@@ -41,9 +41,9 @@ class Pairs:
     def __init__(self, block: Descent, active: Active) -> None:
         self.block, self.active, self.facts = block, active, block.facts
         self.on = On(block.on.x, active.rows.shape[0], active)
-        self.products = Products(self.on, active)
-        self.p = Cotangents(self.on, block.parted, self.products)
-        self.q = Cotangents(self.on, block.parted, self.products)
+        self.products = Products(self.on, active, block.cast)
+        self.p = Cotangents(self.on, block.dtypes, block.parted, self.products)
+        self.q = Cotangents(self.on, block.dtypes, block.parted, self.products)
         self.x_dot = active.x_dot.unsqueeze(0)
         self.dots: dict[int, Tensor] = {}
         self.keeps = self.facts.kept[block.y]
@@ -123,7 +123,8 @@ class Pairs:
         """p of the pairs in memory of their own."""
         if isinstance(p, Tensor) and p.dim() == 3:
             return p
-        out = self.on.new(1, given(tensor_of(p)).shape[-1])
+        t = given(tensor_of(p))
+        out = self.on.new(1, t.shape[-1], t.dtype)
         self.on.combine(out, p)
         return out
 
@@ -156,7 +157,9 @@ class Pairs:
     def _curve(self, at: At, u_dot: Sequence[Tensor | None], p: Operand, i: int) -> None:
         """The curvature in input i joins g of its rows, or q."""
         node, u = at.node, at.node.inputs[i]
-        chain = Cotangents(self.on, {}, self.products) if self.joins else self.q
+        chain = self.q
+        if self.joins:
+            chain = Cotangents(self.on, self.block.dtypes, {}, self.products)
         if node.kind in BY_ROW:
             chain.add_by_row(
                 u, p, BY_ROW[node.kind], light.BEND.value, node.width, u=at.point,

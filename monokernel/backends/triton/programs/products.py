@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ....columns import Columns, runs_of
 from ..active import Active
 from ..active.config import product_config, product_options
 from ..active.products import pairs_down, pairs_up, pairs_weight
+from ..constants import IDENTITY
 from ..launch import launch
-from .operands import IDENTITY, On, given
+from .operands import On, given
 
 __all__ = ["Products"]
 
 
 class Products:
-    """Products over the active pairs alone."""
+    """Products over the active pairs alone, of operands of a dtype or rounded to it."""
 
-    def __init__(self, on: On, active: Active) -> None:
+    def __init__(self, on: On, active: Active, dtype: torch.dtype) -> None:
         self.on, self.active = on, active
-        self.config = product_config(on.x.dtype)
-        self.options = product_options(on.x.dtype, self.config)
+        self.config = product_config(dtype)
+        self.options = product_options(dtype, self.config)
 
     def _grid(self, columns: int) -> tuple[int, int]:
         return self.config.grid(self.on.count, columns)
@@ -28,7 +30,7 @@ class Products:
     def up(self, t: Tensor, W: Tensor) -> Tensor:
         """t Wᵀ."""
         outputs, inputs = W.shape
-        out = self.on.new(1, outputs)
+        out = self.on.new(1, outputs, W.dtype)
         launch(
             pairs_up, self._grid(outputs), t, self.on.dense(t), W, self.active.rows,
             self.active.total, None, out, None,
@@ -37,10 +39,10 @@ class Products:
         )  # fmt: skip
         return out
 
-    def down(self, P: Tensor, W: Tensor, held: Tensor | None) -> Tensor:
-        """P W, added to ``held`` in its memory."""
+    def down(self, P: Tensor, W: Tensor, held: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """P W of that dtype, or added to ``held`` in its memory."""
         outputs, inputs = W.shape
-        out = self.on.new(1, inputs) if held is None else held
+        out = self.on.new(1, inputs, dtype) if held is None else held
         P = self.on.dense(P)
         launch(
             pairs_down, self._grid(inputs), P, P, P, W, self.active.rows, self.active.total,

@@ -64,7 +64,7 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients of x and of every parameter, None where ``needs`` is false."""
-    shape = shape_of(problem)
+    shape = shape_of(problem, x.dtype)
     rule = backward_config(
         max(shape["H"], shape["PD"]),
         x.element_size(),
@@ -96,7 +96,7 @@ def launch_backward(
     )
     if N == 0 or (gy is None and gout is None):
         return [None if g is None else g.zero_() for g in (dx, *grads)]
-    shape = shape_of(problem)
+    shape = shape_of(problem, x.dtype)
     BM = config.rows
     tiles = -(-N // BM)
     P = min(tiles, processors(x.device) * config.per_processor)

@@ -60,11 +60,9 @@ def forward(
     problem: Problem, x: Tensor, weight: Tensor | None, params: Params, save: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """y (N, D), the penalty or J, and the saved tensors (none unless ``save``)."""
-    shape = shape_of(problem)
+    shape = shape_of(problem, x.dtype)
     rule = forward_config(
         max(shape["H"], shape["PD"]),
-        problem.depth,
-        x.element_size(),
         shape["ADJOINT"],
         products(x.device),
         precision_of(x.dtype) == "tf32x3",
@@ -87,7 +85,7 @@ def launch_forward(
     out = output_like(problem, y)
     if N == 0:
         return y, out.zero_(), saved
-    shape = shape_of(problem)
+    shape = shape_of(problem, x.dtype)
     tiles = -(-N // config.rows)
     P = min(tiles, processors(x.device) * config.per_processor)
     summed = hinge is not None and not hinge.elementwise
