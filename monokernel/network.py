@@ -7,7 +7,8 @@ and parametrizations may change between two calls; no weight is touched until ``
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -23,11 +24,13 @@ from .program import Node, nodes_of
 
 __all__ = [
     "Chain",
+    "Known",
     "Unfused",
     "batch_coupling",
     "ending",
     "global_hooks",
     "hooked",
+    "known",
     "parts",
     "read",
     "sharded",
@@ -103,6 +106,85 @@ def uncompiled(inside: Iterable[nn.Module]) -> AbstractContextManager[Any]:
         return nullcontext()
     as_written: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return as_written
+
+
+class Known(NamedTuple):
+    """A chain of PyTorch's own layers that was read, so that a look at each part tells whether it
+    would be read the same again. By weak references: it must not keep a network alive."""
+
+    parts: tuple[tuple[Callable[[], Any], Any, Any], ...]
+    widths: tuple[int, ...]
+    nodes: tuple[Node, ...]
+
+    def again(self, x: Tensor) -> Chain | None:
+        """The chain, if it is what it was and goes with inputs like x."""
+        if global_hooks():
+            return None
+        dtype, device, linears = x.dtype, x.device, list[nn.Linear]()
+        for part, kind, held in self.parts:
+            m = part()
+            if type(m) is not kind:
+                return None
+            own = m.__dict__
+            if (
+                own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or own["_backward_hooks"]
+                or own["_backward_pre_hooks"]
+                or "forward" in own
+            ):
+                return None
+            if kind is nn.Linear:
+                tensors = own["_parameters"]
+                for name, size in held:
+                    t = tensors.get(name)
+                    if t is None:
+                        if size is not None or own.get(name) is not None:
+                            return None
+                    elif (
+                        t.shape != size
+                        or t.dtype is not dtype
+                        or t.device != device
+                        or type(t) not in PLAIN
+                        or t.layout is not torch.strided
+                    ):
+                        return None
+                linears.append(m)
+            elif kind is nn.Sequential:
+                if [*map(id, own["_modules"].values())] != held:
+                    return None
+            elif held is None:
+                if m.training and m.p > 0:
+                    return None
+            elif of_module(m) != held:
+                return None
+        return Chain(tuple(linears), self.widths, self.nodes)
+
+
+def known(mlp: nn.Module, chain: Chain) -> Known | None:
+    """What is to be looked at in the next call; None where a part is more than a layer of PyTorch's
+    own with parameters of its own."""
+    parts: list[tuple[Callable[[], Any], Any, Any]] = []
+    left = [mlp]
+    while left:
+        m = left.pop()
+        kind, own = type(m), m.__dict__
+        held: Any = None
+        if kind is nn.Linear:
+            tensors = own["_parameters"]
+            if tensors.get("weight") is None:
+                return None
+            sizes = [None if t is None else t.shape for t in map(tensors.get, ("weight", "bias"))]
+            held = tuple(zip(("weight", "bias"), sizes, strict=True))
+        elif kind is nn.Sequential:
+            left += reversed(own["_modules"].values())
+            held = [*map(id, own["_modules"].values())]
+        elif not (isinstance(m, _DropoutNd) and kind.__module__ == _DropoutNd.__module__):
+            held = of_module(m)
+            if held is None:
+                return None
+        parts.append((weakref.ref(m), kind, held))
+    return Known(tuple(parts), chain.widths, chain.nodes)
 
 
 class Unfused(NamedTuple):

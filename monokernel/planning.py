@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -108,6 +109,10 @@ def choose(
 ) -> Route:
     """The route of a call; raises where ``backend`` was asked for by name and cannot serve. A
     ``rehearsal`` leaves no trace of that."""
+    asked = mode, backend, batch_stats, rehearsal
+    route = _as_before(mlp, inputs, asked)
+    if route is not None:
+        return route
     check_choice("mode", mode, MODES)
     check_choice("backend", backend, CHOICES)
     check_choice("batch_stats", batch_stats, BATCH_STATS)
@@ -152,7 +157,61 @@ def choose(
         return _general(mlp, why, mode, backend, functional, batch_stats)
     if not name:
         raise ValueError(f"backend: {backend!r} was asked for but cannot serve: {refused[0][1]}")
-    return Route(name, chosen, found, functional, refused)
+    route = Route(name, chosen, found, functional, refused)
+    if isinstance(found, network.Chain) and not (aside or inputs.autocast):
+        _remember(mlp, inputs, asked, route, found)
+    return route
+
+
+# --- chains that were served before ---------------------------------------------------------------
+# Most calls are like the last one: then a look at each layer is enough, and 9 µs of 50 are saved.
+
+
+class _Served(NamedTuple):
+    """Of which chain, asked for how, on which inputs; and its route, less the chain."""
+
+    mlp: weakref.ref[nn.Module]
+    asked: tuple[Any, ...]
+    chain: network.Known
+    route: Route
+
+
+_served: dict[int, _Served] = {}
+
+
+def _like(inputs: Inputs) -> tuple[Any, ...]:
+    x = inputs.like
+    return inputs.d, inputs.columns, x.dtype, x.device
+
+
+def _as_before(mlp: nn.Module, inputs: Inputs, asked: tuple[Any, ...]) -> Route | None:
+    """The route of a call of the same chain that was like this one, if all is as it was then."""
+    if torch.compiler.is_compiling():
+        return None
+    kept = _served.get(id(mlp))
+    if (
+        kept is None
+        or kept.mlp() is not mlp
+        or inputs.autocast
+        or kept.asked != (*asked, *_like(inputs))
+        or transformed()
+        or _wrapped(inputs)
+    ):
+        return None
+    chain = kept.chain.again(inputs.like)
+    backend, mode, _, _, refused, *_ = kept.route
+    return None if chain is None else Route(backend, mode, chain, False, refused)
+
+
+def _remember(
+    mlp: nn.Module, inputs: Inputs, asked: tuple[Any, ...], route: Route, chain: network.Chain
+) -> None:
+    known = network.known(mlp, chain)
+    if known is not None:
+        forget = partial(_served.pop, id(mlp), None)
+        own = weakref.ref(mlp, lambda _: forget())
+        asked = (*asked, *_like(inputs))
+        _served[id(mlp)] = _Served(own, asked, known, route._replace(network=None))
 
 
 @lru_cache(maxsize=1024)

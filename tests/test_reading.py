@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from monokernel import fused_mono_penalty, plan, value_and_jacobian
+from monokernel import fused_mono_penalty, plan, planning, value_and_jacobian
 from monokernel.arguments import check_inputs
 from monokernel.nodes import rule, wrong_nodes
 from monokernel.program import chain_of
@@ -666,6 +666,123 @@ def test_no_answer_is_stale(change: Callable[[Stateful], None]) -> None:
     got = value_and_jacobian(net, x1, x2, backend="reference")
     assert_same(got, oracle_of(net, x1, leaf(x2)))
     assert (got[1] - first).abs().max() > 1e-3
+
+
+def _chain() -> nn.Sequential:
+    inner = nn.Sequential(nn.Linear(5, 4), nn.Softplus(1.5))
+    return nn.Sequential(
+        nn.Linear(D, 5), nn.Dropout(0.5), nn.LeakyReLU(0.1), inner, nn.Linear(4, 2)
+    ).double()
+
+
+def _swap(net: nn.Sequential, at: int, m: nn.Module) -> None:
+    net[at] = m.double()
+
+
+def _new_sizes(net: nn.Sequential) -> None:
+    net[0].weight = nn.Parameter(torch.randn(7, D).double())
+    net[0].bias = nn.Parameter(torch.randn(7).double())
+    net[3][0].weight = nn.Parameter(torch.randn(4, 7).double())
+
+
+def _no_bias(net: nn.Sequential) -> None:
+    net[0].bias = None
+
+
+def _bias_as_an_attribute(net: nn.Sequential) -> None:
+    del net[0].bias
+    net[0].bias = torch.randn(5).double()
+
+
+def _own_class(net: nn.Sequential) -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    net[4].__class__ = Doubled
+
+
+CHAIN_CHANGES: dict[str, Callable[[Any], object]] = {
+    "a layer": lambda net: _swap(net, 0, nn.Linear(D, 5)),
+    "an activation": lambda net: _swap(net, 2, nn.Tanh()),
+    "an activation's number": lambda net: setattr(net[2], "negative_slope", -2.0),
+    "an inner activation": lambda net: _swap(net[3], 1, nn.Tanh()),
+    "an inner activation's number": lambda net: setattr(net[3][1], "beta", 0.2),
+    "one layer more": lambda net: net.append(nn.Sigmoid()),
+    "one inner layer more": lambda net: net[3].append(nn.Linear(4, 4).double()),
+    "one layer less": lambda net: net.pop(2),
+    "sizes": _new_sizes,
+    "no bias": _no_bias,
+    "a bias that is an attribute": _bias_as_an_attribute,
+    "weights in place": lambda net: net[0].weight.data.neg_(),
+    "a forward hook": lambda net: net[0].register_forward_hook(lambda m, x, y: y * 3),
+    "a hook before the forward": lambda net: net.register_forward_pre_hook(lambda m, x: x[0] * 3),
+    "an inner hook": lambda net: net[3].register_forward_hook(lambda m, x, y: y * 3),
+    "a forward": lambda net: setattr(net[0], "forward", lambda x: F.linear(x, net[0].weight) * 3),
+    "a class": _own_class,
+    "a parametrization": lambda net: nn.utils.parametrize.register_parametrization(
+        net[0], "weight", nn.Tanh()
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
+@pytest.mark.parametrize("change", CHAIN_CHANGES)
+def test_no_answer_of_a_chain_is_stale(change: str, backend: str) -> None:
+    net, (x1, x2) = _chain().eval(), points(7, D1, K)
+    for _ in range(3):
+        first = value_and_jacobian(net, x1, x2, backend=backend)
+        assert_same(first, oracle_of(net, x1, leaf(x2)))
+    CHAIN_CHANGES[change](net)
+    got = value_and_jacobian(net, x1, x2)
+    assert_same(got, oracle_of(net, x1, leaf(x2)))
+    assert (got[1] - first[1]).abs().max() > 1e-3
+    assert_same(value_and_jacobian(net, x1, x2), got)
+
+
+def test_what_is_asked_of_a_chain_is_seen() -> None:
+    net, (x1, x2) = _chain().eval(), points(7, D1, K)
+    for _ in range(3):
+        value_and_jacobian(net, x1, x2)
+    with pytest.raises(ValueError, match="mode: expected one of"):
+        value_and_jacobian(net, x1, x2, mode="no mode")
+    with pytest.raises(ValueError, match="batch_stats: expected one of"):
+        value_and_jacobian(net, x1, x2, batch_stats="all")
+    with pytest.raises(TypeError, match="x1: expected the dtype of mlp"):
+        value_and_jacobian(net, x1.float(), x2.float())
+    with pytest.raises(ValueError, match="x2: expected d1"):
+        value_and_jacobian(net, x1, torch.cat((x2, x2), 1))
+    net.float()  # the parameters are the same objects
+    with pytest.raises(TypeError, match="x1: expected the dtype of mlp, float32, got float64"):
+        value_and_jacobian(net, x1, x2)
+    net.double()
+    torch.manual_seed(0)
+    still = value_and_jacobian(net, x1, x2)
+    net.train()
+    assert (value_and_jacobian(net, x1, x2)[0] - still[0]).abs().max() > 1e-3
+    net.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert value_and_jacobian(net.float(), x1.float(), x2.float())[0].dtype is torch.bfloat16
+    handle = nn.modules.module.register_module_forward_hook(lambda m, x, y: y * 2)
+    try:
+        got = value_and_jacobian(net.double(), x1, x2)
+        assert_same(got, oracle_of(net, x1, leaf(x2)))
+        assert (got[0] - still[0]).abs().max() > 1e-3
+    finally:
+        handle.remove()
+
+
+def test_a_chain_that_was_served_is_let_go() -> None:
+    net, (x1, x2) = _chain().eval(), points(7, D1, K)
+    net[0].whole = [net]  # a part may hold the whole
+    for _ in range(3):
+        value_and_jacobian(net, x1, x2)
+    gone, key = weakref.ref(net), id(net)
+    assert key in planning._served
+    del net
+    gc.collect()
+    assert gone() is None
+    assert key not in planning._served
 
 
 def leaf(t: Tensor) -> Tensor:
