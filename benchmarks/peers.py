@@ -239,7 +239,7 @@ def bounds() -> Iterator[Row]:
         layers = found[0]
         assert isinstance(layers, Layers)
         methods = {name: make(net) for name, make in peers.items()}
-        methods |= {f"monokernel, {name}": _ours(layers, t) for t, name in enumerate(forms.TIERS)}
+        methods |= {f"monokernel, {forms.TIERS[t]}": _ours(layers, t) for t in forms.tiers(layers)}
         for half in HALF_WIDTHS:
             centre = torch.rand(BOXES, widths[0]) * 2 - 1
             lower, upper = centre.double() - half, centre.double() + half
@@ -266,7 +266,7 @@ def bounds() -> Iterator[Row]:
 def _ours(layers: Layers, tier: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     def of(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         s = forms.slopes(layers, lower, upper, 0, torch.arange(layers.d), tier)
-        return s.centre - s.radius(), s.centre + s.radius()
+        return s.lower, s.upper
 
     return of
 
