@@ -136,7 +136,7 @@ def pairs_weight(
             left = tl.load(p + i[None, :] * OUTPUTS + o[:, None], mask=inside, other=0.0)
             right = tl.load(
                 h_dot + i[:, None] * TANGENTS + t[None, :],
-                mask=ok[:, None] & (t[None, :] >= 0) & (j[None, :] < INPUTS),
+                mask=ok[:, None] & (t[None, :] >= 0) & (t[None, :] < TANGENTS),
                 other=0.0,
             )
             acc += tl.dot(left.to(C), right.to(C), input_precision=PRECISION)

@@ -279,7 +279,7 @@ def tangent_of_input(
     """The columns ``column`` of ẋ, zero but in the K monotone ones."""
     j = place_of(column, RUNS)
     if ADJOINT:
-        inside = ok[:, None] & (j >= 0)[None, :]
+        inside = ok[:, None] & ((j >= 0) & (j < K))[None, :]
         at = n[:, None] * (D * K) + pair * K + j[None, :]
         return slope_cotangent(gout, slopes, at, inside, OUT).to(A)
     else:
