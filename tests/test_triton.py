@@ -364,7 +364,7 @@ def test_slopes_far_apart(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", on_load)
     hinge_slopes[(1,)](
-        J, J, None, None, 0, 0.0, torch.empty(3), None, None, 1, 1, 1, apart,
+        J, J, None, None, 0, 0.0, None, torch.empty(3), None, None, 1, 1, 1, apart,
         D=1, K=3, OUT=0, SQUARED=False, SAVE=False, BM=16, BE=16, A=tl.float32,
     )  # fmt: skip
     assert {0, 4 * apart, 8 * apart} <= seen
