@@ -9,10 +9,10 @@ form is lowest is a point to look for a violation at.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,17 @@ from . import forms, quadratic
 from .forms import AFFINE, INTERVALS, LINEAR, QUADRATIC, TIERS
 from .layers import Layers, Straight
 
-__all__ = ["Boxes", "Branches", "Constraints", "Found", "endless", "extent", "middle", "search"]
+__all__ = [
+    "Boxes",
+    "Branches",
+    "Constraints",
+    "Crew",
+    "Found",
+    "endless",
+    "extent",
+    "middle",
+    "search",
+]
 
 # Boxes at a time, by tier: about what keeps a pass over the forms in the cache.
 AT_A_TIME = {INTERVALS: 512, AFFINE: 256, LINEAR: 128, QUADRATIC: 128}
@@ -99,6 +109,9 @@ class Found(NamedTuple):
     boxes: int
     proved: dict[str, int]
 
+
+Part = TypeVar("Part")
+Result = TypeVar("Result")
 
 # Of points x (n, d), the verdicts (n,) and the constraints (n,) they are for: a mask (B,) of the
 # verdicts that are "violated" by now.
@@ -222,7 +235,7 @@ class Crew:
             self._pool.shutdown()
             torch.set_num_threads(self._before)
 
-    def map(self, of: Callable[[Boxes], _Forms], parts: list[Boxes]) -> list[_Forms]:
+    def map(self, of: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
         if self._pool is None or len(parts) == 1:
             return [of(part) for part in parts]
         return list(self._pool.map(of, parts))

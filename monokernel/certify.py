@@ -33,7 +33,7 @@ FAR = 10.0  # how far out points are sampled in a box without an end
 MOST_ROWS = 100_000  # boxes that one-hot groups may make of those given
 # In so few columns cutting boxes is faster than deciding neurons, and in so many it is of no use;
 # between, neurons are decided in the boxes that so many cuts leave.
-FEW_COLUMNS, MANY_COLUMNS, CUT = 2, 8, 8192
+FEW_COLUMNS, MANY_COLUMNS, CUT = 2, 8, 256
 LINES = 40
 
 
