@@ -22,11 +22,12 @@ def place_of(column, RUNS: tl.constexpr):
     """Which of the constrained ones the columns of x are; below 0 where they are none, or beyond
     them. Of one run that the compiler sees to be contiguous, so that loads by it are wide."""
     if len(RUNS) == 1:
-        return column - (RUNS[0][0] - RUNS[0][1])
-    place = tl.full(column.shape, -1, tl.int32)
-    for r in tl.static_range(len(RUNS)):
-        inside = (column >= RUNS[r][0]) & (column < RUNS[r][0] + RUNS[r][2])
-        place = tl.where(inside, column - (RUNS[r][0] - RUNS[r][1]), place)
+        place = column - (RUNS[0][0] - RUNS[0][1])
+    else:
+        place = tl.full(column.shape, -1, tl.int32)
+        for r in tl.static_range(len(RUNS)):
+            inside = (column >= RUNS[r][0]) & (column < RUNS[r][0] + RUNS[r][2])
+            place = tl.where(inside, column - (RUNS[r][0] - RUNS[r][1]), place)
     return place
 
 
