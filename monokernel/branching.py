@@ -222,7 +222,6 @@ class Crew:
     def __init__(self, device: torch.device) -> None:
         self.threads = torch.get_num_threads() if device.type == "cpu" else 1
         self._pool: ThreadPoolExecutor | None = None
-        self._before = self.threads
 
     def __enter__(self) -> Crew:
         if self.threads > 1:
@@ -233,7 +232,7 @@ class Crew:
     def __exit__(self, *_: object) -> None:
         if self._pool is not None:
             self._pool.shutdown()
-            torch.set_num_threads(self._before)
+            torch.set_num_threads(self.threads)
 
     def map(self, of: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
         if self._pool is None or len(parts) == 1:

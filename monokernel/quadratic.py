@@ -16,7 +16,6 @@ For chains of which every σ has a bounded σ''' (``serves``). Rounding is accou
 
 from __future__ import annotations
 
-import itertools
 from typing import NamedTuple
 
 import torch
@@ -285,8 +284,7 @@ def _contracted(P: Form, s: Form, W: Tensor, layers: Layers, m: int) -> tuple[Fo
     e = ((lumped * (1 + 16 * U) + rounding) @ W.abs()) * (1 + 2 * γ)
     c, G = (P.c * s.c) @ W, G @ W
     blame = P.c.new_zeros(len(P.c), m, K)
-    pairs = list(itertools.combinations(range(m), 2))
-    first, second = (torch.tensor([p[i] for p in pairs], dtype=torch.long) for i in (0, 1))
+    first, second = torch.triu_indices(m, m, 1, device=W.device)
     for k in range(K):
         M = P.G @ (s.G[:, :m] * W[:, k]).mT  # (B, S, m)
         square = M[:, :m]
