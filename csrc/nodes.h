@@ -21,29 +21,48 @@ template <class T> struct Mat {
   operator Mat<const T>() const { return {at, ld, index}; }
 };
 
-// to[i][j] = f(i, j), or += it, a vector at a time.
-template <class T, class F>
-MK_INLINE void put(int64_t rows, int64_t columns, Mat<T> to, bool add, const F& f) {
+// to[i][j] = f(from[i][j] …), or += it, a vector at a time. Where each row begins is looked up once:
+// a store may change whatever has an address, as far as the compiler knows.
+template <class T, class F, class... Pointers>
+MK_INLINE void put_row(int64_t columns, T* to, bool add, const F& f, Pointers... from) {
   constexpr int64_t lanes = Simd<T>::lanes;
   if (add) {
-    for (int64_t i = 0; i < rows; ++i) {
-      T* at = to.row(i);
-      for (int64_t j = 0; j < columns; j += lanes) store(at + j, load(at + j) + f(i, j));
-    }
+    for (int64_t j = 0; j < columns; j += lanes) store(to + j, load(to + j) + f(load(from + j)...));
   } else {
-    for (int64_t i = 0; i < rows; ++i) {
-      T* at = to.row(i);
-      for (int64_t j = 0; j < columns; j += lanes) store(at + j, f(i, j));
+    for (int64_t j = 0; j < columns; j += lanes) store(to + j, f(load(from + j)...));
+  }
+}
+template <class T, class F, class... Mats>
+MK_INLINE void put(int64_t rows, int64_t columns, Mat<T> to, bool add, const F& f,
+                   const Mats&... from) {
+  for (int64_t i = 0; i < rows; ++i) put_row<T>(columns, to.row(i), add, f, from.row(i)...);
+}
+// to[i][j] = f(i, j), or += it, where f needs more of a row than one vector.
+template <class T, class F>
+MK_INLINE void put_each(int64_t rows, int64_t columns, Mat<T> to, bool add, const F& f) {
+  for (int64_t i = 0; i < rows; ++i) {
+    T* at = to.row(i);
+    for (int64_t j = 0; j < columns; j += Simd<T>::lanes) {
+      store(at + j, add ? load(at + j) + f(i, j) : f(i, j));
     }
   }
 }
+struct Itself {
+  template <class V> MK_INLINE V operator()(V x) const { return x; }
+};
+struct Times {
+  template <class V> MK_INLINE V operator()(V x, V y) const { return x * y; }
+};
+struct TimesThree {
+  template <class V> MK_INLINE V operator()(V x, V y, V z) const { return x * y * z; }
+};
 
 template <class T> MK_INLINE void copy_rows(int64_t rows, int64_t n, Mat<const T> from, Mat<T> to) {
-  put(rows, n, to, false, [&](int64_t i, int64_t j) { return load(from.row(i) + j); });
+  put(rows, n, to, false, Itself{}, from);
 }
 
 template <class T> MK_INLINE void clear_rows(int64_t rows, int64_t n, Mat<T> to) {
-  put(rows, n, to, false, [](int64_t, int64_t) { return Vec<T>{}; });
+  put_each(rows, n, to, false, [](int64_t, int64_t) { return Vec<T>{}; });
 }
 
 // to[i][j] += from[i][j] where to's neighbours to the right are others': exactly n columns.
@@ -170,10 +189,10 @@ template <class T> struct ApplySlope {
   Mat<T> to;
   bool add;
 
-  void operator()(int64_t i, int64_t rows, int64_t j, int64_t columns) const {
-    put(rows, columns, Mat<T>{to.row(i) + j, to.ld}, add, [&](int64_t p, int64_t q) {
-      return load(s.row(i + p) + j + q) * load(x.row(i + p) + j + q);
-    });
+  void operator()(int64_t i0, int64_t rows, int64_t j0, int64_t columns) const {
+    for (int64_t i = i0; i < i0 + rows; ++i) {
+      put_row<T>(columns, to.row(i) + j0, add, Times{}, s.row(i) + j0, x.row(i) + j0);
+    }
   }
 };
 
@@ -188,53 +207,43 @@ template <class T> void node_value(const Operands<T>& o, Mat<T> v, Mat<T> s) {
   }
   switch (node.kind) {
     case node_prelu: {
-      const T* a = o.parameter.at;
-      return put(rows, columns, v, false, [&](int64_t i, int64_t j) {
-        const Vec<T> x = load(u.row(i) + j);
-        return x > T(0) ? x : x * load(a + j);
-      });
+      const Mat<const T> a{o.parameter.at, 0};
+      return put(rows, columns, v, false,
+                 [](Vec<T> x, Vec<T> slope) { return x > T(0) ? x : x * slope; }, u, a);
     }
     case node_scale:
     case node_dropout:
-      return put(rows, columns, v, false, [&](int64_t i, int64_t j) {
-        return load(u.row(i) + j) * load(o.parameter.row(i) + j);
-      });
+      return put(rows, columns, v, false, Times{}, u, o.parameter);
     case node_shift:
-      return put(rows, columns, v, false, [&](int64_t i, int64_t j) {
-        return load(u.row(i) + j) + load(o.parameter.at + j);
-      });
+      return put(rows, columns, v, false, [&](Vec<T> x, Vec<T> y) { return x + y; }, u, Mat<const T>{o.parameter.at, 0});
     case node_line: {
       const T p = o.number(0), q = o.number(1);
       return put(rows, columns, v, false,
-                 [&](int64_t i, int64_t j) { return p * load(u.row(i) + j) + q; });
+                 [&](Vec<T> x) { return p * x + q; }, u);
     }
     case node_sum: {
       const T first = o.number(0);
       if (node.inputs == 1) {
         return put(rows, columns, v, false,
-                   [&](int64_t i, int64_t j) { return first * load(u.row(i) + j); });
+                   [&](Vec<T> x) { return first * x; }, u);
       }
       const Mat<const T> w = o.u[1];
       const T second = o.number(1);
-      put(rows, columns, v, false, [&](int64_t i, int64_t j) {
-        return first * load(u.row(i) + j) + second * load(w.row(i) + j);
-      });
+      put(rows, columns, v, false, [&](Vec<T> x, Vec<T> y) { return first * x + second * y; }, u, w);
       for (int64_t q = 2; q < node.inputs; ++q) {
         const Mat<const T> more = o.u[q];
         const T factor = o.number(q);
         put(rows, columns, v, true,
-            [&](int64_t i, int64_t j) { return factor * load(more.row(i) + j); });
+            [&](Vec<T> x) { return factor * x; }, more);
       }
       return;
     }
     case node_product: {
       const Mat<const T> w = o.u[1];
-      return put(rows, columns, v, false, [&](int64_t i, int64_t j) {
-        return load(u.row(i) + j) * load(w.row(i) + j);
-      });
+      return put(rows, columns, v, false, Times{}, u, w);
     }
     case node_expand:
-      return put(rows, columns, v, false, [&](int64_t i, int64_t) { return splat(u.row(i)[0]); });
+      return put_each(rows, columns, v, false, [&](int64_t i, int64_t) { return splat(u.row(i)[0]); });
     case node_total:
       for (int64_t i = 0; i < rows; ++i) {
         v.row(i)[0] = total<T>(o.width(), [&](int64_t j) { return load(u.row(i) + j); });
@@ -306,7 +315,7 @@ void symmetric_jacobian(const Operands<T>& o, Mat<const T> t, Mat<T> to, bool ad
     const T along = total<T>(n, [&](int64_t j) { return load(v + j) * load(x + j); });
     const Mat<T> here{to.row(i), 0};
     if (o.node->kind == node_softmax) {
-      put(1, o.columns, here, add,
+      put_each(1, o.columns, here, add,
           [&](int64_t, int64_t j) { return load(v + j) * (load(x + j) - along); });
       continue;
     }
@@ -315,7 +324,7 @@ void symmetric_jacobian(const Operands<T>& o, Mat<const T> t, Mat<T> to, bool ad
       mean = each * total<T>(n, [&](int64_t j) { return load(x + j); });
     }
     const T r = o.s.row(i)[0], factor = along * each;
-    put(1, o.columns, here, add, [&](int64_t, int64_t j) {
+    put_each(1, o.columns, here, add, [&](int64_t, int64_t j) {
       return r * ((load(x + j) - mean) - load(v + j) * factor);
     });
   }
@@ -338,7 +347,7 @@ template <class T> void node_push(const Operands<T>& o, const Mat<const T>* dots
         if (!x) continue;
         const T factor = o.number(q);
         put(rows, columns, to, add,
-            [&](int64_t i, int64_t j) { return factor * load(x.row(i) + j); });
+            [&](Vec<T> x) { return factor * x; }, x);
         add = true;
       }
       return;
@@ -346,17 +355,13 @@ template <class T> void node_push(const Operands<T>& o, const Mat<const T>* dots
     case node_product: {
       const Mat<const T> u = o.u[0], w = o.u[1], r = dots[1];
       if (t && r) {
-        return put(rows, columns, to, false, [&](int64_t i, int64_t j) {
-          return load(t.row(i) + j) * load(w.row(i) + j) + load(u.row(i) + j) * load(r.row(i) + j);
-        });
+        return put(rows, columns, to, false, [&](Vec<T> x, Vec<T> y, Vec<T> z, Vec<T> w) { return x * y + z * w; }, t, w, u, r);
       }
       const Mat<const T> x = t ? t : r, other = t ? w : u;
-      return put(rows, columns, to, false, [&](int64_t i, int64_t j) {
-        return load(x.row(i) + j) * load(other.row(i) + j);
-      });
+      return put(rows, columns, to, false, Times{}, x, other);
     }
     case node_expand:
-      return put(rows, columns, to, false, [&](int64_t i, int64_t) { return splat(t.row(i)[0]); });
+      return put_each(rows, columns, to, false, [&](int64_t i, int64_t) { return splat(t.row(i)[0]); });
     case node_total:
       for (int64_t i = 0; i < rows; ++i) {
         to.row(i)[0] = total<T>(o.width(), [&](int64_t j) { return load(t.row(i) + j); });
@@ -388,7 +393,7 @@ template <class T> void node_push(const Operands<T>& o, const Mat<const T>* dots
         const T along = total<T>(node.width, [&](int64_t j) {
           return exp_nonpositive<T>(load(v + j)) * load(x + j);
         });
-        put(1, columns, Mat<T>{to.row(i), 0}, false,
+        put_each(1, columns, Mat<T>{to.row(i), 0}, false,
             [&](int64_t, int64_t j) { return load(x + j) - along; });
       }
       return;
@@ -405,39 +410,32 @@ void node_pull(const Operands<T>& o, Mat<const T> P, int64_t q, Mat<T> to, bool 
   const Node& node = *o.node;
   const int64_t rows = o.rows, columns = o.columns;
   if (is_elementwise(node.kind) && node.varies) {
-    return put(rows, columns, to, add, [&](int64_t i, int64_t j) {
-      return load(o.s.row(i) + j) * load(P.row(i) + j);
-    });
+    return put(rows, columns, to, add, Times{}, o.s, P);
   }
   if (is_elementwise(node.kind)) {  // the identity
-    return put(rows, columns, to, add, [&](int64_t i, int64_t j) { return load(P.row(i) + j); });
+    return put(rows, columns, to, add, Itself{}, P);
   }
   switch (node.kind) {
     case node_prelu: {
       const Mat<const T> u = o.u[0];
-      return put(rows, columns, to, add, [&](int64_t i, int64_t j) {
-        const Vec<T> p = load(P.row(i) + j);
-        return load(u.row(i) + j) > T(0) ? p : p * load(o.parameter.at + j);
-      });
+      const Mat<const T> a{o.parameter.at, 0};
+      return put(rows, columns, to, add,
+                 [](Vec<T> x, Vec<T> p, Vec<T> slope) { return x > T(0) ? p : p * slope; }, u, P, a);
     }
     case node_scale:
     case node_dropout:
-      return put(rows, columns, to, add, [&](int64_t i, int64_t j) {
-        return load(P.row(i) + j) * load(o.parameter.row(i) + j);
-      });
+      return put(rows, columns, to, add, Times{}, P, o.parameter);
     case node_shift:
-      return put(rows, columns, to, add, [&](int64_t i, int64_t j) { return load(P.row(i) + j); });
+      return put(rows, columns, to, add, Itself{}, P);
     case node_line:
     case node_sum: {
       const T factor = o.number(q);
       return put(rows, columns, to, add,
-                 [&](int64_t i, int64_t j) { return factor * load(P.row(i) + j); });
+                 [&](Vec<T> x) { return factor * x; }, P);
     }
     case node_product: {
       const Mat<const T> other = o.u[1 - q];
-      return put(rows, columns, to, add, [&](int64_t i, int64_t j) {
-        return load(P.row(i) + j) * load(other.row(i) + j);
-      });
+      return put(rows, columns, to, add, Times{}, P, other);
     }
     case node_expand:
       for (int64_t i = 0; i < rows; ++i) {
@@ -447,12 +445,11 @@ void node_pull(const Operands<T>& o, Mat<const T> P, int64_t q, Mat<T> to, bool 
       }
       return;
     case node_total:
-      return put(rows, o.whole(), to, add, [&](int64_t i, int64_t) { return splat(P.row(i)[0]); });
+      return put_each(rows, o.whole(), to, add, [&](int64_t i, int64_t) { return splat(P.row(i)[0]); });
     case node_concat: {
       int64_t at = 0;
       for (int64_t i = 0; i < q; ++i) at += o.width(i);
-      return put(rows, o.whole(q), to, add,
-                 [&](int64_t i, int64_t j) { return load(P.row(i) + at + j); });
+      return put(rows, o.whole(q), to, add, Itself{}, Mat<const T>{P.at + at, P.ld, P.index});
     }
     case node_columns: {
       const int64_t start = int64_t(node.numbers[0]), step = int64_t(node.numbers[1]);
@@ -466,7 +463,7 @@ void node_pull(const Operands<T>& o, Mat<const T> P, int64_t q, Mat<T> to, bool 
       for (int64_t i = 0; i < rows; ++i) {
         const T *p = P.row(i), *v = o.v.row(i);
         const T all = total<T>(node.width, [&](int64_t j) { return load(p + j); });
-        put(1, columns, Mat<T>{to.row(i), 0}, add, [&](int64_t, int64_t j) {
+        put_each(1, columns, Mat<T>{to.row(i), 0}, add, [&](int64_t, int64_t j) {
           return load(p + j) - exp_nonpositive<T>(load(v + j)) * all;
         });
       }
@@ -496,9 +493,7 @@ void node_curvature(const Operands<T>& o, const Mat<const T>* dots, Mat<const T>
   switch (node.kind) {
     case node_product: {
       const Mat<const T> x = dots[1 - q];
-      return put(rows, columns, to, add, [&](int64_t i, int64_t j) {
-        return load(P.row(i) + j) * load(x.row(i) + j);
-      });
+      return put(rows, columns, to, add, Times{}, P, x);
     }
     case node_normalise:
     case node_root_mean_square: {
@@ -516,7 +511,7 @@ void node_curvature(const Operands<T>& o, const Mat<const T>* dots, Mat<const T>
           gamma = mean([&](int64_t j) { return (load(a + j) - of_a) * (load(b + j) - of_b); });
         }
         const T own = gamma - 3 * alpha * beta, scale = -r * r;
-        put(1, columns, Mat<T>{to.row(i), 0}, add, [&](int64_t, int64_t j) {
+        put_each(1, columns, Mat<T>{to.row(i), 0}, add, [&](int64_t, int64_t j) {
           return scale * (alpha * (load(b + j) - of_b) + beta * (load(a + j) - of_a) +
                           load(v + j) * own);
         });
@@ -533,7 +528,7 @@ void node_curvature(const Operands<T>& o, const Mat<const T>* dots, Mat<const T>
           return p * x - beta * p - alpha * x;
         };
         const T along = total<T>(n, [&](int64_t j) { return load(v + j) * w(j); });
-        put(1, columns, Mat<T>{to.row(i), 0}, add,
+        put_each(1, columns, Mat<T>{to.row(i), 0}, add,
             [&](int64_t, int64_t j) { return load(v + j) * (w(j) - along); });
       }
       return;
@@ -543,7 +538,7 @@ void node_curvature(const Operands<T>& o, const Mat<const T>* dots, Mat<const T>
         const auto p = [&](int64_t j) { return exp_nonpositive<T>(load(v + j)); };
         const T all = total<T>(n, [&](int64_t j) { return load(a + j); });
         const T along = total<T>(n, [&](int64_t j) { return p(j) * load(b + j); });
-        put(1, columns, Mat<T>{to.row(i), 0}, add,
+        put_each(1, columns, Mat<T>{to.row(i), 0}, add,
             [&](int64_t, int64_t j) { return -all * p(j) * (load(b + j) - along); });
       }
       return;

@@ -93,8 +93,8 @@ template <class T> struct ProgramBackwardScratch {
   // the tangent, and what comes down for them: q where P is kept, else P.
   Mat<T> *cotangent, *second, *dot, *chain;
   // done: of an elementwise node, the rows' cotangent has gone on to its input already; of a linear
-  // one, it is gy∘P, and P of the pairs in p.
-  bool *begun, *done, *chained, *prepared;
+  // one, it is gy∘P, and P of the pairs in p. through: what came down for the pairs has gone on.
+  bool *begun, *done, *chained, *prepared, *through;
   Mat<const T>* dots;  // of the inputs of the node at hand
   Mat<T> g, p, bend;   // a block of the widest value each
   T* slopes;           // gJ (rows, D, k)
@@ -116,7 +116,7 @@ template <class T> struct ProgramBackwardScratch {
     const int64_t count = net.y + 1;
     Mat<T>** const lists[] = {&cotangent, &second, &dot, &chain};
     for (Mat<T>** list : lists) *list = memory.take<Mat<T>>(count);
-    bool** const flags[] = {&begun, &done, &chained, &prepared};
+    bool** const flags[] = {&begun, &done, &chained, &prepared, &through};
     for (bool** list : flags) *list = memory.take<bool>(count);
     int64_t most = 1, widest = 1;
     for (int64_t v = 0; v < count; ++v) {
@@ -306,9 +306,8 @@ template <class T> struct ProgramBackward {
   // --- pairs --------------------------------------------------------------------------------------
 
   Mat<const T> gather(const Pass& pass, Mat<const T> from, int64_t columns, Mat<T> to) const {
-    const int32_t* row = pass.scratch.pairs.row;
-    put(pass.m, columns, to, false,
-        [&](int64_t i, int64_t j) { return load(from.row(row[i]) + j); });
+    put(pass.m, columns, to, false, Itself{},
+        Mat<const T>{from.at, from.ld, pass.scratch.pairs.row});
     return to;
   }
   void scatter_add(const Pass& pass, Mat<const T> from, int64_t columns, Mat<T> to) const {
@@ -361,7 +360,7 @@ template <class T> struct ProgramBackward {
 
   void tangents(const Pass& pass) const {
     const Scratch& s = pass.scratch;
-    for (int64_t v = 0; v <= net.y; ++v) s.prepared[v] = s.chained[v] = false;
+    for (int64_t v = 0; v <= net.y; ++v) s.prepared[v] = s.chained[v] = s.through[v] = false;
     if (way(0).dot) {
       for (int64_t i = 0; i < pass.m; ++i) {
         T* x = s.dot[0].row(i);
@@ -426,14 +425,12 @@ template <class T> struct ProgramBackward {
       const Mat<const T> P = slopes ? seeds(pass, v) : Mat<const T>{};
       const Mat<const T> down =
           pass.m && s.chained[v] ? Mat<const T>(s.chain[v]) : Mat<const T>{};
-      if (!net.linear(v) && pass.m) pairs_light(pass, v, P, down);
-      if (net.linear(v) && down && by_pairs(net.below(v))) {
-        pull_pairs(pass, v, down);
-      }
+      if (!net.linear(v) && pass.m && !s.through[v]) pairs_light(pass, v, P, down);
       const Mat<const T> G = with_rows ? row_gradient(pass, v, down) : Mat<const T>{};
       if (net.linear(v)) {
         if (way(v).trained) linear_gradients(pass, v, P, G);
         if (with_rows) rows_linear(pass, v, G);
+        if (down && by_pairs(net.below(v))) pull_pairs(pass, v, down);
       } else if (with_rows && !s.done[v]) {
         rows_light(pass, v, G);
       }
@@ -461,8 +458,69 @@ template <class T> struct ProgramBackward {
   void pull_pairs(const Pass& pass, int64_t v, Mat<const T> down) const {
     const Scratch& s = pass.scratch;
     const int64_t u = net.below(v);
+    if (net.pulls_through(u) && pull_through(pass, v, down)) return;
     linear_pull<T>(net, v, pass.m, down, s.chain[u], s.chained[u], Nothing{});
     s.chained[u] = true;
+  }
+
+  // σ'∘down + σ''∘ȧ∘P.
+  struct PullAndBend {
+    template <class V> MK_INLINE V operator()(V s, V down, V c, V t, V P) const {
+      return s * down + c * t * P;
+    }
+  };
+
+  // After a product gave a tile of what comes down for the pairs to an elementwise node: its pull and
+  // its curvature, while the tile is in the first-level cache.
+  struct PullPairs {
+    Mat<const T> s, c, t, P;  // c null: no curvature; P null: the product itself
+    Mat<const T> x;           // the product
+    Mat<T> to;                // null: nothing goes on; else perhaps x itself
+    bool add;
+    Mat<T> rows;              // whose cotangent gets the curvature; null: it goes on with the pull
+    const int32_t* row;
+
+    void operator()(int64_t i0, int64_t count, int64_t j0, int64_t columns) const {
+      for (int64_t i = i0; i < i0 + count; ++i) {
+        const auto of = [&](const Mat<const T>& a) { return a.row(i) + j0; };
+        T* on = to ? to.row(i) + j0 : nullptr;
+        if (c && !rows) {
+          put_row<T>(columns, on, add, PullAndBend{}, of(s), of(x), of(c), of(t), of(P));
+          continue;
+        }
+        if (c) {
+          put_row<T>(columns, rows.row(row[i]) + j0, true, TimesThree{}, of(c), of(t), of(x));
+        }
+        if (on) put_row<T>(columns, on, add, Times{}, of(s), of(x));
+      }
+    }
+  };
+
+  // The pairs' pull of linear node v and of the elementwise node of its input, in one pass.
+  bool pull_through(const Pass& pass, int64_t v, Mat<const T> down) const {
+    const Scratch& s = pass.scratch;
+    const int64_t u = net.below(v), b = net.node(u).input[0];
+    const bool kept = flow(u).kept;
+    if (kept != flow(b).kept) return false;
+    const Operands<T> o = operands(pass, u);
+    const bool bends = net.node(u).curved && dots_of(pass, u) && way(b).wanted;
+    PullPairs after{};
+    after.s = o.s;
+    if (by_pairs(b)) after.to = s.chain[b], after.add = s.chained[b];
+    if (bends) {
+      after.c = o.c, after.t = s.dots[0];
+      if (kept) after.P = pass.of_pairs(s.cotangent[u]);
+      if (!kept) {
+        start(s.cotangent, s.begun, b, pass.rows);
+        after.rows = s.cotangent[b], after.row = s.pairs.row;
+      }
+    }
+    const Mat<T> product = after.to && !after.add ? after.to : s.chain[u];
+    after.x = product;
+    linear_pull<T>(net, v, pass.m, down, product, false, after);
+    s.through[u] = true;
+    s.chained[b] |= bool(after.to);
+    return true;
   }
 
   void pairs_light(const Pass& pass, int64_t v, Mat<const T> P, Mat<const T> down) const {
@@ -502,26 +560,19 @@ template <class T> struct ProgramBackward {
     const int64_t u = o.node->input[0], m = pass.m, columns = o.columns;
     const bool pulls = down && by_pairs(u), bends = moves && way(u).wanted;
     const Mat<const T> t = s.dots[0];
-    const auto pulled = [&](int64_t i, int64_t j) {
-      return load(o.s.row(i) + j) * load(down.row(i) + j);
-    };
-    const auto bent = [&](int64_t i, int64_t j) {
-      return load(o.c.row(i) + j) * load(t.row(i) + j) * load(P.row(i) + j);
-    };
     if (pulls && bends && flow(u).kept) {
-      put(m, columns, s.chain[u], s.chained[u],
-          [&](int64_t i, int64_t j) { return pulled(i, j) + bent(i, j); });
+      put(m, columns, s.chain[u], s.chained[u], PullAndBend{}, o.s, down, o.c, t, P);
     } else if (bends && flow(u).kept) {
-      put(m, columns, s.chain[u], s.chained[u], bent);
+      put(m, columns, s.chain[u], s.chained[u], TimesThree{}, o.c, t, P);
     } else if (pulls) {
-      put(m, columns, s.chain[u], s.chained[u], pulled);
+      put(m, columns, s.chain[u], s.chained[u], Times{}, o.s, down);
     }
     if (pulls || (bends && flow(u).kept)) s.chained[u] = true;
     if (!bends || flow(u).kept) return;
     start(s.cotangent, s.begun, u, pass.rows);
     for (int64_t i = 0; i < m; ++i) {
-      T* to = s.cotangent[u].row(s.pairs.row[i]);
-      for (int64_t j = 0; j < columns; j += Simd<T>::lanes) store(to + j, load(to + j) + bent(i, j));
+      put_row<T>(columns, s.cotangent[u].row(s.pairs.row[i]), true, TimesThree{}, o.c.row(i),
+                 t.row(i), P.row(i));
     }
   }
 
@@ -635,9 +686,8 @@ template <class T> struct ProgramBackward {
       });
     }
     const int32_t* row = s.pairs.row;
-    put(flow(b).moving ? pass.m : 0, net.whole(b), s.p, false, [&](int64_t i, int64_t j) {
-      return load(first.row(row[i]) + j) * load(P.row(row[i]) + j);
-    });
+    put(flow(b).moving ? pass.m : 0, net.whole(b), s.p, false, Times{},
+        Mat<const T>{first.at, first.ld, row}, Mat<const T>{P.at, P.ld, row});
     s.begun[b] = s.done[b] = true;
     return true;
   }
@@ -694,8 +744,9 @@ template <class T> struct ProgramBackward {
     if (G && direct(u)) {
       if (!s.begun[u] && net.pulls_through(u) && direct(net.node(u).input[0])) {
         const int64_t b = net.node(u).input[0];
-        const ApplySlope<T> after{s.rows.first[u], to, s.cotangent[b], s.begun[b]};
-        linear_pull<T>(net, v, pass.rows, G, to, false, after);
+        const Mat<T> product = s.begun[b] ? to : s.cotangent[b];
+        const ApplySlope<T> after{s.rows.first[u], product, s.cotangent[b], s.begun[b]};
+        linear_pull<T>(net, v, pass.rows, G, product, false, after);
         s.begun[b] = s.done[u] = true;
       } else {
         linear_pull<T>(net, v, pass.rows, G, to, s.begun[u], Nothing{});
@@ -712,8 +763,7 @@ template <class T> struct ProgramBackward {
       linear_pull<T>(net, v, 1, s.cotangent[v], side, false, Nothing{});
     }
     if (side.at != to.at) {
-      put(n, net.whole(u), to, s.begun[u],
-          [&](int64_t, int64_t j) { return load(side.at + j); });
+      put(n, net.whole(u), to, s.begun[u], Itself{}, Mat<const T>{side.at, 0});
     }
     s.begun[u] = true;
   }

@@ -43,11 +43,14 @@ template <class T> struct SlopeChain {
         if (at) at[v] = program.view_of(at, v), apart[v] = apart[program.node(v).input[0]];
         continue;
       }
+      if (scaled_in_place(program, v)) continue;
       const bool one_row = program.plan->adjoint ? flow.uniform : flow.constant;
       const int64_t stride = scratch_ld<T>(program.width(v));
       const int64_t size = (one_row ? 1 : capacity) * stride;
       T* own = memory.take<T>(together * size);
-      if (at) at[v] = {own, one_row ? 0 : stride}, apart[v] = size;
+      if (!at) continue;
+      at[v] = {own, one_row ? 0 : stride}, apart[v] = size;
+      if (v && scaled_in_place(program, v - 1)) at[v - 1] = at[v], apart[v - 1] = size;
     }
     if (program.plan->adjoint) {
       const bool one_row = program.flow(0).uniform;
@@ -59,6 +62,11 @@ template <class T> struct SlopeChain {
     ld = scratch_ld<T>(widest);
     seed = memory.take<T>(ld);
     product = memory.take<T>(capacity * ld);
+  }
+  // Whether the tangents of linear node v become those of the elementwise one after it where they lie.
+  static bool scaled_in_place(const Program<T>& program, int64_t v) {
+    return !program.plan->adjoint && v > 0 && program.linear(v) && program.followed(v) &&
+           program.flow(v).once && !program.flow(v).constant;
   }
   Mat<T> tangent(int64_t v, int64_t c) const { return {at[v].at + c * apart[v], at[v].ld}; }
   // Rows of value v's own: one that stands for all, or each.
@@ -258,7 +266,7 @@ template <class T> struct ProgramForward {
     }
     if (side.at == to.at) return;
     put(n, whole_vectors<T>(columns), to, add,
-        [&](int64_t i, int64_t j) { return load(side.row(i) + j); });
+        Itself{}, side);
   }
 
   // Whether P goes on from value u to the input of its elementwise node.
@@ -314,12 +322,15 @@ template <class T> struct ProgramForward {
     }
     const bool moving = net.flow(net.y).moving;
     const int64_t Dk = net.D * net.k;
-    for (int64_t c = 0; c < m; ++c) {
-      const Mat<T> y = chain.tangent(net.y, c);
-      for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t d = 0; d < net.D; ++d) {
-          to[i * Dk + d * net.k + c] = moving ? y.row(i)[d] : T(0);
-        }
+    if (!moving) {
+      for (int64_t i = 0; i < rows * net.D; ++i) clear(to + i * net.k, m);
+      return;
+    }
+    for (int64_t i = 0; i < rows; ++i) {  // row by row: each line of J is in the cache once
+      for (int64_t c = 0; c < m; ++c) {
+        const T* y = chain.tangent(net.y, c).row(i);
+        T* J = to + i * Dk + c;
+        for (int64_t d = 0; d < net.D; ++d) J[d * net.k] = y[d];
       }
     }
   }
