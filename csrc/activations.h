@@ -266,6 +266,13 @@ template <class T> struct Cosine {
   }
 };
 
+template <class T> struct Erf {
+  static MK_INLINE Sigma<T> at(Vec<T> a, Numbers<T>) {
+    const ErrorFunction<T> e = erf_both<T>(a);
+    return {e.value, e.first, T(-2) * a * e.first};
+  }
+};
+
 // What to do over a rectangle of pre-activations a: store σ, σ', σ'' where a place is given.
 template <class T> struct Apply {
   int64_t rows, columns;  // columns: whole vectors

@@ -33,4 +33,5 @@
   row(log, Log, false)                \
   row(reciprocal, Reciprocal, false)  \
   row(sin, Sine, false)               \
-  row(cos, Cosine, false)
+  row(cos, Cosine, false)             \
+  row(erf, Erf, false)

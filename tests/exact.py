@@ -50,4 +50,5 @@ EXACT: dict[str, Callable[..., Number]] = {
     "reciprocal": lambda a, *_: 1 / a,
     "sin": lambda a, *_: mp.sin(a),
     "cos": lambda a, *_: mp.cos(a),
+    "erf": lambda a, *_: mp.erf(a),
 }

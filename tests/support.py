@@ -63,6 +63,7 @@ WRITTEN: dict[str, tuple[Activation, Function]] = {
     "reciprocal": (Activation("reciprocal"), torch.reciprocal),
     "sin": (Activation("sin"), torch.sin),
     "cos": (Activation("cos"), torch.cos),
+    "erf": (Activation("erf"), torch.erf),
 }
 
 
