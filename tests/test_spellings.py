@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import monokernel
 from monokernel import ranges
 from monokernel.activations import ACTIVATIONS
 from monokernel.arguments import check_inputs
@@ -49,7 +50,9 @@ class _Written(nn.Module):
 
 
 def text_of(path: str) -> str:
-    return (ROOT / path).read_text(encoding="utf-8")
+    """Of a file in the repository, or of the package, wherever that is installed."""
+    home = Path(monokernel.__file__).parent.parent if path.startswith("monokernel/") else ROOT
+    return (home / path).read_text(encoding="utf-8")
 
 
 def rows_of_cpp() -> list[tuple[str, bool]]:

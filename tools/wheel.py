@@ -52,12 +52,12 @@ def fetch_pytorches() -> None:
 
 
 def check(wheel: Path, minors: list[str]) -> None:
-    """A ValueError with what is wrong. On musl there is no PyTorch, so no boundary to one."""
+    """Ends the program with what is wrong. On musl is no PyTorch, so no boundary to one."""
     python, abi, platform = wheel.stem.split("-")[-3:]
     if (python, abi) != ("py3", "none"):
-        raise ValueError(f"{wheel.name}: expected the tag py3-none, got {python}-{abi}")
+        raise SystemExit(f"{wheel.name}: expected the tag py3-none, got {python}-{abi}")
     if not re.match(r"(manylinux|musllinux|macosx)_", platform):
-        raise ValueError(f"{wheel.name}: expected a repaired wheel, got the platform {platform}")
+        raise SystemExit(f"{wheel.name}: expected a repaired wheel, got the platform {platform}")
     musl = platform.startswith("musllinux")
     wanted = {LIBRARY}
     if not musl:
@@ -66,12 +66,12 @@ def check(wheel: Path, minors: list[str]) -> None:
         names = archive.namelist()
         found = {name for name in names if re.search(r"\.(so|dylib)[\d.]*$", name)}
         if found != wanted:
-            raise ValueError(
+            raise SystemExit(
                 f"{wheel.name}: expected the libraries {sorted(wanted)}, got {sorted(found)}"
             )
         others = [n for n in names if not re.match(r"monokernel(/|-[\d.]+\w*\.dist-info/)", n)]
         if others or "monokernel/_native_build.txt" in names:
-            raise ValueError(f"{wheel.name}: expected the package alone, got also {others}")
+            raise SystemExit(f"{wheel.name}: expected the package alone, got also {others}")
         if musl:
             _load(archive)
     print(f"{wheel.name}: {', '.join(sorted(found))}")
