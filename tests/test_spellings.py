@@ -136,6 +136,17 @@ def test_the_codes_are_the_places_in_the_table() -> None:
     assert all(table[code] == kind for kind, code in codes_of_triton().items())
 
 
+def test_the_worked_example_is_what_the_files_have() -> None:
+    """The steps of docs/architecture.md, each with its file and the lines that it adds there."""
+    steps = re.split(r"^\*\*(\d+)\. `(.*?)`", text_of("docs/architecture.md"), flags=re.M)[1:]
+    numbers, files, bodies = steps[::3], steps[1::3], steps[2::3]
+    assert list(map(int, numbers)) == list(range(1, 11))
+    added = [re.findall(r"^\+(.*)$", body, re.M) for body in bodies]
+    assert [i for i, lines in enumerate(added, 1) if not lines] == [10]
+    for file, lines in zip(files, added, strict=True):
+        assert set(lines) <= set(text_of(file).splitlines()), file
+
+
 def test_no_exception_is_out_of_date() -> None:
     assert set(WITHOUT_THIRD) <= set(ACTIVATIONS)
     assert not set(WITHOUT_THIRD) & set(ranges.THIRD)
