@@ -1,10 +1,12 @@
-# Every target sets itself up in .venv. PYTHON chooses the interpreter (3.10 or newer).
+# Every target sets itself up in .venv. PYTHON chooses the interpreter (3.10 or newer), REQUIREMENTS
+# another list of versions.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-SOURCES := setup.py pyproject.toml requirements/dev.txt $(wildcard csrc/*)
+REQUIREMENTS ?= requirements/dev.txt
+SOURCES := setup.py pyproject.toml $(REQUIREMENTS) $(wildcard csrc/*)
 
-.PHONY: demo test bench kernels lint format docs sanitize clean
+.PHONY: demo test bench kernels lint format docs sanitize wheel clean
 
 demo: $(READY)
 	$(BIN)/python examples/diabetes.py
@@ -35,10 +37,23 @@ docs: $(READY)
 sanitize: $(READY)
 	PYTHON=$(BIN)/python bash tests/native/sanitize.sh
 
+# A wheel of this machine and its PyTorch, repaired, checked, and tested where no compiler is. TESTS
+# are options of pytest, to run a part.
+wheel: $(READY)
+	$(BIN)/pip install -q --disable-pip-version-check -r requirements/wheel.txt
+	$(BIN)/cibuildwheel --print-build-identifiers --platform linux --archs x86_64,aarch64
+	rm -rf build/lib* build/bdist* build/wheel dist
+	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude libtorch_cpu.so \
+	  --exclude libc10.so -w dist build/wheel/*.whl
+	$(BIN)/python -m tools.wheel check dist/*.whl --pytorch $$($(BIN)/python -c \
+	  'import torch; print(*torch.__version__.split(".")[:2], sep=".")')
+	$(BIN)/python -m tools.wheel test dist/*.whl -- $(TESTS)
+
 # Editable, and without build isolation: what the build needs is in requirements/dev.txt.
 $(READY): $(SOURCES)
 	test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --disable-pip-version-check -r requirements/dev.txt
+	$(BIN)/pip install -q --disable-pip-version-check -r $(REQUIREMENTS)
 	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
 

@@ -11,13 +11,15 @@ built too, for that version of PyTorch: small steps on the CPU are faster with i
 opens it.
 
 Environment: MONOKERNEL_NATIVE=0 builds without either, MONOKERNEL_CXXFLAGS adds flags to the
-library's (tests/native/sanitize.sh builds with the sanitizers that way).
+library's (tests/native/sanitize.sh builds with the sanitizers that way), MONOKERNEL_PYTORCHES is
+a folder of folders with a PyTorch in each, for all of which the boundary is built (tools/wheel.py).
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import sys
@@ -88,7 +90,8 @@ class BuildNative(build_ext):
             log.write_text(f"{_reason(error)}\n", encoding="utf-8")
             return
         try:
-            self._build_boundary(library.parent)
+            for torch in _pytorches():
+                self._build_boundary(torch, library.parent)
         except Exception as error:
             print(f"monokernel: goes without the C++ boundary: {_reason(error)}", file=sys.stderr)
 
@@ -116,23 +119,23 @@ class BuildNative(build_ext):
             objects, str(library), extra_postargs=[*linking, *more], target_lang="c++"
         )
 
-    def _build_boundary(self, folder: Path) -> None:
-        import torch  # in an isolated build there is none
-
-        root = Path(torch.__file__).parent
-        include = root / "include"
+    def _build_boundary(self, torch: Path, folder: Path) -> None:
+        version = re.search(r"__version__ = ['\"](\d+)\.(\d+)", (torch / "version.py").read_text())
+        if version is None:
+            raise RuntimeError(f"{torch / 'version.py'} does not say PyTorch's version")
+        name = BOUNDARY.format(*version.groups())
+        include = torch / "include"
         objects = self.compiler.compile(
             ["csrc/boundary.cpp"],
-            output_dir=self.build_temp,
+            output_dir=str(Path(self.build_temp, name)),
             include_dirs=[str(include), str(include / "torch" / "csrc" / "api" / "include")],
             extra_postargs=["-std=c++20", "-O2", "-g0", "-fvisibility=hidden", "-w"],
         )
-        name = BOUNDARY.format(*torch.__version__.split(".")[:2])
         self.compiler.link_shared_object(
             objects,
             str(folder / name),
             libraries=["torch_cpu", "c10"],
-            library_dirs=[str(root / "lib")],
+            library_dirs=[str(torch / "lib")],
             extra_postargs=["-s"] if sys.platform == "linux" else [],
             target_lang="c++",
         )
@@ -143,6 +146,16 @@ class AnyPython(bdist_wheel):
 
     def get_tag(self) -> tuple[str, str, str]:
         return ("py3", "none", super().get_tag()[2])
+
+
+def _pytorches() -> list[Path]:
+    """The PyTorch packages to build the boundary for: those listed, or the one that is here."""
+    folder = os.environ.get("MONOKERNEL_PYTORCHES")
+    if folder:
+        return sorted(version.parent for version in Path(folder).glob("*/torch/version.py"))
+    import torch  # in an isolated build there is none
+
+    return [Path(torch.__file__).parent]
 
 
 def _reason(error: Exception) -> str:

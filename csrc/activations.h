@@ -1,4 +1,4 @@
-// σ, σ' and σ'' of the activation table (monokernel/activations.py), in the order of its codes.
+// σ, σ' and σ'' of each kind of the activation table (kinds.h).
 //
 // Each kind is one function of one vector that gives all three; what a caller does not store, the
 // compiler drops. The transcendental part is shared. Kinks and NaN are treated as PyTorch does.
@@ -266,6 +266,13 @@ template <class T> struct Cosine {
   }
 };
 
+template <class T> struct Erf {
+  static MK_INLINE Sigma<T> at(Vec<T> a, Numbers<T>) {
+    const ErrorFunction<T> e = erf_both<T>(a);
+    return {e.value, e.first, T(-2) * a * e.first};
+  }
+};
+
 // What to do over a rectangle of pre-activations a: store σ, σ', σ'' where a place is given.
 template <class T> struct Apply {
   int64_t rows, columns;  // columns: whole vectors
@@ -291,20 +298,13 @@ void apply_kind(const Apply<T>& w, Numbers<T> numbers) {
 
 template <class T> using ApplyFn = void (*)(const Apply<T>&, Numbers<T>);
 
-#define MK_ORDERS(Kind)                                                               \
-  {                                                                                   \
-    apply_kind<T, Kind, 0>, apply_kind<T, Kind, 1>, apply_kind<T, Kind, 2>,           \
-        apply_kind<T, Kind, 3>, apply_kind<T, Kind, 4>                                \
-  }
+#define MK_ORDERS(name, Kind, flat)                                                   \
+  {apply_kind<T, Kind, 0>, apply_kind<T, Kind, 1>, apply_kind<T, Kind, 2>,             \
+   apply_kind<T, Kind, 3>, apply_kind<T, Kind, 4>},
 
-// The functions of one activation by order; the codes are those of monokernel.activations.KINDS.
+// The functions of one activation by order.
 template <class T> const ApplyFn<T>* orders_of(int kind) {
-  static const ApplyFn<T> table[][5] = {
-      MK_ORDERS(Identity), MK_ORDERS(Relu),     MK_ORDERS(LeakyRelu), MK_ORDERS(Hardtanh),
-      MK_ORDERS(Elu),      MK_ORDERS(Gelu),     MK_ORDERS(GeluTanh),  MK_ORDERS(Silu),
-      MK_ORDERS(Mish),     MK_ORDERS(Softplus), MK_ORDERS(Softsign),  MK_ORDERS(TanhKind),
-      MK_ORDERS(Sigmoid),  MK_ORDERS(LogSigmoid), MK_ORDERS(Hardsigmoid), MK_ORDERS(Hardswish), MK_ORDERS(Softshrink), MK_ORDERS(Hardshrink), MK_ORDERS(Threshold), MK_ORDERS(Clamp), MK_ORDERS(Tanhshrink), MK_ORDERS(Abs), MK_ORDERS(Square), MK_ORDERS(Sqrt), MK_ORDERS(Exponential), MK_ORDERS(Log), MK_ORDERS(Reciprocal), MK_ORDERS(Sine), MK_ORDERS(Cosine)};
-  static_assert(sizeof(table) / sizeof(table[0]) == kinds, "one row for each kind of the table");
+  static const ApplyFn<T> table[kinds][5] = {MK_KINDS(MK_ORDERS)};
   return table[kind];
 }
 #undef MK_ORDERS
@@ -359,17 +359,12 @@ void single_kind(const Single<T>& w, Numbers<T> numbers) {
 
 template <class T> using SingleFn = void (*)(const Single<T>&, Numbers<T>);
 
-#define MK_MORE(Kind) {single_kind<T, Kind, false>, single_kind<T, Kind, true>}
+#define MK_MORE(name, Kind, flat) {single_kind<T, Kind, false>, single_kind<T, Kind, true>},
 
 template <class T> const SingleFn<T>* singles_of(int kind) {
-  static const SingleFn<T> table[][2] = {
-      MK_MORE(Identity), MK_MORE(Relu),     MK_MORE(LeakyRelu), MK_MORE(Hardtanh),
-      MK_MORE(Elu),      MK_MORE(Gelu),     MK_MORE(GeluTanh),  MK_MORE(Silu),
-      MK_MORE(Mish),     MK_MORE(Softplus), MK_MORE(Softsign),  MK_MORE(TanhKind),
-      MK_MORE(Sigmoid),  MK_MORE(LogSigmoid), MK_MORE(Hardsigmoid), MK_MORE(Hardswish), MK_MORE(Softshrink), MK_MORE(Hardshrink), MK_MORE(Threshold), MK_MORE(Clamp), MK_MORE(Tanhshrink), MK_MORE(Abs), MK_MORE(Square), MK_MORE(Sqrt), MK_MORE(Exponential), MK_MORE(Log), MK_MORE(Reciprocal), MK_MORE(Sine), MK_MORE(Cosine)};
+  static const SingleFn<T> table[kinds][2] = {MK_KINDS(MK_MORE)};
   return table[kind];
 }
 #undef MK_MORE
-
 
 }  // namespace

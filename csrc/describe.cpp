@@ -4,11 +4,11 @@
 #include <algorithm>
 #include <utility>
 
+#define MK_NAME(name, Kind, flat) #name " "
 const char* const node_names =
-    "identity relu leaky_relu hardtanh elu gelu gelu_tanh silu mish softplus softsign tanh sigmoid "
-    "logsigmoid hardsigmoid hardswish softshrink hardshrink threshold clamp tanhshrink abs square "
-    "sqrt exp log reciprocal sin cos linear prelu scale dropout shift line sum product expand total "
+    MK_KINDS(MK_NAME) "linear prelu scale dropout shift line sum product expand total "
     "concat columns normalise root_mean_square softmax log_softmax";
+#undef MK_NAME
 
 namespace {
 

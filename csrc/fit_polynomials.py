@@ -4,7 +4,7 @@ Chebyshev interpolation in 60 digits, turned to powers. The relative error of ea
 its table; rounding adds the rest, which tests/test_cpu.py measures.
 """
 
-from mpmath import atanh, chebyfit, erfc, exp, expm1, linspace, log, mp, mpf, polyval, sqrt
+from mpmath import atanh, chebyfit, erf, erfc, exp, expm1, linspace, log, mp, mpf, pi, polyval, sqrt
 
 mp.dps = 60
 TINY = mpf(10) ** -20
@@ -28,6 +28,11 @@ def normal_tail(c):
         return exp(z * z) * erfc(z) / 2
 
     return f
+
+
+def erf_near(w):
+    """erf(a)/a of w = a², on |a| ≤ 1."""
+    return 2 / sqrt(pi) if w < TINY else erf(sqrt(w)) / sqrt(w)
 
 
 def table(name, f, low, high, n, dtype):
@@ -54,6 +59,7 @@ def main():
             (normal_tail(c32), mpf(-1), (mpf("13.3") - c32) / (mpf("13.3") + c32), 10),
             (normal_tail(c64), mpf(-1), (39 - c64) / (39 + c64), 26),
         ],
+        "ErfNear": [(erf_near, mpf(0), mpf(1), 7), (erf_near, mpf(0), mpf(1), 13)],
     }.items():
         print(f"template <class T> struct {name};")
         for dtype, fit in zip(("float", "double"), fits, strict=True):

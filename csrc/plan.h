@@ -7,8 +7,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
-// Kinds of nodes: first the elementwise ones, in the order of the activation table (activations.h).
-constexpr int kinds = 29;
+#include "kinds.h"
+
+// Kinds of nodes: first the elementwise ones.
+#define MK_ONE(name, Kind, flat) +1
+constexpr int kinds = MK_KINDS(MK_ONE);
+#undef MK_ONE
 enum NodeKind : int64_t {
   node_linear = kinds,
   node_prelu,
@@ -30,10 +34,9 @@ enum NodeKind : int64_t {
 };
 
 // Of the elementwise kinds those whose σ'' is zero everywhere.
-constexpr bool piecewise_linear[kinds] = {
-    true,  true,  true, true, false, false, false, false, false, false, false, false, false, false,
-    true,  false, true, true, true,  true,  false, true,  false, false, false, false, false, false,
-    false};
+#define MK_FLAT(name, Kind, flat) flat,
+constexpr bool piecewise_linear[kinds] = {MK_KINDS(MK_FLAT)};
+#undef MK_FLAT
 
 // The parameter of a dropout: a key, one number for each byte.
 constexpr int64_t key_bytes = 8;

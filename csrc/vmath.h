@@ -1,4 +1,4 @@
-// Vectorised exp, expm1, log1p and the normal tail, on whole vectors of float or double.
+// Vectorised exp, expm1, log1p, erf and the normal tail, on whole vectors of float or double.
 //
 // Each is a polynomial of polynomials.h with a reduction of the argument; errors stay within a few
 // units in the last place (tests/test_cpu.py fixes them against float64 and longer). NaN propagates;
@@ -113,6 +113,20 @@ template <class T> MK_INLINE Normal<T> normal(Vec<T> a) {
   const Vec<T> t = (near - F::normal_center) / (near + F::normal_center);
   const Vec<T> tail = e * horner(NormalTail<T>::c, t);
   return {a > T(0) ? T(1) - tail : tail, e * T(0.39894228040143267794)};
+}
+
+template <class T> struct ErrorFunction {
+  Vec<T> value, first;  // erf(a), 2/√π·exp(-a²)
+};
+
+// Where erf(a) is less than 0.85 as a polynomial, from there on as 1 - 2·Φ(-√2·|a|).
+template <class T> MK_INLINE ErrorFunction<T> erf_both(Vec<T> a) {
+  const Normal<T> n = normal<T>(abs_of<T>(a) * T(-1.41421356237309504880));
+  const Vec<T> square = a * a;
+  const Vec<T> near = a * horner(ErfNear<T>::c, square > T(1) ? splat(T(1)) : square);
+  const auto small = abs_of<T>(a) < T(1);
+  return {small ? near : with_sign_of<T>(T(1) - T(2) * n.cdf, a),
+          n.pdf * T(2.82842712474619009760)};
 }
 
 template <class T> struct Logistic {

@@ -24,6 +24,7 @@ SQRT_HALF = math.sqrt(0.5)
 INV_SQRT_2PI = 1.0 / math.sqrt(2.0 * math.pi)
 SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
 GELU_CUBIC = 0.044715
+TWO_OVER_SQRT_PI = 2.0 / math.sqrt(math.pi)
 
 
 class Activation(NamedTuple):
@@ -51,7 +52,7 @@ class Activation(NamedTuple):
     tanhshrink              a - tanh(a)
     abs, square, sqrt       as named
     exp, log, reciprocal    as named
-    sin, cos                as named
+    sin, cos, erf           as named
     ======================  =====================================================================
     """
 
@@ -214,6 +215,10 @@ def _outside(a: Tensor, s: Activation) -> Tensor:
 
 def _tanhshrink_second(a: Tensor, s: Activation) -> Tensor:
     return -_tanh_second(a, s)
+
+
+def _erf_first(a: Tensor, _: Activation) -> Tensor:
+    return TWO_OVER_SQRT_PI * torch.exp(-a * a)
 
 
 def _by_first(g: Tensor, a: Tensor, s: Activation) -> Tensor:
@@ -391,6 +396,12 @@ _OTHERS: dict[str, Spelling] = {
         lambda a, s: torch.cos(a),
         lambda a, s: -torch.sin(a),
         lambda a, s: -torch.cos(a),
+        _by_first,
+    ),
+    "erf": Spelling(
+        lambda a, s: torch.erf(a),
+        _erf_first,
+        lambda a, s: -2 * a * _erf_first(a, s),
         _by_first,
     ),
 }

@@ -25,7 +25,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .activations import GELU_CUBIC, INV_SQRT_2PI, SQRT_2_OVER_PI, SQRT_HALF, Activation
+from .activations import (
+    GELU_CUBIC,
+    INV_SQRT_2PI,
+    SQRT_2_OVER_PI,
+    SQRT_HALF,
+    TWO_OVER_SQRT_PI,
+    Activation,
+)
 
 __all__ = ["Curve", "Curves", "Turn", "bounds", "curves", "described", "hull"]
 
@@ -66,6 +73,7 @@ Curves = tuple[Curve, Curve, Curve]
 
 # Bounds of |σ'''| and of |σ''''|, for those σ of which both are known everywhere.
 THIRD = {
+    "erf": (2.257, 4.405),
     "gelu": (0.779, 1.596),
     "gelu_tanh": (0.777, 1.604),
     "logsigmoid": (0.0963, 0.1251),
@@ -615,6 +623,23 @@ def _cos(*_: float) -> Curves:
     return _wave(1), _wave(2), _wave(3)
 
 
+def _erf(*_: float) -> Curves:
+    def first(a: Tensor) -> Tensor:
+        a = _far(a)
+        return TWO_OVER_SQRT_PI * torch.exp(-a * a)
+
+    steepest = 0.70710678118654752, 0.96788289807657340
+    return (
+        Curve(torch.erf),
+        _bounded(first, _most(0.0, TWO_OVER_SQRT_PI)),
+        _bounded(
+            lambda a: -2 * _far(a) * first(a),
+            _most(-steepest[0], steepest[1]),
+            _least(steepest[0], -steepest[1]),
+        ),
+    )
+
+
 _CURVES: dict[str, Callable[[float, float, float], Curves]] = {
     "identity": _identity,
     "relu": _relu,
@@ -645,4 +670,5 @@ _CURVES: dict[str, Callable[[float, float, float], Curves]] = {
     "reciprocal": _reciprocal,
     "sin": _sin,
     "cos": _cos,
+    "erf": _erf,
 }

@@ -999,6 +999,7 @@ _NAMED: dict[str, Handler] = {
     "divide": _div,
     "double": _converted(torch.float64),
     "einsum": _einsum,
+    "erf": _kind("erf"),
     "exp": _kind("exp"),
     "expand": _expand,
     "expand_as": _expand_as,
@@ -1056,6 +1057,7 @@ _NAMED: dict[str, Handler] = {
 _FUNCTIONS: dict[Any, Handler] = {
     torch.is_floating_point: Value.is_floating_point,
     torch.rms_norm: _rms_norm,
+    torch.special.erf: _kind("erf"),
     F.alpha_dropout: _switched(_inactive),
     F.batch_norm: _batch_norm,
     F.celu: _switched(_celu),

@@ -23,6 +23,8 @@ NUMBERS = {
     "threshold": (0.125, -0.5, 0.0),
     "clamp": (-0.625, 0.875, 0.0),
 }
+# Defined for positive numbers alone, with a pole, or soon too large where they are nested.
+UNRULY = ("sqrt", "log", "reciprocal", "exp", "square")
 EVERY_KIND = [Activation(kind, *NUMBERS.get(kind, ())) for kind in ACTIVATIONS]
 IDENTITY = EVERY_KIND[0]
 

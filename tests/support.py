@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -63,6 +64,7 @@ WRITTEN: dict[str, tuple[Activation, Function]] = {
     "reciprocal": (Activation("reciprocal"), torch.reciprocal),
     "sin": (Activation("sin"), torch.sin),
     "cos": (Activation("cos"), torch.cos),
+    "erf": (Activation("erf"), torch.erf),
 }
 
 
@@ -212,6 +214,11 @@ def served(backend: str) -> bool:
         return False
     return True
 
+
+NEEDS_COMPILER = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("g++", "clang++")),
+    reason="inductor needs a C++ compiler",
+)
 
 # Every backend that runs on CPU tensors by itself. Triton's interpreter has tests of its own.
 BACKENDS = [b for b in ("reference", "torch", "cpu") if served(b)]

@@ -28,7 +28,7 @@ from monokernel import (
     plan,
     value_and_jacobian,
 )
-from tests.support import HANDWRITTEN, assert_same, gradients, points
+from tests.support import HANDWRITTEN, NEEDS_COMPILER, assert_same, gradients, points
 from tests.zoo import ZOO, network
 
 D1, K, WIDTH = 3, 2, 8
@@ -127,6 +127,7 @@ def test_few_graphs_serve_every_number_of_rows(recorder: Recorder) -> None:
     assert recorder.fused == [1, 1]
 
 
+@NEEDS_COMPILER
 def test_inductor() -> None:
     compiled = torch.compile(loss_of, fullgraph=True, dynamic=True)
     compare(compiled, build("wide and deep", 1))
@@ -381,6 +382,7 @@ def test_half_precision(recorder: Recorder) -> None:
     assert recorder.fused == [1, 1]
 
 
+@NEEDS_COMPILER
 def test_active_dropout_draws_in_every_call() -> None:
     """And the same again from the same seed: by the compiler's own generator, too."""
     net, (x1, x2) = build("MLP with active dropout", dtype=torch.float32), points(64, D1, K)

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import mpmath as mp
 import pytest
 import torch
 from hypothesis import given
@@ -25,7 +26,8 @@ from monokernel.backends.cpu import Params
 from monokernel.function import FusedMonoPenalty
 from monokernel.problem import Hinge, Mode, Problem
 from monokernel.program import Node
-from tests.problems import EVERY_KIND, IDENTITY, problem, run
+from tests.exact import EXACT
+from tests.problems import EVERY_KIND, IDENTITY, UNRULY, problem, run
 from tests.support import assert_same, mlp, points
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,8 +37,6 @@ pytestmark = pytest.mark.skipif(cpu.isa() is None, reason="the native kernel was
 TABLE = EVERY_KIND
 HALF = [torch.bfloat16, torch.float16]
 EVERY_ACTIVATION = pytest.mark.parametrize("σ", TABLE, ids=ACTIVATIONS)
-# Defined for positive numbers alone, with a pole, or soon too large where they are nested.
-UNRULY = ("sqrt", "log", "reciprocal", "exp", "square")
 TAME = [σ for σ in TABLE if σ.kind not in UNRULY]
 
 
@@ -226,45 +226,16 @@ def test_autocast_brings_dtypes_together() -> None:
 # --- activations ----------
 
 
-mp = pytest.importorskip("mpmath")  # PyTorch depends on it, through SymPy
-
-
-def sigmoid(a: Any) -> Any:
-    return 1 / (1 + mp.exp(-a))
-
-
-def exact(σ: Activation, a: Any) -> Any:
-    """σ(a) in mpmath's arithmetic, from the definition."""
-    return {
-        "elu": lambda: σ.p * a if a > 0 else σ.p * σ.q * mp.expm1(σ.r * a),
-        "gelu": lambda: a * mp.ncdf(a),
-        "gelu_tanh": lambda: a * sigmoid(2 * mp.sqrt(2 / mp.pi) * (a + mp.mpf("0.044715") * a**3)),
-        "silu": lambda: a * sigmoid(a),
-        "mish": lambda: a * mp.tanh(mp.log1p(mp.exp(a))),
-        "softplus": lambda: a if σ.p * a > σ.q else mp.log1p(mp.exp(σ.p * a)) / σ.p,
-        "softsign": lambda: a / (1 + abs(a)),
-        "tanh": lambda: mp.tanh(a),
-        "sigmoid": lambda: sigmoid(a),
-        "logsigmoid": lambda: -mp.log1p(mp.exp(-a)),
-        "hardswish": lambda: a * min(max(a / 6 + mp.mpf(1) / 2, 0), 1),
-        "tanhshrink": lambda: a - mp.tanh(a),
-        "square": lambda: a * a,
-        "sqrt": lambda: mp.sqrt(a),
-        "exp": lambda: mp.exp(a),
-        "log": lambda: mp.log(a),
-        "reciprocal": lambda: 1 / a,
-        "sin": lambda: mp.sin(a),
-        "cos": lambda: mp.cos(a),
-    }[σ.kind]()
-
-
 def truth(σ: Activation, a: Tensor) -> tuple[Tensor, ...]:
     """σ, σ', σ'' of a by 40-digit arithmetic, rounded to float64."""
     if σ.piecewise_linear:
         return σ.value(a.double()), σ.first(a.double()), σ.second(a.double())
     with mp.workdps(40):
         rows = [
-            [float(mp.diff(lambda t: exact(σ, t), mp.mpf(v), order)) for order in range(3)]
+            [
+                float(mp.diff(lambda t: EXACT[σ.kind](t, *σ[1:]), mp.mpf(v), order))
+                for order in range(3)
+            ]
             for v in a.tolist()
         ]
     return tuple(torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True))

@@ -61,7 +61,8 @@ def test_blocks_are_found() -> None:
 
 
 def test_every_environment_variable_has_its_line() -> None:
-    source = [p for folder in ("monokernel", "csrc") for p in (ROOT / folder).rglob("*.*")]
+    package = Path(monokernel.__file__).parent
+    source = [p for folder in (package, ROOT / "csrc") for p in folder.rglob("*.*")]
     read: set[str] = set()
     for path in (ROOT / "setup.py", *source):
         if path.suffix in (".py", ".h", ".cpp", ".cu"):

@@ -19,6 +19,7 @@ from monokernel.function import _forward_op  # the eager implementation of the o
 from monokernel.problem import Hinge, accumulate_dtype, chain_problem, pack
 from tests.support import (
     HANDWRITTEN,
+    NEEDS_COMPILER,
     assert_same,
     gradients,
     mlp,
@@ -41,6 +42,7 @@ def step(net: nn.Module, **options: Any) -> Callable[[Tensor, Tensor], Tensor]:
     return run
 
 
+@NEEDS_COMPILER
 @pytest.mark.parametrize("backend", HANDWRITTEN)
 @pytest.mark.parametrize(
     "options",
@@ -84,6 +86,7 @@ def test_compiles_with_a_dynamic_batch_without_recompiling(backend: str) -> None
     assert len(graphs) == 1
 
 
+@NEEDS_COMPILER
 def test_module_compiles_and_so_does_the_jacobian() -> None:
     net, (x1, x2) = mlp(3, 2, 2), points(6, 3, 2)
     module = MonotonePenalty(net, direction=[1, -1], weight=torch.rand(2, 2).double())

@@ -25,12 +25,11 @@ from monokernel.operands import check_forward
 from monokernel.problem import Hinge, Mode, Problem, nan_rule
 from monokernel.program import Node
 from tests import test_nodes
+from tests.problems import UNRULY
 from tests.support import ELEMENTWISE, HANDWRITTEN, assert_same, mlp, points
 from tests.test_cost import SLACK, Operations
 
 BOTH_MODES = pytest.mark.parametrize("mode", ["tangent", "adjoint"])
-# Not those with a pole or a domain, nor those that overflow where they are nested.
-UNRULY = ("sqrt", "log", "reciprocal", "exp", "square")
 TAME = {σ.kind: σ for σ, _ in ELEMENTWISE.values() if σ.kind not in UNRULY}
 Params = list[Tensor | None]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import mpmath
 import pytest
@@ -14,6 +13,7 @@ from torch import Tensor
 from monokernel.activations import ACTIVATIONS, SELU_ALPHA, SELU_SCALE, Activation
 from monokernel.backends import cpu
 from monokernel.ranges import bounds, curves, described
+from tests.exact import EXACT, Number
 
 CASES = [
     Activation("leaky_relu", 0.1),
@@ -34,7 +34,6 @@ CASES = [
     Activation("clamp", 0.0, math.inf),
 ]
 CASES += [Activation(kind) for kind in ACTIVATIONS if kind not in {σ.kind for σ in CASES}]
-Number = Any  # one of mpmath's, which PyTorch brings along
 POSITIVE = ("sqrt", "log")
 names = [f"{σ.kind}-{σ.p:.3g}-{σ.q:.3g}" for σ in CASES]
 
@@ -90,32 +89,15 @@ def test_tight(σ: Activation) -> None:
         assert (high - f.amax(0) <= step)[finite].all()
 
 
-def sigmoid(a: Number) -> Number:
-    return 1 / (1 + mpmath.exp(-a))
+def definition(σ: Activation) -> Callable[[Number], Number]:
+    """σ in arbitrary precision, as its formula has it: a softplus bends on past its threshold."""
+    numbers = [mpmath.mpf(number) for number in σ[1:]]
+    if σ.kind == "softplus":
+        numbers[1] = mpmath.inf
+    return lambda a: EXACT[σ.kind](a, *numbers)
 
 
-# σ in arbitrary precision, where a formula of ours is more than exact pieces.
-TRUTH: dict[str, Callable[..., Number]] = {
-    "gelu": lambda a, *_: a * mpmath.erfc(-a / mpmath.sqrt(2)) / 2,
-    "gelu_tanh": lambda a, *_: (
-        a * sigmoid(mpmath.sqrt(8 / mpmath.pi) * (a + mpmath.mpf(0.044715) * a**3))
-    ),
-    "silu": lambda a, *_: a * sigmoid(a),
-    "mish": lambda a, *_: a * mpmath.tanh(mpmath.log1p(mpmath.exp(a))),
-    "softplus": lambda a, p, *_: mpmath.log1p(mpmath.exp(p * a)) / p,
-    "softsign": lambda a, *_: a / (1 + abs(a)),
-    "tanh": lambda a, *_: mpmath.tanh(a),
-    "sigmoid": lambda a, *_: sigmoid(a),
-    "logsigmoid": lambda a, *_: -mpmath.log1p(mpmath.exp(-a)),
-    "tanhshrink": lambda a, *_: a - mpmath.tanh(a),
-    "elu": lambda a, p, q, r: p * a if a > 0 else p * q * mpmath.expm1(r * a),
-    "exp": lambda a, *_: mpmath.exp(a),
-    "log": lambda a, *_: mpmath.log(a),
-    "sin": lambda a, *_: mpmath.sin(a),
-    "cos": lambda a, *_: mpmath.cos(a),
-    "sqrt": lambda a, *_: mpmath.sqrt(a),
-}
-CURVED = [σ for σ in CASES if σ.kind in TRUTH]
+CURVED = [σ for σ in CASES if σ.kind in EXACT]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -127,10 +109,7 @@ def test_formulas_are_within_half_their_error_term(σ: Activation, dtype: torch.
         a = a.abs() + 1e-3
     eps = torch.finfo(dtype).eps
     with mpmath.workdps(60):
-        numbers = [mpmath.mpf(number) for number in σ[1:]]
-
-        def f(a: Number) -> Number:
-            return TRUTH[σ.kind](a, *numbers)
+        f = definition(σ)
 
         for order, curve in enumerate(curves(σ)):
             got = curve.formula(a)
@@ -149,10 +128,7 @@ def test_native_formulas_are_within_half_their_error_term(σ: Activation) -> Non
         a = a.abs() + 1e-3
     numbers = described(σ)
     with mpmath.workdps(60):
-        constants = [mpmath.mpf(number) for number in σ[1:]]
-
-        def f(a: Number) -> Number:
-            return TRUTH[σ.kind](a, *constants)
+        f = definition(σ)
 
         for order, got in enumerate(cpu.activation(σ, a)[:2]):
             relative, absolute, turns = numbers[2], numbers[3], int(numbers[5])

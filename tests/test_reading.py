@@ -158,6 +158,7 @@ READ: dict[str, Forward] = {
     "exp, log, sqrt": lambda n, x: (x.exp() + 1).log() + torch.sqrt(x.square() + 1),
     "rsqrt, reciprocal": lambda n, x: (x**2 + 1).rsqrt() + torch.reciprocal(x.exp()),
     "sin, cos": lambda n, x: torch.sin(x) + x.cos(),
+    "erf": lambda n, x: torch.erf(x) + torch.special.erf(n.a(x)) + x.erf(),
     "softmax": lambda n, x: torch.softmax(x, -1),
     "F.softmax": lambda n, x: F.softmax(x, dim=1),
     "log_softmax": lambda n, x: x.log_softmax(-1),

@@ -11,7 +11,6 @@ import copy
 import io
 import pickle
 import runpy
-import shutil
 import socket
 import sys
 import types
@@ -32,6 +31,7 @@ from monokernel import (
     fused_mono_penalty,
     value_and_jacobian,
 )
+from tests.support import NEEDS_COMPILER
 
 D1, K, D = 3, 2, 2
 DIRECTION = [[1, -1], [0, 1]]
@@ -404,10 +404,9 @@ def test_compile_with_a_direction_that_is_a_tensor() -> None:
     torch.testing.assert_close(compiled(x1, x2), model(x1, x2))
 
 
+@NEEDS_COMPILER
 def test_compile_inductor() -> None:
     """The default compiler, which generates code, on the loss and its gradients."""
-    if not any(shutil.which(name) for name in ("g++", "clang++")):
-        pytest.skip("inductor needs a C++ compiler")
     torch._dynamo.reset()
     mlp = network(torch.float32)
     model = penalised(mlp, reduction="mean")

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 pytest.importorskip("triton")
 
 from monokernel import fused_mono_penalty, plan, value_and_jacobian
+from monokernel.activations import ACTIVATIONS, KINDS
 from monokernel.backends import handwritten
 from monokernel.backends import triton as backend
 from monokernel.backends.triton import programs as path
@@ -22,7 +23,7 @@ from monokernel.backends.triton.target import interpreting
 from monokernel.columns import last_columns
 from monokernel.problem import Hinge, Mode, Problem
 from monokernel.program import Node
-from tests.problems import errors, run
+from tests.problems import activation, errors, run
 from tests.support import assert_same, gradients, oracle, points
 from tests.test_programs import BOTH_MODES, CASES, RandomCall, operands, random_calls
 from tests.zoo import ACTIVE, ZOO, network
@@ -62,6 +63,21 @@ def test_value_slopes_and_gradients(name: str, mode: Mode) -> None:
     needs = [True, *(t is not None and i not in keys for i, t in enumerate(params))]
     assert_agrees(p, x, params, violating=violating, needs=needs)
     assert_agrees(p, x, params, violating=violating, needs=needs, task=False)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ACTIVATIONS if kind not in KINDS])
+def test_every_activation_that_programs_alone_have(kind: str) -> None:
+    """Those with a code for whole networks are in test_triton.py."""
+    nodes = [linear(0, 0, 4)]
+    if kind in ("sqrt", "log", "reciprocal"):  # of positive numbers away from 0
+        nodes += [
+            Node("square", (1,), (), (0.0, 0.0, 0.0), 4),
+            Node("line", (2,), (), (1.0, 0.5), 4),
+        ]
+    nodes += [Node(kind, (len(nodes),), (), activation(kind)[1:], 4), linear(len(nodes) + 1, 2, 2)]
+    x, params = operands(3, tuple(nodes), 22)
+    p = Problem(3, tuple(nodes), last_columns(3, 2), "adjoint", None)
+    assert_agrees(p, x, params, violating=torch.rand(22) < 0.5)
 
 
 @BOTH_MODES

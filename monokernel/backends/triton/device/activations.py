@@ -38,9 +38,11 @@ LOG = tl.constexpr(25)
 RECIPROCAL = tl.constexpr(26)
 SIN = tl.constexpr(27)
 COS = tl.constexpr(28)
+ERF = tl.constexpr(29)
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+TWO_OVER_SQRT_PI = tl.constexpr(1.1283791670955126)
 SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 GELU_CUBIC = tl.constexpr(0.044715)
 
@@ -270,6 +272,10 @@ def activation(a, ACT: tl.constexpr):
         value = tl.cos(a)
         first = -tl.sin(a)
         second = -value
+    elif CODE == ERF:
+        value = tl.erf(a)
+        first = exp(-a * a, HOW) * TWO_OVER_SQRT_PI
+        second = -2 * a * first
     return value, first, second
 
 
