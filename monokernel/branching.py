@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import forms, quadratic
+from .enclosures import Slopes, U
 from .forms import AFFINE, INTERVALS, LINEAR, QUADRATIC, TIERS
 from .layers import Layers, Straight
 
@@ -118,19 +119,6 @@ Result = TypeVar("Result")
 Witness = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class _Forms(NamedTuple):
-    """The forms of all constraints over n boxes and the lower bounds that they give, as
-    ``forms.Slopes``: (n, Q) and (n, m, Q)."""
-
-    low: Tensor
-    centre: Tensor
-    slant: Tensor
-    bend: Tensor
-    error: Tensor
-    rise: Tensor
-    blame: Tensor
-
-
 def middle(lower: Tensor, upper: Tensor) -> Tensor:
     """A number between both ends, finite also where one of them is not: in the middle, at 0 of all
     numbers, and twice as far out as the end of what has one."""
@@ -179,7 +167,7 @@ def search(
                 going = ~violated[taken.owner]
                 _lower(lower, taken.at(~going))
                 taken = taken.at(going)
-                form = _Forms(*(t[going] for t in form))
+                form = form.at(going)
                 halves, whole = _halves(constraints, taken, form, lower)
                 stack += [halves] if len(halves.owner) else []
                 stuck += [whole] if len(whole.owner) else []
@@ -273,7 +261,7 @@ class _Tiers:
         constraints: Constraints,
         boxes: Boxes,
         lower: Tensor,
-    ) -> tuple[Boxes, _Forms | None]:
+    ) -> tuple[Boxes, Slopes | None]:
         """The boxes that are still open, with what is known of them, and their linear forms."""
         asked, found = self._asked(), None
         self.rounds += 1
@@ -284,7 +272,7 @@ class _Tiers:
             n = AT_A_TIME[tier]
             few = [boxes.at(slice(i, i + n)) for i in range(0, before, n)]
             parts = self.crew.map(partial(_bounds, layers, constraints, tier), few)
-            known = torch.cat([part.low for part in parts])
+            known = torch.cat([part.lower for part in parts])
             boxes = boxes._replace(known=torch.maximum(boxes.known, known))
             done = boxes.wanted & (boxes.known >= constraints.margin)
             name = TIERS[INTERVALS if self.intervals_alone else tier]
@@ -297,31 +285,21 @@ class _Tiers:
                 share = 1 - len(boxes.owner) / before
                 self.share[tier] = 0.7 * self.share[tier] + 0.3 * share
             if tier == self.last:
-                found = _Forms(*(torch.cat(part)[still] for part in zip(*parts, strict=True)))
+                found = Slopes.joined(parts).at(still)
         return boxes, found
 
 
-def _bounds(layers: Layers | Straight, constraints: Constraints, tier: int, boxes: Boxes) -> _Forms:
+def _bounds(layers: Layers | Straight, constraints: Constraints, tier: int, boxes: Boxes) -> Slopes:
     """The forms of all constraints over the boxes; where one is not open, of whatever there is."""
-    n, Q, m = len(boxes.owner), len(constraints.signs), layers.d
-    centre, slant = boxes.lower.new_zeros(n, Q), boxes.lower.new_zeros(n, m, Q)
-    error, low = torch.full_like(centre, torch.inf), torch.full_like(centre, -torch.inf)
-    bend, rise, blame = (torch.zeros_like(slant) for _ in range(3))
+    found = Slopes.unknown(boxes.lower, len(constraints.signs))
     for output in constraints.outputs.unique().tolist():
         of = (constraints.outputs == output).nonzero().flatten()
         rows = boxes.wanted[:, of].any(1).nonzero().flatten()
-        if not len(rows):
-            continue
-        columns = constraints.columns[of]
-        s = forms.slopes(layers, boxes.lower[rows], boxes.upper[rows], output, columns, tier)
-        sign = constraints.signs[of]
-        centre[rows.unsqueeze(1), of] = sign * s.centre
-        error[rows.unsqueeze(1), of] = s.error
-        low[rows.unsqueeze(1), of] = torch.where(sign > 0, s.lower, -s.upper)
-        at = rows.view(-1, 1, 1), s.moving.view(1, -1, 1), of
-        slant[at], bend[at] = sign * s.slant, sign * s.bend
-        rise[at], blame[at] = s.rise, s.blame
-    return _Forms(low, centre, slant, bend, error, rise, blame)
+        if len(rows):
+            columns = constraints.columns[of]
+            s = forms.slopes(layers, boxes.lower[rows], boxes.upper[rows], output, columns, tier)
+            found.put(rows, of, s.times(constraints.signs[of]))
+    return found
 
 
 def _worst(boxes: Boxes) -> Tensor:
@@ -329,7 +307,7 @@ def _worst(boxes: Boxes) -> Tensor:
     return torch.where(boxes.wanted, boxes.known, torch.inf).argmin(1)
 
 
-def _corners(constraints: Constraints, boxes: Boxes, form: _Forms) -> tuple[Tensor, Tensor, Tensor]:
+def _corners(constraints: Constraints, boxes: Boxes, form: Slopes) -> tuple[Tensor, Tensor, Tensor]:
     """Where the form of each box's worst constraint is lowest: points, verdicts, constraints."""
     q = _worst(boxes)
     rows = torch.arange(len(q), device=q.device)
@@ -343,7 +321,7 @@ def _corners(constraints: Constraints, boxes: Boxes, form: _Forms) -> tuple[Tens
 
 
 def _halves(
-    constraints: Constraints, boxes: Boxes, form: _Forms, lower: Tensor
+    constraints: Constraints, boxes: Boxes, form: Slopes, lower: Tensor
 ) -> tuple[Boxes, Boxes]:
     """Both halves of what may violate in each box, and the boxes that no number lies inside of."""
     if not len(boxes.owner):
@@ -351,7 +329,7 @@ def _halves(
     low, high = _cuts(constraints, boxes, form)
     m, r = middle(boxes.lower, boxes.upper), 0.5 * (boxes.upper - boxes.lower)
     # Rounded outward; what is cut off lies above the margin in every open constraint.
-    off = 4 * forms.U * (m.abs() + r)
+    off = 4 * U * (m.abs() + r)
     new_lower = torch.maximum(boxes.lower, m + low * r - off)
     new_upper = torch.minimum(boxes.upper, m + high * r + off)
     new_upper = torch.maximum(new_lower, new_upper)
@@ -386,11 +364,11 @@ def _halves(
     )
 
 
-def _cuts(constraints: Constraints, boxes: Boxes, form: _Forms) -> tuple[Tensor, Tensor]:
+def _cuts(constraints: Constraints, boxes: Boxes, form: Slopes) -> tuple[Tensor, Tensor]:
     """The part of each box, in half-widths (n, d) twice, that holds every point where an open
     constraint can be below the margin. A form that rises by ρ or more with ε_i is at ε_i at least
     its lower bound and ρ (1 + ε_i)."""
-    size, t = form.rise, constraints.margin - form.low
+    size, t = form.rise, constraints.margin - form.lower
     whole = form.centre.abs() + form.error + (form.slant.abs() + form.bend.abs()).sum(1)
     t = t + SLACK * (abs(constraints.margin) + whole)
     end = (t.unsqueeze(1) / size - 1).clamp(min=-1)  # of ε_i, or of -ε_i where the form falls

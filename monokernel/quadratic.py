@@ -23,34 +23,16 @@ from torch import Tensor
 
 from . import ranges
 from .activations import Activation
+from .enclosures import TINY, Slopes, U, box, spread, γ
 from .layers import Layers
 
-__all__ = ["MOST_COLUMNS", "Quadratic", "least", "serves", "slopes"]
+__all__ = ["MOST_COLUMNS", "least", "serves", "slopes"]
 
-U = 2.0**-53
-TINY = 1e-300
 KNOTS = 9  # of a parabola along a curve
 TOP = 8  # neurons of a layer that get an ε of their own
 MOST_COLUMNS = 16  # of a box: terms are as many as pairs of them
 SETTLED = 3  # rounds in which columns are found along which a form rises or falls
 BENT = (1.0, 0.5, 0.0)  # parabolas that are tried, as shares of the bend of the closest one
-
-
-class Quadratic(NamedTuple):
-    """∂y/∂x_c over each box: ``centre`` (B, K), ``slant`` and ``bend`` (B, m, K), the coefficients
-    of ε and of T(ε) of each column, and ``error`` (B, K) for all else; both bounds (B, K), which
-    are closer than those that follow. Without its error the form changes by ``rise`` (B, m, K) at
-    least with each ε, 0 where it is not known to rise or to fall. ``blame`` (B, m, K) shares out
-    over the columns what makes the bounds wide; no bound rests on it."""
-
-    centre: Tensor
-    slant: Tensor
-    bend: Tensor
-    error: Tensor
-    rise: Tensor
-    blame: Tensor
-    lower: Tensor
-    upper: Tensor
 
 
 class Form(NamedTuple):
@@ -233,10 +215,9 @@ def _along(a: Form, f: Parabola, m: int, linear: Tensor, rest: Tensor) -> Form:
 
 def _through(h: Form, W: Tensor, layers: Layers, b: Tensor | None, m: int, keep: bool) -> Form:
     """W h + b, W (out, in). With ``keep`` what h was off in some neurons becomes an ε of theirs."""
-    n = W.shape[1] + 2 + layers.folded
-    γ = n * U / (1 - n * U)
+    γ_n = γ(W.shape[1] + 2 + layers.folded)
     linear, rest = _sizes(h, m)
-    rounding = γ * (h.c.abs() + linear + rest)
+    rounding = γ_n * (h.c.abs() + linear + rest)
     c = h.c @ W.mT if b is None else torch.addmm(b, h.c, W.mT)
     G, left = h.G @ W.mT, h.e
     if keep and G.shape[1]:
@@ -244,8 +225,8 @@ def _through(h: Form, W: Tensor, layers: Layers, b: Tensor | None, m: int, keep:
         top = counts.topk(min(TOP, counts.shape[1]), 1, sorted=False).indices
         G = torch.cat((G, left.gather(1, top).unsqueeze(2) * W.mT[top]), 1)
         left = left.scatter(1, top, 0.0)
-    e = ((left + rounding) @ W.abs().mT) * (1 + 2 * γ) + TINY
-    return Form(c, G, e if b is None else e + γ * (b.abs() + c.abs()))
+    e = ((left + rounding) @ W.abs().mT) * (1 + 2 * γ_n) + TINY
+    return Form(c, G, e if b is None else e + γ_n * (b.abs() + c.abs()))
 
 
 def _product(P: Form, s: Form, m: int) -> Form:
@@ -271,8 +252,7 @@ def _contracted(P: Form, s: Form, W: Tensor, layers: Layers, m: int) -> tuple[Fo
     what is quadratic in s, are computed for each output, so that the neurons cancel.
     """
     K, H = W.shape[1], W.shape[0]
-    n = H + 4 + layers.folded
-    γ = n * U / (1 - n * U)
+    γ_n = γ(H + 4 + layers.folded)
     Q = s.G.shape[1] - m  # terms of second order
     if not P.G.shape[1]:
         P = P._replace(G=torch.zeros_like(s.G))
@@ -280,8 +260,8 @@ def _contracted(P: Form, s: Form, W: Tensor, layers: Layers, m: int) -> tuple[Fo
     G = P.G * s.c.unsqueeze(1)
     G[:, : m + Q].addcmul_(s.G, P.c.unsqueeze(1))
     lumped = s.c.abs() * P.e + P.c.abs() * s.e + l_P * s.e + P.e * l_s + r_P * r_s
-    rounding = (P.c.abs() + l_P + r_P) * (s.c.abs() + l_s + r_s) * (4 * γ) + TINY
-    e = ((lumped * (1 + 16 * U) + rounding) @ W.abs()) * (1 + 2 * γ)
+    rounding = (P.c.abs() + l_P + r_P) * (s.c.abs() + l_s + r_s) * (4 * γ_n) + TINY
+    e = ((lumped * (1 + 16 * U) + rounding) @ W.abs()) * (1 + 2 * γ_n)
     c, G = (P.c * s.c) @ W, G @ W
     blame = P.c.new_zeros(len(P.c), m, K)
     first, second = torch.triu_indices(m, m, 1, device=W.device)
@@ -304,23 +284,13 @@ def _terms(m: int) -> int:
     return 2 * m + m * (m - 1) // 2
 
 
-def _box(c: Tensor, r: Tensor, moving: Tensor) -> Form:
-    """x itself, one ε for each moving column."""
-    m = len(moving)
-    G = c.new_zeros(len(c), _terms(m), c.shape[1])
-    e = r.clone()
-    if m:
-        G[:, torch.arange(m), moving] = r[:, moving]
-        e[:, moving] = 0
-    return Form(c, G, e)
-
-
 def slopes(
     layers: Layers, c: Tensor, r: Tensor, moving: Tensor, output: int, columns: Tensor
-) -> Quadratic:
+) -> Slopes:
     """Forms of ∂y_output/∂x for the K ``columns`` over the boxes c ± r (B, d), float64, that have
     an extent in the m ``moving`` columns alone. What is not finite has an infinite error."""
-    m, L, h = len(moving), len(layers.W), _box(c, r, moving)
+    m, L = len(moving), len(layers.W)
+    h = Form(c, *box(c, r, moving, _terms(m)))
     first: list[Form | None] = []
     for l, (W, b, σ) in enumerate(zip(layers.W, layers.b, layers.σ, strict=True)):
         if l == L - 1:
@@ -367,13 +337,13 @@ def slopes(
     rise = (slant.abs() - 4 * bend.abs() - size.sum(3).mT).clamp(min=0)
     known = torch.isfinite(P.c) & torch.isfinite(error) & torch.isfinite(P.G[:, : 2 * m]).all(1)
     every = known.unsqueeze(1)
-    return Quadratic(
+    return Slopes(
         torch.where(known, P.c, 0.0),
-        torch.where(every, slant, 0.0),
-        torch.where(every, bend, 0.0),
+        spread(torch.where(every, slant, 0.0), moving, layers.d),
+        spread(torch.where(every, bend, 0.0), moving, layers.d),
         torch.where(known, error, torch.inf),
-        torch.where(every, rise, 0.0),
-        blame.nan_to_num(1.0, 1.0),
+        spread(torch.where(every, rise, 0.0), moving, layers.d),
+        spread(blame.nan_to_num(1.0, 1.0), moving, layers.d),
         torch.where(known, P.c + low - third - 4 * U * (P.c.abs() - low + third), -torch.inf),
         torch.where(known, P.c - high + third + 4 * U * (P.c.abs() - high + third), torch.inf),
     )

@@ -70,7 +70,6 @@ def assert_sound(net: nn.Module, lower: Tensor, upper: Tensor, kinked: bool = Fa
             assert not outside.any(), (forms.TIERS[tier], outside.sum())
             # And not only by their radius: as functions of the point.
             share = ((x - 0.5 * (lower + upper)) / (0.5 * (upper - lower))).nan_to_num(0.0)
-            share = share[..., s.moving]
             at = s.centre + torch.einsum("nbm,bmk->nbk", share, s.slant)
             at = at + torch.einsum("nbm,bmk->nbk", 2 * share.square() - 1, s.bend)
             known = s.error.isfinite()
