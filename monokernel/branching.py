@@ -297,7 +297,8 @@ def _bounds(layers: Layers | Straight, constraints: Constraints, tier: int, boxe
         rows = boxes.wanted[:, of].any(1).nonzero().flatten()
         if len(rows):
             columns = constraints.columns[of]
-            s = forms.slopes(layers, boxes.lower[rows], boxes.upper[rows], output, columns, tier)
+            lower, upper, open_ = boxes.lower[rows], boxes.upper[rows], boxes.wanted[rows][:, of]
+            s = forms.slopes(layers, lower, upper, output, columns, tier, open_)
             found.put(rows, of, s.times(constraints.signs[of]))
     return found
 

@@ -247,12 +247,19 @@ def tiers(layers: Layers) -> tuple[int, ...]:
 
 
 def slopes(
-    layers: Layers | Straight, lower: Tensor, upper: Tensor, output: int, columns: Tensor, tier: int
+    layers: Layers | Straight,
+    lower: Tensor,
+    upper: Tensor,
+    output: int,
+    columns: Tensor,
+    tier: int,
+    wanted: Tensor | None = None,
 ) -> Slopes:
     """Forms of ∂y_output/∂x_c for the K columns c over the boxes [lower, upper] (B, d), float64.
 
     ``tier`` is one of the four, QUADRATIC where that serves; of programs that are no chain, and
-    over boxes without an end, there are only intervals. What is not finite has an infinite error.
+    over boxes without an end, there are only intervals. What is not finite has an infinite error,
+    and so may have what is not ``wanted`` (B, K).
     """
     if isinstance(layers, Straight):
         return _by_intervals(layers, lower, upper, output, columns)
@@ -262,7 +269,7 @@ def slopes(
     moving = _moving(lower, upper)
     if tier == QUADRATIC:
         c, r = _centred(layers, lower, upper)
-        return quadratic.slopes(layers, c, r, moving, output, columns)
+        return quadratic.slopes(layers, c, r, moving, output, columns, wanted)
     h = _input(layers, lower, upper, tier)
     c, L, keep = h.c, len(layers.W), tier == LINEAR
     first: list[Form | None] = []

@@ -23,10 +23,11 @@ from torch import Tensor
 
 from . import ranges
 from .activations import Activation
+from .backends import cpu
 from .enclosures import TINY, Slopes, U, box, spread, γ
 from .layers import Layers
 
-__all__ = ["MOST_COLUMNS", "least", "serves", "slopes"]
+__all__ = ["MOST_COLUMNS", "by_pytorch", "least", "serves", "slopes"]
 
 KNOTS = 9  # of a parabola along a curve
 TOP = 8  # neurons of a layer that get an ε of their own
@@ -285,10 +286,28 @@ def _terms(m: int) -> int:
 
 
 def slopes(
-    layers: Layers, c: Tensor, r: Tensor, moving: Tensor, output: int, columns: Tensor
+    layers: Layers,
+    c: Tensor,
+    r: Tensor,
+    moving: Tensor,
+    output: int,
+    columns: Tensor,
+    wanted: Tensor | None = None,
 ) -> Slopes:
     """Forms of ∂y_output/∂x for the K ``columns`` over the boxes c ± r (B, d), float64, that have
-    an extent in the m ``moving`` columns alone. What is not finite has an infinite error."""
+    an extent in the m ``moving`` columns alone. What is not finite has an infinite error, and so
+    may have what is not ``wanted`` (B, K).
+
+    By ``csrc/quadratic.h`` where the native library was built, else by PyTorch's operations.
+    """
+    found = cpu.chain_slopes(layers, c, r, moving, output, columns, wanted)
+    return by_pytorch(layers, c, r, moving, output, columns) if found is None else found
+
+
+def by_pytorch(
+    layers: Layers, c: Tensor, r: Tensor, moving: Tensor, output: int, columns: Tensor
+) -> Slopes:
+    """As ``slopes``, which it is the reference of."""
     m, L = len(moving), len(layers.W)
     h = Form(c, *box(c, r, moving, _terms(m)))
     first: list[Form | None] = []
