@@ -16,11 +16,12 @@ namespace quadratic {
 typedef Vec<double> V;
 constexpr int64_t lanes = Simd<double>::lanes;
 constexpr double u = 0x1p-53, least_size = 1e-300;  // U and TINY of monokernel/enclosures.py
-constexpr int64_t knots = 9, top = 8, rounds = 3;   // KNOTS, TOP and SETTLED of quadratic.py
+constexpr int64_t knots = 9, rounds = 3;  // KNOTS and SETTLED of quadratic.py
 constexpr double shares[] = {1, 0.5, 0};            // BENT
 
 MK_INLINE double gamma(int64_t n) { return double(n) * u / (1 - double(n) * u); }
 MK_INLINE int64_t terms(int64_t m) { return 2 * m + m * (m - 1) / 2; }
+MK_INLINE int64_t followed(int64_t m) { return 8 + terms(m) / 3; }  // neurons of a layer
 MK_INLINE V size(V a) { return abs_of<double>(a); }
 MK_INLINE V lesser(V a, V b) { return a < b ? a : b; }
 MK_INLINE V greater(V a, V b) { return a > b ? a : b; }
@@ -142,7 +143,8 @@ struct Symmetric {
 struct Work {
   const Chain& chain;
   const SlopesCall& call;
-  int64_t m, T, L, K, wide, deepest;  // T: terms of the box's own; wide: the stride; terms of a form
+  // T: terms of the box's own; top: neurons of a layer that get one; the stride; the most terms.
+  int64_t m, T, top, L, K, wide, deepest;
   Weight *forward, *backward;         // of each layer
   Packing<double> square, cubic;      // what the last product is made of
   Form h, a, P, p;
@@ -153,11 +155,12 @@ struct Work {
   double *M, *last;  // products of the contraction, the slopes' own form
   int64_t ld_M, ld_last;
   double* blame;  // (m, K)
-  int64_t* wanted;
+  int64_t *wanted, *best;
+  double* counts;  // of the best
   Symmetric of;
 
   Work(const Chain& given, const SlopesCall& asked, Bump& memory)
-      : chain(given), call(asked), m(asked.m), T(terms(m)), L(given.layers), K(asked.K) {
+      : chain(given), call(asked), m(asked.m), T(terms(m)), top(followed(m)), L(given.layers), K(asked.K) {
     wide = 0;
     for (int64_t l = 0; l < L; ++l) wide = max_of(wide, max_of(in(l), out(l)));
     wide = max_of(wide, max_of(K, chain.layer[0].in));
@@ -190,6 +193,7 @@ struct Work {
     M = memory.take<double>(deepest * ld_M);
     last = memory.take<double>((Form::before + deepest) * ld_last);
     blame = memory.take<double>(rows), wanted = memory.take<int64_t>(K);
+    best = memory.take<int64_t>(top), counts = memory.take<double>(top);
     const int64_t n = round_up(m, lanes);
     of = {m, n, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
     double** const rows_of[] = {&of.g, &of.h, &of.open, &of.at, &of.slope, &of.first};
@@ -261,15 +265,16 @@ void through(const Work& w, const Form& h, const Weight& W, const double* b, boo
   for (int64_t j = 0; j < W.in; ++j) w.left[j] = h.e()[j];
   if (keep && h.S) {
     // The neurons whose error counts most, in no order.
-    int64_t best[top], found = 0;
-    double counts[top];
-    const int64_t n = min_of(top, W.in);
+    const int64_t n = min_of(w.top, W.in);
+    int64_t found = 0, *best = w.best;
     for (int64_t j = 0; j < W.in; ++j) {
       const double count = h.e()[j] * W.sums[j];
-      if (found == n && !(count > counts[n - 1])) continue;
+      if (n < W.in && found == n && !(count > w.counts[n - 1])) continue;
       int64_t i = found < n ? found++ : n - 1;
-      for (; i > 0 && count > counts[i - 1]; --i) counts[i] = counts[i - 1], best[i] = best[i - 1];
-      counts[i] = count, best[i] = j;
+      for (; n < W.in && i > 0 && count > w.counts[i - 1]; --i) {
+        w.counts[i] = w.counts[i - 1], best[i] = best[i - 1];
+      }
+      w.counts[i] = count, best[i] = j;
     }
     for (int64_t i = 0; i < n; ++i) {
       double* row = to.G(to.S++);
@@ -579,6 +584,11 @@ void contract(const Work& w, const Form& P, const Form& s, int64_t H, int64_t co
   double* more = w.M + m * ld;
   gemm<false, double>(Q, H, s.G(m), s.ld, cubic, 0, Init<double>{more, ld}, more, ld, Nothing{});
   const double off = 1 + double(4 * (P.S + m)) * u;
+  for (int64_t j = 0; j < count * m; j += lanes) {
+    V total = V{};
+    for (int64_t r = m; r < P.S; ++r) total += size(load(w.M + r * ld + j));
+    store(w.blame + j, total);
+  }
   for (int64_t q = 0; q < count; ++q) {
     const int64_t k = w.wanted[q];
     const double* M = w.M + q * m;
@@ -590,10 +600,6 @@ void contract(const Work& w, const Form& P, const Form& s, int64_t H, int64_t co
     int64_t pair = 2 * m;
     for (int64_t i = 0; i < m; ++i) {
       for (int64_t j = i + 1; j < m; ++j, ++pair) to.G(pair)[k] += M[i * ld + j] + M[j * ld + i];
-    }
-    for (int64_t i = 0; i < m; ++i) w.blame[q * m + i] = 0;
-    for (int64_t r = m; r < P.S; ++r) {
-      for (int64_t i = 0; i < m; ++i) w.blame[q * m + i] += size_of(M[r * ld + i]);
     }
     for (int64_t i = 0; i < m; ++i) total += w.blame[q * m + i];
     to.e()[k] += total * off;

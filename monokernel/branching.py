@@ -35,10 +35,10 @@ __all__ = [
 ]
 
 # Boxes at a time, by tier: about what keeps a pass over the forms in the cache.
-AT_A_TIME = {INTERVALS: 512, AFFINE: 256, LINEAR: 128, QUADRATIC: 128}
+AT_A_TIME = {INTERVALS: 512, AFFINE: 256, LINEAR: 128, QUADRATIC: 512}
 # About what a box costs by each tier. One that decides too few to pay for itself is passed over,
 # and asked again every so many rounds.
-COST = {INTERVALS: 1.0, AFFINE: 6.0, LINEAR: 15.0, QUADRATIC: 12.0}
+COST = {INTERVALS: 1.0, AFFINE: 6.0, LINEAR: 15.0, QUADRATIC: 2.0}
 AGAIN = 32
 SLACK = 1e-9  # relative; cuts are wider by it than rounding could make them
 STEEP = 0.4  # what a linear change counts beside an error of its size in the choice of a column
@@ -250,8 +250,8 @@ class _Tiers:
         if self.intervals_alone:
             return asked
         for tier in (AFFINE, INTERVALS):
-            pays = self.share[tier] * COST[asked[0]] > COST[tier]
-            if pays or self.rounds % AGAIN == 0:
+            pays, could = self.share[tier] * COST[asked[0]], COST[asked[0]]
+            if max(pays, could * (self.rounds % AGAIN == 0)) > COST[tier]:
                 asked.insert(0, tier)
         return asked
 

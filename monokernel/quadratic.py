@@ -30,7 +30,6 @@ from .layers import Layers
 __all__ = ["MOST_COLUMNS", "by_pytorch", "least", "serves", "slopes"]
 
 KNOTS = 9  # of a parabola along a curve
-TOP = 8  # neurons of a layer that get an ε of their own
 MOST_COLUMNS = 16  # of a box: terms are as many as pairs of them
 SETTLED = 3  # rounds in which columns are found along which a form rises or falls
 BENT = (1.0, 0.5, 0.0)  # parabolas that are tried, as shares of the bend of the closest one
@@ -223,7 +222,7 @@ def _through(h: Form, W: Tensor, layers: Layers, b: Tensor | None, m: int, keep:
     G, left = h.G @ W.mT, h.e
     if keep and G.shape[1]:
         counts = h.e * W.abs().sum(0)
-        top = counts.topk(min(TOP, counts.shape[1]), 1, sorted=False).indices
+        top = counts.topk(min(_followed(m), counts.shape[1]), 1, sorted=False).indices
         G = torch.cat((G, left.gather(1, top).unsqueeze(2) * W.mT[top]), 1)
         left = left.scatter(1, top, 0.0)
     e = ((left + rounding) @ W.abs().mT) * (1 + 2 * γ_n) + TINY
@@ -283,6 +282,11 @@ def _contracted(P: Form, s: Form, W: Tensor, layers: Layers, m: int) -> tuple[Fo
 def _terms(m: int) -> int:
     """How many a form has of the box's own."""
     return 2 * m + m * (m - 1) // 2
+
+
+def _followed(m: int) -> int:
+    """How many neurons of a layer get an ε of their own."""
+    return 8 + _terms(m) // 3
 
 
 def slopes(
