@@ -154,7 +154,7 @@ struct Work {
   double *left, *chosen, *scaled;  // chosen: the columns of the first layer, as rows
   double *M, *last;  // products of the contraction, the slopes' own form
   int64_t ld_M, ld_last;
-  double* blame;  // (m, K)
+  double *blame, *whose;  // (K, m); and of what each neuron with a term of its own was off, (…, m)
   int64_t *wanted, *best;
   double* counts;  // of the best
   Symmetric of;
@@ -192,7 +192,8 @@ struct Work {
     ld_M = scratch_ld<double>(rows), ld_last = scratch_ld<double>(K);
     M = memory.take<double>(deepest * ld_M);
     last = memory.take<double>((Form::before + deepest) * ld_last);
-    blame = memory.take<double>(rows), wanted = memory.take<int64_t>(K);
+    blame = memory.take<double>(rows), whose = memory.take<double>((deepest - T) * m);
+    wanted = memory.take<int64_t>(K);
     best = memory.take<int64_t>(top), counts = memory.take<double>(top);
     const int64_t n = round_up(m, lanes);
     of = {m, n, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
@@ -257,8 +258,15 @@ void first_layer(const Work& w, const double* c, const double* r, Form& to) {
   }
 }
 
+// How much of the argument of neuron j, as far as it is linear in the box, is that of one column.
+MK_INLINE double share_of(const Form& first, int64_t column, int64_t j) {
+  return size_of(first.G(column)[j]) / (first.linear()[j] + least_size);
+}
+
 // W h + b. With `keep` what h was off in some neurons becomes a term of theirs; b may be null.
-void through(const Work& w, const Form& h, const Weight& W, const double* b, bool keep, Form& to) {
+// `from` is σ' of the neurons that h is of, or null.
+void through(const Work& w, const Form& h, const Weight& W, const double* b, bool keep,
+             const Form* from, Form& to) {
   const double rounding = gamma(W.in + 2 + w.chain.folded);
   product(1 + h.S, h.c(), h.ld, W.signed_.matrix(), to.c(), to.ld);
   to.S = h.S;
@@ -277,6 +285,8 @@ void through(const Work& w, const Form& h, const Weight& W, const double* b, boo
       w.counts[i] = count, best[i] = j;
     }
     for (int64_t i = 0; i < n; ++i) {
+      double* whose = w.whose + (to.S - w.T) * w.m;
+      for (int64_t q = 0; q < w.m; ++q) whose[q] = from ? share_of(*from, q, best[i]) : 0;
       double* row = to.G(to.S++);
       const double e = h.e()[best[i]];
       Weight::each(W.signed_.matrix(), best[i], [&](int64_t j, V v) { store(row + j, e * v); });
@@ -577,6 +587,16 @@ void contract(const Work& w, const Form& P, const Form& s, int64_t H, int64_t co
   product(1, joined.e(), joined.ld, W.sizes.matrix(), to.e(), to.ld);
   to.S = joined.S;
   for (int64_t k = 0; k < w.K; ++k) to.e()[k] *= 1 + 2 * rounding;
+  for (int64_t q = 0; q < count; ++q) {
+    const double* W_k = w.chosen + w.wanted[q] * w.wide;
+    for (int64_t i = 0; i < m; ++i) {
+      V total = V{};
+      for (int64_t j = 0; j < H; j += lanes) {
+        total += size(load(W_k + j) * at(s.G(i), j)) * at(joined.e(), j) / (at(s.linear(), j) + least_size);
+      }
+      w.blame[q * m + i] = sum<double>(total);
+    }
+  }
   if (constant) return;
   const Matrix<double> square = turned(w, s, H, count);
   product(P.S, P.G(0), P.ld, square, w.M, ld);
@@ -587,7 +607,7 @@ void contract(const Work& w, const Form& P, const Form& s, int64_t H, int64_t co
   for (int64_t j = 0; j < count * m; j += lanes) {
     V total = V{};
     for (int64_t r = m; r < P.S; ++r) total += size(load(w.M + r * ld + j));
-    store(w.blame + j, total);
+    store(w.scaled + j, total);
   }
   for (int64_t q = 0; q < count; ++q) {
     const int64_t k = w.wanted[q];
@@ -601,7 +621,7 @@ void contract(const Work& w, const Form& P, const Form& s, int64_t H, int64_t co
     for (int64_t i = 0; i < m; ++i) {
       for (int64_t j = i + 1; j < m; ++j, ++pair) to.G(pair)[k] += M[i * ld + j] + M[j * ld + i];
     }
-    for (int64_t i = 0; i < m; ++i) total += w.blame[q * m + i];
+    for (int64_t i = 0; i < m; ++i) total += w.scaled[q * m + i], w.blame[q * m + i] += w.scaled[q * m + i];
     to.e()[k] += total * off;
   }
 }
@@ -642,6 +662,7 @@ void conclude(const Work& w, const Form& F, int64_t b, int64_t k, const double* 
     const int64_t place = (b * d + w.call.moving[i]) * K + k;
     const double rise = size_of(of.g[i]) - 4 * size_of(of.h[i]) - all;
     double share = blame ? blame[i] : 0;
+    for (int64_t r = w.T; r < F.S; ++r) share += size_of(F.G(r)[k]) * w.whose[(r - w.T) * m + i];
     share += of.first[i] * (2 * size_of(of.h[i]) + 0.5 * tied);
     to.slant[place] = known ? of.g[i] : 0, to.bend[place] = known ? of.h[i] : 0;
     to.rise[place] = known && rise > 0 ? rise : 0;
@@ -670,7 +691,8 @@ void one_box(Work& w, int64_t b) {
     if (l == 0) {
       first_layer(w, call.c + b * d, call.r + b * d, a);
     } else {
-      through(w, w.h, w.forward[l], layer.b + (l == L - 1 ? call.output : 0), true, a);
+      through(w, w.h, w.forward[l], layer.b + (l == L - 1 ? call.output : 0), true,
+              w.curved(l - 1) ? &w.s[l - 1] : nullptr, a);
     }
     const int64_t H = w.out(l);
     if (!w.curved(l)) {
@@ -697,13 +719,13 @@ void one_box(Work& w, int64_t b) {
     const int64_t H = w.out(l);
     if (l == 0 && w.curved(0)) {
       contract(w, P, w.s[0], H, count, w.p, last);
-      contracted = P.S != 0;
+      contracted = true;
       break;
     }
     if (w.curved(l)) multiply(w, P, w.s[l], H, w.p);
     const Form& from = w.curved(l) ? w.p : P;
     Form& to = l == 0 ? last : w.a;
-    through(w, from, w.backward[l], nullptr, l > 0, to);
+    through(w, from, w.backward[l], nullptr, l > 0, w.curved(l) ? &w.s[l] : nullptr, to);
     if (l > 0) {
       measure(w, to, w.in(l));
       const Form before = P;

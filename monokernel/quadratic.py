@@ -213,20 +213,30 @@ def _along(a: Form, f: Parabola, m: int, linear: Tensor, rest: Tensor) -> Form:
     return Form(c, G, e + ((16 + 2 * m) * U) * (size + e) + TINY)
 
 
-def _through(h: Form, W: Tensor, layers: Layers, b: Tensor | None, m: int, keep: bool) -> Form:
-    """W h + b, W (out, in). With ``keep`` what h was off in some neurons becomes an ε of theirs."""
+def _through(
+    h: Form, W: Tensor, layers: Layers, b: Tensor | None, m: int, keep: bool
+) -> tuple[Form, Tensor | None]:
+    """W h + b, W (out, in). With ``keep`` what h was off in some neurons becomes an ε of theirs:
+    the last terms, and which neurons (B, n)."""
     γ_n = γ(W.shape[1] + 2 + layers.folded)
     linear, rest = _sizes(h, m)
     rounding = γ_n * (h.c.abs() + linear + rest)
     c = h.c @ W.mT if b is None else torch.addmm(b, h.c, W.mT)
-    G, left = h.G @ W.mT, h.e
+    G, left, top = h.G @ W.mT, h.e, None
     if keep and G.shape[1]:
         counts = h.e * W.abs().sum(0)
         top = counts.topk(min(_followed(m), counts.shape[1]), 1, sorted=False).indices
         G = torch.cat((G, left.gather(1, top).unsqueeze(2) * W.mT[top]), 1)
         left = left.scatter(1, top, 0.0)
     e = ((left + rounding) @ W.abs().mT) * (1 + 2 * γ_n) + TINY
-    return Form(c, G, e if b is None else e + γ_n * (b.abs() + c.abs()))
+    return Form(c, G, e if b is None else e + γ_n * (b.abs() + c.abs())), top
+
+
+def _shares(first: Form, m: int) -> Tensor:
+    """How much of the argument of each neuron, as far as it is linear in the box, is that of each
+    column, (B, m, H); of σ' it is the same."""
+    size = first.G[:, :m].abs()
+    return size / (size.sum(1, keepdim=True) + TINY)
 
 
 def _product(P: Form, s: Form, m: int) -> Form:
@@ -245,8 +255,8 @@ def _product(P: Form, s: Form, m: int) -> Form:
 
 
 def _contracted(P: Form, s: Form, W: Tensor, layers: Layers, m: int) -> tuple[Form, Tensor]:
-    """Wᵀ(P∘s) for W (H, K), the first layer's, where s has no ε of neurons; and how much of what
-    is of the third order comes from each column, (B, m, K).
+    """Wᵀ(P∘s) for W (H, K), the first layer's, where s has no ε of neurons; and how much of its
+    error comes from each column, (B, m, K).
 
     Here the products of what is linear in s with every term of P, and of what is linear in P with
     what is quadratic in s, are computed for each output, so that the neurons cancel.
@@ -261,9 +271,10 @@ def _contracted(P: Form, s: Form, W: Tensor, layers: Layers, m: int) -> tuple[Fo
     G[:, : m + Q].addcmul_(s.G, P.c.unsqueeze(1))
     lumped = s.c.abs() * P.e + P.c.abs() * s.e + l_P * s.e + P.e * l_s + r_P * r_s
     rounding = (P.c.abs() + l_P + r_P) * (s.c.abs() + l_s + r_s) * (4 * γ_n) + TINY
-    e = ((lumped * (1 + 16 * U) + rounding) @ W.abs()) * (1 + 2 * γ_n)
+    lumped = lumped * (1 + 16 * U) + rounding
+    e = (lumped @ W.abs()) * (1 + 2 * γ_n)
     c, G = (P.c * s.c) @ W, G @ W
-    blame = P.c.new_zeros(len(P.c), m, K)
+    blame = (_shares(s, m) * lumped.unsqueeze(1)) @ W.abs()
     first, second = torch.triu_indices(m, m, 1, device=W.device)
     for k in range(K):
         M = P.G @ (s.G[:, :m] * W[:, k]).mT  # (B, S, m)
@@ -275,13 +286,22 @@ def _contracted(P: Form, s: Form, W: Tensor, layers: Layers, m: int) -> tuple[Fo
         M[:, m : m + Q] += ((P.G[:, :m] * W[:, k]) @ s.G[:, m:].mT).mT
         size = M[:, m:].abs().sum(1)
         e[:, k] += size.sum(1) * (1 + 4 * (M.shape[1] + m) * U)
-        blame[:, :, k] = size
+        blame[:, :, k] += size
     return Form(c, G, e), blame
 
 
 def _terms(m: int) -> int:
     """How many a form has of the box's own."""
     return 2 * m + m * (m - 1) // 2
+
+
+def _known(whose: Tensor, h: Form, first: Form | None, top: Tensor | None, m: int) -> Tensor:
+    """``whose`` (B, m, n) with the shares of those neurons ``top`` of h that got an ε."""
+    if top is None:
+        return whose
+    shares = whose.new_zeros(len(h.c), m, h.c.shape[1]) if first is None else _shares(first, m)
+    at = top.unsqueeze(1).expand(-1, m, -1)
+    return torch.cat((whose[:, :, : h.G.shape[1] - _terms(m)], shares.gather(2, at)), 2)
 
 
 def _followed(m: int) -> int:
@@ -312,8 +332,9 @@ def by_pytorch(
     layers: Layers, c: Tensor, r: Tensor, moving: Tensor, output: int, columns: Tensor
 ) -> Slopes:
     """As ``slopes``, which it is the reference of."""
-    m, L = len(moving), len(layers.W)
-    h = Form(c, *box(c, r, moving, _terms(m)))
+    m, L, T = len(moving), len(layers.W), _terms(len(moving))
+    h = Form(c, *box(c, r, moving, T))
+    whose = c.new_zeros(len(c), m, 0)  # is what each neuron with an ε of its own was off
     first: list[Form | None] = []
     for l, (W, b, σ) in enumerate(zip(layers.W, layers.b, layers.σ, strict=True)):
         if l == L - 1:
@@ -321,7 +342,8 @@ def by_pytorch(
                 first.append(None)
                 break
             W, b = W[output : output + 1], b[output : output + 1]
-        a = _through(h, W, layers, b, m, l > 0)
+        a, top = _through(h, W, layers, b, m, l > 0)
+        whose = _known(whose, h, first[l - 1] if l else None, top, m)
         if σ.kind == "identity":
             first.append(None)
             h = a
@@ -343,11 +365,13 @@ def by_pytorch(
         if s is not None and l == 0:
             P, blame = _contracted(P, s, W, layers, m)
             break
-        P = _through(P if s is None else _product(P, s, m), W.mT, layers, None, m, l > 0)
+        p = P if s is None else _product(P, s, m)
+        P, top = _through(p, W.mT, layers, None, m, l > 0)
+        whose = _known(whose, p, s, top, m)
     if not P.G.shape[1]:
-        P = P._replace(G=c.new_zeros(len(c), _terms(m), P.c.shape[1]))
-    pairs = P.G[:, 2 * m : _terms(m)]
-    third = (P.G[:, _terms(m) :].abs().sum(1) + P.e) * (1 + 2 * (P.G.shape[1] + 2) * U)
+        P = P._replace(G=c.new_zeros(len(c), T, P.c.shape[1]))
+    pairs = P.G[:, 2 * m : T]
+    third = (P.G[:, T:].abs().sum(1) + P.e) * (1 + 2 * (P.G.shape[1] + 2) * U)
     error = (pairs.abs().sum(1) + third) * (1 + 2 * (pairs.shape[1] + 2) * U)
     slant, bend = P.G[:, :m], P.G[:, m : 2 * m]
     H = _symmetric(pairs, m)
@@ -356,6 +380,8 @@ def by_pytorch(
     blame = torch.zeros_like(slant) if blame is None else blame
     size = H.abs()
     tied = (size @ open_.unsqueeze(3)).squeeze(3)  # to what is not known to rise or fall
+    neurons = P.G[:, T:].abs()
+    blame = blame + whose[:, :, : neurons.shape[1]] @ neurons
     blame = blame + (open_ * (2 * bend.mT.abs() + 0.5 * tied)).mT
     rise = (slant.abs() - 4 * bend.abs() - size.sum(3).mT).clamp(min=0)
     known = torch.isfinite(P.c) & torch.isfinite(error) & torch.isfinite(P.G[:, : 2 * m]).all(1)
