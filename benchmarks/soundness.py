@@ -12,7 +12,8 @@ computed with more digits than float64 has (``digits.py``), so that a bound in f
 rounded the wrong way is seen: at random points and corners, and then at points around those where a
 slope came closest to what bounds it. They are held against the bounds of ``intervals.py``, against
 those of the native library where it was built, and against the slopes that ``Monotone`` promises;
-with ``--of certify`` against the forms of all three tiers, over bounded boxes, and where the
+with ``--of certify`` against the forms of all tiers, over bounded boxes, those of the second order
+both by the library and by PyTorch's operations, and where the
 network is one of ReLUs against the bounds of branches in which some of a point's switches are
 decided. ``--of programs`` takes the networks of ``tests/zoo.py``, norms, gates and residuals among
 them, and slopes in float64. Prints how many pairs were tried and how many points lie outside, and
@@ -27,16 +28,17 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from monokernel import Monotone, forms, switches, value_and_jacobian
+from monokernel import Monotone, forms, quadratic, switches, value_and_jacobian
 from monokernel.activations import Activation
 from monokernel.arguments import check_inputs
 from monokernel.backends import cpu
 from monokernel.branching import Boxes, Branches, Constraints
+from monokernel.enclosures import Slopes
 from monokernel.intervals import Interval, jacobian
 from monokernel.layers import Layers, layers_of
 from monokernel.monotone import _exact as parameters_exact
@@ -49,7 +51,7 @@ from monokernel.symbols import Param
 
 from . import digits
 
-__all__ = ["certified", "main", "programs", "trial"]
+__all__ = ["certified", "every_bound", "main", "programs", "trial"]
 
 ACTIVATIONS: tuple[Callable[[], nn.Module], ...] = (
     nn.Identity, nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.Hardtanh, nn.ELU, nn.SELU, nn.CELU, nn.GELU,
@@ -266,6 +268,19 @@ def programs(seed: int) -> tuple[int, int, str]:
     return BOXES, outside, f"seed {seed}, {dtype}: {name}"
 
 
+def every_bound(
+    layers: Layers, lower: Tensor, upper: Tensor, output: int
+) -> Iterator[tuple[str, Slopes]]:
+    """Of all slopes of one output by every tier, and by PyTorch what the native library does."""
+    columns, tiers = torch.arange(layers.d), forms.tiers(layers)
+    for tier in tiers:
+        yield forms.TIERS[tier], forms.slopes(layers, lower, upper, output, columns, tier)
+    if forms.QUADRATIC in tiers and cpu.isa() is not None:
+        c, r = forms.centred(layers, lower, upper)
+        moves = forms.moving(lower, upper)
+        yield "by PyTorch", quadratic.by_pytorch(layers, c, r, moves, output, columns)
+
+
 def certified(seed: int) -> tuple[int, int, str]:
     """As ``trial``, of what ``certify`` rests on."""
     torch.manual_seed(seed)
@@ -286,8 +301,7 @@ def certified(seed: int) -> tuple[int, int, str]:
     outside = 0
     for output in range(layers.D):
         own, off = S[:, :, output], noise[:, :, output]
-        for tier in forms.tiers(layers):
-            s = forms.slopes(layers, lower, upper, output, torch.arange(d), tier)
+        for _, s in every_bound(layers, lower, upper, output):
             outside += int(((own - s.centre).abs() > s.radius() + off).sum())
             outside += int((s.centre.isnan() | s.error.isnan()).sum())
             outside += int(((s.lower - off > own) | (s.upper + off < own)).sum())

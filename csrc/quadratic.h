@@ -209,11 +209,9 @@ struct Work {
   void pack() const {
     for (int64_t l = 0; l < L; ++l) forward[l].pack(), backward[l].pack();
     clear(chosen, K * wide);
-    const ChainLayer& first = chain.layer[0];
+    const double* W = backward[0].signed_.w;
     for (int64_t k = 0; k < K; ++k) {
-      for (int64_t j = 0; j < first.out; ++j) {
-        chosen[k * wide + j] = first.W[j * first.in + call.columns[k]];
-      }
+      for (int64_t j = 0; j < out(0); ++j) chosen[k * wide + j] = W[j * in(0) + call.columns[k]];
     }
   }
   Form take(Bump& memory) const {

@@ -46,7 +46,9 @@ __all__ = [
     "Form",
     "Line",
     "along",
+    "centred",
     "input_form",
+    "moving",
     "slopes",
     "through",
     "tiers",
@@ -266,10 +268,10 @@ def slopes(
     endless = (lower.isinf() | upper.isinf()).any(1)
     if endless.any():
         return _partly_endless(layers, lower, upper, output, columns, tier, endless)
-    moving = _moving(lower, upper)
+    moves = moving(lower, upper)
     if tier == QUADRATIC:
-        c, r = _centred(layers, lower, upper)
-        return quadratic.slopes(layers, c, r, moving, output, columns, wanted)
+        c, r = centred(layers, lower, upper)
+        return quadratic.slopes(layers, c, r, moves, output, columns, wanted)
     h = _input(layers, lower, upper, tier)
     c, L, keep = h.c, len(layers.W), tier == LINEAR
     first: list[Form | None] = []
@@ -308,7 +310,7 @@ def slopes(
         p = p if s is None else _product(p, s)
         P = _through(p, W.mT, layers, None, keep and l > 0)
     assert P is not None
-    m = len(moving)
+    m = len(moves)
     if tier == INTERVALS:
         slant, error = c.new_zeros(len(c), m, P.c.shape[1]), P.e
     else:
@@ -318,9 +320,9 @@ def slopes(
     blame = torch.zeros_like(slant) if blame is None else blame.nan_to_num(1.0, 1.0)
     return Slopes.linear(
         torch.where(known_at, P.c, 0.0),
-        spread(torch.where(known_at.unsqueeze(1), slant, 0.0), moving, layers.d),
+        spread(torch.where(known_at.unsqueeze(1), slant, 0.0), moves, layers.d),
         torch.where(known_at, error, torch.inf),
-        spread(blame, moving, layers.d),
+        spread(blame, moves, layers.d),
     )
 
 
@@ -385,14 +387,14 @@ def through(h: Form, layers: Layers, l: int) -> Form:
 
 def _input(layers: Layers, lower: Tensor, upper: Tensor, tier: int) -> Form:
     """x as a form."""
-    c, r = _centred(layers, lower, upper)
+    c, r = centred(layers, lower, upper)
     if tier == INTERVALS:
         return Form(c, c.new_zeros(len(c), 0, c.shape[1]), r, r)
-    moving = _moving(lower, upper)
-    return Form(c, *box(c, r, moving, len(moving)), r)
+    moves = moving(lower, upper)
+    return Form(c, *box(c, r, moves, len(moves)), r)
 
 
-def _centred(layers: Layers, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+def centred(layers: Layers, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     """c and r such that c ± r holds the boxes behind the chain's offsets."""
     c = 0.5 * lower + 0.5 * upper
     r = torch.maximum(upper - c, c - lower) * (1 + 2 * U)
@@ -402,7 +404,7 @@ def _centred(layers: Layers, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tens
     return c, r
 
 
-def _moving(lower: Tensor, upper: Tensor) -> Tensor:
+def moving(lower: Tensor, upper: Tensor) -> Tensor:
     """The columns in which any of the boxes has an extent."""
     return (lower < upper).any(0).nonzero().flatten()
 

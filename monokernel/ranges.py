@@ -122,9 +122,9 @@ def hull(f: Curve, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=1024)
 def described(σ: Activation, orders: int = 2) -> tuple[float, ...]:
-    """What the native library has to know of σ, σ' and, with three orders, σ'': of each its limits at
-    -∞ and ∞, its relative error in epsilons and its absolute one, its period, how many turns it
-    has, and of each turn the place and what it contributes.
+    """What the native library has to know of σ, of σ' and, with three orders, of σ'': of each its
+    limits at -∞ and ∞, its relative error in epsilons and its absolute one, its period, how many
+    turns it has, and of each turn the place and what it contributes.
 
     The errors are those of the native kernel's own formulas in float64, which ``tests/test_cpu.py``
     holds within 4 units in the last place, the unit that of a number of 1/4 at least.
