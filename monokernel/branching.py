@@ -38,7 +38,8 @@ __all__ = [
 AT_A_TIME = {INTERVALS: 512, AFFINE: 256, LINEAR: 128, QUADRATIC: 512}
 # About what a box costs by each tier. One that decides too few to pay for itself is passed over,
 # and asked again every so many rounds.
-COST = {INTERVALS: 1.0, AFFINE: 6.0, LINEAR: 15.0, QUADRATIC: 2.0}
+COST = {INTERVALS: 1.0, AFFINE: 6.0, LINEAR: 15.0, QUADRATIC: 1.5}
+BY_PYTORCH = 12.0  # the last of them without the native library
 AGAIN = 32
 SLACK = 1e-9  # relative; cuts are wider by it than rounding could make them
 STEEP = 0.4  # what a linear change counts beside an error of its size in the choice of a column
@@ -237,6 +238,7 @@ class _Tiers:
         few = int((start.lower < start.upper).any(0).sum()) <= quadratic.MOST_COLUMNS
         smooth = isinstance(layers, Layers) and quadratic.serves(layers)
         self.last = QUADRATIC if smooth and few else LINEAR
+        self.cost = COST | ({} if quadratic.native(start.lower) else {QUADRATIC: BY_PYTORCH})
         self.proved = dict.fromkeys(TIERS, 0)
         self.share = {INTERVALS: 1.0, AFFINE: 1.0}
         self.rounds = 0
@@ -250,8 +252,8 @@ class _Tiers:
         if self.intervals_alone:
             return asked
         for tier in (AFFINE, INTERVALS):
-            pays, could = self.share[tier] * COST[asked[0]], COST[asked[0]]
-            if max(pays, could * (self.rounds % AGAIN == 0)) > COST[tier]:
+            share = 1.0 if self.rounds % AGAIN == 0 else self.share[tier]
+            if share * self.cost[asked[0]] > self.cost[tier]:
                 asked.insert(0, tier)
         return asked
 
@@ -269,7 +271,7 @@ class _Tiers:
             before = len(boxes.owner)
             if not before:
                 break
-            n = AT_A_TIME[tier]
+            n = min(AT_A_TIME[tier], -(-before // self.crew.threads))
             few = [boxes.at(slice(i, i + n)) for i in range(0, before, n)]
             parts = self.crew.map(partial(_bounds, layers, constraints, tier), few)
             known = torch.cat([part.lower for part in parts])

@@ -27,7 +27,7 @@ from .backends import cpu
 from .enclosures import TINY, Slopes, U, box, spread, γ
 from .layers import Layers
 
-__all__ = ["MOST_COLUMNS", "by_pytorch", "least", "serves", "slopes"]
+__all__ = ["MOST_COLUMNS", "by_pytorch", "least", "native", "serves", "slopes"]
 
 KNOTS = 9  # of a parabola along a curve
 MOST_COLUMNS = 16  # of a box: terms are as many as pairs of them
@@ -309,6 +309,11 @@ def _followed(m: int) -> int:
     return 8 + _terms(m) // 3
 
 
+def native(like: Tensor) -> bool:
+    """Whether the library bounds boxes where that tensor is."""
+    return like.device.type == "cpu" and cpu.isa() is not None
+
+
 def slopes(
     layers: Layers,
     c: Tensor,
@@ -324,8 +329,9 @@ def slopes(
 
     By ``csrc/quadratic.h`` where the native library was built, else by PyTorch's operations.
     """
-    found = cpu.chain_slopes(layers, c, r, moving, output, columns, wanted)
-    return by_pytorch(layers, c, r, moving, output, columns) if found is None else found
+    if native(c):
+        return cpu.chain_slopes(layers, c, r, moving, output, columns, wanted)
+    return by_pytorch(layers, c, r, moving, output, columns)
 
 
 def by_pytorch(
