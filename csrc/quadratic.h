@@ -151,10 +151,12 @@ struct Work {
   Form* s;         // σ' of each layer
   Parabola along[2];
   double *knot, *values[3];  // arguments of curves and what these are
+  double* signs;  // of a vector of neurons, for each column
   double *left, *chosen, *scaled;  // chosen: the columns of the first layer, as rows
   double *M, *last;  // products of the contraction, the slopes' own form
   int64_t ld_M, ld_last;
-  double *blame, *whose;  // (K, m); and of what each neuron with a term of its own was off, (…, m)
+  // (K, m), and what is so of each neuron with a term of its own, in rows of whole vectors.
+  double *blame, *whose;
   int64_t *wanted, *best;
   double* counts;  // of the best
   Symmetric of;
@@ -184,7 +186,7 @@ struct Work {
     }
     knot = memory.take<double>((knots + 2) * wide);
     for (double*& of_order : values) of_order = memory.take<double>((knots + 2) * wide);
-    left = memory.take<double>(wide);
+    signs = memory.take<double>(m * lanes), left = memory.take<double>(wide);
     const int64_t rows = round_up(max_of<int64_t>(K * m, 1), lanes);
     chosen = memory.take<double>(K * wide);
     scaled = memory.take<double>(rows * wide);
@@ -192,7 +194,7 @@ struct Work {
     ld_M = scratch_ld<double>(rows), ld_last = scratch_ld<double>(K);
     M = memory.take<double>(deepest * ld_M);
     last = memory.take<double>((Form::before + deepest) * ld_last);
-    blame = memory.take<double>(rows), whose = memory.take<double>((deepest - T) * m);
+    blame = memory.take<double>(rows), whose = memory.take<double>((deepest - T) * round_up(m, lanes));
     wanted = memory.take<int64_t>(K);
     best = memory.take<int64_t>(top), counts = memory.take<double>(top);
     const int64_t n = round_up(m, lanes);
@@ -283,8 +285,10 @@ void through(const Work& w, const Form& h, const Weight& W, const double* b, boo
       w.counts[i] = count, best[i] = j;
     }
     for (int64_t i = 0; i < n; ++i) {
-      double* whose = w.whose + (to.S - w.T) * w.m;
-      for (int64_t q = 0; q < w.m; ++q) whose[q] = from ? share_of(*from, q, best[i]) : 0;
+      double* whose = w.whose + (to.S - w.T) * w.of.ld;
+      for (int64_t q = 0; q < w.of.ld; ++q) {
+        whose[q] = from && q < w.m ? share_of(*from, q, best[i]) : 0;
+      }
       double* row = to.G(to.S++);
       const double e = h.e()[best[i]];
       Weight::each(W.signed_.matrix(), best[i], [&](int64_t j, V v) { store(row + j, e * v); });
@@ -355,7 +359,7 @@ MK_INLINE Range third_on(const ChainLayer& layer, V radius, V at_lower, V at_upp
 // Parabolas along σ and σ' between the ends of an argument a, and along σ' alone for the last layer.
 void parabolas(const Work& w, const Form& a, const ChainLayer& layer, int64_t H, bool both) {
   const int64_t m = w.m, columns = whole_vectors<double>(H), ld = w.wide;
-  const double narrow = double(4 * (m + 8)) * u;
+  const double narrow = double(4 * (w.T + 8)) * u, sure = 1 + double(4 * (m + 2)) * u;
   double *lower_row = w.knot + knots * ld, *upper_row = lower_row + ld;
   const auto share = [](int64_t k) { return double(2 * k - (knots - 1)) / double(knots - 1); };
   const auto spot = [&](int64_t j, V& lower, V& upper, V& away, V& radius) {
@@ -374,10 +378,36 @@ void parabolas(const Work& w, const Form& a, const ChainLayer& layer, int64_t H,
     const double more = 1 + double(2 * (a.S + 2)) * u;
     linear *= more, rest = (rest + at(a.e(), j)) * more;
     store(a.linear() + j, linear), store(a.rest() + j, rest);
-    const V c = at(a.c(), j), others = at_least_zero(rest - squares);
+    // Both ends are at those of each column along which a rises or falls everywhere; there the pairs
+    // of such columns are the same number.
+    V shift = V{}, same = V{};
+    if (a.S > m) {
+      double* const signs = w.signs;  // before they are known, how far the columns may turn
+      for (int64_t i = 0; i < m; ++i) store(signs + i * lanes, 4.0 * size(at(a.G(m + i), j)));
+      int64_t pair = 2 * m;
+      for (int64_t i = 0; i < m; ++i) {
+        for (int64_t k = i + 1; k < m; ++k, ++pair) {
+          const V both = size(at(a.G(pair), j));
+          store(signs + i * lanes, load(signs + i * lanes) + both);
+          store(signs + k * lanes, load(signs + k * lanes) + both);
+        }
+      }
+      for (int64_t i = 0; i < m; ++i) {
+        const V g = at(a.G(i), j), one = g > 0.0 ? splat(1.0) : (g < 0.0 ? splat(-1.0) : V{});
+        store(signs + i * lanes, size(g) >= load(signs + i * lanes) * sure ? one : V{});
+      }
+      pair = 2 * m;
+      for (int64_t i = 0; i < m; ++i) {
+        for (int64_t k = i + 1; k < m; ++k, ++pair) {
+          const V there = load(signs + i * lanes) * load(signs + k * lanes) * at(a.G(pair), j);
+          shift += there, same += size(there);
+        }
+      }
+    }
+    const V c = at(a.c(), j), others = at_least_zero(rest - squares - same);
     const V rounding = (size(c) + rest - low - high) * narrow;
-    store(lower_row + j, c + low - others - rounding);
-    store(upper_row + j, c - high + others + rounding);
+    store(lower_row + j, c + low + shift - others - rounding);
+    store(upper_row + j, c - high + shift + others + rounding);
     V lower, upper, away, radius;
     spot(j, lower, upper, away, radius);
     MK_UNROLL
@@ -579,7 +609,8 @@ void contract(const Work& w, const Form& P, const Form& s, int64_t H, int64_t co
     const V r_s = at(s.rest(), j), e_P = at(P.e(), j), e_s = at(s.e(), j);
     const V lumped = size(q) * e_P + size(p) * e_s + l_P * e_s + e_P * l_s + r_P * r_s;
     const V whole = (size(p) + l_P + r_P) * (size(q) + l_s + r_s);
-    store(joined.e() + j, lumped * (1 + 16 * u) + whole * (4 * rounding) + least_size);
+    const V e = lumped * (1 + 16 * u) + whole * (4 * rounding) + least_size;
+    store(joined.e() + j, e), store(w.left + j, e / (l_s + least_size));
   }
   product(1 + joined.S, joined.c(), joined.ld, W.signed_.matrix(), to.c(), to.ld);
   product(1, joined.e(), joined.ld, W.sizes.matrix(), to.e(), to.ld);
@@ -590,7 +621,7 @@ void contract(const Work& w, const Form& P, const Form& s, int64_t H, int64_t co
     for (int64_t i = 0; i < m; ++i) {
       V total = V{};
       for (int64_t j = 0; j < H; j += lanes) {
-        total += size(load(W_k + j) * at(s.G(i), j)) * at(joined.e(), j) / (at(s.linear(), j) + least_size);
+        total += size(load(W_k + j) * at(s.G(i), j)) * load(w.left + j);
       }
       w.blame[q * m + i] = sum<double>(total);
     }
@@ -652,6 +683,13 @@ void conclude(const Work& w, const Form& F, int64_t b, int64_t k, const double* 
   to.centre[at] = known ? c : 0, to.error[at] = known ? error : infinity;
   to.lower[at] = -infinity, to.upper[at] = infinity;
   of.unsettled();
+  for (int64_t j = 0; j < n; j += lanes) {
+    V total = V{};
+    for (int64_t r = w.T; r < F.S; ++r) {
+      total += size_of(F.G(r)[k]) * load(w.whose + (r - w.T) * n + j);
+    }
+    store(of.at + j, total);  // which is free until the form is bounded
+  }
   for (int64_t i = 0; i < m; ++i) {
     double all = 0, tied = 0;
     for (int64_t j = 0; j < m; ++j) {
@@ -660,7 +698,7 @@ void conclude(const Work& w, const Form& F, int64_t b, int64_t k, const double* 
     const int64_t place = (b * d + w.call.moving[i]) * K + k;
     const double rise = size_of(of.g[i]) - 4 * size_of(of.h[i]) - all;
     double share = blame ? blame[i] : 0;
-    for (int64_t r = w.T; r < F.S; ++r) share += size_of(F.G(r)[k]) * w.whose[(r - w.T) * m + i];
+    share += of.at[i];
     share += of.first[i] * (2 * size_of(of.h[i]) + 0.5 * tied);
     to.slant[place] = known ? of.g[i] : 0, to.bend[place] = known ? of.h[i] : 0;
     to.rise[place] = known && rise > 0 ? rise : 0;

@@ -112,6 +112,20 @@ class Found(NamedTuple):
     proved: dict[str, int]
 
 
+class Step(NamedTuple):
+    """What it came to that some boxes were bounded: lower bounds (B, Q) over what was decided,
+    infinite where nothing was, of how many constraints, and the boxes that are still open. Of the
+    last tier also a point in each to try, its verdict and its constraint, and the boxes to go on
+    with: both halves of what may violate, and those that no number lies inside of."""
+
+    lower: Tensor
+    proved: int
+    boxes: Boxes
+    point: tuple[Tensor, Tensor, Tensor]
+    halves: Boxes
+    whole: Boxes
+
+
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 
@@ -161,22 +175,18 @@ def search(
         while stack and time.monotonic() < deadline and (most is None or boxes < most):
             taken = _taken(stack, tiers.at_a_time, -1 if most is None else 0)
             boxes += len(taken.owner)
-            taken, form = tiers.bounded(layers, constraints, taken, lower)
-            if len(taken.owner):
-                assert form is not None
-                violated = witness(*_corners(constraints, taken, form))
-                going = ~violated[taken.owner]
-                _lower(lower, taken.at(~going))
-                taken = taken.at(going)
-                form = form.at(going)
-                halves, whole = _halves(constraints, taken, form, lower)
-                stack += [halves] if len(halves.owner) else []
-                stuck += [whole] if len(whole.owner) else []
+            steps = tiers.bounded(layers, constraints, taken, lower)
+            if steps:
+                points = zip(*(of.point for of in steps), strict=True)
+                violated = witness(*(torch.cat(part) for part in points))
+                stack += [of.halves for of in steps]
+                stuck += [of.whole for of in steps if len(of.whole.owner)]
                 if violated.any():
-                    for i, left in enumerate(stack):
-                        _lower(lower, left.at(violated[left.owner]))
-                        stack[i] = left.at(~violated[left.owner])
-                    stack = [left for left in stack if len(left.owner)]
+                    for parts in (stack, stuck):
+                        for i, left in enumerate(parts):
+                            _lower(lower, left.at(violated[left.owner]))
+                            parts[i] = left.at(~violated[left.owner])
+                stack = [left for left in stack if len(left.owner)]
             tell(boxes, sum(len(left.owner) for left in stack))
     left = Boxes.joined([start.at(slice(0, 0)), *stack, *stuck])
     decided = lower.clone()
@@ -263,32 +273,52 @@ class _Tiers:
         constraints: Constraints,
         boxes: Boxes,
         lower: Tensor,
-    ) -> tuple[Boxes, Slopes | None]:
-        """The boxes that are still open, with what is known of them, and their linear forms."""
-        asked, found = self._asked(), None
+    ) -> list[Step]:
+        """Cheapest first, to what is still open after each; nothing where nothing is. Bounds of
+        what was decided go into ``lower``."""
+        steps = list[Step]()
+        asked = self._asked()
         self.rounds += 1
         for tier in asked:
             before = len(boxes.owner)
-            if not before:
-                break
             n = min(AT_A_TIME[tier], -(-before // self.crew.threads))
             few = [boxes.at(slice(i, i + n)) for i in range(0, before, n)]
-            parts = self.crew.map(partial(_bounds, layers, constraints, tier), few)
-            known = torch.cat([part.lower for part in parts])
-            boxes = boxes._replace(known=torch.maximum(boxes.known, known))
-            done = boxes.wanted & (boxes.known >= constraints.margin)
+            step = partial(_step, layers, constraints, tier, tier == self.last, lower)
+            steps = self.crew.map(step, few)
+            for of in steps:
+                torch.minimum(lower, of.lower, out=lower)
             name = TIERS[INTERVALS if self.intervals_alone else tier]
-            self.proved[name] += int(done.sum())
-            _lower(lower, boxes, done)
-            boxes = boxes._replace(wanted=boxes.wanted & ~done)
-            still = boxes.wanted.any(1)
-            boxes = boxes.at(still)
+            self.proved[name] += sum(of.proved for of in steps)
+            boxes = Boxes.joined([of.boxes for of in steps])
             if tier in self.share:
                 share = 1 - len(boxes.owner) / before
                 self.share[tier] = 0.7 * self.share[tier] + 0.3 * share
-            if tier == self.last:
-                found = Slopes.joined(parts).at(still)
-        return boxes, found
+            if not len(boxes.owner):
+                return []
+        return steps
+
+
+def _step(
+    layers: Layers | Straight,
+    constraints: Constraints,
+    tier: int,
+    last: bool,
+    lower: Tensor,
+    boxes: Boxes,
+) -> Step:
+    found, lower = _bounds(layers, constraints, tier, boxes), torch.full_like(lower, torch.inf)
+    boxes = boxes._replace(known=torch.maximum(boxes.known, found.lower))
+    done = boxes.wanted & (boxes.known >= constraints.margin)
+    _lower(lower, boxes, done)
+    boxes = boxes._replace(wanted=boxes.wanted & ~done)
+    still = boxes.wanted.any(1)
+    boxes, found = boxes.at(still), found.at(still)
+    proved = int(done.sum())
+    if not last:
+        none = boxes.at(slice(0, 0))
+        return Step(lower, proved, boxes, (none.lower, none.owner, none.owner), none, none)
+    point = _corners(constraints, boxes, found)
+    return Step(lower, proved, boxes, point, *_halves(constraints, boxes, found, lower))
 
 
 def _bounds(layers: Layers | Straight, constraints: Constraints, tier: int, boxes: Boxes) -> Slopes:

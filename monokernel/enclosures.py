@@ -76,10 +76,6 @@ class Slopes(NamedTuple):
         for to, of in zip(self, part, strict=True):
             to.movedim(-1, 1)[rows.unsqueeze(1), columns] = of.movedim(-1, 1)
 
-    @staticmethod
-    def joined(parts: list[Slopes]) -> Slopes:
-        return parts[0] if len(parts) == 1 else Slopes(*map(torch.cat, zip(*parts, strict=True)))
-
 
 def box(c: Tensor, r: Tensor, moving: Tensor, terms: int) -> tuple[Tensor, Tensor]:
     """x itself, c ± r (B, d): coefficients (B, terms, d), of which the first are one ε for each

@@ -146,13 +146,20 @@ def least(g: Tensor, h: Tensor) -> Tensor:
 
 
 def _ends(form: Form, m: int, rest: Tensor) -> tuple[Tensor, Tensor]:
-    """Both bounds of a form of which ``rest`` is the size of all that is not linear."""
-    g, h = form.G[:, :m], form.G[:, m : 2 * m]
-    size = h.abs().sum(1)
-    others = (rest - size).clamp(min=0)
+    """Both bounds of a form of which ``rest`` is the size of all that is not linear.
+
+    Both are at the ends of each column along which it rises or falls everywhere; there the pairs of
+    such columns are the same number."""
+    g, h, pairs = form.G[:, :m], form.G[:, m : 2 * m], form.G[:, 2 * m : _terms(m)]
+    size, (i, j) = pairs.abs(), torch.triu_indices(m, m, 1, device=g.device)
+    moves = (4 * h.abs()).index_add_(1, i, size).index_add_(1, j, size)
+    sign = torch.where(g.abs() >= moves * (1 + 4 * (m + 2) * U), g.sign(), 0.0)
+    both = sign[:, i] * sign[:, j]
+    shift = (both * pairs).sum(1)
+    others = (rest - h.abs().sum(1) - (both.abs() * size).sum(1)).clamp(min=0)
     low, high = least(g, h).sum(1), least(g, -h).sum(1)
-    rounding = (form.c.abs() + rest - low - high) * (4 * (m + 8) * U)
-    return form.c + low - others - rounding, form.c - high + others + rounding
+    rounding = (form.c.abs() + rest - low - high) * (4 * (_terms(m) + 8) * U)
+    return form.c + low + shift - others - rounding, form.c - high + shift + others + rounding
 
 
 def _add_products(G: Tensor, c: Tensor, a: Tensor, b: Tensor) -> None:
