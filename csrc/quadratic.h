@@ -430,7 +430,11 @@ void parabolas(const Work& w, const Form& a, const ChainLayer& layer, int64_t H,
     V lower, upper, away, radius;
     spot(j, lower, upper, away, radius);
     const V c = at(a.c(), j), linear = at(a.linear(), j), rest = at(a.rest(), j);
-    const V far_off = size(away) + radius, lost = rest * (2.0 * linear + 0.5 * rest);
+    // (l + δ)² - l², for |l + δ| is within the ends, too.
+    const V far_off = size(away) + radius, most_far = far_off * (1 + 8 * u) + 8 * u * size(c);
+    const V above = most_far > rest ? rest * (2.0 * most_far - rest) : most_far * most_far;
+    const V below = linear > rest ? rest * (2.0 * linear - rest) : linear * linear;
+    const V lost = 0.5 * above + 0.5 * below, shift = 0.5 * above - 0.5 * below;
     const V gap = radius / double(knots - 1), between = 0.5 * gap * gap;
     const V at_lower = at(w.values[2] + knots * ld, j), at_upper = at(w.values[2] + (knots + 1) * ld, j);
     for (int order = both ? 0 : 1; order < 2; ++order) {
@@ -468,7 +472,7 @@ void parabolas(const Work& w, const Form& a, const ChainLayer& layer, int64_t H,
         const V off = (0.5 * high - 0.5 * low + most * between + size(bent) * lost) * (1 + 16 * u) +
                       noise;
         const auto closer = off < best_off;
-        best_at = closer ? 0.5 * low + 0.5 * high + 0.5 * bent * rest * rest : best_at;
+        best_at = closer ? 0.5 * low + 0.5 * high + bent * shift : best_at;
         best_slope = closer ? slope - twice * away : best_slope;
         best_bend = closer ? bent : best_bend;
         best_off = closer ? off : best_off;

@@ -73,8 +73,8 @@ def _parabola(
     in the box and a rest, both of such a size.
 
     Any slope and bend will do; between knots 2ρ apart what f is off them lies within ½ρ² max |f'' -
-    2 bend| of a straight line. Of (l + δ)² the part 2lδ + δ² is not kept: the more of that there
-    is, the flatter a parabola is best.
+    2 bend| of a straight line. Of (l + δ)² only l² is kept: the more of the rest there is, the
+    flatter a parabola is best.
     """
     f = ranges.known_curves(σ)[order]
     lower, upper = ends
@@ -97,7 +97,11 @@ def _parabola(
     noise = noise + 16 * U * (size + slope.abs() * far + 3 * bend.abs() * far * far) + TINY
     second = ranges.bounds(σ, 2, lower, upper) if order == 0 else _third(σ, lower, upper, ρ)
     gap = 0.5 * (ρ / (KNOTS - 1)).square()
-    lost = rest * (2 * linear + 0.5 * rest)
+    # (l + δ)² - l², for |l + δ| is within the ends, too.
+    most_far = far * (1 + 8 * U) + 8 * U * c.abs()
+    above = torch.where(most_far > rest, rest * (2 * most_far - rest), most_far.square())
+    below = torch.where(linear > rest, rest * (2 * linear - rest), linear.square())
+    lost, shift = 0.5 * above + 0.5 * below, 0.5 * above - 0.5 * below
     none = torch.zeros_like(c)
     best = Parabola(none, none, none, torch.full_like(c, torch.inf))
     for share in BENT:
@@ -108,7 +112,7 @@ def _parabola(
         most = torch.maximum((second[0] - twice).abs(), (second[1] - twice).abs())
         size_ = (0.5 * high - 0.5 * low + most * gap + bent.abs() * lost) * (1 + 16 * U) + noise
         found = Parabola(
-            0.5 * low + 0.5 * high + 0.5 * bent * rest * rest, slope - twice * away, bent, size_
+            0.5 * low + 0.5 * high + bent * shift, slope - twice * away, bent, size_
         )
         closer = found.off < best.off  # no NaN is
         best = Parabola(*(torch.where(closer, a, b) for a, b in zip(found, best, strict=True)))
