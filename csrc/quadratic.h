@@ -16,8 +16,9 @@ namespace quadratic {
 typedef Vec<double> V;
 constexpr int64_t lanes = Simd<double>::lanes;
 constexpr double u = 0x1p-53, least_size = 1e-300;  // U and TINY of monokernel/enclosures.py
-constexpr int64_t knots = 9, rounds = 3;  // KNOTS and SETTLED of quadratic.py
-constexpr double shares[] = {1, 0.5, 0};            // BENT
+// KNOTS, SETTLED and BENT of quadratic.py.
+constexpr int64_t knots = 9, rounds = 3;
+constexpr double shares[] = {1, 0.5, 0};
 
 MK_INLINE double gamma(int64_t n) { return double(n) * u / (1 - double(n) * u); }
 MK_INLINE int64_t terms(int64_t m) { return 2 * m + m * (m - 1) / 2; }
@@ -81,9 +82,8 @@ MK_INLINE V least(V g, V h) {
   return inside ? -(steep * steep) / (8.0 * (inside ? h : splat(1.0))) - h : h - steep;
 }
 
-// Where a form is within the cone of ±1, and which columns of it were never known to rise or fall: see
-// _least_of in quadratic.py. g, h, open and slope have m numbers, padded with zeros to whole vectors,
-// H and its sizes as many rows of them.
+// Σ_i (g_i ε_i + h_i T(ε_i)) + ½ εᵀHε and where it is lowest: _least_of in quadratic.py. Rows have m
+// numbers, padded with zeros to whole vectors; H and its sizes have m rows.
 struct Symmetric {
   int64_t m, ld;
   double *g, *h, *H, *sizes, *open, *at, *slope, *first;
@@ -143,10 +143,11 @@ struct Symmetric {
 struct Work {
   const Chain& chain;
   const SlopesCall& call;
-  // T: terms of the box's own; top: neurons of a layer that get one; the stride; the most terms.
+  // T: terms of the box's own; top: how many neurons of a layer get one; wide: the stride of forms;
+  // deepest: the most terms of one.
   int64_t m, T, top, L, K, wide, deepest;
   Weight *forward, *backward;         // of each layer
-  Packing<double> square, cubic;      // what the last product is made of
+  Packing<double> square;             // what the last product multiplies by
   Form h, a, P, p;
   Form* s;         // σ' of each layer
   Parabola along[2];
@@ -155,14 +156,14 @@ struct Work {
   double *left, *chosen, *scaled;  // chosen: the columns of the first layer, as rows
   double *M, *last;  // products of the contraction, the slopes' own form
   int64_t ld_M, ld_last;
-  // (K, m), and what is so of each neuron with a term of its own, in rows of whole vectors.
-  double *blame, *whose;
-  int64_t *wanted, *best;
-  double* counts;  // of the best
+  double *blame, *whose;   // of the columns: (K, m), and a row for each neuron with a term of its own
+  int64_t *wanted, *best;  // slopes, and neurons whose error counts most
+  double* counts;          // how much
   Symmetric of;
 
   Work(const Chain& given, const SlopesCall& asked, Bump& memory)
-      : chain(given), call(asked), m(asked.m), T(terms(m)), top(followed(m)), L(given.layers), K(asked.K) {
+      : chain(given), call(asked), m(asked.m), T(terms(m)), top(followed(m)), L(given.layers),
+        K(asked.K) {
     wide = 0;
     for (int64_t l = 0; l < L; ++l) wide = max_of(wide, max_of(in(l), out(l)));
     wide = max_of(wide, max_of(K, chain.layer[0].in));
@@ -436,7 +437,8 @@ void parabolas(const Work& w, const Form& a, const ChainLayer& layer, int64_t H,
     const V below = linear > rest ? rest * (2.0 * linear - rest) : linear * linear;
     const V lost = 0.5 * above + 0.5 * below, shift = 0.5 * above - 0.5 * below;
     const V gap = radius / double(knots - 1), between = 0.5 * gap * gap;
-    const V at_lower = at(w.values[2] + knots * ld, j), at_upper = at(w.values[2] + (knots + 1) * ld, j);
+    const double* const ends = w.values[2] + knots * ld;
+    const V at_lower = at(ends, j), at_upper = at(ends + ld, j);
     for (int order = both ? 0 : 1; order < 2; ++order) {
       const Curve& f = layer.curve[order];
       V value[knots], b_0 = V{}, b_1 = V{}, b_2 = V{}, largest = V{}, none = V{};
@@ -654,7 +656,10 @@ void contract(const Work& w, const Form& P, const Form& s, int64_t H, int64_t co
     for (int64_t i = 0; i < m; ++i) {
       for (int64_t j = i + 1; j < m; ++j, ++pair) to.G(pair)[k] += M[i * ld + j] + M[j * ld + i];
     }
-    for (int64_t i = 0; i < m; ++i) total += w.scaled[q * m + i], w.blame[q * m + i] += w.scaled[q * m + i];
+    for (int64_t i = 0; i < m; ++i) {
+      total += w.scaled[q * m + i];
+      w.blame[q * m + i] += w.scaled[q * m + i];
+    }
     to.e()[k] += total * off;
   }
 }
