@@ -13,7 +13,8 @@ rounded the wrong way is seen: at random points and corners, and then at points 
 slope came closest to what bounds it. They are held against the bounds of ``intervals.py``, against
 those of the native library where it was built, and against the slopes that ``Monotone`` promises;
 with ``--of certify`` against the forms of all tiers, over bounded boxes, those of the second order
-both by the library and by PyTorch's operations, and where the
+both by the library and by PyTorch's operations (``--of quadratic`` takes only the networks that
+have them), and where the
 network is one of ReLUs against the bounds of branches in which some of a point's switches are
 decided. ``--of programs`` takes the networks of ``tests/zoo.py``, norms, gates and residuals among
 them, and slopes in float64. Prints how many pairs were tried and how many points lie outside, and
@@ -58,13 +59,18 @@ ACTIVATIONS: tuple[Callable[[], nn.Module], ...] = (
     lambda: nn.GELU("tanh"), nn.SiLU, nn.Mish, nn.Softplus, nn.Softsign, nn.Tanh, nn.Sigmoid,
     nn.LogSigmoid, nn.Hardsigmoid, nn.Hardswish, nn.Softshrink, nn.Tanhshrink,
 )  # fmt: skip
+# Those of which a chain is bounded by quadratic forms.
+SMOOTH: tuple[Callable[[], nn.Module], ...] = (
+    nn.GELU, lambda: nn.GELU("tanh"), nn.LogSigmoid, nn.Mish, nn.Sigmoid, nn.SiLU, nn.Tanh,
+    nn.Tanhshrink,
+)  # fmt: skip
 BOXES, POINTS = 50, 12  # and as many points again
 
 
-def _network() -> nn.Sequential:
+def _network(activations: Sequence[Callable[[], nn.Module]] = ACTIVATIONS) -> nn.Sequential:
     hidden = int(torch.randint(1, 4, ()))
     widths = [int(torch.randint(2, 5, ())), *(int(w) for w in torch.randint(2, 13, (hidden,))), 2]
-    σ = ACTIVATIONS[int(torch.randint(len(ACTIVATIONS), ()))]
+    σ = activations[int(torch.randint(len(activations), ()))]
     layers: list[nn.Module] = []
     for n, m in itertools.pairwise(widths):
         layers += [nn.Linear(n, m), σ()]
@@ -281,10 +287,12 @@ def every_bound(
         yield "by PyTorch", quadratic.by_pytorch(layers, c, r, moves, output, columns)
 
 
-def certified(seed: int) -> tuple[int, int, str]:
+def certified(
+    seed: int, activations: Sequence[Callable[[], nn.Module]] = ACTIVATIONS
+) -> tuple[int, int, str]:
     """As ``trial``, of what ``certify`` rests on."""
     torch.manual_seed(seed)
-    net = _network()
+    net = _network(activations)
     chain = read(net)
     assert isinstance(chain, Chain)
     d, dtype = chain.widths[0], chain.linears[0].weight.dtype
@@ -308,6 +316,11 @@ def certified(seed: int) -> tuple[int, int, str]:
         if switches.serves(layers):
             outside += _branches(layers, lower, upper, output, x, own, off)
     return BOXES, outside, f"seed {seed}, {dtype}: {net}"
+
+
+def quadratics(seed: int) -> tuple[int, int, str]:
+    """As ``certified``, of networks that quadratic forms serve."""
+    return certified(seed, SMOOTH)
 
 
 def _branches(
@@ -336,7 +349,12 @@ def _branches(
 
 
 REPORTED = 100_000  # pairs
-TRIALS = {"intervals": trial, "certify": certified, "programs": programs}
+TRIALS = {
+    "intervals": trial,
+    "certify": certified,
+    "quadratic": quadratics,
+    "programs": programs,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -111,9 +111,7 @@ def _parabola(
         twice = 2 * bent
         most = torch.maximum((second[0] - twice).abs(), (second[1] - twice).abs())
         size_ = (0.5 * high - 0.5 * low + most * gap + bent.abs() * lost) * (1 + 16 * U) + noise
-        found = Parabola(
-            0.5 * low + 0.5 * high + bent * shift, slope - twice * away, bent, size_
-        )
+        found = Parabola(0.5 * low + 0.5 * high + bent * shift, slope - twice * away, bent, size_)
         closer = found.off < best.off  # no NaN is
         best = Parabola(*(torch.where(closer, a, b) for a, b in zip(found, best, strict=True)))
     return best
