@@ -9,16 +9,16 @@ Random networks and boxes: every activation with a range, one to three hidden la
 very different size in float32 and float64, a third of them made to cancel; boxes from a point to
 all of space, a quarter of them at a kink or another turning point of a hidden unit. Slopes are
 computed with more digits than float64 has (``digits.py``), so that a bound in float64 that is
-rounded the wrong way is seen: at random points and corners, and then at points around those where a
-slope came closest to what bounds it. They are held against the bounds of ``intervals.py``, against
-those of the native library where it was built, and against the slopes that ``Monotone`` promises;
-with ``--of certify`` against the forms of all tiers, over bounded boxes, and where the network is
-one of ReLUs against the bounds of branches in which some of a point's switches are decided. Forms of
-the second order are tried both by the library and by PyTorch's operations; ``--of quadratic`` takes
-only networks that have them, ``--of programs`` the networks of ``tests/zoo.py``, norms, gates and
-residuals among them, and slopes in float64. Prints how many pairs were tried and how many points lie
-outside, and ends with an error if one does. A network is named by its seed: ``--seed S`` begins with
-S and counts up.
+rounded the wrong way is seen: at random points and corners, and then at points around those where
+a slope came closest to what bounds it. They are held against the bounds of ``intervals.py``,
+against those of the native library where it was built, and against the slopes that ``Monotone``
+promises; with ``--of certify`` against the forms of all tiers, over bounded boxes, and where the
+network is one of ReLUs against the bounds of branches in which some of a point's switches are
+decided. Forms of the second order are tried both by the library and by PyTorch's operations;
+``--of quadratic`` takes only networks that have them, ``--of programs`` the networks of
+``tests/zoo.py``, norms, gates and residuals among them, and slopes in float64. Prints how many
+pairs were tried and how many points lie outside, and ends with an error if one does. A network is
+named by its seed: ``--seed S`` begins with S and counts up.
 """
 
 from __future__ import annotations
