@@ -9,15 +9,16 @@ Random networks and boxes: every activation with a range, one to three hidden la
 very different size in float32 and float64, a third of them made to cancel; boxes from a point to
 all of space, a quarter of them at a kink or another turning point of a hidden unit. Slopes are
 computed with more digits than float64 has (``digits.py``), so that a bound in float64 that is
-rounded the wrong way is seen: at random points and corners, and then at points around those where a
-slope came closest to what bounds it. They are held against the bounds of ``intervals.py``, against
-those of the native library where it was built, and against the slopes that ``Monotone`` promises;
-with ``--of certify`` against the forms of all three tiers, over bounded boxes, and where the
+rounded the wrong way is seen: at random points and corners, and then at points around those where
+a slope came closest to what bounds it. They are held against the bounds of ``intervals.py``,
+against those of the native library where it was built, and against the slopes that ``Monotone``
+promises; with ``--of certify`` against the forms of all tiers, over bounded boxes, and where the
 network is one of ReLUs against the bounds of branches in which some of a point's switches are
-decided. ``--of programs`` takes the networks of ``tests/zoo.py``, norms, gates and residuals among
-them, and slopes in float64. Prints how many pairs were tried and how many points lie outside, and
-ends with an error if one does. A network is named by its seed: ``--seed S`` begins with S and
-counts up.
+decided. Forms of the second order are tried both by the library and by PyTorch's operations;
+``--of quadratic`` takes only networks that have them, ``--of programs`` the networks of
+``tests/zoo.py``, norms, gates and residuals among them, and slopes in float64. Prints how many
+pairs were tried and how many points lie outside, and ends with an error if one does. A network is
+named by its seed: ``--seed S`` begins with S and counts up.
 """
 
 from __future__ import annotations
@@ -27,16 +28,17 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from monokernel import Monotone, forms, switches, value_and_jacobian
+from monokernel import Monotone, forms, quadratic, switches, value_and_jacobian
 from monokernel.activations import Activation
 from monokernel.arguments import check_inputs
 from monokernel.backends import cpu
 from monokernel.branching import Boxes, Branches, Constraints
+from monokernel.enclosures import Slopes
 from monokernel.intervals import Interval, jacobian
 from monokernel.layers import Layers, layers_of
 from monokernel.monotone import _exact as parameters_exact
@@ -49,20 +51,25 @@ from monokernel.symbols import Param
 
 from . import digits
 
-__all__ = ["certified", "main", "programs", "trial"]
+__all__ = ["certified", "every_bound", "main", "programs", "trial"]
 
 ACTIVATIONS: tuple[Callable[[], nn.Module], ...] = (
     nn.Identity, nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.Hardtanh, nn.ELU, nn.SELU, nn.CELU, nn.GELU,
     lambda: nn.GELU("tanh"), nn.SiLU, nn.Mish, nn.Softplus, nn.Softsign, nn.Tanh, nn.Sigmoid,
     nn.LogSigmoid, nn.Hardsigmoid, nn.Hardswish, nn.Softshrink, nn.Tanhshrink,
 )  # fmt: skip
+# Those of which a chain is bounded by quadratic forms.
+SMOOTH: tuple[Callable[[], nn.Module], ...] = (
+    nn.GELU, lambda: nn.GELU("tanh"), nn.LogSigmoid, nn.Mish, nn.Sigmoid, nn.SiLU, nn.Tanh,
+    nn.Tanhshrink,
+)  # fmt: skip
 BOXES, POINTS = 50, 12  # and as many points again
 
 
-def _network() -> nn.Sequential:
+def _network(activations: Sequence[Callable[[], nn.Module]] = ACTIVATIONS) -> nn.Sequential:
     hidden = int(torch.randint(1, 4, ()))
     widths = [int(torch.randint(2, 5, ())), *(int(w) for w in torch.randint(2, 13, (hidden,))), 2]
-    σ = ACTIVATIONS[int(torch.randint(len(ACTIVATIONS), ()))]
+    σ = activations[int(torch.randint(len(activations), ()))]
     layers: list[nn.Module] = []
     for n, m in itertools.pairwise(widths):
         layers += [nn.Linear(n, m), σ()]
@@ -266,10 +273,25 @@ def programs(seed: int) -> tuple[int, int, str]:
     return BOXES, outside, f"seed {seed}, {dtype}: {name}"
 
 
-def certified(seed: int) -> tuple[int, int, str]:
+def every_bound(
+    layers: Layers, lower: Tensor, upper: Tensor, output: int
+) -> Iterator[tuple[str, Slopes]]:
+    """Of all slopes of one output by every tier, and by PyTorch what the native library does."""
+    columns, tiers = torch.arange(layers.d), forms.tiers(layers)
+    for tier in tiers:
+        yield forms.TIERS[tier], forms.slopes(layers, lower, upper, output, columns, tier)
+    if forms.QUADRATIC in tiers and cpu.isa() is not None:
+        c, r = forms.centred(layers, lower, upper)
+        moves = forms.moving(lower, upper)
+        yield "by PyTorch", quadratic.by_pytorch(layers, c, r, moves, output, columns)
+
+
+def certified(
+    seed: int, activations: Sequence[Callable[[], nn.Module]] = ACTIVATIONS
+) -> tuple[int, int, str]:
     """As ``trial``, of what ``certify`` rests on."""
     torch.manual_seed(seed)
-    net = _network()
+    net = _network(activations)
     chain = read(net)
     assert isinstance(chain, Chain)
     d, dtype = chain.widths[0], chain.linears[0].weight.dtype
@@ -286,14 +308,18 @@ def certified(seed: int) -> tuple[int, int, str]:
     outside = 0
     for output in range(layers.D):
         own, off = S[:, :, output], noise[:, :, output]
-        for tier in forms.tiers(layers):
-            s = forms.slopes(layers, lower, upper, output, torch.arange(d), tier)
+        for _, s in every_bound(layers, lower, upper, output):
             outside += int(((own - s.centre).abs() > s.radius() + off).sum())
             outside += int((s.centre.isnan() | s.error.isnan()).sum())
             outside += int(((s.lower - off > own) | (s.upper + off < own)).sum())
         if switches.serves(layers):
             outside += _branches(layers, lower, upper, output, x, own, off)
     return BOXES, outside, f"seed {seed}, {dtype}: {net}"
+
+
+def quadratics(seed: int) -> tuple[int, int, str]:
+    """As ``certified``, of networks that quadratic forms serve."""
+    return certified(seed, SMOOTH)
 
 
 def _branches(
@@ -322,7 +348,12 @@ def _branches(
 
 
 REPORTED = 100_000  # pairs
-TRIALS = {"intervals": trial, "certify": certified, "programs": programs}
+TRIALS = {
+    "intervals": trial,
+    "certify": certified,
+    "quadratic": quadratics,
+    "programs": programs,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -306,6 +306,25 @@ MK_EXPORT int mk_lift_backward(int64_t plan, int64_t N, const void* x, const voi
   return owned->kernels->lift_backward(owned->plan, owned->box, call, runtime);
 }
 
+MK_EXPORT int mk_chain_slopes(int64_t layers, const mk_layer* chain, int64_t folded, int64_t boxes,
+                              const double* c, const double* r, int64_t m, const int64_t* moving,
+                              int64_t output, int64_t K, const int64_t* columns, const void* wanted,
+                              double* const* found) {
+  const std::vector<ChainLayer> each = chain_of(layers, chain);
+  const SlopesCall call{boxes,
+                        m,
+                        output,
+                        K,
+                        c,
+                        r,
+                        moving,
+                        columns,
+                        static_cast<const bool*>(wanted),
+                        {found[0], found[1], found[2], found[3], found[4], found[5], found[6],
+                         found[7]}};
+  return chosen().chain_slopes({layers, folded, each.data()}, call, runtime);
+}
+
 MK_EXPORT void mk_activation(int64_t is_double, int64_t kind, const double* numbers, int64_t n,
                              const void* a, void* h, void* s, void* c) {
   const Kernels& kernels = is_double ? chosen().float64 : chosen().float32;

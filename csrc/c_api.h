@@ -27,6 +27,18 @@ struct mk_shape {
   const mk_parameter* parameters;
 };
 
+// One linear layer of a chain and its activation, by its kind; see monokernel/quadratic.py. `curves` are
+// σ, σ' and σ'' as in mk_plan_box, null where there is no activation; third and fourth bound |σ'''| and
+// |σ''''|. W (out, width) and b (out,) are double, as all of a chain is.
+struct mk_layer {
+  int64_t width, out, kind;
+  double numbers[3];
+  double third, fourth;
+  const double* curves;
+  const double* W;
+  const double* b;
+};
+
 // The instruction set in use.
 const char* mk_isa();
 // The address of PyTorch's `torch_parallel_for`, without which one thread does it all.
@@ -80,6 +92,16 @@ int mk_lift(int64_t plan, int64_t N, const void* x, const void* const* params, c
 int mk_lift_backward(int64_t plan, int64_t N, const void* x, const void* const* params,
                      const int64_t* sizes, const void* saved, const void* gy, const void* gbound,
                      void* gx, void* const* grads);
+
+// Bounds of the slopes of one output of a chain in K columns over the boxes c ± r (boxes, d), which have
+// an extent in the m columns `moving` alone: what monokernel/enclosures.py calls Slopes, in its order.
+// Found is written where it is wanted (boxes, K), one byte each or null for all, and along the columns
+// that move. `folded`: how many roundings made each weight. One thread does it; returns 0, or 1 where
+// there is no memory.
+int mk_chain_slopes(int64_t layers, const mk_layer* chain, int64_t folded, int64_t boxes,
+                    const double* c, const double* r, int64_t m, const int64_t* moving,
+                    int64_t output, int64_t K, const int64_t* columns, const void* wanted,
+                    double* const* found);
 
 // For tests and benchmarks. σ, σ' and σ'' of n elements a; which ideas of the kernels are in use, for
 // every plan from the next call on.

@@ -227,33 +227,49 @@ void describe(OwnedPlan* owned, const int64_t* flags, int64_t d, int64_t k, cons
   owned->shape.parameters = owned->parameters.data();
 }
 
+// The curve that is written at a place, which moves past it.
+static Curve curve_at(const double*& at) {
+  constexpr int64_t fixed = 6;  // numbers before the turns
+  const Curve curve{{at[0], at[1]}, at[2], at[3], at[4], int64_t(at[5]), at + fixed};
+  at += fixed + 3 * curve.turns;
+  return curve;
+}
+
 void describe_box(OwnedPlan* owned, int64_t boxes, int64_t k, const double* ends,
                   const int64_t* columns, const double* direction, const double* middle,
                   double margin, const double* curves) {
   const Plan& plan = owned->plan;
-  constexpr int64_t fixed = 6;  // numbers of a curve before its turns
-  const double* at = curves;
-  owned->curves.assign(2 * plan.count, Curve{});
+  const double* end = curves;
   for (int64_t i = 0; i < 2 * plan.count; ++i) {
-    if (plan.nodes[i / 2].kind >= kinds) continue;
-    owned->curves[i] = {{at[0], at[1]}, at[2], at[3], at[4], int64_t(at[5]), nullptr};
-    at += fixed + 3 * owned->curves[i].turns;
+    if (plan.nodes[i / 2].kind < kinds) curve_at(end);
   }
   std::vector<double>& numbers = owned->box_numbers;
-  numbers.assign(curves, at);
+  numbers.assign(curves, end);
   numbers.insert(numbers.end(), ends, ends + 2 * boxes * plan.d);
   numbers.insert(numbers.end(), direction, direction + plan.D * k);
   numbers.insert(numbers.end(), middle, middle + k);
   const double* own = numbers.data();
+  owned->curves.assign(2 * plan.count, Curve{});
   for (int64_t i = 0; i < 2 * plan.count; ++i) {
-    if (plan.nodes[i / 2].kind >= kinds) continue;
-    owned->curves[i].turn = own + fixed;
-    own += fixed + 3 * owned->curves[i].turns;
+    if (plan.nodes[i / 2].kind < kinds) owned->curves[i] = curve_at(own);
   }
   owned->columns.assign(columns, columns + k);
   const double* signs = own + 2 * boxes * plan.d;
   owned->box = {boxes, k, own, signs, signs + plan.D * k, owned->columns.data(),
                 owned->curves.data(), margin};
+}
+
+std::vector<ChainLayer> chain_of(int64_t layers, const mk_layer* chain) {
+  std::vector<ChainLayer> each;
+  for (int64_t l = 0; l < layers; ++l) {
+    const mk_layer& from = chain[l];
+    ChainLayer to{from.width, from.out, from.kind, {from.numbers[0], from.numbers[1], from.numbers[2]},
+                  {}, from.third, from.fourth, from.W, from.b};
+    const double* at = from.curves;
+    for (int order = 0; at && order < 3; ++order) to.curve[order] = curve_at(at);
+    each.push_back(to);
+  }
+  return each;
 }
 
 std::vector<Way> way_down(const Plan& plan, bool input, const void* const* grads) {

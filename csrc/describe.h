@@ -37,5 +37,8 @@ void describe_box(OwnedPlan* owned, int64_t boxes, int64_t k, const double* ends
                   const int64_t* columns, const double* direction, const double* middle,
                   double margin, const double* curves);
 
+// The layers of a chain as mk_chain_slopes is given them; its numbers are not copied.
+std::vector<ChainLayer> chain_of(int64_t layers, const mk_layer* chain);
+
 // What a backward walks over; `grads` is null where a parameter's gradient is not wanted.
 std::vector<Way> way_down(const Plan& plan, bool input, const void* const* grads);

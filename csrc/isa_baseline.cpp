@@ -3,7 +3,9 @@
 #include "kernels.h"
 
 #if defined(__aarch64__)
-const InstructionSet baseline_kernels = {"neon", kernels_of<float>(), kernels_of<double>()};
+const InstructionSet baseline_kernels = {"neon", kernels_of<float>(), kernels_of<double>(),
+                                          chain_slopes};
 #else
-const InstructionSet baseline_kernels = {"baseline", kernels_of<float>(), kernels_of<double>()};
+const InstructionSet baseline_kernels = {"baseline", kernels_of<float>(), kernels_of<double>(),
+                                          chain_slopes};
 #endif

@@ -3,6 +3,7 @@
 
 #include "bound.h"
 #include "program_backward.h"
+#include "quadratic.h"
 
 namespace {
 

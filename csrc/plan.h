@@ -183,6 +183,34 @@ struct LiftBackwardCall {
   void* const* grads;       // as in BackwardCall; to these and to gx is added
 };
 
+// A chain of linear layers, each before an activation, in double; see monokernel/quadratic.py.
+struct ChainLayer {
+  int64_t in, out, kind;
+  double numbers[3];
+  Curve curve[3];        // σ, σ' and σ''
+  double third, fourth;  // bounds of |σ'''| and |σ''''|
+  const double *W, *b;   // (out, in) and (out,)
+};
+
+struct Chain {
+  int64_t layers, folded;  // folded: how many roundings made each weight
+  const ChainLayer* layer;
+};
+
+// What is known of K slopes over each of B boxes: (B, K), but (B, d, K) slant, bend, rise and blame.
+struct SlopesFound {
+  double *centre, *slant, *bend, *error, *rise, *blame, *lower, *upper;
+};
+
+struct SlopesCall {
+  int64_t B, m, output, K;
+  const double *c, *r;    // (B, d): the boxes are c ± r
+  const int64_t* moving;  // (m,): the columns in which a box may have an extent
+  const int64_t* columns; // (K,): of the slopes
+  const bool* wanted;     // (B, K), or null: all
+  SlopesFound found;      // as it is where nothing is wanted or moves
+};
+
 // What the kernels need of the process: PyTorch's thread pool and one block of memory.
 typedef void (*Task)(int64_t begin, int64_t end, void* context);
 struct Runtime {
@@ -208,6 +236,7 @@ struct Kernels {
 struct InstructionSet {
   const char* name;
   Kernels float32, float64;
+  Status (*chain_slopes)(const Chain&, const SlopesCall&, const Runtime&);
 };
 
 extern const InstructionSet baseline_kernels;

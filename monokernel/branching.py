@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import forms, quadratic
+from .enclosures import Slopes, U
 from .forms import AFFINE, INTERVALS, LINEAR, QUADRATIC, TIERS
 from .layers import Layers, Straight
 
@@ -34,10 +35,11 @@ __all__ = [
 ]
 
 # Boxes at a time, by tier: about what keeps a pass over the forms in the cache.
-AT_A_TIME = {INTERVALS: 512, AFFINE: 256, LINEAR: 128, QUADRATIC: 128}
+AT_A_TIME = {INTERVALS: 512, AFFINE: 256, LINEAR: 128, QUADRATIC: 512}
 # About what a box costs by each tier. One that decides too few to pay for itself is passed over,
 # and asked again every so many rounds.
-COST = {INTERVALS: 1.0, AFFINE: 6.0, LINEAR: 15.0, QUADRATIC: 12.0}
+COST = {INTERVALS: 1.0, AFFINE: 6.0, LINEAR: 15.0, QUADRATIC: 1.5}
+BY_PYTORCH = 12.0  # the last of them without the native library
 AGAIN = 32
 SLACK = 1e-9  # relative; cuts are wider by it than rounding could make them
 STEEP = 0.4  # what a linear change counts beside an error of its size in the choice of a column
@@ -110,25 +112,26 @@ class Found(NamedTuple):
     proved: dict[str, int]
 
 
+class Step(NamedTuple):
+    """What it came to that some boxes were bounded: lower bounds (B, Q) over what was decided,
+    infinite where nothing was, of how many constraints, and the boxes that are still open. Of the
+    last tier also a point in each to try, its verdict and its constraint, and the boxes to go on
+    with: both halves of what may violate, and those that no number lies inside of."""
+
+    lower: Tensor
+    proved: int
+    boxes: Boxes
+    point: tuple[Tensor, Tensor, Tensor]
+    halves: Boxes
+    whole: Boxes
+
+
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 
 # Of points x (n, d), the verdicts (n,) and the constraints (n,) they are for: a mask (B,) of the
 # verdicts that are "violated" by now.
 Witness = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-class _Forms(NamedTuple):
-    """The forms of all constraints over n boxes and the lower bounds that they give, as
-    ``forms.Slopes``: (n, Q) and (n, m, Q)."""
-
-    low: Tensor
-    centre: Tensor
-    slant: Tensor
-    bend: Tensor
-    error: Tensor
-    rise: Tensor
-    blame: Tensor
 
 
 def middle(lower: Tensor, upper: Tensor) -> Tensor:
@@ -172,22 +175,18 @@ def search(
         while stack and time.monotonic() < deadline and (most is None or boxes < most):
             taken = _taken(stack, tiers.at_a_time, -1 if most is None else 0)
             boxes += len(taken.owner)
-            taken, form = tiers.bounded(layers, constraints, taken, lower)
-            if len(taken.owner):
-                assert form is not None
-                violated = witness(*_corners(constraints, taken, form))
-                going = ~violated[taken.owner]
-                _lower(lower, taken.at(~going))
-                taken = taken.at(going)
-                form = _Forms(*(t[going] for t in form))
-                halves, whole = _halves(constraints, taken, form, lower)
-                stack += [halves] if len(halves.owner) else []
-                stuck += [whole] if len(whole.owner) else []
+            steps = tiers.bounded(layers, constraints, taken, lower)
+            if steps:
+                points = zip(*(of.point for of in steps), strict=True)
+                violated = witness(*(torch.cat(part) for part in points))
+                stack += [of.halves for of in steps]
+                stuck += [of.whole for of in steps if len(of.whole.owner)]
                 if violated.any():
-                    for i, left in enumerate(stack):
-                        _lower(lower, left.at(violated[left.owner]))
-                        stack[i] = left.at(~violated[left.owner])
-                    stack = [left for left in stack if len(left.owner)]
+                    for parts in (stack, stuck):
+                        for i, left in enumerate(parts):
+                            _lower(lower, left.at(violated[left.owner]))
+                            parts[i] = left.at(~violated[left.owner])
+                stack = [left for left in stack if len(left.owner)]
             tell(boxes, sum(len(left.owner) for left in stack))
     left = Boxes.joined([start.at(slice(0, 0)), *stack, *stuck])
     decided = lower.clone()
@@ -249,6 +248,7 @@ class _Tiers:
         few = int((start.lower < start.upper).any(0).sum()) <= quadratic.MOST_COLUMNS
         smooth = isinstance(layers, Layers) and quadratic.serves(layers)
         self.last = QUADRATIC if smooth and few else LINEAR
+        self.cost = COST | ({} if quadratic.native(start.lower) else {QUADRATIC: BY_PYTORCH})
         self.proved = dict.fromkeys(TIERS, 0)
         self.share = {INTERVALS: 1.0, AFFINE: 1.0}
         self.rounds = 0
@@ -262,8 +262,8 @@ class _Tiers:
         if self.intervals_alone:
             return asked
         for tier in (AFFINE, INTERVALS):
-            pays = self.share[tier] * COST[asked[0]] > COST[tier]
-            if pays or self.rounds % AGAIN == 0:
+            share = 1.0 if self.rounds % AGAIN == 0 else self.share[tier]
+            if share * self.cost[asked[0]] > self.cost[tier]:
                 asked.insert(0, tier)
         return asked
 
@@ -273,55 +273,66 @@ class _Tiers:
         constraints: Constraints,
         boxes: Boxes,
         lower: Tensor,
-    ) -> tuple[Boxes, _Forms | None]:
-        """The boxes that are still open, with what is known of them, and their linear forms."""
-        asked, found = self._asked(), None
+    ) -> list[Step]:
+        """Cheapest first, to what is still open after each; nothing where nothing is. Bounds of
+        what was decided go into ``lower``."""
+        steps = list[Step]()
+        asked = self._asked()
         self.rounds += 1
         for tier in asked:
             before = len(boxes.owner)
-            if not before:
-                break
-            n = AT_A_TIME[tier]
+            n = min(AT_A_TIME[tier], -(-before // self.crew.threads))
             few = [boxes.at(slice(i, i + n)) for i in range(0, before, n)]
-            parts = self.crew.map(partial(_bounds, layers, constraints, tier), few)
-            known = torch.cat([part.low for part in parts])
-            boxes = boxes._replace(known=torch.maximum(boxes.known, known))
-            done = boxes.wanted & (boxes.known >= constraints.margin)
+            step = partial(_step, layers, constraints, tier, tier == self.last, lower)
+            steps = self.crew.map(step, few)
+            for of in steps:
+                torch.minimum(lower, of.lower, out=lower)
             name = TIERS[INTERVALS if self.intervals_alone else tier]
-            self.proved[name] += int(done.sum())
-            _lower(lower, boxes, done)
-            boxes = boxes._replace(wanted=boxes.wanted & ~done)
-            still = boxes.wanted.any(1)
-            boxes = boxes.at(still)
+            self.proved[name] += sum(of.proved for of in steps)
+            boxes = Boxes.joined([of.boxes for of in steps])
             if tier in self.share:
                 share = 1 - len(boxes.owner) / before
                 self.share[tier] = 0.7 * self.share[tier] + 0.3 * share
-            if tier == self.last:
-                found = _Forms(*(torch.cat(part)[still] for part in zip(*parts, strict=True)))
-        return boxes, found
+            if not len(boxes.owner):
+                return []
+        return steps
 
 
-def _bounds(layers: Layers | Straight, constraints: Constraints, tier: int, boxes: Boxes) -> _Forms:
+def _step(
+    layers: Layers | Straight,
+    constraints: Constraints,
+    tier: int,
+    last: bool,
+    lower: Tensor,
+    boxes: Boxes,
+) -> Step:
+    found, lower = _bounds(layers, constraints, tier, boxes), torch.full_like(lower, torch.inf)
+    boxes = boxes._replace(known=torch.maximum(boxes.known, found.lower))
+    done = boxes.wanted & (boxes.known >= constraints.margin)
+    _lower(lower, boxes, done)
+    boxes = boxes._replace(wanted=boxes.wanted & ~done)
+    still = boxes.wanted.any(1)
+    boxes, found = boxes.at(still), found.at(still)
+    proved = int(done.sum())
+    if not last:
+        none = boxes.at(slice(0, 0))
+        return Step(lower, proved, boxes, (none.lower, none.owner, none.owner), none, none)
+    point = _corners(constraints, boxes, found)
+    return Step(lower, proved, boxes, point, *_halves(constraints, boxes, found, lower))
+
+
+def _bounds(layers: Layers | Straight, constraints: Constraints, tier: int, boxes: Boxes) -> Slopes:
     """The forms of all constraints over the boxes; where one is not open, of whatever there is."""
-    n, Q, m = len(boxes.owner), len(constraints.signs), layers.d
-    centre, slant = boxes.lower.new_zeros(n, Q), boxes.lower.new_zeros(n, m, Q)
-    error, low = torch.full_like(centre, torch.inf), torch.full_like(centre, -torch.inf)
-    bend, rise, blame = (torch.zeros_like(slant) for _ in range(3))
+    found = Slopes.unknown(boxes.lower, len(constraints.signs))
     for output in constraints.outputs.unique().tolist():
         of = (constraints.outputs == output).nonzero().flatten()
         rows = boxes.wanted[:, of].any(1).nonzero().flatten()
-        if not len(rows):
-            continue
-        columns = constraints.columns[of]
-        s = forms.slopes(layers, boxes.lower[rows], boxes.upper[rows], output, columns, tier)
-        sign = constraints.signs[of]
-        centre[rows.unsqueeze(1), of] = sign * s.centre
-        error[rows.unsqueeze(1), of] = s.error
-        low[rows.unsqueeze(1), of] = torch.where(sign > 0, s.lower, -s.upper)
-        at = rows.view(-1, 1, 1), s.moving.view(1, -1, 1), of
-        slant[at], bend[at] = sign * s.slant, sign * s.bend
-        rise[at], blame[at] = s.rise, s.blame
-    return _Forms(low, centre, slant, bend, error, rise, blame)
+        if len(rows):
+            columns = constraints.columns[of]
+            lower, upper, open_ = boxes.lower[rows], boxes.upper[rows], boxes.wanted[rows][:, of]
+            s = forms.slopes(layers, lower, upper, output, columns, tier, open_)
+            found.put(rows, of, s.times(constraints.signs[of]))
+    return found
 
 
 def _worst(boxes: Boxes) -> Tensor:
@@ -329,7 +340,7 @@ def _worst(boxes: Boxes) -> Tensor:
     return torch.where(boxes.wanted, boxes.known, torch.inf).argmin(1)
 
 
-def _corners(constraints: Constraints, boxes: Boxes, form: _Forms) -> tuple[Tensor, Tensor, Tensor]:
+def _corners(constraints: Constraints, boxes: Boxes, form: Slopes) -> tuple[Tensor, Tensor, Tensor]:
     """Where the form of each box's worst constraint is lowest: points, verdicts, constraints."""
     q = _worst(boxes)
     rows = torch.arange(len(q), device=q.device)
@@ -343,7 +354,7 @@ def _corners(constraints: Constraints, boxes: Boxes, form: _Forms) -> tuple[Tens
 
 
 def _halves(
-    constraints: Constraints, boxes: Boxes, form: _Forms, lower: Tensor
+    constraints: Constraints, boxes: Boxes, form: Slopes, lower: Tensor
 ) -> tuple[Boxes, Boxes]:
     """Both halves of what may violate in each box, and the boxes that no number lies inside of."""
     if not len(boxes.owner):
@@ -351,7 +362,7 @@ def _halves(
     low, high = _cuts(constraints, boxes, form)
     m, r = middle(boxes.lower, boxes.upper), 0.5 * (boxes.upper - boxes.lower)
     # Rounded outward; what is cut off lies above the margin in every open constraint.
-    off = 4 * forms.U * (m.abs() + r)
+    off = 4 * U * (m.abs() + r)
     new_lower = torch.maximum(boxes.lower, m + low * r - off)
     new_upper = torch.minimum(boxes.upper, m + high * r + off)
     new_upper = torch.maximum(new_lower, new_upper)
@@ -386,11 +397,11 @@ def _halves(
     )
 
 
-def _cuts(constraints: Constraints, boxes: Boxes, form: _Forms) -> tuple[Tensor, Tensor]:
+def _cuts(constraints: Constraints, boxes: Boxes, form: Slopes) -> tuple[Tensor, Tensor]:
     """The part of each box, in half-widths (n, d) twice, that holds every point where an open
     constraint can be below the margin. A form that rises by ρ or more with ε_i is at ε_i at least
     its lower bound and ρ (1 + ε_i)."""
-    size, t = form.rise, constraints.margin - form.low
+    size, t = form.rise, constraints.margin - form.lower
     whole = form.centre.abs() + form.error + (form.slant.abs() + form.bend.abs()).sum(1)
     t = t + SLACK * (abs(constraints.margin) + whole)
     end = (t.unsqueeze(1) / size - 1).clamp(min=-1)  # of ε_i, or of -ε_i where the form falls

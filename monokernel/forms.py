@@ -33,6 +33,7 @@ from torch import Tensor
 
 from . import quadratic, ranges
 from .activations import Activation
+from .enclosures import SHORT, TINY, Slopes, U, box, spread, γ
 from .intervals import Interval, jacobian
 from .layers import Layers, Straight
 
@@ -44,9 +45,10 @@ __all__ = [
     "TIERS",
     "Form",
     "Line",
-    "Slopes",
     "along",
+    "centred",
     "input_form",
+    "moving",
     "slopes",
     "through",
     "tiers",
@@ -56,10 +58,6 @@ __all__ = [
 INTERVALS, AFFINE, LINEAR, QUADRATIC = 0, 1, 2, 3
 TIERS = ("intervals", "affine forms", "linear bounds", "quadratic forms")
 
-U = 2.0**-53  # the unit roundoff of float64
-# So much of its terms' size a short expression may be off: 8 roundings, and room to spare.
-SHORT = 16 * U
-TINY = 1e-300  # where products underflow
 KNOTS = 9  # of a line along σ'
 
 
@@ -70,38 +68,6 @@ class Form(NamedTuple):
     g: Tensor
     e: Tensor
     r: Tensor
-
-
-class Slopes(NamedTuple):
-    """∂y/∂x_c over each box as forms: ``centre`` (B, K) and ``slant`` (B, m, K) along the m moving
-    columns of the box, ``bend`` (B, m, K) of their squares, as 2ε² - 1, each in half-widths of it,
-    and ``error`` (B, K) for all else. ``rise``, ``blame`` and both bounds as in ``Quadratic``."""
-
-    centre: Tensor
-    slant: Tensor
-    bend: Tensor
-    error: Tensor
-    rise: Tensor
-    blame: Tensor
-    lower: Tensor
-    upper: Tensor
-    moving: Tensor
-
-    @staticmethod
-    def linear(
-        centre: Tensor, slant: Tensor, error: Tensor, blame: Tensor, moving: Tensor
-    ) -> Slopes:
-        """Forms without a bend."""
-        m = slant.shape[1]
-        r = (_sizes(slant) + error) * (1 + 4 * (m + 4) * U)
-        off = r + 2 * U * (centre.abs() + r)
-        bend, rise = torch.zeros_like(slant), slant.abs()
-        return Slopes(centre, slant, bend, error, rise, blame, centre - off, centre + off, moving)
-
-    def radius(self) -> Tensor:
-        """(B, K); the slope lies within it around the centre."""
-        m = self.slant.shape[1]
-        return (_sizes(self.slant) + _sizes(self.bend) + self.error) * (1 + 4 * (m + 2) * U)
 
 
 class Line(NamedTuple):
@@ -242,13 +208,12 @@ def _contracted(P: Form, s: Form, W: Tensor, layers: Layers) -> tuple[Form, Tens
     the neurons cancel; of its diagonal ε² is in [0, 1].
     """
     m, K, H = s.g.shape[1], W.shape[1], W.shape[0]
-    n = H + 4 + layers.folded
-    γ = n * U / (1 - n * U)
+    γ_n = γ(H + 4 + layers.folded)
     g = P.g * s.c.unsqueeze(1)
     g[:, :m].addcmul_(s.g, P.c.unsqueeze(1))
     lumped = s.c.abs() * P.e + P.c.abs() * s.e + P.r * s.e + P.e * s.r
-    rounding = (P.c.abs() + P.r) * (s.c.abs() + s.r) * (4 * γ) + TINY
-    error = ((lumped * (1 + SHORT) + rounding) @ W.abs()) * (1 + 2 * γ)
+    rounding = (P.c.abs() + P.r) * (s.c.abs() + s.r) * (4 * γ_n) + TINY
+    error = ((lumped * (1 + SHORT) + rounding) @ W.abs()) * (1 + 2 * γ_n)
     c, blame = (P.c * s.c) @ W, P.c.new_zeros(len(P.c), m, K)
     for k in range(K):
         M = P.g @ (s.g * W[:, k]).mT  # (B, S, m)
@@ -264,18 +229,17 @@ def _contracted(P: Form, s: Form, W: Tensor, layers: Layers) -> tuple[Form, Tens
 
 def _through(h: Form, W: Tensor, layers: Layers, b: Tensor | None, keep: bool) -> Form:
     """W h + b, W (out, in). With ``keep`` what h was off becomes one ε for each of its columns."""
-    n = W.shape[1] + 2 + layers.folded
-    γ = n * U / (1 - n * U)
-    rounding = γ * (h.c.abs() + h.r)
+    γ_n = γ(W.shape[1] + 2 + layers.folded)
+    rounding = γ_n * (h.c.abs() + h.r)
     c = h.c @ W.mT if b is None else torch.addmm(b, h.c, W.mT)
     g = h.g @ W.mT
     if keep:
         g = torch.cat((g, h.e.unsqueeze(2) * W.mT), 1)
     else:
         rounding = rounding + h.e
-    e = (rounding @ W.abs().mT) * (1 + 2 * γ) + TINY
+    e = (rounding @ W.abs().mT) * (1 + 2 * γ_n) + TINY
     if b is not None:
-        e = e + γ * (b.abs() + c.abs())
+        e = e + γ_n * (b.abs() + c.abs())
     return Form(c, g, e, (_sizes(g) + e) * (1 + 2 * (g.shape[1] + 2) * U))
 
 
@@ -285,21 +249,30 @@ def tiers(layers: Layers) -> tuple[int, ...]:
 
 
 def slopes(
-    layers: Layers | Straight, lower: Tensor, upper: Tensor, output: int, columns: Tensor, tier: int
+    layers: Layers | Straight,
+    lower: Tensor,
+    upper: Tensor,
+    output: int,
+    columns: Tensor,
+    tier: int,
+    wanted: Tensor | None = None,
 ) -> Slopes:
     """Forms of ∂y_output/∂x_c for the K columns c over the boxes [lower, upper] (B, d), float64.
 
     ``tier`` is one of the four, QUADRATIC where that serves; of programs that are no chain, and
-    over boxes without an end, there are only intervals. What is not finite has an infinite error.
+    over boxes without an end, there are only intervals. What is not finite has an infinite error,
+    and so may have what is not ``wanted`` (B, K).
     """
     if isinstance(layers, Straight):
         return _by_intervals(layers, lower, upper, output, columns)
     endless = (lower.isinf() | upper.isinf()).any(1)
     if endless.any():
         return _partly_endless(layers, lower, upper, output, columns, tier, endless)
-    h, moving = _input(layers, lower, upper, tier)
+    moves = moving(lower, upper)
     if tier == QUADRATIC:
-        return Slopes(*quadratic.slopes(layers, h.c, h.r, moving, output, columns), moving)
+        c, r = centred(layers, lower, upper)
+        return quadratic.slopes(layers, c, r, moves, output, columns, wanted)
+    h = _input(layers, lower, upper, tier)
     c, L, keep = h.c, len(layers.W), tier == LINEAR
     first: list[Form | None] = []
     for l, (W, b, σ) in enumerate(zip(layers.W, layers.b, layers.σ, strict=True)):
@@ -337,19 +310,19 @@ def slopes(
         p = p if s is None else _product(p, s)
         P = _through(p, W.mT, layers, None, keep and l > 0)
     assert P is not None
-    m = len(moving)
+    m = len(moves)
     if tier == INTERVALS:
         slant, error = c.new_zeros(len(c), m, P.c.shape[1]), P.e
     else:
         slant = P.g[:, :m]
         error = (_sizes(P.g[:, m:]) + P.e) * (1 + 2 * (P.g.shape[1] + 2) * U)
     known_at = torch.isfinite(P.c) & torch.isfinite(error) & torch.isfinite(slant).all(1)
+    blame = torch.zeros_like(slant) if blame is None else blame.nan_to_num(1.0, 1.0)
     return Slopes.linear(
         torch.where(known_at, P.c, 0.0),
-        torch.where(known_at.unsqueeze(1), slant, 0.0),
+        spread(torch.where(known_at.unsqueeze(1), slant, 0.0), moves, layers.d),
         torch.where(known_at, error, torch.inf),
-        torch.zeros_like(slant) if blame is None else blame.nan_to_num(1.0, 1.0),
-        moving,
+        spread(blame, moves, layers.d),
     )
 
 
@@ -363,22 +336,15 @@ def _partly_endless(
     endless: Tensor,
 ) -> Slopes:
     """Those boxes by intervals, with ends that may be infinite, and the others as they come."""
-    whole = _by_intervals(layers.straight(), lower[endless], upper[endless], output, columns)
-    rest = ~endless
-    parts = slopes(layers, lower[rest], upper[rest], output, columns, tier)
-    centre, error, low, high = lower.new_zeros(4, len(lower), len(columns))
-    slant, bend, rise, blame = lower.new_zeros(4, len(lower), layers.d, len(columns))
-    for to, *of in (
-        (centre, whole.centre, parts.centre),
-        (error, whole.error, parts.error),
-        (low, whole.lower, parts.lower),
-        (high, whole.upper, parts.upper),
-    ):
-        to[endless], to[rest] = of
-    at = rest.nonzero(), parts.moving.unsqueeze(0)
-    slant[at], bend[at] = parts.slant, parts.bend
-    rise[at], blame[at] = parts.rise, parts.blame
-    return Slopes(centre, slant, bend, error, rise, blame, low, high, whole.moving)
+    found, every = (
+        Slopes.unknown(lower, len(columns)),
+        torch.arange(len(columns), device=lower.device),
+    )
+    program = layers.straight()
+    whole, rest = endless.nonzero().flatten(), (~endless).nonzero().flatten()
+    found.put(whole, every, _by_intervals(program, lower[whole], upper[whole], output, columns))
+    found.put(rest, every, slopes(layers, lower[rest], upper[rest], output, columns, tier))
+    return found
 
 
 def _by_intervals(
@@ -392,17 +358,16 @@ def _by_intervals(
     low, high = (end[:, output].expand(len(lower), -1) for end in (low, high))
     c = (0.5 * low + 0.5 * high).nan_to_num(0.0, 0.0, 0.0)
     error = torch.maximum(high - c, c - low) * (1 + 4 * U) + TINY
-    moving = torch.arange(program.d, device=lower.device)
     none = c.new_zeros(len(c), program.d, len(columns))
     error = torch.where(torch.isfinite(error), error, torch.inf)
-    return Slopes.linear(c, none, error, none, moving)
+    return Slopes.linear(c, none, error, none)
 
 
 def values(
     layers: Layers, lower: Tensor, upper: Tensor, tier: int = INTERVALS
 ) -> list[tuple[Tensor, Tensor]]:
     """Both bounds of every a_l (B, H_l) over the boxes (B, d)."""
-    h, found = _input(layers, lower, upper, tier)[0], []
+    h, found = _input(layers, lower, upper, tier), []
     for l, (W, b, σ) in enumerate(zip(layers.W, layers.b, layers.σ, strict=True)):
         a = _through(h, W, layers, b, tier == LINEAR and l > 0)
         found.append((a.c - a.r * (1 + 2 * U), a.c + a.r * (1 + 2 * U)))
@@ -412,7 +377,7 @@ def values(
 
 def input_form(layers: Layers, lower: Tensor, upper: Tensor) -> Form:
     """x over the boxes (B, d), with one ε for each moving column."""
-    return _input(layers, lower, upper, LINEAR)[0]
+    return _input(layers, lower, upper, LINEAR)
 
 
 def through(h: Form, layers: Layers, l: int) -> Form:
@@ -420,32 +385,28 @@ def through(h: Form, layers: Layers, l: int) -> Form:
     return _through(h, layers.W[l], layers, layers.b[l], l > 0)
 
 
-def _input(layers: Layers, lower: Tensor, upper: Tensor, tier: int) -> tuple[Form, Tensor]:
-    """x as a form, and the columns in which any box has an extent."""
+def _input(layers: Layers, lower: Tensor, upper: Tensor, tier: int) -> Form:
+    """x as a form."""
+    c, r = centred(layers, lower, upper)
+    if tier == INTERVALS:
+        return Form(c, c.new_zeros(len(c), 0, c.shape[1]), r, r)
+    moves = moving(lower, upper)
+    return Form(c, *box(c, r, moves, len(moves)), r)
+
+
+def centred(layers: Layers, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """c and r such that c ± r holds the boxes behind the chain's offsets."""
     c = 0.5 * lower + 0.5 * upper
     r = torch.maximum(upper - c, c - lower) * (1 + 2 * U)
     for offset in layers.offsets:
         c = c + offset
         r = (r + 2 * U * c.abs()) * (1 + 2 * U)
-    moving = _moving(lower, upper)
-    if tier == INTERVALS:
-        return Form(c, c.new_zeros(len(c), 0, c.shape[1]), r, r), moving
-    return _box(c, r, moving), moving
+    return c, r
 
 
-def _moving(lower: Tensor, upper: Tensor) -> Tensor:
+def moving(lower: Tensor, upper: Tensor) -> Tensor:
     """The columns in which any of the boxes has an extent."""
     return (lower < upper).any(0).nonzero().flatten()
-
-
-def _box(c: Tensor, r: Tensor, moving: Tensor) -> Form:
-    """x itself, one ε for each moving column; what the others were rounded by stays an error."""
-    g = c.new_zeros(len(c), len(moving), c.shape[1])
-    e = r.clone()
-    if len(moving):
-        g[:, torch.arange(len(moving)), moving] = r[:, moving]
-        e[:, moving] = 0
-    return Form(c, g, e, r)
 
 
 def _constant(c: Tensor, known: int) -> Form:

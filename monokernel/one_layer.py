@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import forms
 from .branching import Boxes, Branches, Constraints
-from .forms import U
+from .enclosures import U
 from .interior import Hinges, Optimum, least
 from .layers import Layers
 

@@ -23,34 +23,16 @@ from torch import Tensor
 
 from . import ranges
 from .activations import Activation
+from .backends import cpu
+from .enclosures import TINY, Slopes, U, box, spread, γ
 from .layers import Layers
 
-__all__ = ["MOST_COLUMNS", "Quadratic", "least", "serves", "slopes"]
+__all__ = ["MOST_COLUMNS", "by_pytorch", "least", "native", "serves", "slopes"]
 
-U = 2.0**-53
-TINY = 1e-300
 KNOTS = 9  # of a parabola along a curve
-TOP = 8  # neurons of a layer that get an ε of their own
 MOST_COLUMNS = 16  # of a box: terms are as many as pairs of them
 SETTLED = 3  # rounds in which columns are found along which a form rises or falls
 BENT = (1.0, 0.5, 0.0)  # parabolas that are tried, as shares of the bend of the closest one
-
-
-class Quadratic(NamedTuple):
-    """∂y/∂x_c over each box: ``centre`` (B, K), ``slant`` and ``bend`` (B, m, K), the coefficients
-    of ε and of T(ε) of each column, and ``error`` (B, K) for all else; both bounds (B, K), which
-    are closer than those that follow. Without its error the form changes by ``rise`` (B, m, K) at
-    least with each ε, 0 where it is not known to rise or to fall. ``blame`` (B, m, K) shares out
-    over the columns what makes the bounds wide; no bound rests on it."""
-
-    centre: Tensor
-    slant: Tensor
-    bend: Tensor
-    error: Tensor
-    rise: Tensor
-    blame: Tensor
-    lower: Tensor
-    upper: Tensor
 
 
 class Form(NamedTuple):
@@ -91,8 +73,8 @@ def _parabola(
     in the box and a rest, both of such a size.
 
     Any slope and bend will do; between knots 2ρ apart what f is off them lies within ½ρ² max |f'' -
-    2 bend| of a straight line. Of (l + δ)² the part 2lδ + δ² is not kept: the more of that there
-    is, the flatter a parabola is best.
+    2 bend| of a straight line. Of (l + δ)² only l² is kept: the more of the rest there is, the
+    flatter a parabola is best.
     """
     f = ranges.known_curves(σ)[order]
     lower, upper = ends
@@ -115,7 +97,11 @@ def _parabola(
     noise = noise + 16 * U * (size + slope.abs() * far + 3 * bend.abs() * far * far) + TINY
     second = ranges.bounds(σ, 2, lower, upper) if order == 0 else _third(σ, lower, upper, ρ)
     gap = 0.5 * (ρ / (KNOTS - 1)).square()
-    lost = rest * (2 * linear + 0.5 * rest)
+    # (l + δ)² - l², for |l + δ| is within the ends, too.
+    most_far = far * (1 + 8 * U) + 8 * U * c.abs()
+    above = torch.where(most_far > rest, rest * (2 * most_far - rest), most_far.square())
+    below = torch.where(linear > rest, rest * (2 * linear - rest), linear.square())
+    lost, shift = 0.5 * above + 0.5 * below, 0.5 * above - 0.5 * below
     none = torch.zeros_like(c)
     best = Parabola(none, none, none, torch.full_like(c, torch.inf))
     for share in BENT:
@@ -125,9 +111,7 @@ def _parabola(
         twice = 2 * bent
         most = torch.maximum((second[0] - twice).abs(), (second[1] - twice).abs())
         size_ = (0.5 * high - 0.5 * low + most * gap + bent.abs() * lost) * (1 + 16 * U) + noise
-        found = Parabola(
-            0.5 * low + 0.5 * high + 0.5 * bent * rest * rest, slope - twice * away, bent, size_
-        )
+        found = Parabola(0.5 * low + 0.5 * high + bent * shift, slope - twice * away, bent, size_)
         closer = found.off < best.off  # no NaN is
         best = Parabola(*(torch.where(closer, a, b) for a, b in zip(found, best, strict=True)))
     return best
@@ -164,13 +148,20 @@ def least(g: Tensor, h: Tensor) -> Tensor:
 
 
 def _ends(form: Form, m: int, rest: Tensor) -> tuple[Tensor, Tensor]:
-    """Both bounds of a form of which ``rest`` is the size of all that is not linear."""
-    g, h = form.G[:, :m], form.G[:, m : 2 * m]
-    size = h.abs().sum(1)
-    others = (rest - size).clamp(min=0)
+    """Both bounds of a form of which ``rest`` is the size of all that is not linear.
+
+    Both are at the ends of each column along which it rises or falls everywhere; there the pairs of
+    such columns are the same number."""
+    g, h, pairs = form.G[:, :m], form.G[:, m : 2 * m], form.G[:, 2 * m : _terms(m)]
+    size, (i, j) = pairs.abs(), torch.triu_indices(m, m, 1, device=g.device)
+    moves = (4 * h.abs()).index_add_(1, i, size).index_add_(1, j, size)
+    sign = torch.where(g.abs() >= moves * (1 + 4 * (m + 2) * U), g.sign(), 0.0)
+    both = sign[:, i] * sign[:, j]
+    shift = (both * pairs).sum(1)
+    others = (rest - h.abs().sum(1) - (both.abs() * size).sum(1)).clamp(min=0)
     low, high = least(g, h).sum(1), least(g, -h).sum(1)
-    rounding = (form.c.abs() + rest - low - high) * (4 * (m + 8) * U)
-    return form.c + low - others - rounding, form.c - high + others + rounding
+    rounding = (form.c.abs() + rest - low - high) * (4 * (_terms(m) + 8) * U)
+    return form.c + low + shift - others - rounding, form.c - high + shift + others + rounding
 
 
 def _add_products(G: Tensor, c: Tensor, a: Tensor, b: Tensor) -> None:
@@ -231,21 +222,30 @@ def _along(a: Form, f: Parabola, m: int, linear: Tensor, rest: Tensor) -> Form:
     return Form(c, G, e + ((16 + 2 * m) * U) * (size + e) + TINY)
 
 
-def _through(h: Form, W: Tensor, layers: Layers, b: Tensor | None, m: int, keep: bool) -> Form:
-    """W h + b, W (out, in). With ``keep`` what h was off in some neurons becomes an ε of theirs."""
-    n = W.shape[1] + 2 + layers.folded
-    γ = n * U / (1 - n * U)
+def _through(
+    h: Form, W: Tensor, layers: Layers, b: Tensor | None, m: int, keep: bool
+) -> tuple[Form, Tensor | None]:
+    """W h + b, W (out, in). With ``keep`` what h was off in some neurons becomes an ε of theirs:
+    the last terms, and which neurons (B, n)."""
+    γ_n = γ(W.shape[1] + 2 + layers.folded)
     linear, rest = _sizes(h, m)
-    rounding = γ * (h.c.abs() + linear + rest)
+    rounding = γ_n * (h.c.abs() + linear + rest)
     c = h.c @ W.mT if b is None else torch.addmm(b, h.c, W.mT)
-    G, left = h.G @ W.mT, h.e
+    G, left, top = h.G @ W.mT, h.e, None
     if keep and G.shape[1]:
         counts = h.e * W.abs().sum(0)
-        top = counts.topk(min(TOP, counts.shape[1]), 1, sorted=False).indices
+        top = counts.topk(min(_followed(m), counts.shape[1]), 1, sorted=False).indices
         G = torch.cat((G, left.gather(1, top).unsqueeze(2) * W.mT[top]), 1)
         left = left.scatter(1, top, 0.0)
-    e = ((left + rounding) @ W.abs().mT) * (1 + 2 * γ) + TINY
-    return Form(c, G, e if b is None else e + γ * (b.abs() + c.abs()))
+    e = ((left + rounding) @ W.abs().mT) * (1 + 2 * γ_n) + TINY
+    return Form(c, G, e if b is None else e + γ_n * (b.abs() + c.abs())), top
+
+
+def _shares(first: Form, m: int) -> Tensor:
+    """How much of the argument of each neuron, as far as it is linear in the box, is that of each
+    column, (B, m, H); of σ' it is the same."""
+    size = first.G[:, :m].abs()
+    return size / (size.sum(1, keepdim=True) + TINY)
 
 
 def _product(P: Form, s: Form, m: int) -> Form:
@@ -264,15 +264,14 @@ def _product(P: Form, s: Form, m: int) -> Form:
 
 
 def _contracted(P: Form, s: Form, W: Tensor, layers: Layers, m: int) -> tuple[Form, Tensor]:
-    """Wᵀ(P∘s) for W (H, K), the first layer's, where s has no ε of neurons; and how much of what
-    is of the third order comes from each column, (B, m, K).
+    """Wᵀ(P∘s) for W (H, K), the first layer's, where s has no ε of neurons; and how much of its
+    error comes from each column, (B, m, K).
 
     Here the products of what is linear in s with every term of P, and of what is linear in P with
     what is quadratic in s, are computed for each output, so that the neurons cancel.
     """
     K, H = W.shape[1], W.shape[0]
-    n = H + 4 + layers.folded
-    γ = n * U / (1 - n * U)
+    γ_n = γ(H + 4 + layers.folded)
     Q = s.G.shape[1] - m  # terms of second order
     if not P.G.shape[1]:
         P = P._replace(G=torch.zeros_like(s.G))
@@ -280,10 +279,11 @@ def _contracted(P: Form, s: Form, W: Tensor, layers: Layers, m: int) -> tuple[Fo
     G = P.G * s.c.unsqueeze(1)
     G[:, : m + Q].addcmul_(s.G, P.c.unsqueeze(1))
     lumped = s.c.abs() * P.e + P.c.abs() * s.e + l_P * s.e + P.e * l_s + r_P * r_s
-    rounding = (P.c.abs() + l_P + r_P) * (s.c.abs() + l_s + r_s) * (4 * γ) + TINY
-    e = ((lumped * (1 + 16 * U) + rounding) @ W.abs()) * (1 + 2 * γ)
+    rounding = (P.c.abs() + l_P + r_P) * (s.c.abs() + l_s + r_s) * (4 * γ_n) + TINY
+    lumped = lumped * (1 + 16 * U) + rounding
+    e = (lumped @ W.abs()) * (1 + 2 * γ_n)
     c, G = (P.c * s.c) @ W, G @ W
-    blame = P.c.new_zeros(len(P.c), m, K)
+    blame = (_shares(s, m) * lumped.unsqueeze(1)) @ W.abs()
     first, second = torch.triu_indices(m, m, 1, device=W.device)
     for k in range(K):
         M = P.G @ (s.G[:, :m] * W[:, k]).mT  # (B, S, m)
@@ -295,7 +295,7 @@ def _contracted(P: Form, s: Form, W: Tensor, layers: Layers, m: int) -> tuple[Fo
         M[:, m : m + Q] += ((P.G[:, :m] * W[:, k]) @ s.G[:, m:].mT).mT
         size = M[:, m:].abs().sum(1)
         e[:, k] += size.sum(1) * (1 + 4 * (M.shape[1] + m) * U)
-        blame[:, :, k] = size
+        blame[:, :, k] += size
     return Form(c, G, e), blame
 
 
@@ -304,23 +304,52 @@ def _terms(m: int) -> int:
     return 2 * m + m * (m - 1) // 2
 
 
-def _box(c: Tensor, r: Tensor, moving: Tensor) -> Form:
-    """x itself, one ε for each moving column."""
-    m = len(moving)
-    G = c.new_zeros(len(c), _terms(m), c.shape[1])
-    e = r.clone()
-    if m:
-        G[:, torch.arange(m), moving] = r[:, moving]
-        e[:, moving] = 0
-    return Form(c, G, e)
+def _known(whose: Tensor, h: Form, first: Form | None, top: Tensor | None, m: int) -> Tensor:
+    """``whose`` (B, m, n) with the shares of those neurons ``top`` of h that got an ε."""
+    if top is None:
+        return whose
+    shares = whose.new_zeros(len(h.c), m, h.c.shape[1]) if first is None else _shares(first, m)
+    at = top.unsqueeze(1).expand(-1, m, -1)
+    return torch.cat((whose[:, :, : h.G.shape[1] - _terms(m)], shares.gather(2, at)), 2)
+
+
+def _followed(m: int) -> int:
+    """How many neurons of a layer get an ε of their own."""
+    return 8 + _terms(m) // 3
+
+
+def native(like: Tensor) -> bool:
+    """Whether the library bounds boxes where that tensor is."""
+    return like.device.type == "cpu" and cpu.isa() is not None
 
 
 def slopes(
-    layers: Layers, c: Tensor, r: Tensor, moving: Tensor, output: int, columns: Tensor
-) -> Quadratic:
+    layers: Layers,
+    c: Tensor,
+    r: Tensor,
+    moving: Tensor,
+    output: int,
+    columns: Tensor,
+    wanted: Tensor | None = None,
+) -> Slopes:
     """Forms of ∂y_output/∂x for the K ``columns`` over the boxes c ± r (B, d), float64, that have
-    an extent in the m ``moving`` columns alone. What is not finite has an infinite error."""
-    m, L, h = len(moving), len(layers.W), _box(c, r, moving)
+    an extent in the m ``moving`` columns alone. What is not finite has an infinite error, and so
+    may have what is not ``wanted`` (B, K).
+
+    By ``csrc/quadratic.h`` where the native library was built, else by PyTorch's operations.
+    """
+    if native(c):
+        return cpu.chain_slopes(layers, c, r, moving, output, columns, wanted)
+    return by_pytorch(layers, c, r, moving, output, columns)
+
+
+def by_pytorch(
+    layers: Layers, c: Tensor, r: Tensor, moving: Tensor, output: int, columns: Tensor
+) -> Slopes:
+    """As ``slopes``, which it is the reference of."""
+    m, L, T = len(moving), len(layers.W), _terms(len(moving))
+    h = Form(c, *box(c, r, moving, T))
+    whose = c.new_zeros(len(c), m, 0)  # is what each neuron with an ε of its own was off
     first: list[Form | None] = []
     for l, (W, b, σ) in enumerate(zip(layers.W, layers.b, layers.σ, strict=True)):
         if l == L - 1:
@@ -328,7 +357,8 @@ def slopes(
                 first.append(None)
                 break
             W, b = W[output : output + 1], b[output : output + 1]
-        a = _through(h, W, layers, b, m, l > 0)
+        a, top = _through(h, W, layers, b, m, l > 0)
+        whose = _known(whose, h, first[l - 1] if l else None, top, m)
         if σ.kind == "identity":
             first.append(None)
             h = a
@@ -350,11 +380,13 @@ def slopes(
         if s is not None and l == 0:
             P, blame = _contracted(P, s, W, layers, m)
             break
-        P = _through(P if s is None else _product(P, s, m), W.mT, layers, None, m, l > 0)
+        p = P if s is None else _product(P, s, m)
+        P, top = _through(p, W.mT, layers, None, m, l > 0)
+        whose = _known(whose, p, s, top, m)
     if not P.G.shape[1]:
-        P = P._replace(G=c.new_zeros(len(c), _terms(m), P.c.shape[1]))
-    pairs = P.G[:, 2 * m : _terms(m)]
-    third = (P.G[:, _terms(m) :].abs().sum(1) + P.e) * (1 + 2 * (P.G.shape[1] + 2) * U)
+        P = P._replace(G=c.new_zeros(len(c), T, P.c.shape[1]))
+    pairs = P.G[:, 2 * m : T]
+    third = (P.G[:, T:].abs().sum(1) + P.e) * (1 + 2 * (P.G.shape[1] + 2) * U)
     error = (pairs.abs().sum(1) + third) * (1 + 2 * (pairs.shape[1] + 2) * U)
     slant, bend = P.G[:, :m], P.G[:, m : 2 * m]
     H = _symmetric(pairs, m)
@@ -363,17 +395,19 @@ def slopes(
     blame = torch.zeros_like(slant) if blame is None else blame
     size = H.abs()
     tied = (size @ open_.unsqueeze(3)).squeeze(3)  # to what is not known to rise or fall
+    neurons = P.G[:, T:].abs()
+    blame = blame + whose[:, :, : neurons.shape[1]] @ neurons
     blame = blame + (open_ * (2 * bend.mT.abs() + 0.5 * tied)).mT
     rise = (slant.abs() - 4 * bend.abs() - size.sum(3).mT).clamp(min=0)
     known = torch.isfinite(P.c) & torch.isfinite(error) & torch.isfinite(P.G[:, : 2 * m]).all(1)
     every = known.unsqueeze(1)
-    return Quadratic(
+    return Slopes(
         torch.where(known, P.c, 0.0),
-        torch.where(every, slant, 0.0),
-        torch.where(every, bend, 0.0),
+        spread(torch.where(every, slant, 0.0), moving, layers.d),
+        spread(torch.where(every, bend, 0.0), moving, layers.d),
         torch.where(known, error, torch.inf),
-        torch.where(every, rise, 0.0),
-        blame.nan_to_num(1.0, 1.0),
+        spread(torch.where(every, rise, 0.0), moving, layers.d),
+        spread(blame.nan_to_num(1.0, 1.0), moving, layers.d),
         torch.where(known, P.c + low - third - 4 * U * (P.c.abs() - low + third), -torch.inf),
         torch.where(known, P.c - high + third + 4 * U * (P.c.abs() - high + third), torch.inf),
     )

@@ -129,10 +129,10 @@ def hull(f: Curve, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=1024)
-def described(σ: Activation) -> tuple[float, ...]:
-    """What ``csrc/bound.h`` has to know of σ and then of σ': of each its limits at -∞ and ∞, its
-    relative error in epsilons and its absolute one, its period, how many turns it has, and of each
-    turn the place and what it contributes.
+def described(σ: Activation, orders: int = 2) -> tuple[float, ...]:
+    """What the native library has to know of σ, of σ' and, with three orders, of σ'': of each its
+    limits at -∞ and ∞, its relative error in epsilons and its absolute one, its period, how many
+    turns it has, and of each turn the place and what it contributes.
 
     The errors are those of the native kernel's own formulas in float64, which ``tests/test_cpu.py``
     holds within 4 units in the last place, the unit that of a number of 1/4 at least.
@@ -141,7 +141,7 @@ def described(σ: Activation) -> tuple[float, ...]:
     ends = torch.tensor([-INF, INF], dtype=torch.float64)
     floor = max(1.0, abs(σ.p * σ.q), abs(σ.p * σ.q * σ.r)) if σ.kind == "elu" else 1.0
     numbers: list[float] = []
-    for curve in curves(σ)[:2]:
+    for curve in curves(σ)[:orders]:
         absolute = info.eps * (curve.absolute + NOISE * floor) + curve.slack + 4 * FAR * info.tiny
         errors = (curve.relative, absolute) if curve.relative else (0.0, 0.0)
         numbers += (*curve.formula(ends).tolist(), *errors, curve.period, len(curve.turns))

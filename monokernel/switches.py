@@ -32,7 +32,7 @@ from torch import Tensor
 
 from . import forms
 from .branching import Boxes, Branches, Constraints, Crew, Witness
-from .forms import SHORT, U
+from .enclosures import SHORT, U
 from .layers import Layers
 from .one_layer import OneLayer
 

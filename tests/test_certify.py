@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import fields
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("benchmarks", reason="the benchmarks are not part of the package")
 
-from benchmarks.soundness import certified
+from benchmarks.soundness import certified, every_bound
 from monokernel import (
     Certificate,
     Monotone,
@@ -28,8 +28,10 @@ from monokernel import (
     ranges,
     switches,
 )
-from monokernel.activations import Activation
+from monokernel.activations import IDENTITY, Activation
+from monokernel.backends import cpu
 from monokernel.certify import _read
+from monokernel.enclosures import Slopes
 from monokernel.layers import Layers
 from tests.support import ACTIVATION_MODULES, mlp
 
@@ -56,26 +58,23 @@ def assert_sound(net: nn.Module, lower: Tensor, upper: Tensor, kinked: bool = Fa
     """No slope at any of many points of the boxes is outside of the forms, of any tier."""
     layers, _ = _read(net, lower.shape[1])
     x = inside(lower, upper, 80)
-    columns = torch.arange(lower.shape[1])
     for output in range(layers.D):
         J = layers.slopes(x.flatten(0, 1), output).view(*x.shape)
         # The slopes at the points are rounded too.
         off = 1e-11 * (1 + J.abs())
-        for tier in forms.tiers(layers):
-            s = forms.slopes(layers, lower, upper, output, columns, tier)
+        for name, s in every_bound(layers, lower, upper, output):
             assert not s.centre.isnan().any()
             outside = (J - s.centre).abs() - s.radius() > off
-            assert not outside.any(), (forms.TIERS[tier], outside.sum())
+            assert not outside.any(), (name, outside.sum())
             outside = (s.lower - off > J) | (s.upper + off < J)
-            assert not outside.any(), (forms.TIERS[tier], outside.sum())
+            assert not outside.any(), (name, outside.sum())
             # And not only by their radius: as functions of the point.
             share = ((x - 0.5 * (lower + upper)) / (0.5 * (upper - lower))).nan_to_num(0.0)
-            share = share[..., s.moving]
             at = s.centre + torch.einsum("nbm,bmk->nbk", share, s.slant)
             at = at + torch.einsum("nbm,bmk->nbk", 2 * share.square() - 1, s.bend)
             known = s.error.isfinite()
             outside = ((J - at).abs() - s.error > 1e-8 * (1 + J.abs() + at.abs())) & known
-            assert not outside.any(), (forms.TIERS[tier], outside.sum())
+            assert not outside.any(), (name, outside.sum())
 
 
 @pytest.mark.parametrize("name", [n for n in ACTIVATION_MODULES if n not in JUMPING])
@@ -105,8 +104,7 @@ def test_no_form_is_contradicted_by_weights_that_cancel(name: str) -> None:
     lower, upper = boxes(60, 3)
     x = inside(lower, upper, 60)
     J = layers.slopes(x.flatten(0, 1), 0).view(x.shape)
-    for tier in forms.tiers(layers):
-        s = forms.slopes(layers, lower, upper, 0, torch.arange(3), tier)
+    for _, s in every_bound(layers, lower, upper, 0):
         # Slopes of 1e-3 out of terms of 1e6: the points' own rounding is 1e-10 of those.
         assert ((J - s.centre).abs() <= s.radius() + 1e-7).all()
 
@@ -162,6 +160,56 @@ def test_quadratic_forms_are_exact_to_the_second_order() -> None:
         errors.append(q.error.mean())
     assert errors[0] / errors[1] > 7
     assert errors[1] / errors[2] > 7
+
+
+def chain(widths: tuple[int, ...], *σ: Activation) -> Layers:
+    """Random; each layer's rows are of the size of 1."""
+    W = [torch.randn(n, m, dtype=torch.float64) / m**0.5 for m, n in pairwise(widths)]
+    return Layers(tuple(W), tuple([torch.randn(len(w), dtype=torch.float64) for w in W]), σ, (), 2)
+
+
+@pytest.mark.skipif(cpu.isa() is None, reason="the native kernel was not built")
+@pytest.mark.parametrize("kind", ranges.THIRD)
+def test_the_native_forms_are_those_of_pytorch(kind: str) -> None:
+    σ = Activation(kind)
+    for layers in (
+        chain((5, 7, 9, 3), σ, σ, IDENTITY),
+        chain((3, 17, 34, 18, 2), σ, σ, σ, Activation("sigmoid")),
+        chain((4, 8, 6, 5, 2), IDENTITY, σ, IDENTITY, σ),
+        chain((4, 8, 2), σ, IDENTITY),
+        chain((4, 2), σ),
+        chain((4, 3, 2), IDENTITY, IDENTITY),
+    ):
+        d, output = layers.d, layers.D - 1
+        for moving in (torch.tensor([2, 0]), torch.arange(d), torch.arange(0)):
+            c, r = torch.randn(2, 12, d, dtype=torch.float64)
+            r = r.abs() * torch.logspace(-4, 0, 12, dtype=torch.float64).unsqueeze(1)
+            r[3] = 0
+            r = torch.zeros_like(r).index_copy_(1, moving, r[:, moving])
+            columns, wanted = torch.tensor([2, 0, 1]), torch.rand(12, 3) < 0.7
+            want = quadratic.by_pytorch(layers, c, r, moving, output, columns)
+            got = cpu.chain_slopes(layers, c, r, moving, output, columns, wanted)
+            for name, a, b in zip(Slopes._fields, got, want, strict=True):
+                a, b = (t.movedim(-1, 1)[wanted] for t in (a, b))
+                largest = b[b.isfinite()].abs().amax()
+                assert a.shape == b.shape
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-9 * (1e-3 + largest.item()),
+                                           msg=lambda text, at=name: f"{at}: {text}")  # fmt: skip
+            assert (got.lower[~wanted] == -torch.inf).all()
+            assert (got.upper[~wanted] == torch.inf).all()
+
+
+def test_quadratic_forms_of_weights_that_are_no_numbers_bound_nothing() -> None:
+    σ = Activation("silu")
+    for bad, place in product((torch.nan, torch.inf, -torch.inf), range(5)):
+        layers = chain((3, 7, 9, 1), σ, σ, IDENTITY)
+        (layers.W[0], layers.b[0], layers.W[1], layers.b[1], layers.W[2])[place].flatten()[-1] = bad
+        for name, s in every_bound(layers, *boxes(8, 3), 0):
+            if name in (forms.TIERS[forms.QUADRATIC], "by PyTorch"):
+                assert (s.lower == -torch.inf).all(), (bad, place)
+                assert (s.upper == torch.inf).all(), (bad, place)
+                assert (s.error == torch.inf).all(), (bad, place)
+                assert not s.blame.isnan().any()
 
 
 def test_smooth_chains_are_bounded_by_quadratic_forms() -> None:

@@ -552,6 +552,9 @@ if cpu.isa() == {name!r}:
     for σ in TABLE:
         for dtype in (torch.float32, torch.float64):
             test_activations_to_a_few_ulp(σ, dtype)
+    from tests.test_certify import test_the_native_forms_are_those_of_pytorch as forms_too
+    for kind in ("silu", "gelu", "tanh"):
+        forms_too(kind)
 """
     environment = {**os.environ, "MONOKERNEL_ISA": name}
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, env=environment)

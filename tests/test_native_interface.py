@@ -60,7 +60,7 @@ def fields(struct: str) -> list[tuple[str, Any]]:
 
 def test_the_parser_sees_what_is_there() -> None:
     assert len(functions()) == text_of("c_api.h").count("mk_") - len(
-        re.findall(r"mk_(?:parameter|shape)\b", text_of("c_api.h"))
+        re.findall(r"mk_(?:parameter|shape|layer)\b", text_of("c_api.h"))
     )
     assert as_ctypes("const char*") is c_char_p
     assert as_ctypes("const double* numbers") is c_void_p
@@ -72,12 +72,13 @@ def test_functions() -> None:
     assert functions() == cpu.SIGNATURES
 
 
-def test_the_shape_of_a_plan() -> None:
+def test_the_structures() -> None:
     def plain(declared: Any) -> Any:
         return [(name, (t._type_, t._length_) if isinstance(t, type(Array)) else t)
                 for name, t in declared]  # fmt: skip
 
     assert plain(cpu._Shape._fields_) == plain(fields("mk_shape"))
+    assert plain(cpu._Layer._fields_) == plain(fields("mk_layer"))
 
 
 def test_what_the_operator_calls() -> None:

@@ -22,20 +22,25 @@ from collections.abc import Callable, Sequence
 from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from ..activations import ACTIVATIONS, Activation
+from ..enclosures import Slopes
 from ..problem import Problem, accumulate_dtype
 from ..program import Node
-from ..ranges import described
+from ..ranges import THIRD, described
 from . import Step
 
+if TYPE_CHECKING:
+    from ..layers import Layers
+
 __all__ = [
-    *("activation", "backward", "forward", "isa", "lift", "refuses", "saved_like", "step", "switch")
+    *("activation", "backward", "chain_slopes", "forward", "isa", "lift", "refuses", "saved_like"),
+    *("step", "switch"),
 ]
 
 Params = Sequence[Tensor | None]
@@ -272,6 +277,57 @@ def lift(
     return Lift(plan, operators.cpu_step.default, by_pytorch) if serves else None
 
 
+def chain_slopes(
+    layers: Layers,
+    c: Tensor,
+    r: Tensor,
+    moving: Tensor,
+    output: int,
+    columns: Tensor,
+    wanted: Tensor | None = None,
+) -> Slopes:
+    """``quadratic.slopes`` by the library, in the thread that calls."""
+    library = _library()
+    if isinstance(library, str):
+        raise RuntimeError(library)
+    codes = _codes(library)
+    held = list[Any]()  # what the library is given the places of
+    chain = (_Layer * len(layers.W))()
+    for to, W, b, σ in zip(chain, layers.W, layers.b, layers.σ, strict=True):
+        curves = None
+        if σ.kind != "identity":
+            numbers = described(σ, 3)
+            curves = (c_double * len(numbers))(*numbers)
+        W, b = W.contiguous(), b.contiguous()
+        held += (W, b, curves)
+        to.out, to.width = W.shape
+        to.kind, to.numbers = codes[σ.kind], (σ.p, σ.q, σ.r)
+        to.third, to.fourth = THIRD.get(σ.kind, (0.0, 0.0))
+        to.curves = None if curves is None else ctypes.addressof(curves)
+        to.W, to.b = W.data_ptr(), b.data_ptr()
+    c, r = c.contiguous(), r.contiguous()
+    moving, columns = moving.contiguous(), columns.contiguous()
+    wanted = None if wanted is None else wanted.contiguous()
+    found = Slopes.unknown(c, len(columns))
+    status = library.mk_chain_slopes(
+        len(chain),
+        chain,
+        layers.folded,
+        len(c),
+        c.data_ptr(),
+        r.data_ptr(),
+        len(moving),
+        moving.data_ptr(),
+        output,
+        len(columns),
+        columns.data_ptr(),
+        None if wanted is None else wanted.data_ptr(),
+        (c_void_p * len(found))(*(t.data_ptr() for t in found)),
+    )
+    _check(status)
+    return found
+
+
 def activation(σ: Activation, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """σ(a), σ'(a), σ''(a) as the kernel computes them, for the test that holds the tables equal."""
     library = _library()
@@ -359,6 +415,13 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     ),
     "mk_lift": (c_int, (c_int64, c_int64, *(c_void_p,) * 6)),
     "mk_lift_backward": (c_int, (c_int64, c_int64, *(c_void_p,) * 8)),
+    "mk_chain_slopes": (
+        c_int,
+        (
+            *(c_int64, c_void_p, c_int64, c_int64, *(c_void_p,) * 2, c_int64, c_void_p),
+            *(c_int64, c_int64, *(c_void_p,) * 3),
+        ),
+    ),
     "mk_activation": (None, (c_int64, c_int64, c_void_p, c_int64, *(c_void_p,) * 4)),
     "mk_switch": (None, (c_int64, c_int64)),
 }
@@ -403,6 +466,22 @@ class _Shape(ctypes.Structure):
         ("bound", c_int64),
         ("saved", c_int64 * 3),  # elements for each row of x
         ("parameters", c_void_p),
+    )
+
+
+class _Layer(ctypes.Structure):
+    """mk_layer of ``csrc/c_api.h``."""
+
+    _fields_ = (
+        ("width", c_int64),
+        ("out", c_int64),
+        ("kind", c_int64),
+        ("numbers", c_double * 3),
+        ("third", c_double),
+        ("fourth", c_double),
+        ("curves", c_void_p),
+        ("W", c_void_p),
+        ("b", c_void_p),
     )
 
 

@@ -28,4 +28,6 @@ LD_PRELOAD="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -print-file
   tests/test_monotone.py::test_the_native_bound_is_that_of_the_intervals \
   tests/test_monotone.py::test_the_native_step_is_that_of_pytorch \
   tests/test_monotone.py::test_parameters_of_any_node_that_are_no_numbers_prove_nothing \
+  tests/test_certify.py::test_the_native_forms_are_those_of_pytorch \
+  tests/test_certify.py::test_quadratic_forms_of_weights_that_are_no_numbers_bound_nothing \
   -k "not second_derivative" "$@"
