@@ -2,12 +2,13 @@
 
 from ._version import __version__
 from .api import MonotonePenalty, fused_mono_penalty, value_and_jacobian
-from .audit import Audit, audit
+from .audit import audit
 from .certify import Certificate, certify
 from .monotone import Monotone
 from .multipliers import Multipliers
 from .planning import Plan, plan
 from .plots import plot_audit
+from .report import Audit
 from .sampling import sample_points
 
 __all__ = [

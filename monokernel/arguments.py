@@ -40,7 +40,9 @@ __all__ = [
     "check_names",
     "check_number",
     "check_parameter",
+    "check_scaler",
     "check_table",
+    "check_values",
     "check_weight",
     "is_mapping",
     "plain",
@@ -487,6 +489,64 @@ def check_number(name: str, value: Any) -> None:
 def check_count(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"{name}: expected a number of points >= 0, got {value!r}")
+
+
+def check_values(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0 or value == 1:
+        raise ValueError(f"{name}: expected a number of values >= 2, or 0 for none, got {value!r}")
+
+
+def check_scaler(
+    name: str, scaler: Any, n: int
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """The means and scales of n columns that were standardised, as ``(own - mean) / scale``: given
+    as a pair, or what the ``inverse_transform`` of a fitted scaler makes of a few rows."""
+    if scaler is None:
+        return None
+    if callable(getattr(scaler, "inverse_transform", None)):
+        asked = [[0.0] * n, [1.0] * n, [float(c) for c in range(n)]]
+        try:
+            rows = [[float(v) for v in row] for row in scaler.inverse_transform(asked)]
+        except Exception as error:  # whatever a scaler says to rows that it was not made for
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(
+                f"{name}: expected a fitted scaler of {n} columns, got {said}"
+            ) from None
+        mean = rows[0]
+        scale = [b - a for a, b in zip(*rows[:2], strict=True)]
+        for c, v in enumerate(rows[2]):
+            if not math.isclose(v, mean[c] + c * scale[c], rel_tol=1e-6, abs_tol=1e-9):
+                raise ValueError(
+                    f"{name}: expected a scaler that shifts and scales each column by itself, got "
+                    f"{type(scaler).__name__}"
+                )
+    elif isinstance(scaler, (tuple, list)) and len(scaler) == 2:
+        mean, scale = (_numbers_of(name, part, n) for part in scaler)
+    else:
+        raise TypeError(
+            f"{name}: expected a pair (mean, scale) or a fitted scaler, got {type(scaler).__name__}"
+        )
+    for c in range(n):
+        if not (math.isfinite(mean[c]) and math.isfinite(scale[c]) and scale[c] > 0):
+            raise ValueError(
+                f"{name}: expected finite means and scales above 0, got {mean[c]} and {scale[c]} "
+                f"in column {c}"
+            )
+    return tuple(mean), tuple(scale)
+
+
+def _numbers_of(name: str, given: Any, n: int) -> list[float]:
+    """n numbers, of one or n that are given."""
+    try:
+        values, shape = _numbers(given)
+        values = [float(v) for v in values]
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"{name}: expected numbers as mean and scale, got {type(given).__name__}"
+        ) from None
+    if shape not in ((), (n,)):
+        raise ValueError(f"{name}: expected a number or shape ({n},), got {tuple(shape)}")
+    return values if shape else values * n
 
 
 def check_flag(name: str, value: Any) -> None:

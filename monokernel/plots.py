@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import check_constraints, check_inputs, check_table
-from .audit import Audit, audit, evaluating, slopes_in_direction
+from .audit import audit, slopes_in_direction
+from .probing import evaluating
+from .report import Audit
 from .sampling import sample_points
 
 if TYPE_CHECKING:

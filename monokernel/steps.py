@@ -1,0 +1,188 @@
+"""Finite steps: one column moved alone over its range, which is what a tree's user calls monotone.
+
+They ask for no derivative, so that no embedding, rounding or detached input hides a fall from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .columns import Columns
+from .probing import output, rounding, spread
+
+__all__ = ["Steps", "along"]
+
+STEPPED_ROWS = 1024
+ROWS_AT_A_TIME = 1 << 14  # evaluated in one call
+# Roundings of the largest |y| that are no fall; half precision rounds in every layer.
+FALL_ROUNDINGS, FALL_ROUNDINGS_HALF = 16, 2
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Falls of y in the wanted direction as one column moves from its lowest value to its highest,
+    all others held: for every output d and column c, over a number of rows.
+
+    A row falls if y is anywhere along the way lower than it was before, by more than rounding
+    (16 units in the last place of the largest ``|y|``, 2 in half precision), or is NaN. The values
+    that a column takes lie half evenly over its range and half as the data has them: whole numbers
+    if all of the data are, those two if there are two. Entries of direction 0 and of columns with
+    one value are NaN (-1 in ``worst_row``), as they are where the network refuses the values.
+
+    Attributes:
+        rows: how many rows were moved, at most 1024, evenly among those without a NaN.
+        values: how many values each column took (k,).
+        rate: the share of rows that fall (D, k), in 0 to 1.
+        worst_drop: the deepest fall (D, k) from a peak to what follows it, units of y; 0 if none.
+        worst_row: its row (D, k), an index into the flattened leading shape; -1 where none falls.
+        drop_from, drop_to: the values of the column at that peak and behind it (D, k).
+        evaluations: rows of the network that were evaluated altogether.
+        refused: one sentence for each column that the network could not be moved along.
+    """
+
+    rows: int
+    values: tuple[int, ...]
+    rate: Tensor
+    worst_drop: Tensor
+    worst_row: Tensor
+    drop_from: Tensor
+    drop_to: Tensor
+    evaluations: int
+    refused: tuple[str, ...] = ()
+
+    @property
+    def violation_rate(self) -> float:
+        """The share of rows that fall, averaged over the constrained entries that were moved."""
+        known = self.rate[~self.rate.isnan()]
+        return known.mean().item() if known.numel() else float("nan")
+
+    @property
+    def worst(self) -> float:
+        """The deepest fall of all; 0 where there is none, NaN where y became NaN."""
+        known = self.worst_drop[~self.rate.isnan()]
+        return known.max().item() if known.numel() else float("nan")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and nested lists (D, k)."""
+        tables = ("rate", "worst_drop", "worst_row", "drop_from", "drop_to")
+        return {
+            "rows": self.rows,
+            "values": list(self.values),
+            "violation_rate": self.violation_rate,
+            "worst": self.worst,
+            **{name: getattr(self, name).tolist() for name in tables},
+            "evaluations": self.evaluations,
+            "refused": list(self.refused),
+        }
+
+
+class _Found(NamedTuple):
+    """Of one column, for every output (D,)."""
+
+    falls: Tensor  # how many rows
+    drop: Tensor
+    row: Tensor
+    high: Tensor  # the column's value at the peak
+    low: Tensor
+
+
+def along(
+    mlp: nn.Module,
+    x: Tensor,
+    data: Tensor,
+    columns: Columns,
+    labels: Sequence[Any],
+    signs: Tensor,
+    most: int,
+) -> Steps | None:
+    """Moves rows of x (N, d) along each of the columns, over at most so many values in the range of
+    the data (M, d); ``signs`` are (D, k). None where there is no row to move."""
+    at = spread((~x.isnan().any(1)).nonzero().flatten(), STEPPED_ROWS)
+    if not len(at) or not len(signs):
+        return None
+    rows = x[at]
+    y = output(mlp, rows)
+    size = torch.where(y.isfinite(), y, 0).abs().amax(0)
+    evaluations, values, refused = len(rows), list[int](), list[str]()
+    tables: list[list[Tensor]] = [[] for _ in range(5)]
+    nan = torch.full_like(size, torch.nan, dtype=torch.float64)
+    for c, label, sign in zip(columns, labels, signs.to(y.device).unbind(1), strict=True):
+        known, found, error = grid(data[:, c], most), None, ""
+        for way in (known, spread(_values(data[:, c]), most)):  # the latter the network has seen
+            if len(way) < 2 or not sign.any():
+                break
+            evaluations += len(rows) * len(way)
+            try:
+                found = _moved(mlp, rows, c, way, sign, size)
+                known = way
+                break
+            except Exception as raised:  # whatever a network says to a value that it never sees
+                error = f"{type(raised).__name__}: {raised}".splitlines()[0]
+        values.append(len(known))
+        if found is None:
+            if error:
+                refused.append(f"mlp cannot be moved along column {label}: {error}")
+            found = _Found(nan, nan, nan.new_full(nan.shape, -1), nan, nan)
+            share = nan
+        else:
+            share = found.falls.double() / len(rows)
+        free = sign == 0
+        row = torch.where(found.row < 0, -1, at.to(y.device)[found.row.long().clamp(min=0)])
+        tables[0].append(share.masked_fill(free, torch.nan))
+        tables[1].append(found.drop.double().masked_fill(free, torch.nan))
+        tables[2].append(row.masked_fill(free, -1))
+        tables[3].append(found.high.double().masked_fill(free | (row < 0), torch.nan))
+        tables[4].append(found.low.double().masked_fill(free | (row < 0), torch.nan))
+    stacked = [torch.stack(table, -1).cpu() for table in tables]
+    return Steps(len(rows), tuple(values), *stacked, evaluations, tuple(refused))
+
+
+def grid(column: Tensor, most: int) -> Tensor:
+    """At most so many values, ascending, over the range of those in the data (M,)."""
+    values = _values(column)
+    if len(values) <= 2:
+        return values
+    even = torch.linspace(0, 1, max(2, most - most // 2), dtype=torch.float64, device=column.device)
+    even = torch.lerp(values[0].double(), values[-1].double(), even)
+    if (values == values.round()).all():  # a category or a count
+        even = even.round()
+    return torch.cat([even.to(values.dtype), spread(values, most // 2)]).unique()
+
+
+def _values(column: Tensor) -> Tensor:
+    return column[column.isfinite()].unique()
+
+
+def _moved(
+    mlp: nn.Module, rows: Tensor, c: int, values: Tensor, sign: Tensor, size: Tensor
+) -> _Found:
+    """Of the rows (n, d), each with these values (V,) in column c; ``size`` (D,) is the largest
+    |y|."""
+    V, parts = len(values), list[_Found]()
+    each = max(1, ROWS_AT_A_TIME // V)
+    for start in range(0, len(rows), each):
+        part = rows[start : start + each]
+        swept = part.unsqueeze(1).repeat(1, V, 1)
+        swept[..., c] = values
+        y = output(mlp, swept.reshape(-1, swept.shape[-1])).reshape(len(part), V, -1)
+        half = y.dtype in (torch.float16, torch.bfloat16)
+        share = rounding(y.dtype, FALL_ROUNDINGS_HALF if half else FALL_ROUNDINGS)
+        largest = torch.where(y.isfinite(), y, 0).abs().amax(1).maximum(size)
+        y = y.double() * sign
+        peak, peaked = y.cummax(1)
+        drop, fell = torch.where(y == peak, 0, peak - y).max(1)  # NaN is the deepest of all
+        falls = ~(drop <= share * largest.double())
+        drop = torch.where(falls, drop, 0)
+        deepest, row = drop.max(0)
+        fell = fell.gather(0, row.unsqueeze(0))  # (1, D)
+        peaked = peaked.gather(0, row.expand(1, V, -1)).squeeze(0).gather(0, fell).squeeze(0)
+        row = torch.where(falls.any(0), row + start, -1)
+        parts.append(_Found(falls.sum(0), deepest, row, values[peaked], values[fell.squeeze(0)]))
+    drop, block = torch.stack([p.drop for p in parts]).max(0)
+    picked = [torch.stack([p[i] for p in parts]).gather(0, block[None])[0] for i in (2, 3, 4)]
+    return _Found(torch.stack([p.falls for p in parts]).sum(0), drop, *picked)
