@@ -291,7 +291,7 @@ def _serve(
     if hinge is None:
         return slopes(mlp, inputs, route)
     if route.network is None or route.backend == "reference":
-        y, J = slopes(mlp, inputs, route, _violations(signs, hinge, weight, inputs))
+        y, J = slopes(mlp, inputs, route, _violations(signs, hinge, weight, inputs), signs)
         D, k = J.shape[-2:]
         signs.for_network(D)
         penalty = hinges.penalties(J, hinge, check_weight(weight, inputs.like, D, k))
@@ -302,12 +302,16 @@ def _serve(
 
 
 def slopes(
-    mlp: nn.Module, inputs: Inputs, route: Route, violations: general.Violations | None = None
+    mlp: nn.Module,
+    inputs: Inputs,
+    route: Route,
+    violations: general.Violations | None = None,
+    signs: Direction | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y (..., D), or as ``mlp`` squeezes it, and J (..., D, k) by the backend of the route."""
     if route.network is None:
         return general.value_and_jacobian(
-            mlp, inputs, route.transformed, route.running, violations=violations
+            mlp, inputs, route.transformed, route.running, violations=violations, signs=signs
         )
     if route.backend != "reference":
         return _fused(inputs, route, None, None)

@@ -27,7 +27,7 @@ from .columns import Columns
 from .layers import layers_of
 from .network import unwrap
 from .planning import choose
-from .probing import changes, doubts, evaluating, spread, untouched
+from .probing import doubts, evaluating, hidden, spread, untouched
 from .problem import direction_table
 from .report import Audit
 from .sampling import sample_points
@@ -99,10 +99,8 @@ def audit(
     units = check_scaler("x_scaler", x_scaler, inputs.d)
     asked = _Asked(inputs.columns, columns or numbers, signs, margin, steps, x)
     with evaluating(mlp):
-        said, mixing = (), False
-        if len(x):
-            with untouched(mlp, x.device):
-                said, mixing = doubts(mlp, x)
+        with untouched(mlp, x.device):
+            said, mixing = doubts(mlp, x)
         report = replace(_measure(mlp, x, asked), doubts=said, mixing=mixing)
         D = len(report.direction)
         named = check_names(outputs, D, ", not of a column", "outputs") or tuple(range(D))
@@ -233,10 +231,8 @@ def _measure(mlp: nn.Module, x: Tensor, asked: _Asked) -> Audit:
         rate = torch.stack(counts).sum(0).to(table.dtype) / N
         point = x[row]
         flat = ~torch.stack(moving).any(0) & ~free
-        blind = flat.clone()
         with untouched(mlp, x.device):
-            for c in flat.any(0).nonzero().flatten().tolist():
-                blind[:, c] &= changes(mlp, x, asked.columns[c])
+            blind = hidden(mlp, x, flat, asked.columns)
             if asked.steps:
                 how = asked.columns, asked.labels, table, asked.steps
                 moved = along(mlp, x, asked.data, *how)

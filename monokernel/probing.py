@@ -6,17 +6,23 @@ that changed: attributes, buffers and random generators.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .columns import Columns
 from .network import ending, parts, uncompiled, unwrap, where
 from .reading import State
 
-__all__ = ["changes", "doubts", "evaluating", "output", "rounding", "spread", "untouched"]
+__all__ = [
+    *("WITHOUT_DERIVATIVE", "doubts", "evaluating", "hidden", "output", "rounding", "spread"),
+    *("untouched", "without_slope"),
+]
+
+WITHOUT_DERIVATIVE = "an embedding, a rounding, a step, detach, no_grad or a quantised layer"
 
 # In so many rows a column whose slopes are all 0 is moved, over twice so many values.
 PROBED_ROWS, PROBED_VALUES = 256, 9
@@ -85,7 +91,60 @@ def rounding(dtype: torch.dtype, roundings: int) -> float:
 # --- what moves ----------------------------------------------------------------------------------
 
 
-def changes(mlp: nn.Module, x: Tensor, column: int) -> Tensor:
+def hidden(mlp: nn.Module, x: Tensor, dead: Tensor, columns: Columns) -> Tensor:
+    """Of the entries (D, k) in which every slope is 0, those where y moves with the column all the
+    same, in rows like x (N, d)."""
+    found = dead.clone()
+    for c in dead.any(0).nonzero().flatten().tolist():
+        found[:, c] &= _changes(mlp, x, columns[c])
+    return found
+
+
+def without_slope(
+    mlp: nn.Module, x: Tensor, J: Tensor, wanted: Tensor, columns: Columns, labels: Sequence[Any]
+) -> list[str]:
+    """Sentences on the columns in which every slope J (N, D, k) that is wanted (D, k) is exactly
+    0, told apart by whether y moves with them. The network is called for that where there are
+    any."""
+    dead = wanted & (J == 0).all(0)
+    if not dead.any():
+        return []
+    with evaluating(mlp), untouched(mlp, x.device):
+        moving = hidden(mlp, x, dead, columns)
+    name, said = type(mlp).__name__, []
+    by_outputs: dict[tuple[int, ...], list[int]] = {}
+    for c in moving.any(0).nonzero().flatten().tolist():
+        by_outputs.setdefault(tuple(moving[:, c].nonzero().flatten().tolist()), []).append(c)
+    for outputs, places in by_outputs.items():
+        whole = all((moving[:, c] == wanted[:, c]).all() for c in places)
+        which = "" if whole else f"output{'s' * (len(outputs) > 1)} {_listed(outputs)} of "
+        said.append(
+            f"in {_named(places, labels)} every slope of {which}mlp ({name}) is exactly 0, yet y "
+            f"moves with {'it' if len(places) == 1 else 'them'}, as behind {WITHOUT_DERIVATIVE}: "
+            "no penalty can see that, and 0 is no all-clear; audit() compares finite steps"
+        )
+    still = [
+        c
+        for c in dead.any(0).nonzero().flatten().tolist()
+        if not moving[:, c].any() and bool((dead[:, c] == wanted[:, c]).all())
+    ]
+    if still:
+        said.append(
+            f"in {_named(still, labels)} every slope of mlp ({name}) is exactly 0, and y was not "
+            "seen to move: nothing is constrained there"
+        )
+    return said
+
+
+def _named(places: Sequence[int], labels: Sequence[Any]) -> str:
+    return f"column{'s' * (len(places) > 1)} {_listed([labels[c] for c in places])}"
+
+
+def _listed(entries: Sequence[Any]) -> str:
+    return ", ".join(map(str, entries))
+
+
+def _changes(mlp: nn.Module, x: Tensor, column: int) -> Tensor:
     """Whether each output (D,) changes in any row of x (N, d) as one column moves, the others held:
     evenly over its range, and over values that it has in the data. A column of one value, which has
     no range, is moved over what that spans with 0 and 1.

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends.general import WITHOUT_DERIVATIVE
 from .columns import Columns
+from .probing import WITHOUT_DERIVATIVE
 from .steps import Steps
 
 __all__ = ["Audit", "Units"]

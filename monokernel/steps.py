@@ -69,16 +69,18 @@ class Steps:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and nested lists (D, k)."""
-        tables = ("rate", "worst_drop", "worst_row", "drop_from", "drop_to")
         return {
             "rows": self.rows,
             "values": list(self.values),
             "violation_rate": self.violation_rate,
             "worst": self.worst,
-            **{name: getattr(self, name).tolist() for name in tables},
+            **{name: getattr(self, name).tolist() for name in TABLES},
             "evaluations": self.evaluations,
             "refused": list(self.refused),
         }
+
+
+TABLES = "rate", "worst_drop", "worst_row", "drop_from", "drop_to"
 
 
 class _Found(NamedTuple):
@@ -109,7 +111,7 @@ def along(
     y = output(mlp, rows)
     size = torch.where(y.isfinite(), y, 0).abs().amax(0)
     evaluations, values, refused = len(rows), list[int](), list[str]()
-    tables: list[list[Tensor]] = [[] for _ in range(5)]
+    tables: dict[str, list[Tensor]] = {name: [] for name in TABLES}
     nan = torch.full_like(size, torch.nan, dtype=torch.float64)
     for c, label, sign in zip(columns, labels, signs.to(y.device).unbind(1), strict=True):
         known, found, error = grid(data[:, c], most), None, ""
@@ -133,13 +135,15 @@ def along(
             share = found.falls.double() / len(rows)
         free = sign == 0
         row = torch.where(found.row < 0, -1, at.to(y.device)[found.row.long().clamp(min=0)])
-        tables[0].append(share.masked_fill(free, torch.nan))
-        tables[1].append(found.drop.double().masked_fill(free, torch.nan))
-        tables[2].append(row.masked_fill(free, -1))
-        tables[3].append(found.high.double().masked_fill(free | (row < 0), torch.nan))
-        tables[4].append(found.low.double().masked_fill(free | (row < 0), torch.nan))
-    stacked = [torch.stack(table, -1).cpu() for table in tables]
-    return Steps(len(rows), tuple(values), *stacked, evaluations, tuple(refused))
+        own = share, found.drop, row, found.high, found.low
+        for name, table in zip(TABLES, own, strict=True):
+            empty, nothing = (free, torch.nan) if name in TABLES[:2] else (free | (row < 0), -1)
+            if name in TABLES[3:]:
+                nothing = torch.nan
+            tables[name].append(table.masked_fill(empty, nothing))
+    stacked = {name: torch.stack(table, -1).cpu() for name, table in tables.items()}
+    said = tuple(refused)
+    return Steps(len(rows), tuple(values), evaluations=evaluations, refused=said, **stacked)
 
 
 def grid(column: Tensor, most: int) -> Tensor:
@@ -151,11 +155,13 @@ def grid(column: Tensor, most: int) -> Tensor:
     even = torch.lerp(values[0].double(), values[-1].double(), even)
     if (values == values.round()).all():  # a category or a count
         even = even.round()
-    return torch.cat([even.to(values.dtype), spread(values, most // 2)]).unique()
+    found: Tensor = torch.cat([even.to(values.dtype), spread(values, most // 2)]).unique()
+    return found
 
 
 def _values(column: Tensor) -> Tensor:
-    return column[column.isfinite()].unique()
+    values: Tensor = column[column.isfinite()].unique()
+    return values
 
 
 def _moved(
