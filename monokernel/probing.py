@@ -36,8 +36,8 @@ REPEATED = (
     "anew in each, and what is counted is one draw"
 )
 MIXED = (
-    "ROWS INFLUENCE EACH OTHER{}: y of a row changes by up to {:.3g} with the rows beside it. A "
-    "row has no slope of its own then, so no rate below can be relied on"
+    "ROWS INFLUENCE EACH OTHER{}: y of a row changes by up to {:.3g} with the rows beside it. So "
+    "no row has a slope of its own, and no penalty and no count of slopes or steps can be relied on"
 )
 REFUSED = "mlp takes all of {} rows but not {} of them: {}"
 

@@ -32,7 +32,7 @@ from ..probing import without_slope
 from ..problem import accumulate_dtype, direction_table, nan_rule
 from .compaction import DENSE, Call, compacted, slope
 
-__all__ = ["by_operators", "readable", "value_and_jacobian"]
+__all__ = ["by_operators", "check_gradient", "readable", "value_and_jacobian"]
 
 WITHOUT_GRADIENT = (
     "mlp: its output has no gradient (it was detached, or computed under no_grad), so its slopes "
@@ -127,6 +127,14 @@ def _by_autograd(
         reached = any(s is not None for s in found)
         _judge(mlp, inputs, y.detach(), J.detach(), reached, signs)
     return (y, J) if further else (y.detach(), J)
+
+
+def check_gradient(mlp: nn.Module, inputs: Inputs) -> None:
+    """Raises where the output takes no part in autograd, at the price of a call."""
+    with torch.enable_grad():
+        x = inputs.joined().detach().requires_grad_()
+        if not _call(mlp, x).requires_grad:
+            raise ValueError(WITHOUT_GRADIENT)
 
 
 def _while_few(
