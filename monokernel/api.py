@@ -189,9 +189,11 @@ def value_and_jacobian(
 
 class MonotonePenalty(nn.Module):
     """A network together with its penalty: ``forward(x1, x2)`` or ``forward(x)`` gives
-    ``(y, penalty)``.
+    ``(y, penalty)`` in training mode and ``y`` alone in evaluation mode.
 
-    An ordinary module around ``mlp``, so that DistributedDataParallel, FSDP, Lightning and
+    In evaluation mode it is ``mlp(cat[x1, x2])`` and nothing else, which ``torch.export``, ONNX and
+    ``torch.jit.trace`` take; ``fused_mono_penalty(model.mlp, …)`` has the penalty there. An
+    ordinary module around ``mlp``, so that DistributedDataParallel, FSDP, Lightning and
     ``torch.compile`` wrap it as they wrap any other. The arguments are those of
     ``fused_mono_penalty``; a tensor ``direction`` is read once, here, and a tensor ``weight``
     is a buffer that moves with the module. ``direction``, ``columns`` and ``margin`` are saved with
@@ -233,8 +235,17 @@ class MonotonePenalty(nn.Module):
             weight = torch.tensor(weight, dtype=dtype)
         self.register_buffer("weight", weight)
 
-    def forward(self, x1: Tensor, x2: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """y (..., D) and the penalty of ``x1`` (..., d1), ``x2`` (..., k), or of x (..., d)."""
+    def forward(self, x1: Tensor, x2: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """y (..., D) and the penalty of ``x1`` (..., d1), ``x2`` (..., k), or of x (..., d); y
+        alone in evaluation mode."""
+        if not self.training:
+            y: Tensor = self.mlp(_whole(x1, x2))
+            return y
+        if _written_down():
+            raise ValueError(
+                "MonotonePenalty: expected evaluation mode (.eval()), which gives y alone, to be "
+                "exported or traced, got training mode"
+            )
         return fused_mono_penalty(
             self.mlp,
             x1,
@@ -269,6 +280,22 @@ class MonotonePenalty(nn.Module):
     def extra_repr(self) -> str:
         columns = "" if self.columns is None else f", columns={self.columns}"
         return f"direction={self.direction}{columns}, margin={self.margin}, hinge={self.hinge!r}"
+
+
+def _written_down() -> bool:
+    """Whether it is exported or traced."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch._C._get_tracing_state() is not None
+
+
+def _whole(x1: Tensor, x2: Tensor | None) -> Tensor:
+    """x itself; a trace would keep the outcome of a check as a constant, and warn of it."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is None:
+        return check_inputs(x1, x2).joined()
+    if x2 is None:
+        return x1
+    return torch.cat([x1, x2 if x2.dim() == x1.dim() else x2.unsqueeze(-1)], -1)
 
 
 def _serve(

@@ -154,6 +154,10 @@ def plan(
             failed = _sentence(error)
     else:
         D = route.network.nodes[-1].width
+        try:
+            (signs or Direction((1,), ())).for_network(D)
+        except ValueError as error:
+            failed = _sentence(error)
         if route.backend in BACKENDS:
             kernel = BACKENDS[route.backend].kernel
     price = None if D is None else cost(route.backend, route.mode, D, inputs.k, route.running)
