@@ -10,6 +10,7 @@ from .planning import Plan, plan
 from .plots import plot_audit
 from .report import Audit
 from .sampling import sample_points
+from .steps import Steps
 
 __all__ = [
     "Audit",
@@ -18,6 +19,7 @@ __all__ = [
     "MonotonePenalty",
     "Multipliers",
     "Plan",
+    "Steps",
     "__version__",
     "audit",
     "certify",

@@ -27,7 +27,7 @@ from .backends import BACKENDS, general, reference
 from .columns import take
 from .function import evaluate, operand_dtype
 from .network import unwrap
-from .operands import has_memory, traced
+from .operands import check_saveable, has_memory, traced
 from .planning import Route, choose
 from .problem import Hinge, Problem, accumulate_dtype
 from .reading import Reading
@@ -117,7 +117,8 @@ def fused_mono_penalty(
         hinge: "linear" or "squared".
         weight: multiplies the penalties: a number or a tensor that broadcasts to (D, k) or
             (..., D, k), one multiplier per constraint say, or (...,), one for each row; not below
-            0, which is looked at on the CPU alone. Gradients reach it if it requires them.
+            0, which is looked at on the CPU alone (under torch.compile by an assertion in the
+            graph). Gradients reach it if it requires them.
         reduction: "sum"; "mean" over the constrained entries (0 where there are none, no row say);
             "none" gives (..., D, k).
         return_output: also return y, which shares the forward.
@@ -343,6 +344,8 @@ def slopes(
     if route.backend != "reference":
         return _fused(inputs, route, None, None)
     problem, x, params = _problem(inputs, route, None)
+    if not (route.transformed or torch.compiler.is_compiling()):
+        check_saveable(params)
     y, J = reference.value_and_jacobian(problem, x, params)
     return _output(y, inputs, route), _leading(J, inputs)
 

@@ -39,6 +39,7 @@ __all__ = [
     "check_module",
     "check_names",
     "check_number",
+    "check_outputs",
     "check_parameter",
     "check_scaler",
     "check_table",
@@ -196,6 +197,18 @@ def check_names(columns: Any, n: int, what: str = "", argument: str = "columns")
     if len(set(names)) < n:
         twice = next(name for i, name in enumerate(names) if name in names[:i])
         raise ValueError(f"{argument}: expected each name once, got {twice!r} twice")
+    return names
+
+
+def check_outputs(outputs: Any, D: int) -> Names:
+    """The names of the D outputs; their numbers if there are none."""
+    if outputs is None:
+        return tuple(range(D))
+    if isinstance(outputs, (str, bytes)) or not isinstance(outputs, Iterable):
+        raise TypeError(f"outputs: expected a sequence of names, got {type(outputs).__name__}")
+    names = tuple(_plain(name) for name in outputs)
+    if len(names) != D:
+        raise ValueError(f"outputs: expected {D} names, one for each output, got {len(names)}")
     return names
 
 
@@ -593,11 +606,14 @@ def check_weight(weight: Any, x: Tensor, D: int, k: int) -> Tensor | None:
 
 
 def _check_not_negative(weight: Tensor) -> None:
-    """Where that can be seen: not while tracing, and not without a wait for a device."""
+    """Where that can be seen: on the CPU, since a device would have to be waited for."""
+    if torch.compiler.is_compiling():
+        if weight.device.type == "cpu" and not torch._C._are_functorch_transforms_active():
+            torch._assert_async((~(weight < 0)).all(), "weight: expected none below 0")
+        return
     if (
         weight.device.type == "cpu"
         and type(weight) in PLAIN
-        and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None

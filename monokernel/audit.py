@@ -17,7 +17,7 @@ from .arguments import (
     check_count,
     check_flag,
     check_inputs,
-    check_names,
+    check_outputs,
     check_scaler,
     check_table,
     check_values,
@@ -103,7 +103,7 @@ def audit(
             said, mixing = doubts(mlp, x)
         report = replace(_measure(mlp, x, asked), doubts=said, mixing=mixing)
         D = len(report.direction)
-        named = check_names(outputs, D, ", not of a column", "outputs") or tuple(range(D))
+        named = check_outputs(outputs, D)
         heights = check_scaler("y_scaler", y_scaler, D)
         sampled = attacked = None
         if sample:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_constraints, check_inputs, check_table
+from .arguments import check_constraints, check_inputs, check_outputs, check_table
 from .audit import audit, slopes_in_direction
 from .probing import evaluating
 from .report import Audit
@@ -72,8 +72,7 @@ def plot_audit(
         parts = points.split([t.shape[-1] for t in inputs.blocks], -1)
         hidden = audit(mlp, *parts, direction=direction, columns=columns).blind
     (D, k), label = report.direction.shape, "x" if x2 is None else "x2"
-    if outputs is not None and len(outputs) != D:
-        raise ValueError(f"outputs: expected {D} names, one for each output, got {len(outputs)}")
+    outputs = None if outputs is None else check_outputs(outputs, D)
     chosen = _most_violating(report, most)
     if not chosen or not report.rows:
         raise ValueError(

@@ -227,20 +227,19 @@ class Audit:
     def __str__(self) -> str:
         """At most a screen: what is left of it after the summaries goes to the constraints."""
         parts = [("rows", self), *self._others()]
-        heads = [
-            [
-                line
-                for said in (*self._compared(name, part), *part._summary(SAID[name]))
-                for line in textwrap.wrap(said, WIDE, subsequent_indent="  ")
-            ]
-            for name, part in parts
-        ]
-        spent = sum(map(len, heads)) + len(parts) - 1
-        each = (SCREEN - spent) // len(parts)
-        texts = []
-        for head, (_, part) in zip(heads, parts, strict=True):
-            texts.append("\n".join([*head, *part._table(max(each, 3))]))
-        return "\n\n".join(texts)
+        heads, known = list[list[str]](), set[str]()
+        for name, part in parts:
+            new = [*self._compared(name, part), *part._summary(SAID[name])]
+            new = [line for line in new if line not in known]
+            known.update(new)
+            heads.append([line for said in new for line in _wrapped(said)])
+        left = SCREEN - sum(map(len, heads)) - len(parts) + 1
+        tables = list[list[str]]()
+        for i, (_, part) in enumerate(parts):
+            tables.append(part._table(max(left // (len(parts) - i), min(left, 5))))
+            left -= len(tables[-1])
+        texts = [[*head, *table] for head, table in zip(heads, tables, strict=True)]
+        return "\n\n".join("\n".join(lines) for lines in texts)
 
     def _others(self) -> Iterator[tuple[str, Audit]]:
         for name in ("sampled", "attacked"):
@@ -250,18 +249,23 @@ class Audit:
 
     def _compared(self, name: str, part: Audit) -> list[str]:
         """Whether the attack found worse."""
-        if name != "attacked":
+        if name != "attacked" or math.isinf(part._lowest()):
             return []
-        seen = min(a.worst for a in (self, self.sampled) if a is not None)
-        found = "a worse slope than" if part.worst < seen else "no worse slope than"
-        return [
-            f"The attack found {found} any above: {part.worst:.4g}, where {seen:.4g} was the worst"
-        ]
+        seen = min(a._lowest() for a in (self, self.sampled) if a is not None)
+        found, worst = "a worse slope than", part._lowest()
+        if not worst < seen:
+            found = "no worse slope than"
+        return [f"The attack found {found} any above: {worst:.4g}, where {seen:.4g} was the worst"]
+
+    def _lowest(self) -> float:
+        """The lowest slope in its direction among those that are known."""
+        known = self.worst_slope[(self.direction != 0) & ~self.blind]
+        return known.min().item() if known.numel() else math.inf
 
     def _summary(self, what: str) -> list[str]:
         """What is said of all constraints together, what is loud first."""
         known = (self.direction != 0) & ~self.blind
-        worst = self.worst_slope[known].min().item() if known.any() else math.nan
+        worst = self._lowest() if known.any() else math.nan
         rate = self.rate[known].mean().item() if known.any() else math.nan
         counted = (
             f"{_share(rate).strip()} of the constrained slopes violate, worst slope {worst:.4g}"
@@ -290,7 +294,9 @@ class Audit:
         steps = self.steps
         if steps is None:
             return []
-        lines = list(steps.refused)
+        lines = list(steps.refused[:1])
+        if len(steps.refused) > 1:
+            lines[0] += f"; and {len(steps.refused) - 1} more"
         if not math.isnan(steps.violation_rate):
             lines.append(
                 f"{steps.rows} of them moved along each column: {_share(steps.violation_rate)} "
@@ -306,7 +312,7 @@ class Audit:
 
     def _columns(self, which: Tensor) -> str:
         """The columns of these entries (D, k), or of a few."""
-        found = [str(self.labels[c]) for c in which.any(0).nonzero().flatten().tolist()]
+        found = [_short(self.labels[c]) for c in which.any(0).nonzero().flatten().tolist()]
         if not found:
             return ""
         more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
@@ -314,16 +320,16 @@ class Audit:
 
     def _outputs_where(self, which: Tensor) -> str:
         """Of which outputs that is so, where it is not so of all."""
-        found = [str(self.outputs[d]) for d in which.any(1).nonzero().flatten().tolist()]
+        found = [_short(self.outputs[d]) for d in which.any(1).nonzero().flatten().tolist()]
         if len(found) == len(self.outputs) or not self.outputs:
             return ""
         more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
         return f" (output{'s' * (len(found) > 1)} {', '.join(found[:NAMED])}{more})"
 
     def _table(self, most: int) -> list[str]:
-        """At most so many lines."""
+        """At most so many lines, none where they have no room for a constraint."""
         entries, steps = self.entries(), self.steps
-        if not entries:
+        if not entries or most < (3 if steps is None else 4):
             return []
         columns, outputs = ([_short(name) for name in of] for of in (self.labels, self.outputs))
         w, v = max(6, *map(len, columns)), max(6, *map(len, outputs))
@@ -335,7 +341,7 @@ class Audit:
             head += f" {'falling':>9} {'drop':>9} {'from x':>9} {'to x':>9}"
         lines = [above, head] if steps is not None else [head]
         room = most - len(lines)
-        shown = entries if len(entries) <= room else entries[: max(room - 1, 1)]
+        shown = entries if len(entries) <= room else entries[: room - 1]
         for d, c in shown:
             line = f"{outputs[d]:>{v}} {columns[c]:>{w}} {int(self.direction[d, c]):>+4}"
             if self.blind[d, c]:
@@ -418,9 +424,14 @@ def _share(share: float) -> str:
     return f"{share:.2%}" if not math.isnan(share) else "-"
 
 
+def _wrapped(said: str) -> list[str]:
+    return textwrap.wrap(said, WIDE, subsequent_indent="  ")
+
+
 def _short(name: Any) -> str:
     text = str(name)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+    half = LONGEST // 2
+    return text if len(text) <= LONGEST else f"{text[:half]}…{text[1 - half :]}"
 
 
 def _cell(value: Any) -> str:
