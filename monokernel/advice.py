@@ -37,8 +37,7 @@ RUNNING = (
 )
 FROZEN = (
     "{}for the fused step, once the statistics have settled: put the layer into evaluation mode "
-    "after every mlp.train(), as in `for m in mlp.modules(): if isinstance(m, nn.BatchNorm1d): "
-    "m.eval()`"
+    "after every mlp.train(): `[m.eval() for m in mlp.modules() if isinstance(m, nn.BatchNorm1d)]`"
 )
 PLAIN = (
     "written with linear layers, activations, norms, +, -, *, cat, slices of columns, softmax and "

@@ -236,6 +236,8 @@ def _measure(mlp: nn.Module, x: Tensor, asked: _Asked) -> Audit:
             if asked.steps:
                 how = asked.columns, asked.labels, table, asked.steps
                 moved = along(mlp, x, asked.data, *how)
+        if moved is not None:
+            blind |= flat & (moved.rate > 0).to(flat.device)
         flat &= ~blind
     else:
         low = rate = torch.full_like(table, torch.nan)

@@ -22,6 +22,7 @@ from .steps import Steps
 __all__ = ["Audit", "Units"]
 
 SCREEN, WIDE = 24, 100  # lines, and letters of a sentence in them
+LEAST = 5  # lines of the first table
 LONGEST = 20  # letters of a name
 NAMED = 5  # columns in one sentence
 
@@ -233,10 +234,12 @@ class Audit:
             new = [line for line in new if line not in known]
             known.update(new)
             heads.append([line for said in new for line in _wrapped(said)])
+        if SCREEN - sum(map(len, heads)) - len(parts) + 1 < LEAST:
+            heads[1:] = [head[:1] for head in heads[1:]]
         left = SCREEN - sum(map(len, heads)) - len(parts) + 1
         tables = list[list[str]]()
         for i, (_, part) in enumerate(parts):
-            tables.append(part._table(max(left // (len(parts) - i), min(left, 5))))
+            tables.append(part._table(max(left // (len(parts) - i), min(left, LEAST))))
             left -= len(tables[-1])
         texts = [[*head, *table] for head, table in zip(heads, tables, strict=True)]
         return "\n\n".join("\n".join(lines) for lines in texts)

@@ -151,6 +151,26 @@ def test_not_a_module() -> None:
             call(lambda x: x, X1, X2)
 
 
+def test_a_weight_below_zero_in_a_compiled_loss() -> None:
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def penalty(weight: Tensor) -> Tensor:
+        return fused_mono_penalty(NET, X1, X2, margin=1.0, weight=weight)
+
+    want = fused_mono_penalty(NET, X1, X2, margin=1.0, weight=torch.ones(2, 2))
+    torch.testing.assert_close(penalty(torch.ones(2, 2)), want)
+    with pytest.raises(RuntimeError, match="weight: expected none below 0"):
+        penalty(torch.tensor([[1.0, 1.0], [-1.0, 1.0]]))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "torch"])
+def test_parameters_made_in_inference_mode(backend: str) -> None:
+    with torch.inference_mode():
+        chain, other = mlp(3, 2, 2, dtype=torch.float32), hooked(mlp(3, 2, 2, dtype=torch.float32))
+    for net in (chain, other) if backend != "torch" else (chain,):
+        with pytest.raises(RuntimeError, match=r"^mlp: expected parameters that autograd may keep"):
+            fused_mono_penalty(net, X1, X2, backend=backend)
+
+
 def test_the_other_calls_check_as_well() -> None:
     for call in (value_and_jacobian, audit):
         with pytest.raises(TypeError, match="x1: expected a floating-point tensor, got int64"):
