@@ -107,7 +107,7 @@ def audit(
         heights = check_scaler("y_scaler", y_scaler, D)
         sampled = attacked = None
         if sample:
-            points = sample_points(_without_nan(x), sample, strategy, generator=generator)
+            points = sample_points(without_nan(x), sample, strategy, generator=generator)
             sampled = _measure(mlp, points, asked)
         if attack and len(x):
             points = _attacked(mlp, x, report, generator)
@@ -154,11 +154,11 @@ def _attacked(
     columns = torch.tensor(report.columns, device=x.device)[places]
     each = max(1, min(STARTS, MOST_STARTS // len(signs)))
     worst = x[report.worst_row.flatten().clamp(min=0).unique().to(x.device)]
-    x = _without_nan(x)
+    x = without_nan(x)
     lower, upper = x.amin(0).double(), x.amax(0).double()
     starts = torch.cat(
         [
-            _without_nan(worst),
+            without_nan(worst),
             spread(x, each),
             sample_points(x, each, generator=generator),
         ]
@@ -262,6 +262,6 @@ def _measure(mlp: nn.Module, x: Tensor, asked: _Asked) -> Audit:
     )
 
 
-def _without_nan(x: Tensor) -> Tensor:
+def without_nan(x: Tensor) -> Tensor:
     """The rows that have a place in a range."""
     return x[~x.isnan().any(1)]

@@ -379,7 +379,7 @@ def test_plot_of_sampled_points_that_are_unknown() -> None:
     x2[:, 1] = torch.where(x2[:, 1] > 0, 5.0, -5.0)
     figure = plot_audit(net, x1, x2, sample=30, direction=[0, 1], strategy="uniform")
     title = figure.axes[0].get_title("left")
-    assert title.endswith("100.0% of rows violate, unknown on sampled points")
+    assert title.endswith("100.0% of rows violate, unknown on sampled points; 100.0% fall along it")
 
 
 def test_plot(tmp_path: Path) -> None:
@@ -393,6 +393,24 @@ def test_plot(tmp_path: Path) -> None:
     assert (tmp_path / "audit.png").stat().st_size > 10_000
     titles = [a.get_title("left") for a in figure.axes]
     assert all("must rise with age" in t or "must fall with bmi" in t for t in titles[::2])
+
+
+def test_a_plot_in_the_user_s_own_units_with_doubts_and_nan() -> None:
+    pytest.importorskip("matplotlib")
+    x = torch.cat([X1, X2], -1)
+    x[3, 1] = math.nan
+    options: dict[str, Any] = {"direction": [0, 0, 1], "outputs": ["price", "rent"], "sample": 5}
+    figure = plot_audit(Slopes(), x, x_scaler=([0, 0, 10], [1, 1, 2]), y_scaler=(50, 4), **options)
+    _, right = figure.axes[:2]
+    xs, ys = right.lines[0].get_data()
+    assert (xs[0], xs[-1]) == (10 - 2 * 2, 10 + 3 * 2)
+    assert "fall along it" in figure.axes[0].get_title("left")
+    assert right.lines[1].get_data()[0] == [10 - 2 * 2]  # the worst slope is in row 1
+    want = 50 + 4 * (-x[1, 1] + ((torch.tensor(xs[7]) - 10) / 2).square())
+    torch.testing.assert_close(torch.tensor(ys[7]), want)
+    mixes = Mixes(MIXES["mean"])
+    drawn = plot_audit(mixes, *points(30, 3, 2, torch.float32))
+    assert "ROWS INFLUENCE EACH OTHER" in drawn.get_suptitle()
 
 
 def test_plot_of_slopes_that_are_all_equal_or_nan() -> None:
