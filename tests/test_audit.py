@@ -402,10 +402,10 @@ def test_a_plot_in_the_user_s_own_units_with_doubts_and_nan() -> None:
     options: dict[str, Any] = {"direction": [0, 0, 1], "outputs": ["price", "rent"], "sample": 5}
     figure = plot_audit(Slopes(), x, x_scaler=([0, 0, 10], [1, 1, 2]), y_scaler=(50, 4), **options)
     _, right = figure.axes[:2]
-    xs, ys = right.lines[0].get_data()
+    xs, ys = right.lines[2].get_data()
     assert (xs[0], xs[-1]) == (10 - 2 * 2, 10 + 3 * 2)
     assert "fall along it" in figure.axes[0].get_title("left")
-    assert right.lines[1].get_data()[0] == [10 - 2 * 2]  # the worst slope is in row 1
+    assert right.lines[3].get_data()[0] == [10 - 2 * 2]  # behind the row with NaN row 1 is worst
     want = 50 + 4 * (-x[1, 1] + ((torch.tensor(xs[7]) - 10) / 2).square())
     torch.testing.assert_close(torch.tensor(ys[7]), want)
     mixes = Mixes(MIXES["mean"])
