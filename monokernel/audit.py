@@ -62,7 +62,7 @@ def audit(
     """Measures violations on the given rows, with the network in evaluation mode.
 
     By slopes, and by steps: at most 1024 of the rows are moved along each constrained column, all
-    else held, which is at most 1024 · ``steps`` evaluated rows a column. What the network changes
+    else held. That is at most 1024 · ``steps`` evaluated rows a column, and 2^19 altogether. What the network changes
     of itself, and of random generators, while it is called for its values alone is put back.
 
     Args:
@@ -99,9 +99,10 @@ def audit(
     units = check_scaler("x_scaler", x_scaler, inputs.d)
     asked = _Asked(inputs.columns, columns or numbers, signs, margin, steps, x)
     with evaluating(mlp):
+        report = _measure(mlp, x, asked)
         with untouched(mlp, x.device):
             said, mixing = doubts(mlp, x)
-        report = replace(_measure(mlp, x, asked), doubts=said, mixing=mixing)
+        report = replace(report, doubts=said, mixing=mixing)
         D = len(report.direction)
         named = check_outputs(outputs, D)
         heights = check_scaler("y_scaler", y_scaler, D)

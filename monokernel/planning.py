@@ -173,20 +173,22 @@ def _looked_at(
     on rows that mix; None where its numbers cannot be read. Raises what the network raises."""
     if transformed() or torch.compiler.is_compiling() or not general.readable(*inputs.blocks):
         return None, []
-    x = probing.spread(inputs.joined().detach().reshape(-1, inputs.d), LOOKED_AT)
-    rows = check_inputs(x)._replace(columns=inputs.columns)
+    x = inputs.joined().detach()
+    x = probing.spread(x, LOOKED_AT) if len(inputs.batch) else x
+    rows, said = check_inputs(x)._replace(columns=inputs.columns), list[str]()
     with probing.evaluating(mlp), probing.untouched(mlp, x.device):
         general.check_gradient(mlp, rows)
         J = general.value_and_jacobian(mlp, rows, False, audited=True)[1].detach()
-        said, _ = probing.doubts(mlp, x)
+        if len(inputs.batch) == 1:
+            said += probing.doubts(mlp, x)[0]
     D, k = J.shape[-2:]
-    if not J.numel():
-        return D, [*said]
     wanted = torch.ones(D, k, dtype=torch.bool, device=J.device)
     if signs is not None:
         wanted = direction_table(signs.for_network(D), D, k, J.dtype, J.device) != 0
     labels = inputs.columns if len(inputs.blocks) == 1 else range(k)
-    return D, [*said, *probing.without_slope(mlp, x, J, wanted, inputs.columns, labels)]
+    if J.numel() and len(inputs.batch) == 1:
+        said += probing.without_slope(mlp, x, J, wanted, inputs.columns, labels)
+    return D, said
 
 
 def _sentence(error: Exception) -> str:

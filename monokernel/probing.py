@@ -72,7 +72,7 @@ def untouched(mlp: nn.Module, device: torch.device) -> Iterator[None]:
 def output(mlp: nn.Module, x: Tensor) -> Tensor:
     """y (n, D) of the rows x (n, d)."""
     y: Tensor = unwrap(mlp)(x)
-    return y.reshape(len(x), -1) if len(x) else y.reshape(0, y.shape[-1] if y.dim() > 1 else 1)
+    return y if y.dim() == 2 else y.reshape(len(x), -1)
 
 
 def spread(t: Tensor, most: int) -> Tensor:

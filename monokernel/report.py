@@ -117,17 +117,13 @@ class Audit:
         """(d, c) of the constrained entries, the worst first: those that are blind, then by the
         share of violating rows, by slope or by step, then by the lowest slope."""
 
+        fall = torch.zeros_like(self.rate) if self.steps is None else self.steps.rate
+        share = self.rate.nan_to_num(0.0).maximum(fall.to(self.rate.dtype).nan_to_num(0.0)).tolist()
+        low, blind = self.worst_slope.nan_to_num(-torch.inf).tolist(), self.blind.tolist()
+
         def badness(entry: tuple[int, int]) -> tuple[float, ...]:
-            rate, fall = self.rate[entry].item(), math.nan
-            if self.steps is not None:
-                fall = self.steps.rate[entry].item()
-            shares = [share for share in (rate, fall) if not math.isnan(share)]
-            low = self.worst_slope[entry].item()
-            return (
-                -float(self.blind[entry]),
-                -max(shares, default=0.0),
-                -math.inf if math.isnan(low) else low,
-            )
+            d, c = entry
+            return -float(blind[d][c]), -share[d][c], low[d][c]
 
         return sorted(((d, c) for d, c in (self.direction != 0).nonzero().tolist()), key=badness)
 
@@ -135,8 +131,8 @@ class Audit:
         """The same in units of which the network's are ``(own - mean) / scale``, for the d columns
         of x and the D outputs."""
         d, D = self.worst_point.shape[-1], len(self.direction)
-        mean, scale = (torch.tensor(t) for t in x or ((0.0,) * d, (1.0,) * d))
-        height = torch.tensor(y[1] if y else (1.0,) * D).unsqueeze(-1)
+        mean, scale = torch.tensor(x or ((0.0,) * d, (1.0,) * d), dtype=torch.float64)
+        height = torch.tensor(y[1] if y else (1.0,) * D, dtype=torch.float64).unsqueeze(-1)
         at = list(self.columns)
         steps = self.steps
         if steps is not None:

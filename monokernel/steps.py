@@ -17,7 +17,8 @@ from .probing import output, rounding, spread
 
 __all__ = ["Steps", "along"]
 
-STEPPED_ROWS = 1024
+# Rows that are moved, fewer where many columns would make of them more evaluations than this.
+STEPPED_ROWS, EVALUATIONS, LEAST_ROWS = 1024, 1 << 19, 64
 ROWS_AT_A_TIME = 1 << 14  # evaluated in one call
 # Roundings of the largest |y| that are no fall; half precision rounds in every layer.
 FALL_ROUNDINGS, FALL_ROUNDINGS_HALF = 16, 2
@@ -35,7 +36,8 @@ class Steps:
     one value are NaN (-1 in ``worst_row``), as they are where the network refuses the values.
 
     Attributes:
-        rows: how many rows were moved, at most 1024, evenly among those without a NaN.
+        rows: how many rows were moved, evenly among those without a NaN: at most 1024, and so many
+            that no more than 2^19 are evaluated altogether (but 64).
         values: how many values each column took (k,).
         rate: the share of rows that fall (D, k), in 0 to 1.
         worst_drop: the deepest fall (D, k) from a peak to what follows it, units of y; 0 if none.
@@ -104,7 +106,9 @@ def along(
 ) -> Steps | None:
     """Moves rows of x (N, d) along each of the columns, over at most so many values in the range of
     the data (M, d); ``signs`` are (D, k). None where there is no row to move."""
-    at = spread((~x.isnan().any(1)).nonzero().flatten(), STEPPED_ROWS)
+    rows_for_all = EVALUATIONS // max(1, most * len(columns))
+    movable = (~x.isnan().any(1)).nonzero().flatten()
+    at = spread(movable, max(LEAST_ROWS, min(STEPPED_ROWS, rows_for_all)))
     if not len(at) or not len(signs):
         return None
     rows = x[at]

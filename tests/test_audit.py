@@ -497,6 +497,16 @@ def test_steps_measure_the_deepest_fall_and_where_it_is() -> None:
     assert steps.violation_rate == 0.25
 
 
+def test_steps_of_many_columns_move_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = nn.Linear(40, 1), torch.randn(500, 40)
+    monkeypatch.setattr(import_module("monokernel.steps"), "EVALUATIONS", 40 * 16 * 100)
+    steps = audit(net, x, direction=[1] * 40, steps=16).steps
+    assert steps is not None
+    assert steps.rows == 100
+    assert steps.evaluations <= 100 * (40 * 16 + 1)
+    assert (steps.rate[0] == (net.weight[0] < 0)).all()
+
+
 def test_steps_see_a_fall_between_the_rows_that_no_slope_shows() -> None:
     """y rises at every row and falls over the gap between them."""
 
