@@ -62,8 +62,9 @@ def audit(
     """Measures violations on the given rows, with the network in evaluation mode.
 
     By slopes, and by steps: at most 1024 of the rows are moved along each constrained column, all
-    else held. That is at most 1024 · ``steps`` evaluated rows a column, and 2^19 altogether. What the network changes
-    of itself, and of random generators, while it is called for its values alone is put back.
+    else held. That is at most 1024 · ``steps`` evaluated rows a column, and 2^19 altogether. What
+    the network changes of itself, and of random generators, while it is called for its values
+    alone is put back.
 
     Args:
         mlp, x1, x2, direction, columns, margin: as for ``fused_mono_penalty``. The inputs may be

@@ -66,8 +66,8 @@ class Plan:
             matrix products where it is fused, by measurements of double backward where it is not;
             None where it is not known.
         advice: what to change, a sentence each.
-        doubts: what the penalty would not see, a sentence each: columns in which every slope is 0,
-            rows that influence each other. Looked for on the general path.
+        doubts: what the penalty would not see, a sentence each: activations that jump, and on the
+            general path columns in which every slope is 0 and rows that influence each other.
         error: the sentence with which the call would raise, "" if it would not.
     """
 
@@ -153,7 +153,7 @@ def plan(
         except Exception as error:  # whatever a module of one's own says
             failed = _sentence(error)
     else:
-        D = route.network.nodes[-1].width
+        D, doubts = route.network.nodes[-1].width, _jumps(route.network.nodes)
         try:
             (signs or Direction((1,), ())).for_network(D)
         except ValueError as error:
@@ -189,6 +189,22 @@ def _looked_at(
     if J.numel() and len(inputs.batch) == 1:
         said += probing.without_slope(mlp, x, J, wanted, inputs.columns, labels)
     return D, said
+
+
+def _jumps(nodes: tuple[Node, ...]) -> list[str]:
+    """A sentence on the activations that are not continuous, if there are any."""
+    kinds = dict.fromkeys(
+        node.kind
+        for node in nodes
+        if (node.kind == "threshold" and node.numbers[0] != node.numbers[1])
+        or (node.kind == "hardshrink" and node.numbers[0] != 0)
+    )
+    if not kinds:
+        return []
+    return [
+        f"y may jump at its {' and '.join(kinds)}, and no slope shows by how much or in which "
+        "direction; audit() compares finite steps"
+    ]
 
 
 def _sentence(error: Exception) -> str:

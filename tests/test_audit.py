@@ -524,6 +524,18 @@ def test_steps_see_a_fall_between_the_rows_that_no_slope_shows() -> None:
     assert audit(Saw(), torch.empty(40, 0), x2, steps=0).all_clear
 
 
+def test_steps_see_the_fall_of_an_activation_that_jumps() -> None:
+    """5 below 0 and x above: no slope is negative, and y falls by 5."""
+    net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Threshold(0.0, 5.0))
+    net[0].weight.data.fill_(1.0)
+    report = audit(net, torch.empty(50, 0), torch.linspace(-1, 1, 50))
+    assert report.violation_rate == 0
+    assert report.steps is not None
+    assert report.steps.rate.item() == 1
+    assert report.steps.worst_drop.item() == pytest.approx(5, abs=0.1)
+    assert not report.all_clear
+
+
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.Tanh(), nn.Hardtanh()])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rounding_is_no_fall(activation: nn.Module, dtype: torch.dtype) -> None:

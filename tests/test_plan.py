@@ -208,6 +208,16 @@ def test_a_plan_names_the_columns_without_a_derivative(kind: str) -> None:
     assert net.training == training
 
 
+def test_a_plan_names_activations_that_jump() -> None:
+    for step, kind in ((nn.Threshold(0.5, 2.0), "threshold"), (nn.Hardshrink(), "hardshrink")):
+        net = mlp(3, 2, 1, activation=step, dtype=torch.float32)
+        chosen = plan(net, X1, X2)
+        assert chosen.backend == HANDWRITTEN[-1]
+        assert chosen.doubts[0].startswith(f"y may jump at its {kind}, and no slope shows")
+    for smooth in (nn.Threshold(0.5, 0.5), nn.Hardshrink(0.0), nn.ReLU()):
+        assert plan(mlp(3, 2, 1, activation=smooth, dtype=torch.float32), X1, X2).doubts == ()
+
+
 def test_a_plan_names_rows_that_mix() -> None:
     (said, *_) = plan(Forward(lambda y: y - y.mean(0)), X1, X2).doubts
     assert said.startswith("ROWS INFLUENCE EACH OTHER in mlp (Forward)")
