@@ -139,6 +139,7 @@ class Audit:
             steps = replace(
                 steps,
                 worst_drop=steps.worst_drop * height,
+                worst_point=steps.worst_point * scale + mean,
                 drop_from=steps.drop_from * scale[at] + mean[at],
                 drop_to=steps.drop_to * scale[at] + mean[at],
             )

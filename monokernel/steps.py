@@ -42,6 +42,7 @@ class Steps:
         rate: the share of rows that fall (D, k), in 0 to 1.
         worst_drop: the deepest fall (D, k) from a peak to what follows it, units of y; 0 if none.
         worst_row: its row (D, k), an index into the flattened leading shape; -1 where none falls.
+        worst_point: the inputs of that row (D, k, d), before its column is moved.
         drop_from, drop_to: the values of the column at that peak and behind it (D, k).
         evaluations: rows of the network that were evaluated altogether.
         refused: one sentence for each column that the network could not be moved along.
@@ -52,6 +53,7 @@ class Steps:
     rate: Tensor
     worst_drop: Tensor
     worst_row: Tensor
+    worst_point: Tensor
     drop_from: Tensor
     drop_to: Tensor
     evaluations: int
@@ -76,7 +78,7 @@ class Steps:
             "values": list(self.values),
             "violation_rate": self.violation_rate,
             "worst": self.worst,
-            **{name: getattr(self, name).tolist() for name in TABLES},
+            **{name: getattr(self, name).tolist() for name in (*TABLES, "worst_point")},
             "evaluations": self.evaluations,
             "refused": list(self.refused),
         }
@@ -93,6 +95,12 @@ class _Found(NamedTuple):
     row: Tensor
     high: Tensor  # the column's value at the peak
     low: Tensor
+
+
+def _nothing(size: Tensor) -> _Found:
+    """Of a column that was not moved."""
+    nan = torch.full_like(size, torch.nan, dtype=torch.float64)
+    return _Found(nan, nan, torch.full_like(nan, -1, dtype=torch.int64), nan, nan)
 
 
 def along(
@@ -114,40 +122,39 @@ def along(
     rows = x[at]
     y = output(mlp, rows)
     size = torch.where(y.isfinite(), y, 0).abs().amax(0)
-    evaluations, values, refused = len(rows), list[int](), list[str]()
-    tables: dict[str, list[Tensor]] = {name: [] for name in TABLES}
-    nan = torch.full_like(size, torch.nan, dtype=torch.float64)
+    evaluations, values, found, refused = len(rows), list[int](), list[_Found](), list[str]()
     for c, label, sign in zip(columns, labels, signs.to(y.device).unbind(1), strict=True):
-        known, found, error = grid(data[:, c], most), None, ""
-        for way in (known, spread(_values(data[:, c]), most)):  # the latter the network has seen
+        seen = spread(_values(data[:, c]), most)
+        moved, error = _nothing(size), ""
+        for way in (grid(data[:, c], most), seen):
             if len(way) < 2 or not sign.any():
                 break
             evaluations += len(rows) * len(way)
             try:
-                found = _moved(mlp, rows, c, way, sign, size)
-                known = way
+                moved, error = _moved(mlp, rows, c, way, sign, size), ""
                 break
             except Exception as raised:  # whatever a network says to a value that it never sees
                 error = f"{type(raised).__name__}: {raised}".splitlines()[0]
-        values.append(len(known))
-        if found is None:
-            if error:
-                refused.append(f"mlp cannot be moved along column {label}: {error}")
-            found = _Found(nan, nan, nan.new_full(nan.shape, -1), nan, nan)
-            share = nan
-        else:
-            share = found.falls.double() / len(rows)
-        free = sign == 0
-        row = torch.where(found.row < 0, -1, at.to(y.device)[found.row.long().clamp(min=0)])
-        own = share, found.drop, row, found.high, found.low
-        for name, table in zip(TABLES, own, strict=True):
-            empty, nothing = (free, torch.nan) if name in TABLES[:2] else (free | (row < 0), -1)
-            if name in TABLES[3:]:
-                nothing = torch.nan
-            tables[name].append(table.masked_fill(empty, nothing))
-    stacked = {name: torch.stack(table, -1).cpu() for name, table in tables.items()}
-    said = tuple(refused)
-    return Steps(len(rows), tuple(values), evaluations=evaluations, refused=said, **stacked)
+        values.append(len(way))
+        found.append(moved)
+        if error:
+            refused.append(f"mlp cannot be moved along column {label}: {error}")
+    falls, drop, row, high, low = (torch.stack(part, -1).cpu() for part in zip(*found, strict=True))
+    free = signs.cpu() == 0
+    still = free | (row < 0)
+    row = torch.where(still, -1, at.cpu()[row.clamp(min=0)])
+    return Steps(
+        rows=len(rows),
+        values=tuple(values),
+        rate=(falls / len(rows)).masked_fill(free, torch.nan),
+        worst_drop=drop.masked_fill(free, torch.nan),
+        worst_row=row,
+        worst_point=x.cpu()[row.clamp(min=0)].masked_fill(still.unsqueeze(-1), torch.nan),
+        drop_from=high.masked_fill(still, torch.nan),
+        drop_to=low.masked_fill(still, torch.nan),
+        evaluations=evaluations,
+        refused=tuple(refused),
+    )
 
 
 def grid(column: Tensor, most: int) -> Tensor:
@@ -192,7 +199,8 @@ def _moved(
         fell = fell.gather(0, row.unsqueeze(0))  # (1, D)
         peaked = peaked.gather(0, row.expand(1, V, -1)).squeeze(0).gather(0, fell).squeeze(0)
         row = torch.where(falls.any(0), row + start, -1)
-        parts.append(_Found(falls.sum(0), deepest, row, values[peaked], values[fell.squeeze(0)]))
+        ends = values[peaked].double(), values[fell.squeeze(0)].double()
+        parts.append(_Found(falls.sum(0).double(), deepest, row, *ends))
     drop, block = torch.stack([p.drop for p in parts]).max(0)
     picked = [torch.stack([p[i] for p in parts]).gather(0, block[None])[0] for i in (2, 3, 4)]
     return _Found(torch.stack([p.falls for p in parts]).sum(0), drop, *picked)

@@ -485,6 +485,9 @@ def test_steps_measure_the_deepest_fall_and_where_it_is() -> None:
     assert steps.worst_drop[1, 1].item() == pytest.approx(4, abs=1e-2)
     assert steps.drop_from[1, 1] == -2
     assert abs(steps.drop_to[1, 1]) < 0.03
+    point = torch.cat([X1, X2], -1)[steps.worst_row[1, 1]]
+    assert torch.equal(steps.worst_point[1, 1], point)
+    assert steps.worst_point[0].isnan().all()
     assert steps.worst_drop[0].isnan().all()
     assert steps.worst_row[0].tolist() == [-1, -1]
     # x1·z0 falls in the rows of negative x1, the deepest by 3·(1 - 0) in row 1.
@@ -757,7 +760,7 @@ def test_the_report_is_in_the_user_s_own_units() -> None:
             torch.testing.assert_close(
                 getattr(got, name), getattr(want, name), rtol=1e-5, atol=1e-5, equal_nan=True
             )
-        for name in ("rate", "worst_drop", "worst_row", "drop_from", "drop_to"):
+        for name in ("rate", "worst_drop", "worst_row", "worst_point", "drop_from", "drop_to"):
             torch.testing.assert_close(
                 getattr(got.steps, name), getattr(want.steps, name), rtol=1e-5, atol=1e-5,
                 equal_nan=True,
