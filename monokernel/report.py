@@ -116,7 +116,6 @@ class Audit:
     def entries(self) -> list[tuple[int, int]]:
         """(d, c) of the constrained entries, the worst first: those that are blind, then by the
         share of violating rows, by slope or by step, then by the lowest slope."""
-
         fall = torch.zeros_like(self.rate) if self.steps is None else self.steps.rate
         share = self.rate.nan_to_num(0.0).maximum(fall.to(self.rate.dtype).nan_to_num(0.0)).tolist()
         low, blind = self.worst_slope.nan_to_num(-torch.inf).tolist(), self.blind.tolist()
@@ -275,11 +274,14 @@ class Audit:
             s = "s" * (self.nan_rows > 1)
             doubts.append(f"{self.nan_rows} row{s} with NaN among the inputs, first row "
                           f"{self.nan_row}")  # fmt: skip
-        if not blind:
+        unknown = f"{self.rows} {what}: UNKNOWN how many of the constrained slopes violate"
+        if self.mixing and not blind:
+            lines = [unknown, *doubts, f"Taken for themselves {counted}"]
+        elif not blind:
             lines = [f"{self.rows} {what}: {counted}", *doubts]
         else:
             lines = [
-                f"{self.rows} {what}: UNKNOWN how many of the constrained slopes violate",
+                unknown,
                 *doubts,
                 f"In {blind} the derivative is 0 in every row, yet y changes with the column.",
                 f"It says nothing of rise or fall, as behind {WITHOUT_DERIVATIVE}.",
