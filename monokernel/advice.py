@@ -49,7 +49,7 @@ WAYS: tuple[tuple[str, str], ...] = (
     ("under no_grad", "what is computed under no_grad has no derivative, and no penalty sees it"),
     (
         r"Tensor\.(round|floor|ceil|trunc|sign|detach|item|gt|ge|lt|le|eq|ne|__(gt|ge|lt|le|eq|ne)__)"
-        r" |torch\.(round|floor|ceil|sign|bucketize)|F\.threshold",
+        r" |torch\.(round|floor|ceil|sign|bucketize)",
         "what comes out of it has no derivative in x, and no penalty sees that part of y",
     ),
     (

@@ -63,8 +63,9 @@ class Plan:
         refused: for every other backend that was considered, the reason.
         reason: the one reason why the network is not fused, "" if it is.
         cost: a penalised step in plain steps, (while 5 % of the rows violate, when all do): by
-            matrix products where it is fused, by measurements of double backward where it is not;
-            None where it is not known.
+            matrix products where it is fused (``docs/performance.md`` has what was measured, mostly
+            below that), by measurements of double backward where it is not; None where it is not
+            known.
         advice: what to change, a sentence each.
         doubts: what the penalty would not see, a sentence each: activations that jump, and on the
             general path columns in which every slope is 0 and rows that influence each other.
