@@ -139,8 +139,9 @@ def test_text_table() -> None:
     assert "10 sampled points: " in str(report)
 
 
-def test_the_text_is_at_most_a_screen() -> None:
+def test_the_text_is_at_most_a_screen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of whatever network: with every part, many constraints, long names and sentences."""
+    monkeypatch.setattr(import_module("monokernel.audit"), "STARTS", 1)
     names = [f"a column with a very long name, number {c}" for c in range(12)]
     x = torch.randn(9, 12)
     report = audit(
