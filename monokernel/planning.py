@@ -150,7 +150,8 @@ def plan(
     if route.network is None:
         kernel, reason = GENERAL, next(iter(refused.values()), "")
         try:
-            D, doubts = _looked_at(network.unwrap(mlp), inputs, signs)
+            with torch.inference_mode(False):
+                D, doubts = _looked_at(network.unwrap(mlp), inputs, signs)
         except Exception as error:  # whatever a module of one's own says
             failed = _sentence(error)
     else:
@@ -174,7 +175,7 @@ def _looked_at(
     on rows that mix; None where its numbers cannot be read. Raises what the network raises."""
     if transformed() or torch.compiler.is_compiling() or not general.readable(*inputs.blocks):
         return None, []
-    x = inputs.joined().detach()
+    x = torch.cat([t.clone() for t in inputs.blocks], -1).detach()
     x = probing.spread(x, LOOKED_AT) if len(inputs.batch) else x
     rows, said = check_inputs(x)._replace(columns=inputs.columns), list[str]()
     with probing.evaluating(mlp), probing.untouched(mlp, x.device):
@@ -211,7 +212,7 @@ def _jumps(nodes: tuple[Node, ...]) -> list[str]:
 def _sentence(error: Exception) -> str:
     """As the call says it; what is not this package's names itself."""
     said = f"{error}".partition("\n")[0]
-    own = isinstance(error, (ValueError, TypeError)) and re.match(r"\w+: ", said)
+    own = re.match(r"(mlp|x1|x2|direction|columns|mode|backend|batch_stats|Monotone): ", said)
     return said if own else f"mlp: {type(error).__name__}: {said}"
 
 

@@ -266,9 +266,9 @@ class Audit:
         known = (self.direction != 0) & ~self.blind
         worst = self._lowest() if known.any() else math.nan
         rate = self.rate[known].mean().item() if known.any() else math.nan
-        counted = (
-            f"{_share(rate).strip()} of the constrained slopes violate, worst slope {worst:.4g}"
-        )
+        counted = f"{_share(rate)} of the constrained slopes violate, worst slope {worst:.4g}"
+        if not (self.rows and known.any()):
+            counted = "no slope to count"
         blind, doubts = self._columns(self.blind), list(self.doubts)
         if self.nan_rows:
             s = "s" * (self.nan_rows > 1)

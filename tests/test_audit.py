@@ -69,6 +69,7 @@ def test_any_leading_shape_and_no_free_inputs() -> None:
 def test_empty_batch() -> None:
     report = audit(Slopes(), X1[:0], X2[:0])
     assert report.rows == 0
+    assert str(report).startswith("0 rows: no slope to count")
     assert math.isnan(report.violation_rate)
     assert report.worst_point.shape == (2, 2, 3)
     assert (report.worst_row == -1).all()

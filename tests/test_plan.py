@@ -219,6 +219,13 @@ def test_a_plan_names_activations_that_jump() -> None:
         assert plan(mlp(3, 2, 1, activation=smooth, dtype=torch.float32), X1, X2).doubts == ()
 
 
+def test_a_plan_in_inference_mode_is_the_same() -> None:
+    for net in (hooked(), Reads(WITHOUT_DERIVATIVE["rounding"])):
+        with torch.inference_mode():
+            within = plan(net, X1.clone(), X2.clone())
+        assert within == plan(net, X1, X2)
+
+
 def test_a_plan_names_rows_that_mix() -> None:
     (said, *_) = plan(Forward(lambda y: y - y.mean(0)), X1, X2).doubts
     assert said.startswith("ROWS INFLUENCE EACH OTHER in mlp (Forward)")

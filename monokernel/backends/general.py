@@ -131,6 +131,7 @@ def _by_autograd(
 
 def check_gradient(mlp: nn.Module, inputs: Inputs) -> None:
     """Raises where the output takes no part in autograd, at the price of a call."""
+    check_saveable(mlp.parameters())
     with torch.enable_grad():
         x = inputs.joined().detach().requires_grad_()
         if not _call(mlp, x).requires_grad:
