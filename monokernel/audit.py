@@ -64,7 +64,8 @@ def audit(
     By slopes, and by steps: at most 1024 of the rows are moved along each constrained column, all
     else held. That is at most 1024 · ``steps`` evaluated rows a column, and 2^19 altogether. What
     the network changes of itself, and of random generators, while it is called for its values
-    alone is put back.
+    alone is put back. Rows that influence each other, and outputs that are drawn anew in each call,
+    are found by calling up to 64 rows together and in halves (``Audit.doubts``).
 
     Args:
         mlp, x1, x2, direction, columns, margin: as for ``fused_mono_penalty``. The inputs may be
