@@ -88,9 +88,9 @@ def audit(
     Returns:
         An ``Audit``; print it, or see its ``to_dict``, ``to_frame``, ``to_html``, ``to_csv``.
     """
-    (x1, names), (x2, own) = check_table("x1", x1, mlp), check_table("x2", x2, mlp)
+    (x1, names), (x2, names2) = check_table("x1", x1, mlp), check_table("x2", x2, mlp)
     if columns is None:
-        columns = names if x2 is None else own
+        columns = names if x2 is None else names2
     inputs = check_inputs(x1, x2)
     inputs, signs, margin, columns = check_constraints(inputs, direction, columns, margin)
     numbers = inputs.columns if x2 is None else tuple(range(inputs.k))
@@ -104,7 +104,7 @@ def audit(
         report = _measure(mlp, x, asked)
         with untouched(mlp, x.device):
             said, mixing = doubts(mlp, x)
-        report = replace(report, doubts=said, mixing=mixing)
+        report = replace(report, doubts=said)
         D = len(report.direction)
         named = check_outputs(outputs, D)
         heights = check_scaler("y_scaler", y_scaler, D)
@@ -117,13 +117,12 @@ def audit(
             if len(points):
                 attacked = _measure(mlp, points, asked._replace(steps=0))
 
-    def shown(part: Audit | None) -> Audit | None:
-        if part is None:
-            return None
+    def shown(part: Audit) -> Audit:
         part = replace(part, outputs=named, mixing=mixing)
         return part.in_units(units, heights) if units or heights else part
 
-    return replace(shown(report) or report, sampled=shown(sampled), attacked=shown(attacked))
+    own, others = shown(report), [part and shown(part) for part in (sampled, attacked)]
+    return replace(own, sampled=others[0], attacked=others[1])
 
 
 class _Asked(NamedTuple):
