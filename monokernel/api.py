@@ -142,8 +142,9 @@ def fused_mono_penalty(
     Warns:
         RuntimeWarning: once for each network on the general path, of constrained columns in which
             every slope is exactly 0, of all outputs or of some: behind an embedding or a rounding
-            say, where no penalty can see whether y rises. It says whether y moves with them. Not
-            under torch.compile or a functorch transform, where numbers cannot be read.
+            say, where no penalty can see whether y rises. It says whether y moves with them. Under
+            torch.compile once for each class of network, and of columns alone; not in a functorch
+            transform, where numbers cannot be read.
     """
     mlp = unwrap(mlp)
     inputs = check_inputs(x1, x2)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from monokernel import MonotonePenalty, audit, fused_mono_penalty, plan, value_and_jacobian
+from monokernel.backends import general
 from tests.support import (
     BACKENDS,
     HANDWRITTEN,
@@ -418,6 +419,25 @@ def test_slopes_that_are_all_zero_are_warned_of_once_for_each_module(kind: str) 
         another = Reads(net.how)
         with pytest.warns(RuntimeWarning, match=ZERO), context:
             MonotonePenalty(another)(x1, 3 * x2)
+
+
+@pytest.mark.parametrize("kind", ["embedding", "rounding", "detach", "step"])
+def test_a_compiled_penalty_warns_of_slopes_that_are_all_zero(kind: str) -> None:
+    x1, x2 = points(20, D1, K, torch.float32)
+    net = Reads(WITHOUT_DERIVATIVE[kind])
+    general._looked.clear()
+    compiled = torch.compile(MonotonePenalty(net), fullgraph=True, backend="aot_eager")
+    constant = torch.zeros_like(x1), torch.zeros_like(x2)
+    assert not warned(lambda: compiled(*constant))  # rows that are all the same say nothing
+    with pytest.warns(RuntimeWarning, match=ZERO):
+        y, penalty = compiled(x1, 3 * x2)
+    assert not warned(lambda: compiled(x1, 3 * x2))
+    found = gradients(y.square().sum() + penalty, *net.smooth.parameters())
+    want, penalty = MonotonePenalty(net)(x1, 3 * x2)
+    loss = want.square().sum() + penalty
+    assert_same(found, gradients(loss, *net.smooth.parameters()), 1e-5)
+    other = MonotonePenalty(net, direction=[1, 0])
+    assert not warned(lambda: torch.compile(other, fullgraph=True, backend="aot_eager")(x1, x2))
 
 
 def test_the_warning_tells_outputs_and_columns_that_y_moves_with_or_not() -> None:

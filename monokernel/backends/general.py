@@ -28,7 +28,7 @@ from ..arguments import Direction, Inputs
 from ..columns import Columns, take
 from ..network import ending, parts, uncompiled
 from ..operands import check_saveable
-from ..probing import without_slope
+from ..probing import WITHOUT_DERIVATIVE, without_slope
 from ..problem import accumulate_dtype, direction_table, nan_rule
 from .compaction import DENSE, Call, compacted, slope
 
@@ -89,6 +89,8 @@ def value_and_jacobian(
         y, J = _by_func(mlp, inputs, running)
     elif compiling:
         y, J = by_operators(mlp, inputs, running)
+        if not (audited or torch.compiler.is_exporting()):
+            J = _looked_at(mlp, inputs, y, J, signs)
     else:
         y, J = _by_autograd(mlp, inputs, running, audited, violations, signs)
     J = nan_rule(y.reshape(J.shape[:-1]), J.to(accumulate_dtype(J.dtype)))
@@ -268,6 +270,57 @@ def by_operators(mlp: nn.Module, inputs: Inputs, running: bool) -> tuple[Tensor,
             slopes.append(_SLOPE(y, x, inputs.columns, seed, further))
         J = _stacked(slopes, _no_slopes(x, inputs))
     return (y, J) if further else (y.detach(), J.detach())
+
+
+# The numbers of a compiled graph can be read as it runs. Which network it was of is not known then.
+_library.define("look(Tensor J, Tensor y, str name, int[] labels, bool[] wanted) -> Tensor")
+_looked: set[tuple[Any, ...]] = set()
+
+
+def _look(J: Tensor, y: Tensor, name: str, labels: list[int], wanted: list[bool]) -> Tensor:
+    """A copy of the slopes J (*batch, D, k). Warns, once for each class of network, of columns in
+    which every one that is wanted (D·k) is 0, as soon as that can be judged."""
+    key = name, *labels, *wanted
+    D, k = J.shape[-2:]
+    if key not in _looked and J.numel() and readable(y, J):
+        dead = (J == 0).reshape(-1, D, k).all(0)
+        asked = torch.tensor(wanted, device=J.device).reshape(D, k)
+        columns = ((dead | ~asked).all(0) & asked.any(0)).nonzero().flatten().tolist()
+        rows = y.reshape(-1, D)
+        if not columns or (rows != rows[0]).any():
+            _looked.add(key)
+            if columns:
+                s = "s" * (len(columns) > 1)
+                which = ", ".join(str(labels[c]) for c in columns)
+                warnings.warn(
+                    f"{name.format(f'column{s} {which}')} is exactly 0. If y moves with it all the "
+                    f"same, as behind {WITHOUT_DERIVATIVE}, no penalty can see that, and 0 is no "
+                    "all-clear; audit() tells",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+    return J.clone()
+
+
+_library.impl("look", _look, "CompositeExplicitAutograd")
+torch.library.register_fake("monokernel::look", lambda J, *_: torch.empty_like(J), lib=_library)
+torch.library.register_autograd(
+    "monokernel::look", lambda ctx, g: (g, None, None, None, None), lib=_library
+)
+_LOOK = torch.ops.monokernel.look.default
+
+
+def _looked_at(
+    mlp: nn.Module, inputs: Inputs, y: Tensor, J: Tensor, signs: Direction | None
+) -> Tensor:
+    D, k = J.shape[-2], inputs.k
+    flat = (1,) if signs is None else signs.for_network(D)
+    wanted = [s != 0 for s in flat] * (D * k // len(flat))
+    whole = len(inputs.blocks) == 1
+    labels = list(inputs.columns) if whole else list(range(k))
+    argument = "x1" if whole else "x2"
+    name = f"{argument}: in {{}} every slope of mlp ({type(mlp).__name__})"
+    return _LOOK(J, y.detach(), name, labels, wanted)  # type: ignore[no-any-return]
 
 
 def _in_one_graph() -> AbstractContextManager[Any]:
