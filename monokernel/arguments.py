@@ -74,6 +74,11 @@ class Inputs(NamedTuple):
         return len(self.columns)
 
     @property
+    def numbers(self) -> Columns:
+        """Of the k columns, in the argument that they came as."""
+        return self.columns if len(self.blocks) == 1 else tuple(range(self.k))
+
+    @property
     def like(self) -> Tensor:
         """One of the blocks, for what all have in common."""
         return self.blocks[-1]

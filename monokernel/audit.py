@@ -93,13 +93,12 @@ def audit(
         columns = names if x2 is None else names2
     inputs = check_inputs(x1, x2)
     inputs, signs, margin, columns = check_constraints(inputs, direction, columns, margin)
-    numbers = inputs.columns if x2 is None else tuple(range(inputs.k))
     check_count("sample", sample)
     check_flag("attack", attack)
     check_values("steps", steps)
     x = inputs.joined().reshape(-1, inputs.d)
     units = check_scaler("x_scaler", x_scaler, inputs.d)
-    asked = _Asked(inputs.columns, columns or numbers, signs, margin, steps, x)
+    asked = _Asked(inputs.columns, columns or inputs.numbers, signs, margin, steps, x)
     with evaluating(mlp):
         report = _measure(mlp, x, asked)
         with untouched(mlp, x.device):

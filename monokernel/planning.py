@@ -187,9 +187,8 @@ def _looked_at(
     wanted = torch.ones(D, k, dtype=torch.bool, device=J.device)
     if signs is not None:
         wanted = direction_table(signs.for_network(D), D, k, J.dtype, J.device) != 0
-    labels = inputs.columns if len(inputs.blocks) == 1 else range(k)
     if J.numel() and len(inputs.batch) == 1:
-        said += probing.without_slope(mlp, x, J, wanted, inputs.columns, labels)
+        said += probing.without_slope(mlp, x, J, wanted, inputs.columns, inputs.numbers)
     return D, said
 
 

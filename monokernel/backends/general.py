@@ -196,10 +196,8 @@ def _judge(
     _judged[key] = weakref.ref(mlp, lambda _: _judged.pop(key, None))
     if not dead.any():
         return
-    name, labels = inputs.argument(inputs.like), range(k)
-    x = inputs.joined().detach().reshape(-1, inputs.d)
-    numbers = inputs.columns if name == "x1" else labels
-    for said in without_slope(mlp, x, J, wanted, inputs.columns, numbers):
+    name, x = inputs.argument(inputs.like), inputs.joined().detach().reshape(-1, inputs.d)
+    for said in without_slope(mlp, x, J, wanted, inputs.columns, inputs.numbers):
         warnings.warn(
             f"{name}: {said}",
             RuntimeWarning,
@@ -316,11 +314,9 @@ def _looked_at(
     D, k = J.shape[-2], inputs.k
     flat = (1,) if signs is None else signs.for_network(D)
     wanted = [s != 0 for s in flat] * (D * k // len(flat))
-    whole = len(inputs.blocks) == 1
-    labels = list(inputs.columns) if whole else list(range(k))
-    argument = "x1" if whole else "x2"
+    argument = "x1" if len(inputs.blocks) == 1 else "x2"
     name = f"{argument}: in {{}} every slope of mlp ({type(mlp).__name__})"
-    return _LOOK(J, y.detach(), name, labels, wanted)  # type: ignore[no-any-return]
+    return _LOOK(J, y.detach(), name, inputs.numbers, wanted)  # type: ignore[no-any-return]
 
 
 def _in_one_graph() -> AbstractContextManager[Any]:
