@@ -182,7 +182,7 @@ def train(name: str, loss: Loss, data: Data, held_out: Data, seed: int, steps: i
 
 def slopes_of(net: nn.Module, data: Data) -> Audit:
     """The slopes of nine quantiles of each patient."""
-    return audit(net, data.at_quantiles, direction=RISING, columns=data.columns)
+    return audit(net, data.at_quantiles, direction=RISING, columns=data.columns, steps=0)
 
 
 @torch.no_grad()

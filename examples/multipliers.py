@@ -69,7 +69,7 @@ def main() -> None:
         with torch.no_grad():
             error = (mlp(x[held_out]) - t[held_out]).square().mean()
         r2 = 1 - error.item() / t[held_out].var(correction=0).item()
-        rates = audit(mlp, x[fit, :-k], x[fit, -k:]).rate[0].tolist()
+        rates = audit(mlp, x[fit, :-k], x[fit, -k:], steps=0).rate[0].tolist()
         found = ", ".join(
             f"{name} {w:.2f}"
             for name, w in zip(MONOTONE, multipliers.weight[0].tolist(), strict=True)

@@ -2,13 +2,15 @@
 
 from ._version import __version__
 from .api import MonotonePenalty, fused_mono_penalty, value_and_jacobian
-from .audit import Audit, audit
+from .audit import audit
 from .certify import Certificate, certify
 from .monotone import Monotone
 from .multipliers import Multipliers
 from .planning import Plan, plan
 from .plots import plot_audit
+from .report import Audit
 from .sampling import sample_points
+from .steps import Steps
 
 __all__ = [
     "Audit",
@@ -17,6 +19,7 @@ __all__ = [
     "MonotonePenalty",
     "Multipliers",
     "Plan",
+    "Steps",
     "__version__",
     "audit",
     "certify",

@@ -27,7 +27,7 @@ from .backends import BACKENDS, general, reference
 from .columns import take
 from .function import evaluate, operand_dtype
 from .network import unwrap
-from .operands import has_memory, traced
+from .operands import check_saveable, has_memory, traced
 from .planning import Route, choose
 from .problem import Hinge, Problem, accumulate_dtype
 from .reading import Reading
@@ -117,7 +117,8 @@ def fused_mono_penalty(
         hinge: "linear" or "squared".
         weight: multiplies the penalties: a number or a tensor that broadcasts to (D, k) or
             (..., D, k), one multiplier per constraint say, or (...,), one for each row; not below
-            0, which is looked at on the CPU alone. Gradients reach it if it requires them.
+            0, which is looked at on the CPU alone (under torch.compile by an assertion in the
+            graph). Gradients reach it if it requires them.
         reduction: "sum"; "mean" over the constrained entries (0 where there are none, no row say);
             "none" gives (..., D, k).
         return_output: also return y, which shares the forward.
@@ -140,8 +141,10 @@ def fused_mono_penalty(
 
     Warns:
         RuntimeWarning: once for each network on the general path, of constrained columns in which
-            every slope is exactly 0: behind an embedding or a rounding say, where no penalty can
-            see whether y rises.
+            every slope is exactly 0, of all outputs or of some: behind an embedding or a rounding
+            say, where no penalty can see whether y rises. It says whether y moves with them. Under
+            torch.compile once for each class of network, and of columns alone; not in a functorch
+            transform, where numbers cannot be read.
     """
     mlp = unwrap(mlp)
     inputs = check_inputs(x1, x2)
@@ -189,9 +192,11 @@ def value_and_jacobian(
 
 class MonotonePenalty(nn.Module):
     """A network together with its penalty: ``forward(x1, x2)`` or ``forward(x)`` gives
-    ``(y, penalty)``.
+    ``(y, penalty)`` in training mode and ``y`` alone in evaluation mode.
 
-    An ordinary module around ``mlp``, so that DistributedDataParallel, FSDP, Lightning and
+    In evaluation mode it is ``mlp(cat[x1, x2])`` and nothing else, which ``torch.export``, ONNX and
+    ``torch.jit.trace`` take; ``fused_mono_penalty(model.mlp, …)`` has the penalty there. An
+    ordinary module around ``mlp``, so that DistributedDataParallel, FSDP, Lightning and
     ``torch.compile`` wrap it as they wrap any other. The arguments are those of
     ``fused_mono_penalty``; a tensor ``direction`` is read once, here, and a tensor ``weight``
     is a buffer that moves with the module. ``direction``, ``columns`` and ``margin`` are saved with
@@ -233,8 +238,17 @@ class MonotonePenalty(nn.Module):
             weight = torch.tensor(weight, dtype=dtype)
         self.register_buffer("weight", weight)
 
-    def forward(self, x1: Tensor, x2: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """y (..., D) and the penalty of ``x1`` (..., d1), ``x2`` (..., k), or of x (..., d)."""
+    def forward(self, x1: Tensor, x2: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """y (..., D) and the penalty of ``x1`` (..., d1), ``x2`` (..., k), or of x (..., d); y
+        alone in evaluation mode."""
+        if not self.training:
+            y: Tensor = self.mlp(_whole(x1, x2))
+            return y
+        if _written_down():
+            raise ValueError(
+                "MonotonePenalty: expected evaluation mode (.eval()), which gives y alone, to be "
+                "exported or traced, got training mode"
+            )
         return fused_mono_penalty(
             self.mlp,
             x1,
@@ -271,6 +285,22 @@ class MonotonePenalty(nn.Module):
         return f"direction={self.direction}{columns}, margin={self.margin}, hinge={self.hinge!r}"
 
 
+def _written_down() -> bool:
+    """Whether it is exported or traced."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch._C._get_tracing_state() is not None
+
+
+def _whole(x1: Tensor, x2: Tensor | None) -> Tensor:
+    """x itself; a trace would keep the outcome of a check as a constant, and warn of it."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is None:
+        return check_inputs(x1, x2).joined()
+    if x2 is None:
+        return x1
+    return torch.cat([x1, x2 if x2.dim() == x1.dim() else x2.unsqueeze(-1)], -1)
+
+
 def _serve(
     mlp: nn.Module,
     inputs: Inputs,
@@ -291,7 +321,7 @@ def _serve(
     if hinge is None:
         return slopes(mlp, inputs, route)
     if route.network is None or route.backend == "reference":
-        y, J = slopes(mlp, inputs, route, _violations(signs, hinge, weight, inputs))
+        y, J = slopes(mlp, inputs, route, _violations(signs, hinge, weight, inputs), signs)
         D, k = J.shape[-2:]
         signs.for_network(D)
         penalty = hinges.penalties(J, hinge, check_weight(weight, inputs.like, D, k))
@@ -302,16 +332,23 @@ def _serve(
 
 
 def slopes(
-    mlp: nn.Module, inputs: Inputs, route: Route, violations: general.Violations | None = None
+    mlp: nn.Module,
+    inputs: Inputs,
+    route: Route,
+    violations: general.Violations | None = None,
+    signs: Direction | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y (..., D), or as ``mlp`` squeezes it, and J (..., D, k) by the backend of the route."""
     if route.network is None:
         return general.value_and_jacobian(
-            mlp, inputs, route.transformed, route.running, violations=violations
+            mlp, inputs, route.transformed, route.running, violations=violations, signs=signs
         )
     if route.backend != "reference":
         return _fused(inputs, route, None, None)
     problem, x, params = _problem(inputs, route, None)
+    aside = route.transformed or torch.compiler.is_compiling()
+    if not (aside or torch.is_inference_mode_enabled()):
+        check_saveable(params)
     y, J = reference.value_and_jacobian(problem, x, params)
     return _output(y, inputs, route), _leading(J, inputs)
 

@@ -39,8 +39,11 @@ __all__ = [
     "check_module",
     "check_names",
     "check_number",
+    "check_outputs",
     "check_parameter",
+    "check_scaler",
     "check_table",
+    "check_values",
     "check_weight",
     "is_mapping",
     "plain",
@@ -69,6 +72,11 @@ class Inputs(NamedTuple):
     @property
     def k(self) -> int:
         return len(self.columns)
+
+    @property
+    def numbers(self) -> Columns:
+        """Of the k columns, in the argument that they came as."""
+        return self.columns if len(self.blocks) == 1 else tuple(range(self.k))
 
     @property
     def like(self) -> Tensor:
@@ -194,6 +202,18 @@ def check_names(columns: Any, n: int, what: str = "", argument: str = "columns")
     if len(set(names)) < n:
         twice = next(name for i, name in enumerate(names) if name in names[:i])
         raise ValueError(f"{argument}: expected each name once, got {twice!r} twice")
+    return names
+
+
+def check_outputs(outputs: Any, D: int) -> Names:
+    """The names of the D outputs; their numbers if there are none."""
+    if outputs is None:
+        return tuple(range(D))
+    if isinstance(outputs, (str, bytes)) or not isinstance(outputs, Iterable):
+        raise TypeError(f"outputs: expected a sequence of names, got {type(outputs).__name__}")
+    names = tuple(_plain(name) for name in outputs)
+    if len(names) != D:
+        raise ValueError(f"outputs: expected {D} names, one for each output, got {len(names)}")
     return names
 
 
@@ -489,6 +509,64 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a number of points >= 0, got {value!r}")
 
 
+def check_values(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0 or value == 1:
+        raise ValueError(f"{name}: expected a number of values >= 2, or 0 for none, got {value!r}")
+
+
+def check_scaler(
+    name: str, scaler: Any, n: int
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """The means and scales of n columns that were standardised, as ``(own - mean) / scale``: given
+    as a pair, or what the ``inverse_transform`` of a fitted scaler makes of a few rows."""
+    if scaler is None:
+        return None
+    if callable(getattr(scaler, "inverse_transform", None)):
+        asked = [[0.0] * n, [1.0] * n, [float(c) for c in range(n)]]
+        try:
+            rows = [[float(v) for v in row] for row in scaler.inverse_transform(asked)]
+        except Exception as error:  # whatever a scaler says to rows that it was not made for
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(
+                f"{name}: expected a fitted scaler of {n} columns, got {said}"
+            ) from None
+        mean = rows[0]
+        scale = [b - a for a, b in zip(*rows[:2], strict=True)]
+        for c, v in enumerate(rows[2]):
+            if not math.isclose(v, mean[c] + c * scale[c], rel_tol=1e-6, abs_tol=1e-9):
+                raise ValueError(
+                    f"{name}: expected a scaler that shifts and scales each column by itself, got "
+                    f"{type(scaler).__name__}"
+                )
+    elif isinstance(scaler, (tuple, list)) and len(scaler) == 2:
+        mean, scale = (_numbers_of(name, part, n) for part in scaler)
+    else:
+        raise TypeError(
+            f"{name}: expected a pair (mean, scale) or a fitted scaler, got {type(scaler).__name__}"
+        )
+    for c in range(n):
+        if not (math.isfinite(mean[c]) and math.isfinite(scale[c]) and scale[c] > 0):
+            raise ValueError(
+                f"{name}: expected finite means and scales above 0, got {mean[c]} and {scale[c]} "
+                f"in column {c}"
+            )
+    return tuple(mean), tuple(scale)
+
+
+def _numbers_of(name: str, given: Any, n: int) -> list[float]:
+    """n numbers, of one or n that are given."""
+    try:
+        values, shape = _numbers(given)
+        values = [float(v) for v in values]
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"{name}: expected numbers as mean and scale, got {type(given).__name__}"
+        ) from None
+    if shape not in ((), (n,)):
+        raise ValueError(f"{name}: expected a number or shape ({n},), got {tuple(shape)}")
+    return values if shape else values * n
+
+
 def check_flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
@@ -533,11 +611,14 @@ def check_weight(weight: Any, x: Tensor, D: int, k: int) -> Tensor | None:
 
 
 def _check_not_negative(weight: Tensor) -> None:
-    """Where that can be seen: not while tracing, and not without a wait for a device."""
+    """Where that can be seen: on the CPU, since a device would have to be waited for."""
+    if torch.compiler.is_compiling():
+        if weight.device.type == "cpu" and not torch._C._are_functorch_transforms_active():
+            torch._assert_async((~(weight < 0)).all(), "weight: expected none below 0")
+        return
     if (
         weight.device.type == "cpu"
         and type(weight) in PLAIN
-        and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None

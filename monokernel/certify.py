@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from . import attack, branching, forms, network, ranges, switches
 from .arguments import Names, check_direction, check_module, check_names, check_number
-from .audit import evaluating, slopes_in_direction
+from .audit import slopes_in_direction
 from .branching import Boxes, Constraints
 from .forms import INTERVALS
 from .layers import Layers, Straight, layers_of
+from .probing import evaluating
 from .problem import direction_table
 
 __all__ = ["Certificate", "certify"]

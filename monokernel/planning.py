@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -10,10 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import capture, network, reading
+from . import capture, network, probing, reading
+from .advice import FEW, advice, cost
 from .arguments import (
     BATCH_STATS,
     MODES,
+    Direction,
     Inputs,
     check_choice,
     check_constraints,
@@ -21,11 +24,11 @@ from .arguments import (
     check_module,
     check_parameter,
 )
-from .backends import BACKENDS, refusal
+from .backends import BACKENDS, general, refusal
 from .columns import Columns
 from .function import operand_dtype, transformed
 from .operands import has_memory
-from .problem import Mode, Problem, cheaper_mode
+from .problem import Mode, Problem, cheaper_mode, direction_table
 from .program import Node
 
 __all__ = ["Plan", "Route", "choose", "plan"]
@@ -51,23 +54,62 @@ class Route(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What would serve a call: ``backend``, ``mode`` and ``kernel``, and for every other backend
-    that was considered the reason it was ``refused``. Prints as a few readable lines."""
+    """What would serve a call, at what price, and what to change. Prints as a few lines.
+
+    Attributes:
+        backend: "triton", "cpu", "torch" or "reference"; "" where none would serve.
+        mode: "tangent" or "adjoint".
+        kernel: what that is, in words.
+        refused: for every other backend that was considered, the reason.
+        reason: the one reason why the network is not fused, "" if it is.
+        cost: a penalised step in plain steps, (while 5 % of the rows violate, when all do): by
+            matrix products where it is fused (``docs/performance.md`` has what was measured, mostly
+            below that), by measurements of double backward where it is not; None where it is not
+            known.
+        advice: what to change, a sentence each.
+        doubts: what the penalty would not see, a sentence each: activations that jump, and on the
+            general path columns in which every slope is 0 and rows that influence each other.
+        error: the sentence with which the call would raise, "" if it would not.
+    """
 
     backend: str
     mode: str
     kernel: str
     refused: dict[str, str]
+    reason: str = ""
+    cost: tuple[float, float] | None = None
+    advice: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
+    error: str = ""
+
+    @property
+    def serves(self) -> bool:
+        """Whether the call would be served."""
+        return not self.error
 
     def __str__(self) -> str:
-        lines = [f"backend {self.backend}, mode {self.mode}: {self.kernel}"]
-        lines += [f"  not {name}: {why}" for name, why in self.refused.items()]
+        lines = [f"the call would raise: {self.error}"] if self.error else []
+        if self.backend:
+            lines.append(f"backend {self.backend}, mode {self.mode}: {self.kernel}")
+        if self.cost is not None:
+            few, all_rows = self.cost
+            price = f"{few:.2g} plain steps"
+            if few != all_rows:
+                price += f" while {FEW:.0%} of the rows violate, {all_rows:.2g} if all do"
+            lines.append(f"  a penalised step: about {price}")
+        by_reason: dict[str, list[str]] = {}
+        for name, why in self.refused.items():
+            by_reason.setdefault(why, []).append(name)
+        lines += [f"  not {', '.join(names)}: {why}" for why, names in by_reason.items()]
+        lines += [f"  beware: {said}" for said in self.doubts]
+        lines += [f"  to change: {said}" for said in self.advice]
         return "\n".join(lines)
 
 
 CHOICES = ("auto", *BACKENDS, "reference")
 REFERENCE = "autograd through the layer-by-layer reference"
 GENERAL = "autograd through one call of the module"
+LOOKED_AT = 256  # rows on which slopes are looked at for a plan
 
 
 def plan(
@@ -81,22 +123,96 @@ def plan(
     backend: str = "auto",
     batch_stats: str = "error",
 ) -> Plan:
-    """Which backend, mode and kernel would serve ``fused_mono_penalty(mlp, x1, x2)``, and why no
-    other. All arguments as there; where x2 is left out and there is no ``direction``, every column
-    of x counts, as for ``value_and_jacobian(mlp, x)``.
+    """Which backend, mode and kernel would serve ``fused_mono_penalty(mlp, x1, x2)``, why no
+    other, what a step costs and what to change. All arguments as there; where x2 is left out and
+    there is no ``direction``, every column of x counts, as for ``value_and_jacobian(mlp, x)``.
+
+    Never raises: where the call would, ``Plan.error`` has its sentence and ``Plan.advice`` the way
+    out, for BatchNorm in training mode say.
 
     Runs nothing of a chain of layers; a forward of one's own it runs once, on symbols in the place
-    of numbers, and puts back the attributes (with what is in lists, dicts and sets), buffers and
-    random generators that this changed.
+    of numbers; and on the general path it calls the module on at most 256 rows, in evaluation mode,
+    to see whether slopes are 0 by construction and whether rows mix. The attributes (with what is
+    in lists, dicts and sets), buffers and random generators that this changed are put back.
     """
-    inputs = check_inputs(x1, x2)
-    if direction is not None:
-        inputs, *_ = check_constraints(inputs, direction, columns)
-    route = choose(network.unwrap(mlp), inputs, mode, backend, batch_stats, rehearsal=True)
-    kernel = GENERAL if route.network is None else REFERENCE
-    if route.backend in BACKENDS:
-        kernel = BACKENDS[route.backend].kernel
-    return Plan(route.backend, route.mode, kernel, dict(route.refused))
+    try:
+        inputs, signs = check_inputs(x1, x2), None
+        if direction is not None:
+            inputs, signs, *_ = check_constraints(inputs, direction, columns)
+        route = choose(network.unwrap(mlp), inputs, mode, backend, batch_stats, rehearsal=True)
+    except Exception as error:
+        said = _sentence(error)
+        return Plan("", "", "", {}, advice=advice("", said, {}), error=said)
+    refused, kernel = dict(route.refused), REFERENCE
+    reason = failed = ""
+    D: int | None = None
+    doubts: list[str] = []
+    if route.network is None:
+        kernel, reason = GENERAL, next(iter(refused.values()), "")
+        try:
+            with torch.inference_mode(False):
+                D, doubts = _looked_at(network.unwrap(mlp), inputs, signs)
+        except Exception as error:  # whatever a module of one's own says
+            failed = _sentence(error)
+    else:
+        D, doubts = route.network.nodes[-1].width, _jumps(route.network.nodes)
+        try:
+            (signs or Direction((1,), ())).for_network(D)
+        except ValueError as error:
+            failed = _sentence(error)
+        if route.backend in BACKENDS:
+            kernel = BACKENDS[route.backend].kernel
+    price = None if D is None else cost(route.backend, route.mode, D, inputs.k, route.running)
+    change = advice(reason, failed, refused)
+    own = route.backend, route.mode, kernel, refused, reason
+    return Plan(*own, price, change, tuple(doubts), failed)
+
+
+def _looked_at(
+    mlp: nn.Module, inputs: Inputs, signs: Direction | None
+) -> tuple[int | None, list[str]]:
+    """How many outputs a network of the general path has, and sentences on slopes that are 0 and
+    on rows that mix; None where its numbers cannot be read. Raises what the network raises."""
+    if transformed() or torch.compiler.is_compiling() or not general.readable(*inputs.blocks):
+        return None, []
+    x = torch.cat([t.clone() for t in inputs.blocks], -1).detach()
+    x = probing.spread(x, LOOKED_AT) if len(inputs.batch) else x
+    rows, said = check_inputs(x)._replace(columns=inputs.columns), list[str]()
+    with probing.evaluating(mlp), probing.untouched(mlp, x.device):
+        general.check_gradient(mlp, rows)
+        J = general.value_and_jacobian(mlp, rows, False, audited=True)[1].detach()
+        if len(inputs.batch) == 1:
+            said += probing.doubts(mlp, x)[0]
+    D, k = J.shape[-2:]
+    wanted = torch.ones(D, k, dtype=torch.bool, device=J.device)
+    if signs is not None:
+        wanted = direction_table(signs.for_network(D), D, k, J.dtype, J.device) != 0
+    if J.numel() and len(inputs.batch) == 1:
+        said += probing.without_slope(mlp, x, J, wanted, inputs.columns, inputs.numbers)
+    return D, said
+
+
+def _jumps(nodes: tuple[Node, ...]) -> list[str]:
+    """A sentence on the activations that are not continuous, if there are any."""
+    kinds = dict.fromkeys(
+        node.kind
+        for node in nodes
+        if (node.kind == "threshold" and node.numbers[0] != node.numbers[1])
+        or (node.kind == "hardshrink" and node.numbers[0] != 0)
+    )
+    if not kinds:
+        return []
+    return [
+        f"y may jump at its {' and '.join(kinds)}, and no slope shows by how much or in which "
+        "direction; audit() compares finite steps"
+    ]
+
+
+def _sentence(error: Exception) -> str:
+    """As the call says it; what is not this package's names itself."""
+    said = f"{error}".partition("\n")[0]
+    own = re.match(r"(mlp|x1|x2|direction|columns|mode|backend|batch_stats|Monotone): ", said)
+    return said if own else f"mlp: {type(error).__name__}: {said}"
 
 
 def choose(

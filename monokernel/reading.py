@@ -33,7 +33,7 @@ from .problem import capturing
 from .program import Node, chain_of
 from .symbols import Key, Param, Tape, Value, place, placed, said
 
-__all__ = ["Reading", "read", "read_again"]
+__all__ = ["Reading", "State", "read", "read_again"]
 
 
 class Reading(NamedTuple):
@@ -279,7 +279,7 @@ def read(
     if steady and not compiled and torch.is_grad_enabled():  # the usual case, at once
         found = _record(mlp, inputs, fold)
     else:
-        state = None if steady else _State(parts, inputs.like.device)
+        state = None if steady else State(parts, inputs.like.device)
         as_written = uncompiled(parts) if compiled else nullcontext()
         with torch.enable_grad(), state or nullcontext(), as_written:
             found = _record(mlp, inputs, fold)
@@ -348,7 +348,7 @@ def _innermost(error: Exception) -> FrameType | None:
     return None if traceback is None else traceback.tb_frame
 
 
-class _State(TorchFunctionMode):
+class State(TorchFunctionMode):
     """What a forward may change, as it is before it runs; and while it does, every random generator
     that it hands to PyTorch."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import warnings
@@ -13,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from monokernel import audit, fused_mono_penalty, plot_audit
+from monokernel import audit, fused_mono_penalty, plot_audit, probing
 from tests.support import WITHOUT_DERIVATIVE, Reads, mlp, points, quantized
 
 
@@ -67,6 +69,7 @@ def test_any_leading_shape_and_no_free_inputs() -> None:
 def test_empty_batch() -> None:
     report = audit(Slopes(), X1[:0], X2[:0])
     assert report.rows == 0
+    assert str(report).startswith("0 rows: no slope to count")
     assert math.isnan(report.violation_rate)
     assert report.worst_point.shape == (2, 2, 3)
     assert (report.worst_row == -1).all()
@@ -109,16 +112,61 @@ def test_evaluation_mode_for_the_audit_only() -> None:
 
 def test_text_table() -> None:
     report = audit(Slopes(), X1, X2, direction=[[1, 0], [-1, 1]], sample=10)
-    first, header, *entries = str(report).split("\n\n")[0].splitlines()
+    first, second, _, header, *entries = str(report).split("\n\n")[0].splitlines()
     assert first == "4 rows: 25.00% of the constrained slopes violate, worst slope -4"
+    assert second == "4 of them moved along each column: 50.00% fall on the way, deepest by 4"
     assert header.split() == [
         *("output", "column", "sign", "violating", "worst", "slope", "row", "x", "there"),
+        *("falling", "drop", "from", "x", "to", "x"),
     ]
-    assert entries[0].split() == ["0", "0", "+1", "50.00%", "-3", "1", "0.5"]
+    # The worst first: z1², which falls in every row, then x1·z0 with its two negative x1.
+    assert entries[0].split()[:7] == ["1", "1", "+1", "25.00%", "-4", "1", "-2"]
+    assert entries[0].split()[7] == "100.00%"
+    assert entries[1].split() == [
+        "0",
+        "0",
+        "+1",
+        "50.00%",
+        "-3",
+        "1",
+        "0.5",
+        "50.00%",
+        "3",
+        "0",
+        "1",
+    ]
+    assert entries[2].split() == ["1", "0", "-1", "0.00%", "1", "0", "0", "0.00%"]
     assert len(entries) == 3
     assert "10 sampled points: " in str(report)
-    many = str(audit(nn.Linear(5, 60), torch.randn(9, 3), torch.randn(9, 2)))
-    assert many.endswith("... and 80 more constraints")
+
+
+def test_the_text_is_at_most_a_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of whatever network: with every part, many constraints, long names and sentences."""
+    monkeypatch.setattr(import_module("monokernel.audit"), "STARTS", 1)
+    names = [f"a column with a very long name, number {c}" for c in range(12)]
+    x = torch.randn(9, 12)
+    report = audit(
+        Hides(), x, direction=[1] * 12, columns=names, outputs=names[:3], sample=9, attack=True
+    )
+    lines = str(report).splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 140
+    assert any("more constraints, none worse" in line for line in lines)
+    assert "a column w… number 3" in str(report)
+    assert len(report.to_frame()["column"]) == 3 * 3 * 12
+
+
+class Hides(nn.Module):
+    """Outputs that read half of the columns by their roundings, and average over the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([x[..., :6].round(), x[..., 6:]], -1)
+        y: Tensor = self.linear(x)
+        return y - y.mean(0)
 
 
 def test_to_dict_is_plain_data() -> None:
@@ -148,12 +196,16 @@ def test_a_derivative_that_says_nothing_is_no_all_clear(kind: str, margin: float
     assert plain["blind"] == [[False, True], [False, True]]
     assert plain["rate"][0][1] is None
     assert plain["rate"][0][0] == report.rate[0, 0].item()
-    for text in str(report).split("\n\n"):
+    assert not report.all_clear
+    assert "In column 1 the derivative is 0 in every row, yet y changes" in str(report)
+    for part, text in zip((report, report.sampled), str(report).split("\n\n"), strict=True):
         assert "UNKNOWN how many of the constrained slopes violate" in text
-        assert "In column 1 the derivative is 0 in every row, yet y changes" in text
-        entries = [line.split() for line in text.splitlines()[-4:]]
-        assert [e[3:] for e in entries[1::2]] == [["unknown", "unknown"]] * 2
-        assert all("%" in e[3] for e in entries[::2])
+        entries = [line.split() for line in text.splitlines() if line[:8].strip().isdecimal()]
+        assert [e[3:5] for e in entries[:2]] == [["unknown", "unknown"]] * 2
+        assert all("%" in e[3] for e in entries[2:])
+        # Steps see what slopes do not: y falls with what it subtracts.
+        assert part.steps is not None
+        assert (part.steps.rate[:, 1] == 1).all()
 
 
 @pytest.mark.parametrize("layers", [[nn.Linear], ["0"], ["4"]])
@@ -162,7 +214,10 @@ def test_a_quantised_network_is_no_all_clear(layers: list[Any]) -> None:
     report = audit(quantized(layers), *points(50, 3, 2, torch.float32))
     assert report.blind.all()
     assert "In columns 0, 1 the derivative is 0" in str(report)
-    assert "%" not in str(report)
+    entries = [line.split() for line in str(report).splitlines()[-4:]]
+    assert all(e[3:5] == ["unknown", "unknown"] for e in entries)
+    assert report.steps is not None
+    assert not report.steps.rate.isnan().any()
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -232,6 +287,8 @@ def test_a_column_that_y_does_not_read_has_a_true_slope_of_zero(net: nn.Module) 
     for N in (1, 50):
         report = audit(net.train(), *points(N, 3, 2, torch.float32), direction=direction)
         assert not report.blind.any()
+        assert report.flat.tolist() == [[False, True]] * 2
+        assert "In column 1 every slope is 0 and y does not move with it." in str(report)
         assert (report.violation_rate, report.worst) == (0, 0)
 
 
@@ -280,11 +337,18 @@ def test_probing_is_bounded_and_only_for_columns_in_doubt() -> None:
     net = Reads(WITHOUT_DERIVATIVE["rounding"])
     net.register_forward_hook(lambda m, args, out: calls.append(len(args[0])))
     x1, x2 = points(3000, 3, 2, torch.float32)
-    audit(net, x1, x2)
-    assert sum(calls) <= 3000 + 18 * 256
+    audit(net, x1, x2, steps=0)
+    mixing = 64 + 64 + 32 + 32
+    assert sum(calls) <= mixing + 3000 + 18 * 256
     calls.clear()
-    audit(net, x1, x2, direction=[1, 0])
-    assert sum(calls) == 3000
+    audit(net, x1, x2, direction=[1, 0], steps=0)
+    assert sum(calls) == mixing + 3000
+    calls.clear()
+    report = audit(net, x1, x2, direction=[1, 0], steps=20)
+    assert report.steps is not None
+    assert all(10 < v <= 20 for v in report.steps.values)
+    evaluated = 1024 * (1 + report.steps.values[0])
+    assert report.steps.evaluations == sum(calls) - mixing - 3000 == evaluated
 
 
 def test_the_audit_warns_in_its_report_alone_and_leaves_the_penalty_its_warning() -> None:
@@ -317,7 +381,7 @@ def test_plot_of_sampled_points_that_are_unknown() -> None:
     x2[:, 1] = torch.where(x2[:, 1] > 0, 5.0, -5.0)
     figure = plot_audit(net, x1, x2, sample=30, direction=[0, 1], strategy="uniform")
     title = figure.axes[0].get_title("left")
-    assert title.endswith("100.0% of rows violate, unknown on sampled points")
+    assert title.endswith("100.0% of rows violate, unknown on sampled points; 100.0% fall along it")
 
 
 def test_plot(tmp_path: Path) -> None:
@@ -331,6 +395,24 @@ def test_plot(tmp_path: Path) -> None:
     assert (tmp_path / "audit.png").stat().st_size > 10_000
     titles = [a.get_title("left") for a in figure.axes]
     assert all("must rise with age" in t or "must fall with bmi" in t for t in titles[::2])
+
+
+def test_a_plot_in_the_user_s_own_units_with_doubts_and_nan() -> None:
+    pytest.importorskip("matplotlib")
+    x = torch.cat([X1, X2], -1)
+    x[3, 1] = math.nan
+    options: dict[str, Any] = {"direction": [0, 0, 1], "outputs": ["price", "rent"], "sample": 5}
+    figure = plot_audit(Slopes(), x, x_scaler=([0, 0, 10], [1, 1, 2]), y_scaler=(50, 4), **options)
+    _, right = figure.axes[:2]
+    xs, ys = right.lines[2].get_data()
+    assert (xs[0], xs[-1]) == (10 - 2 * 2, 10 + 3 * 2)
+    assert "fall along it" in figure.axes[0].get_title("left")
+    assert right.lines[3].get_data()[0] == [10 - 2 * 2]  # behind the row with NaN row 1 is worst
+    want = 50 + 4 * (-x[1, 1] + ((torch.tensor(xs[7]) - 10) / 2).square())
+    torch.testing.assert_close(torch.tensor(ys[7]), want)
+    mixes = Mixes(MIXES["mean"])
+    drawn = plot_audit(mixes, *points(30, 3, 2, torch.float32))
+    assert "ROWS INFLUENCE EACH OTHER" in drawn.get_suptitle()
 
 
 def test_plot_of_slopes_that_are_all_equal_or_nan() -> None:
@@ -391,3 +473,384 @@ def test_an_attack_on_what_is_no_chain() -> None:
     assert found.attacked.worst <= found.worst
     with pytest.raises(TypeError, match=r"^attack: expected True or False, got int"):
         audit(Kinked(), x1, x2, attack=1)  # type: ignore[arg-type]
+
+
+# --- finite steps ---------------------------------------------------------------------------------
+
+
+def test_steps_measure_the_deepest_fall_and_where_it_is() -> None:
+    """z1² falls from the left end to 0 and rises from there: by 4 over the whole data, from -2."""
+    report = audit(Slopes(), X1, X2, direction=[[0, 0], [0, 1]], steps=200)
+    steps = report.steps
+    assert steps is not None
+    assert steps.rate[1, 1] == 1
+    assert steps.worst_drop[1, 1].item() == pytest.approx(4, abs=1e-2)
+    assert steps.drop_from[1, 1] == -2
+    assert abs(steps.drop_to[1, 1]) < 0.03
+    point = torch.cat([X1, X2], -1)[steps.worst_row[1, 1]]
+    assert torch.equal(steps.worst_point[1, 1], point)
+    assert steps.worst_point[0].isnan().all()
+    assert steps.worst_drop[0].isnan().all()
+    assert steps.worst_row[0].tolist() == [-1, -1]
+    # x1·z0 falls in the rows of negative x1, the deepest by 3·(1 - 0) in row 1.
+    steps = audit(Slopes(), X1, X2, direction=[[1, 0], [-1, 0]]).steps
+    assert steps is not None
+    assert steps.rate[:, 0].tolist() == [0.5, 0]
+    assert (steps.worst_drop[0, 0], steps.worst_row[0, 0]) == (3, 1)
+    assert (steps.drop_from[0, 0], steps.drop_to[0, 0]) == (0, 1)
+    assert (steps.worst_drop[1, 0], steps.worst_row[1, 0]) == (0, -1)
+    assert steps.violation_rate == 0.25
+
+
+def test_steps_of_many_columns_move_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = nn.Linear(40, 1), torch.randn(500, 40)
+    monkeypatch.setattr(import_module("monokernel.steps"), "EVALUATIONS", 40 * 16 * 100)
+    steps = audit(net, x, direction=[1] * 40, steps=16).steps
+    assert steps is not None
+    assert steps.rows == 100
+    assert steps.evaluations <= 100 * (40 * 16 + 1)
+    assert (steps.rate[0] == (net.weight[0] < 0)).all()
+
+
+def test_steps_see_a_fall_between_the_rows_that_no_slope_shows() -> None:
+    """y rises at every row and falls over the gap between them."""
+
+    class Saw(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x - 4 * torch.relu(x - 1) + 4 * torch.relu(x - 3)
+
+    x2 = torch.cat([torch.linspace(0, 1, 20), torch.linspace(3.1, 4, 20)])
+    report = audit(Saw(), torch.empty(40, 0), x2)
+    assert (report.violation_rate, report.all_clear) == (0, False)
+    assert report.steps is not None
+    assert report.steps.rate.item() == 1
+    assert report.steps.worst_drop.item() == pytest.approx(6, abs=0.6)
+    assert "STEPS DISAGREE WITH SLOPES: in column 0 no slope violates" in str(report)
+    assert audit(Saw(), torch.empty(40, 0), x2, steps=0).all_clear
+
+
+def test_steps_see_the_fall_of_an_activation_that_jumps() -> None:
+    """5 below 0 and x above: no slope is negative, and y falls by 5."""
+    net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Threshold(0.0, 5.0))
+    net[0].weight.data.fill_(1.0)
+    report = audit(net, torch.empty(50, 0), torch.linspace(-1, 1, 50))
+    assert report.violation_rate == 0
+    assert report.steps is not None
+    assert report.steps.rate.item() == 1
+    assert report.steps.worst_drop.item() == pytest.approx(5, abs=0.1)
+    assert not report.all_clear
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Tanh(), nn.Hardtanh()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_is_no_fall(activation: nn.Module, dtype: torch.dtype) -> None:
+    """Of a network that rises, saturated over most of the range, where y only rounds."""
+    net = mlp(0, 2, 2, (64, 64), activation, dtype=dtype)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.abs_()
+    x2 = (30 * torch.randn(300, 2)).to(dtype)
+    report = audit(net, x2[:, :0], x2, sample=200)
+    assert report.all_clear
+    assert report.steps is not None
+    assert report.steps.worst == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "taken"),
+    [
+        ([0.5, 0.5, 0.5], 1),  # no range
+        ([-0.3, 2.1, 2.1], 2),  # a flag
+        ([1.0, 2.0, 4.0], 4),  # a count: 3 lies between
+        ([0.0, 0.5, 4.0], 8 + 1),
+    ],
+)
+def test_the_values_that_a_column_takes(values: list[float], taken: int) -> None:
+    seen: list[float] = []
+
+    class Notes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if not x.requires_grad:
+                seen.extend(x[:, 0].tolist())
+            return x if x.sum() < 1e9 else -x
+
+    report = audit(
+        Notes(), torch.empty(3, 0).double(), torch.tensor(values, dtype=torch.float64), steps=16
+    )
+    assert report.steps is not None
+    assert report.steps.values == (taken,)
+    assert set(seen) >= set(values)
+    if all(v == round(v) for v in values):
+        assert all(v == round(v) for v in seen)
+    assert report.steps.rate.isnan().item() == (taken == 1)
+
+
+def test_a_network_that_refuses_what_it_never_sees_is_moved_over_the_data() -> None:
+    codes = [3, 7, 12]
+    net = Reads(lambda net, c: net.table(torch.tensor([codes.index(v) for v in c[:, 0].tolist()])))
+    x1, x2 = points(30, 3, 2, torch.float32)
+    x2[:, 1] = torch.tensor(codes).float().repeat(10)
+    report = audit(net, x1, x2)
+    assert report.steps is not None
+    assert report.steps.values[1] == 3
+    assert not report.steps.rate[:, 1].isnan().any()
+    assert report.blind[:, 1].all()
+
+    def never(net: Reads, c: Tensor) -> Tensor:
+        known = dict(zip(*(t.tolist() for t in (x1[:, 0], x2[:, 1])), strict=True))
+        assert all(v in known.values() for v in c[:, 0].tolist())
+        if len(set(c[:, 0].tolist())) < 3 and len(c) > 1:
+            raise KeyError("one code in all rows")
+        return c.round()
+
+    report = audit(Reads(never), x1, x2, steps=16, direction=[0, 1])
+    assert report.steps is not None
+    assert not report.all_clear
+
+
+def test_rows_with_nan_are_not_moved_and_a_y_that_becomes_nan_falls() -> None:
+    class Root(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(x[:, :1] > 2, torch.nan, x[:, 1:] + x[:, :1])
+
+    x = torch.tensor([[0.0, 1.0], [3.0, 1.0], [1.0, math.nan], [1.0, 2.0]])
+    report = audit(Root(), x, direction=[1, 1])
+    steps = report.steps
+    assert steps is not None
+    assert steps.rows == 3
+    assert steps.rate[0, 0] == 1
+    assert steps.worst_drop[0, 0].isnan()
+    assert (report.nan_row, report.all_clear) == (2, False)
+    assert "1 row with NaN among the inputs, first row 2" in str(report)
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+# --- rows that mix --------------------------------------------------------------------------------
+
+
+class Mixes(nn.Module):
+    """y of a row depends on other rows, by ``how``."""
+
+    def __init__(self, how: Any) -> None:
+        super().__init__()
+        self.linear, self.how = nn.Linear(5, 2), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.how(self.linear(x))
+        return y
+
+
+MIXES = {
+    "mean": lambda y: y - 0.01 * y.mean(0),
+    "sum along the batch": lambda y: y.cumsum(0),
+    "maximum": lambda y: y / y.abs().amax(0),
+    "neighbour": lambda y: y + y.roll(1, 0),
+    "rank": lambda y: y + 0.1 * y.argsort(0).argsort(0),
+    "norm": lambda y: nn.functional.batch_norm(y, None, None, training=True),
+}
+
+
+@pytest.mark.parametrize("kind", MIXES)
+def test_rows_that_influence_each_other_are_found_and_named(kind: str) -> None:
+    net = nn.Sequential(nn.Linear(5, 5), nn.Sequential(Mixes(MIXES[kind]), nn.Tanh()))
+    report = audit(net, *points(100, 3, 2, torch.float32), sample=20)
+    assert report.mixing
+    assert "ROWS INFLUENCE EACH OTHER in mlp.1.0 (Mixes): y of a row changes by" in report.doubts[0]
+    first, second = str(report).splitlines()[:2]
+    assert first.endswith("UNKNOWN how many of the constrained slopes violate")
+    assert second.startswith("ROWS INFLUENCE EACH OTHER")
+    assert math.isnan(report.violation_rate)
+    assert math.isnan(report.worst)
+    assert report.sampled is not None
+    assert math.isnan(report.sampled.violation_rate)
+    assert not report.all_clear
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: mlp(3, 2, 2, (200, 200), nn.ReLU()),
+        lambda: nn.Sequential(nn.Linear(5, 64), nn.LayerNorm(64), nn.Linear(64, 1), nn.Flatten(0)),
+        lambda: nn.Sequential(nn.Linear(5, 64), nn.BatchNorm1d(64), nn.GELU(), nn.Linear(64, 2)),
+        lambda: nn.Sequential(nn.Linear(5, 8), nn.Softmax(-1)),
+    ],
+)
+def test_rounding_that_differs_between_batches_is_no_influence(
+    make: Any, dtype: torch.dtype
+) -> None:
+    net = make().to(dtype)
+    for N in (1, 2, 3, 300):
+        report = audit(net, *points(N, 3, 2, dtype), steps=0)
+        assert (report.mixing, report.doubts) == (False, ())
+
+
+def test_an_output_that_is_drawn_anew_is_said_and_nothing_is_left_of_the_audit() -> None:
+    class Draws(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.calls = nn.Linear(5, 2), 0
+            self.register_buffer("count", torch.zeros(()))
+            self.generator = torch.Generator().manual_seed(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.count += 1
+            noise = torch.rand(len(x), 1, generator=self.generator) + torch.rand(len(x), 1)
+            y: Tensor = self.linear(x) * noise
+            return y if y.sum() < 1e9 else -y
+
+    net, (x1, x2) = Draws(), points(20, 3, 2, torch.float32)
+    random, own = torch.get_rng_state(), net.generator.get_state()
+    with torch.no_grad():
+        probing.doubts(net, x1[:0])
+    with probing.untouched(net, x1.device):
+        said, mixing = probing.doubts(net, torch.cat([x1, x2], -1))
+    assert not mixing
+    assert "differs by up to" in said[0]
+    assert (net.calls, net.count.item()) == (0, 0)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(net.generator.get_state(), own)
+    report = audit(net, x1, x2)
+    assert (report.doubts[0].split(" by")[0], report.all_clear) == (said[0].split(" by")[0], False)
+    assert net.calls == 1  # for the slopes
+
+
+def test_a_network_made_for_one_size_of_batch_says_so() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x.reshape(20, 5) if len(x) in (20, 40) else x.reshape(-1, 7)).sin()
+
+    report = audit(Fixed(), *points(20, 3, 2, torch.float32))
+    assert report.doubts[0].startswith("mlp takes all of 20 rows but not 10 of them: RuntimeError")
+    assert not report.all_clear
+
+
+# --- names, units and forms -----------------------------------------------------------------------
+
+
+class Scaler:
+    """As scikit-learn's StandardScaler: x = z · scale + mean."""
+
+    def __init__(self, mean: Tensor, scale: Tensor) -> None:
+        self.mean, self.scale = mean, scale
+
+    def inverse_transform(self, rows: Any) -> Any:
+        return (torch.tensor(rows) * self.scale + self.mean).numpy()
+
+
+def test_the_report_is_in_the_user_s_own_units() -> None:
+    """As if the network took and gave these units itself."""
+    net = mlp(3, 2, 2)
+    x = torch.randn(50, 5).double()
+    mean, scale = torch.randn(5).double(), torch.rand(5).double() + 0.5
+    ymean, yscale = torch.randn(2).double(), 100 * torch.rand(2).double() + 0.5
+
+    class Own(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = net((x - mean) / scale)
+            return y * yscale + ymean
+
+    asked: dict[str, Any] = {"direction": [0, 1, 0, -1, 0], "steps": 16}
+    want = audit(Own(), x * scale + mean, **asked)
+    for scalers in (
+        ((mean.tolist(), scale.tolist()), (ymean, yscale)),
+        (Scaler(mean, scale), Scaler(ymean, yscale)),
+    ):
+        got = audit(net, x, x_scaler=scalers[0], y_scaler=scalers[1], **asked)
+        assert got.steps is not None
+        assert want.steps is not None
+        for name in ("rate", "worst_slope", "worst_row", "worst_point"):
+            torch.testing.assert_close(
+                getattr(got, name), getattr(want, name), rtol=1e-5, atol=1e-5, equal_nan=True
+            )
+        for name in ("rate", "worst_drop", "worst_row", "worst_point", "drop_from", "drop_to"):
+            torch.testing.assert_close(
+                getattr(got.steps, name), getattr(want.steps, name), rtol=1e-5, atol=1e-5,
+                equal_nan=True,
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"x_scaler": 3}, r"x_scaler: expected a pair \(mean, scale\) or a fitted scaler, got int"),
+        ({"x_scaler": (0, 0)}, "x_scaler: expected finite means and scales above 0, got 0.0 and 0"),
+        ({"x_scaler": ([0, 1], 1)}, r"x_scaler: expected a number or shape \(3,\), got \(2,\)"),
+        ({"y_scaler": ("a", 1)}, "y_scaler: expected numbers as mean and scale, got str"),
+        (
+            {"x_scaler": Scaler(torch.zeros(2), torch.ones(2))},
+            "x_scaler: expected a fitted scaler of 3 columns, got RuntimeError: The size",
+        ),
+        (
+            {"x_scaler": Scaler(torch.zeros(3), torch.rand(3, 3, 1))},
+            "x_scaler: expected a fitted scaler of 3 columns, got TypeError",
+        ),
+        ({"outputs": ["price"]}, "outputs: expected 2 names, one for each output, got 1"),
+        ({"steps": 1}, "steps: expected a number of values >= 2, or 0 for none, got 1"),
+        ({"steps": True}, "steps: expected a number of values >= 2, or 0 for none, got True"),
+    ],
+)
+def test_what_an_audit_is_not_asked_for(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{sentence}"):
+        audit(Slopes(), X1, X2, **options)
+
+
+def test_a_scaler_that_is_no_scale_of_each_column() -> None:
+    class Rotates(Scaler):
+        def inverse_transform(self, rows: Any) -> Any:
+            return (torch.tensor(rows) @ self.scale).numpy()
+
+    rotates = Rotates(torch.zeros(3), torch.tensor([[1.0, 1, 0], [0, 1, 1], [0, 0, 1]]))
+    sentence = "x_scaler: expected a scaler that shifts and scales each column by itself, got Rot"
+    with pytest.raises(ValueError, match=sentence):
+        audit(Slopes(), X1, X2, x_scaler=rotates)
+
+
+def test_frame_csv_and_html(tmp_path: Path) -> None:
+    names, outputs = ["size", "age <b>"], ["price, net", "rent"]
+    report = audit(Slopes(), X1, X2, columns=names, outputs=outputs, sample=5, direction=[1, -1])
+    frame = report.to_frame()
+    assert {len(column) for column in frame.values()} == {8}
+    assert frame["points"] == ["rows"] * 4 + ["sampled"] * 4
+    worst = max(zip(frame["violating"][:4], frame["falling"][:4], strict=True), key=max)
+    assert (frame["violating"][0], frame["falling"][0]) == worst
+    json.dumps(frame, allow_nan=False)
+    rows = list(csv.DictReader(io.StringIO(report.to_csv(tmp_path / "audit.csv"))))
+    assert (tmp_path / "audit.csv").read_text() == report.to_csv()
+    assert [row["output"] for row in rows] == frame["output"]
+    assert [float(row["worst_slope"]) for row in rows] == frame["worst_slope"]
+    page = report.to_html(tmp_path / "audit.html")
+    assert page in (tmp_path / "audit.html").read_text()
+    assert report._repr_html_() == page
+    assert "age &lt;b&gt;" in page
+    assert "<b>" not in page
+    assert page.count("<tr>") == 2 * 5
+    assert "price, net" in str(report)
+    assert report.outputs == tuple(outputs)
+
+
+def test_a_share_is_never_rounded_to_none_or_to_all() -> None:
+    class Once(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(x > 0, x, -x) if x.sum() < 1e9 else x
+
+    x2 = torch.linspace(0.1, 1, 30_001)
+    x2[7] = -1e-3
+    text = str(audit(Once(), torch.empty(30_001, 0), x2, steps=0))
+    assert "<0.01% of the constrained slopes violate" in text
+    assert " 0.00%" not in text
+    text = str(audit(Once(), torch.empty(30_001, 0), x2, steps=0, direction=-1))
+    assert ">99.99%" in text
+    assert "100.00%" not in text
+
+
+def test_nothing_is_known_is_no_all_clear() -> None:
+    net = nn.Linear(2, 1)
+    with torch.no_grad():
+        net.weight.fill_(1.0)
+    assert audit(net, torch.randn(5, 2), direction=[1, 1], sample=5, attack=True).all_clear
+    assert not audit(net, torch.randn(0, 2), direction=[1, 1]).all_clear
+    assert not audit(net, torch.randn(5, 2), direction=[1, -1]).all_clear
+    net.weight.data[0, 0] = -1e-30
+    assert not audit(net, torch.randn(5, 2), direction=[1, 1]).all_clear

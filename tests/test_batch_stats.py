@@ -154,8 +154,7 @@ def test_what_cannot_be_asked_for() -> None:
         fused_mono_penalty(net, x1, x2)
     with pytest.raises(ValueError, match="batch_stats: expected one of 'error', 'running', got 1"):
         fused_mono_penalty(net, x1, x2, batch_stats=1)  # type: ignore[call-overload]
-    with pytest.raises(ValueError, match=r"batch_stats='running'"):
-        plan(net, x1, x2)
+    assert "batch_stats='running'" in plan(net, x1, x2).error
     assert plan(net, x1, x2, batch_stats="running").backend == "reference"
     before = [t.clone() for t in net.buffers()]
     net[4] = nn.BatchNorm1d(6, track_running_stats=False).double()

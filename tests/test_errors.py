@@ -134,6 +134,9 @@ def test_sentence(
     with pytest.raises((ValueError, TypeError)) as caught:
         fused_mono_penalty(NET, *arguments, **({"backend": backend} | options))
     assert str(caught.value) == sentence
+    if not options.keys() & {"margin", "hinge", "weight", "reduction"}:
+        asked = {"backend": backend, "direction": 1} | options
+        assert plan(NET, *arguments, **asked).error == sentence
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -143,18 +146,37 @@ def test_a_nested_tensor() -> None:
 
 
 def test_not_a_module() -> None:
-    for call in (fused_mono_penalty, value_and_jacobian, plan, audit):
+    for call in (fused_mono_penalty, value_and_jacobian, audit):
         with pytest.raises(TypeError, match=r"^mlp: expected an nn.Module, got function$"):
             call(lambda x: x, X1, X2)
 
 
+def test_a_weight_below_zero_in_a_compiled_loss() -> None:
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def penalty(weight: Tensor) -> Tensor:
+        return fused_mono_penalty(NET, X1, X2, margin=1.0, weight=weight)
+
+    want = fused_mono_penalty(NET, X1, X2, margin=1.0, weight=torch.ones(2, 2))
+    torch.testing.assert_close(penalty(torch.ones(2, 2)), want)
+    with pytest.raises(RuntimeError, match="weight: expected none below 0"):
+        penalty(torch.tensor([[1.0, 1.0], [-1.0, 1.0]]))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "torch"])
+def test_parameters_made_in_inference_mode(backend: str) -> None:
+    with torch.inference_mode():
+        chain, other = mlp(3, 2, 2, dtype=torch.float32), hooked(mlp(3, 2, 2, dtype=torch.float32))
+    for net in (chain, other) if backend != "torch" else (chain,):
+        with pytest.raises(RuntimeError, match=r"^mlp: expected parameters that autograd may keep"):
+            fused_mono_penalty(net, X1, X2, backend=backend)
+
+
 def test_the_other_calls_check_as_well() -> None:
-    for call in (value_and_jacobian, plan, audit):
+    for call in (value_and_jacobian, audit):
         with pytest.raises(TypeError, match="x1: expected a floating-point tensor, got int64"):
             call(NET, X1.long(), X2)
-    for call in (value_and_jacobian, plan):
-        with pytest.raises(ValueError, match="mode: expected one of"):
-            call(NET, X1, X2, mode="sideways")
+    with pytest.raises(ValueError, match="mode: expected one of"):
+        value_and_jacobian(NET, X1, X2, mode="sideways")
     with pytest.raises(ValueError, match="direction: expected entries"):
         audit(NET, X1, X2, direction=3)
     with pytest.raises(TypeError, match="margin: expected a number, got str"):
@@ -182,13 +204,12 @@ def endless(depth: int) -> nn.Sequential:
 @pytest.mark.parametrize(("depth", "part"), [(1, "mlp"), (2, "mlp.1"), (3, "mlp.1"), (5, "mlp.1")])
 def test_a_network_inside_itself(depth: int, part: str) -> None:
     net = endless(depth)
-    for call in (fused_mono_penalty, value_and_jacobian, plan):
+    sentence = f"mlp: expected layers that end, got {part} (Sequential) inside itself"
+    for call in (fused_mono_penalty, value_and_jacobian):
         with pytest.raises(ValueError) as caught:
             call(net, X1, X2)
-        assert (
-            str(caught.value)
-            == f"mlp: expected layers that end, got {part} (Sequential) inside itself"
-        )
+        assert str(caught.value) == sentence
+    assert plan(net, X1, X2).error == sentence
 
 
 def test_a_network_inside_itself_that_is_not_fused() -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from monokernel import MonotonePenalty, audit, fused_mono_penalty, plan, value_and_jacobian
+from monokernel.backends import general
 from tests.support import (
     BACKENDS,
     HANDWRITTEN,
@@ -418,6 +419,56 @@ def test_slopes_that_are_all_zero_are_warned_of_once_for_each_module(kind: str) 
         another = Reads(net.how)
         with pytest.warns(RuntimeWarning, match=ZERO), context:
             MonotonePenalty(another)(x1, 3 * x2)
+
+
+@pytest.mark.parametrize("kind", ["embedding", "rounding", "detach", "step"])
+def test_a_compiled_penalty_warns_of_slopes_that_are_all_zero(kind: str) -> None:
+    x1, x2 = points(20, D1, K, torch.float32)
+    net = Reads(WITHOUT_DERIVATIVE[kind])
+    general._looked.clear()
+    compiled = torch.compile(MonotonePenalty(net), fullgraph=True, backend="aot_eager")
+    constant = torch.zeros_like(x1), torch.zeros_like(x2)
+    assert not warned(lambda: compiled(*constant))  # rows that are all the same say nothing
+    with pytest.warns(RuntimeWarning, match=ZERO):
+        y, penalty = compiled(x1, 3 * x2)
+    assert not warned(lambda: compiled(x1, 3 * x2))
+    found = gradients(y.square().sum() + penalty, *net.smooth.parameters())
+    want, penalty = MonotonePenalty(net)(x1, 3 * x2)
+    loss = want.square().sum() + penalty
+    assert_same(found, gradients(loss, *net.smooth.parameters()), 1e-5)
+    other = MonotonePenalty(net, direction=[1, 0])
+    assert not warned(lambda: torch.compile(other, fullgraph=True, backend="aot_eager")(x1, x2))
+
+
+def test_the_warning_tells_outputs_and_columns_that_y_moves_with_or_not() -> None:
+    class Half(nn.Module):
+        """The first output reads both columns, the second the rounding of the last alone."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            a, b = x[..., -2], x[..., -1]
+            y = torch.stack([a + b, x[..., 0] + b.round()], -1)
+            return y if y.sum() < 1e9 else -y
+
+    x1, x2 = points(20, D1, K)
+    asked = partial(fused_mono_penalty, x1=x1, x2=3 * x2)
+    (said,) = warned(lambda: asked(Half()))
+    assert said.startswith("x2: in column 1 every slope of output 1 of mlp (Half) is exactly 0, ye")
+    assert not warned(lambda: asked(Half(), direction=[[1, 1], [1, 0]]))
+    (said,) = warned(lambda: asked(Half(), direction=[[0, 1], [1, 0]]))
+    assert said == (
+        "x2: in column 0 every slope of mlp (Half) is exactly 0, and y was not seen to move: "
+        "nothing is constrained there"
+    )
+    found = warned(lambda: asked(Half(), direction=[[0, 0], [1, 1]]))
+    assert ["yet y moves with it" in said for said in found] == [True, False]
+    net = Half()
+    warned(lambda: asked(net))
+    assert net.calls == 1  # what the look at its values did is put back
 
 
 @pytest.mark.parametrize("layers", [[nn.Linear], ["0"], ["4"]])

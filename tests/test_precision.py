@@ -16,11 +16,8 @@ def backends(dtype: torch.dtype) -> list[str]:
     net, (x1, x2) = mlp(D1, K, 1, dtype=dtype), points(1, D1, K, dtype)
     found = []
     for backend in ("reference", "torch", "cpu"):
-        try:
-            plan(net, x1, x2, backend=backend)
-        except ValueError:
-            continue
-        found.append(backend)
+        if plan(net, x1, x2, backend=backend).serves:
+            found.append(backend)
     return found
 
 

@@ -453,19 +453,6 @@ def test_compile_gradients_in_the_same_graph() -> None:
     torch.testing.assert_close(got, step(), rtol=1e-11, atol=1e-12)
 
 
-def test_export_of_the_value_path() -> None:
-    """What is deployed is the network inside, an ordinary one: nothing of the penalty stays."""
-    model = penalised(network())
-    x1, x2, _ = data()
-    x = torch.cat([x1, x2], -1)
-    rows = torch.export.Dim("rows")
-    program = torch.export.export(model.mlp.eval(), (x,), dynamic_shapes=({0: rows},))
-    y, _ = model(x1, x2)
-    torch.testing.assert_close(program.module()(x), y)
-    assert program.module()(x[:5]).shape == (5, D)
-    assert not any("monokernel" in str(n.target) for n in program.graph.nodes)
-
-
 # --- mixed precision ------------------------------------------------------------------------------
 
 

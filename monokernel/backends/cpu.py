@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from ..layers import Layers
 
 __all__ = [
-    *("activation", "backward", "chain_slopes", "forward", "isa", "lift", "refuses", "saved_like"),
-    *("step", "switch"),
+    *("activation", "backward", "boundary", "chain_slopes", "forward", "isa", "lift", "missing"),
+    *("path", "refuses", "saved_like", "step", "switch"),
 ]
 
 Params = Sequence[Tensor | None]
@@ -171,15 +171,15 @@ def _operators() -> Any:
 def _connected() -> Any:
     """The operators, which are told of the library once."""
     library = _library()
-    path = _PACKAGE / BOUNDARY.format(*torch.__version__.split(".")[:2])
-    if isinstance(library, str) or not path.exists():
+    built = _PACKAGE / BOUNDARY.format(*torch.__version__.split(".")[:2])
+    if isinstance(library, str) or not built.exists():
         return None
     try:
-        torch.ops.load_library(path)
+        torch.ops.load_library(built)
     except OSError:  # another build of the same version
         return None
     calls = [getattr(library, f"mk_{name}") for name in CALLS]
-    connect = ctypes.CDLL(str(path)).mk_connect
+    connect = ctypes.CDLL(str(built)).mk_connect
     connect((c_void_p * len(calls))(*(ctypes.cast(call, c_void_p).value for call in calls)))
     return torch.ops.monokernel
 
@@ -360,6 +360,30 @@ def isa() -> str | None:
     return None if isinstance(library, str) else library.mk_isa().decode()
 
 
+def missing() -> str:
+    """Why there is no library, "" if there is one."""
+    library = _library()
+    return library if isinstance(library, str) else ""
+
+
+def path() -> Path:
+    """Where the library is looked for."""
+    return Path(os.environ.get("MONOKERNEL_LIBRARY", _PACKAGE / LIBRARY))
+
+
+def boundary() -> str:
+    """Whether eager steps go through the operator of ``csrc/boundary.cpp``, in words."""
+    name = BOUNDARY.format(*torch.__version__.split(".")[:2])
+    if _operators() is not None:
+        return name
+    if os.environ.get("MONOKERNEL_BOUNDARY") == "0":
+        return "not wanted (MONOKERNEL_BOUNDARY=0)"
+    if not (_PACKAGE / name).exists():
+        built = ", ".join(sorted(p.name for p in _PACKAGE.glob(BOUNDARY.format("*", "*"))))
+        return f"{name} is missing, {built or 'none'} was built"
+    return f"{name} could not be opened"
+
+
 # --- the library ----------
 
 
@@ -374,8 +398,7 @@ def _library() -> ctypes.CDLL | str:
 
 
 def _open() -> ctypes.CDLL | str:
-    path = Path(os.environ.get("MONOKERNEL_LIBRARY", _PACKAGE / LIBRARY))
-    if not path.exists():
+    if not path().exists():
         log = _PACKAGE / BUILD_LOG
         why = log.read_text(encoding="utf-8").strip() if log.exists() else "it was not built"
         return f"the native kernel is missing: {why}"
@@ -383,7 +406,7 @@ def _open() -> ctypes.CDLL | str:
     if isinstance(pool, str):
         return pool
     try:
-        library = ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(path()))
     except OSError as error:
         return f"the native kernel could not be opened ({error})"
     for name, (result, arguments) in SIGNATURES.items():

@@ -24,16 +24,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..arguments import Inputs
+from ..arguments import Direction, Inputs
 from ..columns import Columns, take
 from ..network import ending, parts, uncompiled
 from ..operands import check_saveable
-from ..problem import accumulate_dtype, nan_rule
+from ..probing import WITHOUT_DERIVATIVE, without_slope
+from ..problem import accumulate_dtype, direction_table, nan_rule
 from .compaction import DENSE, Call, compacted, slope
 
-__all__ = ["WITHOUT_DERIVATIVE", "by_operators", "value_and_jacobian"]
-
-WITHOUT_DERIVATIVE = "an embedding, a rounding, a step, detach, no_grad or a quantised layer"
+__all__ = ["by_operators", "check_gradient", "readable", "value_and_jacobian"]
 
 WITHOUT_GRADIENT = (
     "mlp: its output has no gradient (it was detached, or computed under no_grad), so its slopes "
@@ -55,6 +54,7 @@ def value_and_jacobian(
     *,
     audited: bool = False,
     violations: Violations | None = None,
+    signs: Direction | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y as ``mlp`` gives it and J (*batch, D, k).
 
@@ -70,8 +70,9 @@ def value_and_jacobian(
     they are few, J is given without a graph of all rows, and its backward is compacted. Without
     it J has that graph, since a loss of one's own may see every slope.
 
-    An output that takes no part in autograd is a ValueError, and slopes that are all 0 are worth a
-    warning. With ``audited`` such slopes are 0 without a word: the audit finds out what it means.
+    An output that takes no part in autograd is a ValueError, and slopes that are all 0, in the
+    columns that the ``signs`` constrain (in all without them), are worth a warning. With
+    ``audited`` such slopes are 0 without a word: the audit finds out what it means.
     """
     compiling = torch.compiler.is_compiling() and not transformed
     if not (transformed or compiling):
@@ -80,14 +81,18 @@ def value_and_jacobian(
     if not (transformed or compiling) and torch.is_inference_mode_enabled():
         with torch.inference_mode(False), torch.no_grad():
             copies = inputs._replace(blocks=tuple([t.clone() for t in inputs.blocks]))
-            return value_and_jacobian(mlp, copies, transformed, running, audited=audited)
+            return value_and_jacobian(
+                mlp, copies, transformed, running, audited=audited, signs=signs
+            )
     trained = _call(mlp, inputs.joined()) if running else None
     if transformed:
         y, J = _by_func(mlp, inputs, running)
     elif compiling:
         y, J = by_operators(mlp, inputs, running)
+        if not (audited or torch.compiler.is_exporting()):
+            J = _looked_at(mlp, inputs, y, J, signs)
     else:
-        y, J = _by_autograd(mlp, inputs, running, audited, violations)
+        y, J = _by_autograd(mlp, inputs, running, audited, violations, signs)
     J = nan_rule(y.reshape(J.shape[:-1]), J.to(accumulate_dtype(J.dtype)))
     return y if trained is None else trained, J
 
@@ -98,6 +103,7 @@ def _by_autograd(
     running: bool,
     audited: bool,
     violations: Violations | None,
+    signs: Direction | None,
 ) -> tuple[Tensor, Tensor]:
     further = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -106,7 +112,7 @@ def _by_autograd(
         x = inputs.joined()
         x = x.view_as(x) if wanted else x.detach().requires_grad_()
         module = partial(_call, mlp, running=running)
-        call = Call(mlp, x) if further and _readable(x) else None
+        call = Call(mlp, x) if further and readable(x) else None
         with ending():
             y = module(x)
         if not (y.requires_grad or audited):
@@ -121,8 +127,17 @@ def _by_autograd(
             J = compacted(J, repeat, x)
     if not audited and id(mlp) not in _judged:
         reached = any(s is not None for s in found)
-        _judge(mlp, inputs, y.detach(), J.detach(), reached)
+        _judge(mlp, inputs, y.detach(), J.detach(), reached, signs)
     return (y, J) if further else (y.detach(), J)
+
+
+def check_gradient(mlp: nn.Module, inputs: Inputs) -> None:
+    """Raises where the output takes no part in autograd, at the price of a call."""
+    check_saveable(mlp.parameters())
+    with torch.enable_grad():
+        x = inputs.joined().detach().requires_grad_()
+        if not _call(mlp, x).requires_grad:
+            raise ValueError(WITHOUT_GRADIENT)
 
 
 def _while_few(
@@ -156,39 +171,41 @@ def _no_slopes(x: Tensor, inputs: Inputs) -> Tensor:
     return x.new_zeros(*inputs.batch, inputs.k)
 
 
-def _judge(mlp: nn.Module, inputs: Inputs, y: Tensor, J: Tensor, reached: bool) -> None:
-    """Warns, once for each module, of columns in which every slope J (*batch, D, k) is 0.
+def _judge(
+    mlp: nn.Module, inputs: Inputs, y: Tensor, J: Tensor, reached: bool, signs: Direction | None
+) -> None:
+    """Warns, once for each module, of constrained columns in which every slope J (*batch, D, k) is
+    0, and says whether y moves with them all the same.
 
     The graph alone seldom tells that a column is not ``reached``: where another takes a
     differentiable path out of x, it gets zeros by it. So the slopes are looked at, until for once
     they can be judged: rows that all have the same y (a last layer that starts at 0) say nothing.
     On a GPU that waits for the device, which is why it is done once.
     """
-    if not J.numel() or not _readable(y, J):
+    if not J.numel() or not readable(y, J):
         return
     D, k = J.shape[-2:]
-    dead = ~(J != 0).reshape(-1, k).any(0)
-    rows = y.reshape(-1, D)
+    wanted = torch.ones(D, k, dtype=torch.bool, device=J.device)
+    if signs is not None:
+        wanted = direction_table(signs.for_network(D), D, k, J.dtype, J.device) != 0
+    J, rows = J.reshape(-1, D, k), y.reshape(-1, D)
+    dead = wanted & (J == 0).all(0)
     if reached and dead.any() and not (rows != rows[0]).any():
         return
     key = id(mlp)
     _judged[key] = weakref.ref(mlp, lambda _: _judged.pop(key, None))
-    columns = dead.nonzero().flatten().tolist()
-    name = inputs.argument(inputs.like)
-    if name == "x1":
-        columns = [inputs.columns[c] for c in columns]
-    if columns:
+    if not dead.any():
+        return
+    name, x = inputs.argument(inputs.like), inputs.joined().detach().reshape(-1, inputs.d)
+    for said in without_slope(mlp, x, J, wanted, inputs.columns, inputs.numbers):
         warnings.warn(
-            f"{name}: in column{'s' * (len(columns) > 1)} {', '.join(map(str, columns))} every "
-            f"slope of mlp ({type(mlp).__name__}) is exactly 0. If y moves with it all the same ("
-            f"by {WITHOUT_DERIVATIVE}), no penalty can see that, and 0 is no all-clear; "
-            "audit() tells",
+            f"{name}: {said}",
             RuntimeWarning,
             stacklevel=7,  # where the public function was called
         )
 
 
-def _readable(*tensors: Tensor) -> bool:
+def readable(*tensors: Tensor) -> bool:
     """Whether their numbers can be read: not while tracing, nor while a CUDA graph is recorded."""
     if torch._C._len_torch_dispatch_stack() > 0:
         return False
@@ -251,6 +268,55 @@ def by_operators(mlp: nn.Module, inputs: Inputs, running: bool) -> tuple[Tensor,
             slopes.append(_SLOPE(y, x, inputs.columns, seed, further))
         J = _stacked(slopes, _no_slopes(x, inputs))
     return (y, J) if further else (y.detach(), J.detach())
+
+
+# The numbers of a compiled graph can be read as it runs. Which network it was of is not known then.
+_library.define("look(Tensor J, Tensor y, str name, int[] labels, bool[] wanted) -> Tensor")
+_looked: set[tuple[Any, ...]] = set()
+
+
+def _look(J: Tensor, y: Tensor, name: str, labels: list[int], wanted: list[bool]) -> Tensor:
+    """A copy of the slopes J (*batch, D, k). Warns, once for each class of network, of columns in
+    which every one that is wanted (D·k) is 0, as soon as that can be judged."""
+    key = name, *labels, *wanted
+    D, k = J.shape[-2:]
+    if key not in _looked and J.numel() and readable(y, J):
+        dead = (J == 0).reshape(-1, D, k).all(0)
+        asked = torch.tensor(wanted, device=J.device).reshape(D, k)
+        columns = ((dead | ~asked).all(0) & asked.any(0)).nonzero().flatten().tolist()
+        rows = y.reshape(-1, D)
+        if not columns or (rows != rows[0]).any():
+            _looked.add(key)
+            if columns:
+                s = "s" * (len(columns) > 1)
+                which = ", ".join(str(labels[c]) for c in columns)
+                warnings.warn(
+                    f"{name.format(f'column{s} {which}')} is exactly 0. If y moves with it all the "
+                    f"same, as behind {WITHOUT_DERIVATIVE}, no penalty can see that, and 0 is no "
+                    "all-clear; audit() tells",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+    return J.clone()
+
+
+_library.impl("look", _look, "CompositeExplicitAutograd")
+torch.library.register_fake("monokernel::look", lambda J, *_: torch.empty_like(J), lib=_library)
+torch.library.register_autograd(
+    "monokernel::look", lambda ctx, g: (g, None, None, None, None), lib=_library
+)
+_LOOK = torch.ops.monokernel.look.default
+
+
+def _looked_at(
+    mlp: nn.Module, inputs: Inputs, y: Tensor, J: Tensor, signs: Direction | None
+) -> Tensor:
+    D, k = J.shape[-2], inputs.k
+    flat = (1,) if signs is None else signs.for_network(D)
+    wanted = [s != 0 for s in flat] * (D * k // len(flat))
+    argument = "x1" if len(inputs.blocks) == 1 else "x2"
+    name = f"{argument}: in {{}} every slope of mlp ({type(mlp).__name__})"
+    return _LOOK(J, y.detach(), name, inputs.numbers, wanted)  # type: ignore[no-any-return]
 
 
 def _in_one_graph() -> AbstractContextManager[Any]:
