@@ -9,7 +9,7 @@ try:
     import sklearn  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        "monokernel.sklearn: expected scikit-learn, which `pip install 'monokernel[sklearn]'` brings"
+        "monokernel.sklearn: expected scikit-learn, which pip install 'monokernel[sklearn]' brings"
     ) from error
 
 from .estimators import MonotoneClassifier, MonotoneRegressor

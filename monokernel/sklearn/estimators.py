@@ -3,7 +3,6 @@ the columns that must be, with scikit-learn's interface."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -31,7 +30,18 @@ from ..audit import Audit, audit
 from ..certify import Certificate, certify
 from ..monotone import Monotone
 from .table import Table, is_frame
-from .training import ACTIVATIONS, LIMIT, Embeddings, Model, Output, Rows, Scale, Training, build
+from .training import (
+    ACTIVATIONS,
+    LIMIT,
+    Embeddings,
+    Model,
+    Output,
+    Rows,
+    Scale,
+    Training,
+    alone,
+    build,
+)
 
 __all__ = ["MonotoneClassifier", "MonotoneRegressor"]
 
@@ -57,6 +67,47 @@ class _Task(NamedTuple):
 class _Estimator(BaseEstimator):  # type: ignore[misc]
     """What both have in common: the table, the training and the questions that may be asked."""
 
+    def __init__(
+        self,
+        monotonic_cst: Any = None,
+        *,
+        guarantee: bool = False,
+        categorical_features: Any = "from_dtype",
+        hidden_layer_sizes: Any = (64, 64),
+        activation: str = "silu",
+        dropout: float = 0.0,
+        batch_norm: bool = False,
+        penalty: float = 10.0,
+        margin: float = 0.02,
+        learning_rate: float = 2e-3,
+        weight_decay: float = 0.1,
+        batch_size: int = 256,
+        max_iter: int = 5000,
+        early_stopping: bool = True,
+        validation_fraction: float = 0.2,
+        n_iter_no_change: int = 400,
+        random_state: Any = None,
+        verbose: int = 0,
+    ) -> None:
+        self.monotonic_cst = monotonic_cst
+        self.guarantee = guarantee
+        self.categorical_features = categorical_features
+        self.hidden_layer_sizes = hidden_layer_sizes
+        self.activation = activation
+        self.dropout = dropout
+        self.batch_norm = batch_norm
+        self.penalty = penalty
+        self.margin = margin
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.batch_size = batch_size
+        self.max_iter = max_iter
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.n_iter_no_change = n_iter_no_change
+        self.random_state = random_state
+        self.verbose = verbose
+
     # --- fitting ----------------------------------------------------------------------------------
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Any:
@@ -75,9 +126,7 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
                 raise ValueError("sample_weight: expected a weight above 0, got none")
             X, y, weight = _at(X, kept), y[kept], weight[kept] / weight[kept].mean()
         seed = check_random_state(self.random_state).randint(2**31)
-        # The start of the weights and dropout take PyTorch's own generator, which is put back.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with alone(seed):
             self._fit(X, y, weight, seed)
         return self
 
@@ -87,7 +136,7 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
             names = [f"x{i}" for i in range(self.n_features_in_)]
         table = Table.of(X, list(names), self.categorical_features)
         signs = self._signs(table)
-        task = self._task(y, weight)
+        task = self._task(y, weight, any(signs))
         embeddings = Embeddings([len(c.codes) for c in table.categories.values()])
         widths = zip(table.categories.values(), embeddings.widths, strict=True)
         embedded = [f"{c.name}[{i}]" for c, width in widths for i in range(width)]
@@ -211,9 +260,7 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
         if is_frame(X):
             validate_data(self, X, reset=False, skip_check_array=True)
         else:
-            X = validate_data(
-                self, X, reset=False, dtype=np.float64, ensure_all_finite="allow-nan"
-            )
+            X = validate_data(self, X, reset=False, dtype=np.float64, ensure_all_finite="allow-nan")
         return X
 
     def _encoded(self, X: Any) -> tuple[Tensor, Tensor]:
@@ -284,7 +331,10 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
         told = [i for i, n in enumerate(self.table_.numbers.values()) if n.missing]
         wide[:, told] &= numbers[:, m:] == 0  # what is missing is at its median and nowhere else
         ends = []
-        for of, extreme, level in ((torch.minimum, self.range_[0], 0), (torch.maximum, self.range_[1], -1)):
+        for of, extreme, level in (
+            (torch.minimum, self.range_[0], 0),
+            (torch.maximum, self.range_[1], -1),
+        ):
             there = numbers.clone()
             there[:, :m] = torch.where(wide, of(numbers[:, :m], extreme), numbers[:, :m])
             at = None if self.levels_ is None else self.levels_[[level]]
@@ -317,14 +367,13 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
             _check_range("hidden_layer_sizes", width, 1, integer=True)
         if self.guarantee and self.batch_norm:
             raise ValueError(
-                "batch_norm: expected False with guarantee=True, whose bound no batch may move, got "
-                "True"
+                "batch_norm: expected False with guarantee=True, whose bound no batch may move, "
+                "got True"
             )
 
 
 class MonotoneRegressor(RegressorMixin, _Estimator):  # type: ignore[misc]
-    """A regression for tables whose prediction is monotone in the columns that must be.
-    """
+    """A regression for tables whose prediction is monotone in the columns that must be."""
 
     def __init__(
         self,
@@ -350,26 +399,28 @@ class MonotoneRegressor(RegressorMixin, _Estimator):  # type: ignore[misc]
         random_state: Any = None,
         verbose: int = 0,
     ) -> None:
-        self.monotonic_cst = monotonic_cst
+        super().__init__(
+            monotonic_cst,
+            guarantee=guarantee,
+            categorical_features=categorical_features,
+            hidden_layer_sizes=hidden_layer_sizes,
+            activation=activation,
+            dropout=dropout,
+            batch_norm=batch_norm,
+            penalty=penalty,
+            margin=margin,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            batch_size=batch_size,
+            max_iter=max_iter,
+            early_stopping=early_stopping,
+            validation_fraction=validation_fraction,
+            n_iter_no_change=n_iter_no_change,
+            random_state=random_state,
+            verbose=verbose,
+        )
         self.loss = loss
         self.quantile = quantile
-        self.guarantee = guarantee
-        self.categorical_features = categorical_features
-        self.hidden_layer_sizes = hidden_layer_sizes
-        self.activation = activation
-        self.dropout = dropout
-        self.batch_norm = batch_norm
-        self.penalty = penalty
-        self.margin = margin
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.batch_size = batch_size
-        self.max_iter = max_iter
-        self.early_stopping = early_stopping
-        self.validation_fraction = validation_fraction
-        self.n_iter_no_change = n_iter_no_change
-        self.random_state = random_state
-        self.verbose = verbose
 
     def predict(self, X: Any) -> Floats:
         """(n,), or (n, Q) for a list of Q quantiles, which never cross: they are sorted where the
@@ -424,7 +475,7 @@ class MonotoneRegressor(RegressorMixin, _Estimator):  # type: ignore[misc]
     def _strata(self, y: NDArray[Any]) -> None:
         return None
 
-    def _task(self, y: NDArray[Any], weight: Floats | None) -> _Task:
+    def _task(self, y: NDArray[Any], weight: Floats | None, constrained: bool) -> _Task:
         mean = np.average(y, weights=weight)
         spread = math.sqrt(np.average((y - mean) ** 2, weights=weight)) or 1.0
         target = torch.from_numpy((y - mean) / spread).to(FLOAT)
@@ -448,47 +499,6 @@ class MonotoneClassifier(ClassifierMixin, _Estimator):  # type: ignore[misc]
     """A classifier for tables, of which the probability of the second class is monotone in the
     columns that must be.
     """
-
-    def __init__(
-        self,
-        monotonic_cst: Any = None,
-        *,
-        guarantee: bool = False,
-        categorical_features: Any = "from_dtype",
-        hidden_layer_sizes: Any = (64, 64),
-        activation: str = "silu",
-        dropout: float = 0.0,
-        batch_norm: bool = False,
-        penalty: float = 10.0,
-        margin: float = 0.02,
-        learning_rate: float = 2e-3,
-        weight_decay: float = 0.1,
-        batch_size: int = 256,
-        max_iter: int = 5000,
-        early_stopping: bool = True,
-        validation_fraction: float = 0.2,
-        n_iter_no_change: int = 400,
-        random_state: Any = None,
-        verbose: int = 0,
-    ) -> None:
-        self.monotonic_cst = monotonic_cst
-        self.guarantee = guarantee
-        self.categorical_features = categorical_features
-        self.hidden_layer_sizes = hidden_layer_sizes
-        self.activation = activation
-        self.dropout = dropout
-        self.batch_norm = batch_norm
-        self.penalty = penalty
-        self.margin = margin
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.batch_size = batch_size
-        self.max_iter = max_iter
-        self.early_stopping = early_stopping
-        self.validation_fraction = validation_fraction
-        self.n_iter_no_change = n_iter_no_change
-        self.random_state = random_state
-        self.verbose = verbose
 
     def decision_function(self, X: Any) -> Floats:
         """Log-odds of the second class (n,), or the logarithms of K classes' probabilities, but for
@@ -517,12 +527,12 @@ class MonotoneClassifier(ClassifierMixin, _Estimator):  # type: ignore[misc]
     def _strata(self, y: NDArray[Any]) -> NDArray[Any]:
         return y
 
-    def _task(self, y: NDArray[Any], weight: Floats | None) -> _Task:
+    def _task(self, y: NDArray[Any], weight: Floats | None, constrained: bool) -> _Task:
         self.classes_, code = np.unique(y, return_inverse=True)
         K = len(self.classes_)
         if K < 2:
             raise ValueError(f"y: expected two classes at least, got one class, {y[0]!r}")
-        if K > 2 and any(self.direction_):
+        if K > 2 and constrained:
             raise ValueError(
                 f"monotonic_cst: expected a target of two classes, got {K}: the probabilities of "
                 "several sum to 1 and cannot all rise"

@@ -6,7 +6,8 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,18 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..api import fused_mono_penalty
 from ..audit import evaluating
 
-__all__ = ["ACTIVATIONS", "Embeddings", "Model", "Output", "Rows", "Scale", "Training", "build"]
+__all__ = [
+    "ACTIVATIONS",
+    "LIMIT",
+    "Embeddings",
+    "Model",
+    "Output",
+    "Rows",
+    "Scale",
+    "Training",
+    "alone",
+    "build",
+]
 
 ACTIVATIONS = {"silu": nn.SiLU, "relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
 LIMIT = 3.0  # of a scaled column, in standard deviations
@@ -27,6 +39,21 @@ WIDEST = 8  # numbers that a category is embedded in, at most
 FARTHEST = 1e6  # standard deviations, from which on nothing changes
 LOOK_EVERY = 25  # steps between two looks at the validation rows
 AVERAGED = 0.98  # the weights that are kept are an average, of the last 50 steps or so
+
+
+@contextmanager
+def alone(seed: int) -> Iterator[None]:
+    """Random numbers of one's own, and one thread: with batches this small a second one costs more
+    than it does, many times the whole training on a busy machine. PyTorch's own generator, which
+    starts weights and draws dropout, and its number of threads are put back."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Scale(nn.Module):
