@@ -30,16 +30,16 @@ x = torch.tensor(table.to_numpy(), dtype=torch.float32)
 hidden = [nn.Linear(64, 64), nn.BatchNorm1d(64), nn.SiLU(), nn.Dropout(0.1)]
 net = nn.Sequential(nn.Linear(x.shape[1], 64), nn.SiLU(), *hidden, nn.Linear(64, 1))
 optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.1)
-best, kept, options = float("inf"), net, dict(direction=SIGNS, columns=table.columns)
-for _ in range(300):
+best, since, options = float("inf"), 0, {"direction": SIGNS, "columns": table.columns}
+while since < 100:
     rows = torch.randint(560, (256,))
     y, penalty = fused_mono_penalty(net.train(), x[rows], margin=0.02, reduction="mean",
         return_output=True, batch_stats="running", **options)  # fmt: skip
     optimizer.zero_grad()
     (log_loss(y, t[rows]) + 10 * penalty).backward()
     optimizer.step()
-    loss = log_loss(net.eval()(x[560:700]), t[560:700]).item()
+    since, loss = since + 1, log_loss(net.eval()(x[560:700]), t[560:700]).item()
     if loss < best:
-        best, kept = loss, copy.deepcopy(net)
+        best, kept, since = loss, copy.deepcopy(net), 0
 print(f"held-out log loss {log_loss(kept(x[700:]), t[700:]).item():.3f}")
 print(audit(kept, x[700:], sample=2000, **options))

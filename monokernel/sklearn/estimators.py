@@ -134,42 +134,32 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
         names = getattr(self, "feature_names_in_", None)
         if names is None:
             names = [f"x{i}" for i in range(self.n_features_in_)]
-        table = Table.of(X, list(names), self.categorical_features)
+        self.table_ = table = Table.of(X, list(names), self.categorical_features)
         signs = self._signs(table)
         task = self._task(y, weight, any(signs))
-        embeddings = Embeddings([len(c.codes) for c in table.categories.values()])
-        widths = zip(table.categories.values(), embeddings.widths, strict=True)
-        embedded = [f"{c.name}[{i}]" for c, width in widths for i in range(width)]
-        level = [] if task.levels is None else ["quantile"]
-        self.columns_ = (*table.names, *embedded, *level)
-        d, m, p = len(self.columns_), len(table.numbers), len(table.names)
-        self.direction_ = (*signs, *[0] * (d - m - len(level)), *[1] * len(level))
-        infinite = [math.inf] * len(embedded)
-        scores = [] if task.levels is None else task.levels[[0, -1]].tolist()
-        lower = [*[-LIMIT] * m, *[0.0] * (p - m), *[-x for x in infinite], *scores[:1]]
-        upper = [*[LIMIT] * m, *[1.0] * (p - m), *infinite, *scores[1:]]
-
+        self.levels_ = task.levels
+        embeddings = Embeddings([len(c.codes) for c in table.categories.values()]).to(FLOAT)
+        self._name_columns(signs, embeddings.widths)
         constrained = any(self.direction_)
-        guaranteed = self.guarantee and constrained
+        box = self._everywhere() if self.guarantee and constrained else None
         core: nn.Module = build(
-            d,
+            len(self.columns_),
             task.outputs,
             self.hidden_layer_sizes,
             self.activation,
             self.dropout,
             self.batch_norm,
-        )
-        if guaranteed:
-            core = Monotone(core, lower, upper, direction=self.direction_)
-        numbers, codes = (torch.from_numpy(t) for t in table.encode(X))
-        scaled = Scale(numbers[:, :m], p)(numbers)
+        ).to(FLOAT)
+        if box is not None:
+            core = Monotone(core, *box, direction=self.direction_)
+        numbers, codes = self._encoded(X)
+        scale = Scale(numbers[:, : len(signs)], len(self.columns_))
+        scaled = scale.of_numbers(numbers).to(FLOAT)
         counts = None if weight is None else torch.from_numpy(weight).to(FLOAT)
-        rows = Rows(scaled.to(FLOAT), codes, task.target, counts)
-        model = Model(core, embeddings, task.levels)
         self.n_iter_, self.validation_loss_ = Training(
             loss=task.loss,
             direction=self.direction_,
-            penalty=0.0 if guaranteed or not constrained else self.penalty,
+            penalty=self.penalty if constrained and box is None else 0.0,
             margin=self.margin,
             rate=self.learning_rate,
             decay=self.weight_decay,
@@ -178,22 +168,43 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
             patience=self.n_iter_no_change,
             seed=seed,
             verbose=bool(self.verbose),
-        ).run(model, *self._split(rows, y, seed))
-
-        self.table_, self.levels_ = table, task.levels
+        ).run(
+            Model(core, embeddings, task.levels),
+            *self._split(Rows(scaled, codes, task.target, counts), y, seed),
+        )
         self.embeddings_ = embeddings.double().requires_grad_(False)
         fitted = core.mlp if isinstance(core, Monotone) else core
         last: nn.Module = nn.Sequential(*fitted.double(), task.output)
-        if guaranteed:
-            last = Monotone(last, lower, upper, direction=self.direction_).frozen()
-        self.network_ = nn.Sequential(Scale(numbers[:, :m], d), last).eval().requires_grad_(False)
-        self.box_ = (torch.tensor(lower), torch.tensor(upper)) if guaranteed else None
-        # What ``certify`` speaks of: one row of each combination of categories and missing values,
-        # and the range of the numbers.
+        if box is not None:
+            last = Monotone(last, *box, direction=self.direction_).frozen()
+        self.network_ = nn.Sequential(scale, last).eval().requires_grad_(False)
+        # What ``certify`` speaks of: everything, or the range of the numbers and one row of each
+        # combination of categories and missing values.
+        self.box_ = box
+        self.range_ = tuple(numbers[:, : len(signs)].aminmax(dim=0))
         medians = numbers.new_tensor([n.median for n in table.numbers.values()])
-        kinds = torch.cat([medians.expand(len(numbers), m), numbers[:, m:], codes], 1)
-        self.kinds_ = kinds.unique(dim=0)
-        self.range_ = tuple(numbers[:, :m].aminmax(dim=0))
+        medians = medians.expand(len(numbers), len(signs))
+        self.kinds_ = torch.cat([medians, numbers[:, len(signs) :], codes], 1).unique(dim=0)
+
+    def _name_columns(self, signs: list[int], widths: list[int]) -> None:
+        """Numbers, indicators of what is missing, embeddings, the level of several quantiles."""
+        table, level = self.table_, [] if self.levels_ is None else ["quantile"]
+        pairs = zip(table.categories.values(), widths, strict=True)
+        embedded = [f"{c.name}[{i}]" for c, width in pairs for i in range(width)]
+        self.columns_ = (*table.names, *embedded, *level)
+        free = len(table.names) - len(signs) + len(embedded)
+        self.direction_ = (*signs, *[0] * free, *[1] * len(level))
+
+    def _everywhere(self) -> tuple[Tensor, Tensor]:
+        """The box (d,), (d,) of all rows that there can be, scaled."""
+        m, p = len(self.table_.numbers), len(self.table_.names)
+        upper = torch.full((len(self.columns_),), math.inf, dtype=torch.float64)
+        upper[:m], upper[m:p] = LIMIT, 1.0
+        lower = -upper
+        lower[m:p] = 0.0
+        if self.levels_ is not None:
+            lower[-1], upper[-1] = self.levels_[0], self.levels_[-1]
+        return lower, upper
 
     def _signs(self, table: Table) -> list[int]:
         """Of the columns of numbers. A category has no order that could be kept."""
@@ -241,9 +252,7 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
             if not len(X):
                 raise ValueError("X: expected at least one row, got none")
         else:
-            X, y = validate_data(
-                self, X, y, dtype=np.float64, ensure_all_finite="allow-nan", y_numeric=False
-            )
+            X, y = validate_data(self, X, y, dtype=np.float64, ensure_all_finite="allow-nan")
         return X, self._check_target(y)
 
     # --- afterwards -------------------------------------------------------------------------------
@@ -496,8 +505,45 @@ class MonotoneRegressor(RegressorMixin, _Estimator):  # type: ignore[misc]
 
 
 class MonotoneClassifier(ClassifierMixin, _Estimator):  # type: ignore[misc]
-    """A classifier for tables, of which the probability of the second class is monotone in the
-    columns that must be.
+    """A classifier for tables: of two classes the second one's probability is monotone in the
+    columns in which it must be. Several classes cannot be constrained.
+
+    Columns of numbers are scaled by median and quartiles and drawn in smoothly; their missing
+    values take the median, and a column of its own says which they were, so that a missing value is
+    a kind of its own and "monotone" speaks of rows that have one. Categories are embedded; missing
+    and unknown ones share a vector. Training is in float32 on one thread, predictions are in
+    float64. Neither PyTorch's random numbers nor its number of threads are other ones afterwards.
+
+    Args:
+        monotonic_cst: as scikit-learn's ``HistGradientBoosting`` takes it: a mapping from columns
+            to +1 (the prediction must not fall), -1 (must not rise) or 0, or one of these for each
+            column. Categories cannot be constrained: they have no order.
+        guarantee: monotone by construction, for every row there can be, inside the table's range or
+            not (``monokernel.Monotone``). Without it a penalty is trained with, which proves
+            nothing: see ``audit`` and ``certify``.
+        categorical_features: "from_dtype" (of a DataFrame whatever is no number or bool), None, or
+            names, numbers or a mask of columns.
+        hidden_layer_sizes, activation, dropout, batch_norm: the network; "silu", "relu", "gelu" or
+            "tanh". ``batch_norm`` does not go with ``guarantee``.
+        penalty, margin: weight of the mean penalty on rows and points away from them, and the
+            slope from which on there is none, in scaled units.
+        learning_rate, weight_decay, batch_size: of AdamW. The weights that are kept are a running
+            average.
+        max_iter: steps at most.
+        early_stopping, validation_fraction, n_iter_no_change: the best of the steps is kept, by
+            loss and penalty on so great a share of the rows, and training ends after so many steps
+            without a better one.
+        random_state: an int makes every fit the same.
+        verbose: 1 for a line on the standard error while it trains.
+
+    Attributes:
+        network_: a float64 module from ``encode(X)`` to log-odds (n, 1) or logits (n, K);
+            ``network_[0]`` scales the columns, ``network_[1]`` is the rest.
+        columns_, direction_: what the columns of ``encode(X)`` are called, and their signs.
+        table_: what is known of the table: medians, categories.
+        n_iter_, validation_loss_: steps that were made, and the best loss on the validation rows.
+        classes_: the classes, sorted.
+        n_features_in_, feature_names_in_: as in scikit-learn.
     """
 
     def decision_function(self, X: Any) -> Floats:

@@ -89,6 +89,11 @@ class Scale(nn.Module):
         bent: Tensor = z / torch.sqrt(1 + (z * self.inverse_limit) ** 2)
         return bent
 
+    def of_numbers(self, x: Tensor) -> Tensor:
+        """Of the first columns alone (..., p)."""
+        whole = F.pad(x, (0, len(self.centre) - x.shape[-1]))
+        return self(whole)[..., : x.shape[-1]]  # type: ignore[no-any-return]
+
     def inverse(self, z: Tensor) -> Tensor:
         """The x of a scaled z (..., d), infinite where that is at the limit."""
         z = z / torch.sqrt((1 - (z * self.inverse_limit) ** 2).clamp(min=0))
@@ -218,7 +223,9 @@ class Training:
         generator = torch.Generator().manual_seed(self.seed)
         low, high = fit.numbers.aminmax(dim=0)
         optimizer = torch.optim.AdamW(model.parameters(), lr=self.rate, weight_decay=self.decay)
-        averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGED)).eval()
+        # Buffers too: averaged weights and the last batches' statistics do not go together.
+        average = get_ema_multi_avg_fn(AVERAGED)
+        averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True).eval()
         kept: Model = averaged.module
         best, best_state, best_step = math.inf, None, 0
         held = None if valid is None else self._points(valid.numbers, low, high, generator)
@@ -237,7 +244,7 @@ class Training:
                 continue
             with torch.no_grad():
                 loss = self._objective(kept, valid, held).item()
-            line(step, loss, best)
+            line(step, loss, min(loss, best))
             if loss < best:
                 best, best_state, best_step = loss, copy.deepcopy(kept.state_dict()), step
             elif step - best_step >= self.patience:
