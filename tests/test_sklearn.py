@@ -13,11 +13,11 @@ import torch
 pytest.importorskip("sklearn")
 pd = pytest.importorskip("pandas")
 
-from sklearn.base import clone
-from sklearn.utils.estimator_checks import parametrize_with_checks
+from sklearn.base import clone  # noqa: E402
+from sklearn.utils.estimator_checks import parametrize_with_checks  # noqa: E402
 
-from monokernel.sklearn import MonotoneClassifier, MonotoneRegressor
-from monokernel.sklearn.training import LIMIT, Scale
+from monokernel.sklearn import MonotoneClassifier, MonotoneRegressor  # noqa: E402
+from monokernel.sklearn.training import LIMIT, Scale  # noqa: E402
 
 CREDIT = Path(__file__).parents[1] / "examples" / "german_credit.csv"
 SIGNS = {"duration": 1, "amount": 1, "instalment": 1, "savings": -1, "employed": -1}
@@ -207,7 +207,7 @@ def test_a_seed_repeats_a_fit_and_leaves_the_process_as_it_was(credit: Frame) ->
 
 
 def test_weights() -> None:
-    """Rows of weight 0 are not there, the scale of weights does not matter, and great ones count."""
+    """Rows of weight 0 are not there, the scale of weights does not matter, great ones count."""
     X, y = falling()
     model = MonotoneRegressor(random_state=0, **QUICK)
     weight = np.where(np.arange(300) < 200, 2.0, 0.0)
@@ -221,7 +221,7 @@ def test_weights() -> None:
 
 
 def test_progress_line_and_early_stopping(capsys: pytest.CaptureFixture[str]) -> None:
-    X, y = falling()
+    X, _ = falling()
     model = MonotoneRegressor(
         n_iter_no_change=50, verbose=1, random_state=0, hidden_layer_sizes=(8,)
     )
