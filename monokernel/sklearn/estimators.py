@@ -50,6 +50,9 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 FLOAT = torch.float32  # of the training; what was fitted is in float64
 ROWS_AT_A_TIME = 1 << 14
+# What a guaranteed slope is at least, in scaled units, so that ``certify``, which rounds otherwise
+# than the construction does, proves it too.
+SOME_RISE = 1e-9
 LOSSES = ("squared_error", "absolute_error", "quantile")
 
 
@@ -176,7 +179,8 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
         fitted = core.mlp if isinstance(core, Monotone) else core
         last: nn.Module = nn.Sequential(*fitted.double(), task.output)
         if box is not None:
-            last = Monotone(last, *box, direction=self.direction_).frozen()
+            rise = SOME_RISE * task.output.scale.item()
+            last = Monotone(last, *box, direction=self.direction_, margin=rise).frozen()
         self.network_ = nn.Sequential(scale, last).eval().requires_grad_(False)
         # What ``certify`` speaks of: everything, or the range of the numbers and one row of each
         # combination of categories and missing values.
