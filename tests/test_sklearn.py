@@ -85,7 +85,7 @@ def test_penalty_turns_a_target_that_falls() -> None:
     assert held.audit(X).worst > -0.05 > free.audit(X).worst
     assert free.certify(seconds=5, progress=False).status == "violated"
     rows = free.certify(X[:5], seconds=5, progress=False)
-    assert rows.verdicts == ["violated"] * 5
+    assert rows.verdicts == ("violated",) * 5
 
 
 def test_audit_is_in_the_units_of_the_table(credit: Frame) -> None:
@@ -132,7 +132,7 @@ def test_what_is_refused_is_named(credit: Frame) -> None:
         MonotoneClassifier(SIGNS).fit(table, table["instalment"].clip(upper=3))
     with pytest.raises(ValueError, match="batch_norm: expected False"):
         MonotoneClassifier(SIGNS, guarantee=True, batch_norm=True).fit(table, bad)
-    with pytest.raises(ValueError, match="'purpose'"):
+    with pytest.raises(ValueError, match="expected numbers in 'checking'"):
         MonotoneClassifier(categorical_features=None).fit(table, bad)
     with pytest.raises(TypeError, match="'day'"):
         MonotoneClassifier().fit(table.assign(day=pd.Timestamp("2026-01-01")), bad)
@@ -175,13 +175,12 @@ def test_quantiles_do_not_cross(guarantee: bool) -> None:
     X = rng.uniform(-1, 1, size=(600, 2))
     y = X[:, 0] + (0.3 + 0.2 * X[:, 1]) * rng.normal(size=600)
     levels = [0.1, 0.5, 0.9]
-    model = MonotoneRegressor(
-        [1, 0], loss="quantile", quantile=levels, guarantee=guarantee, random_state=0, **QUICK
-    ).fit(X, y)
+    options = QUICK | {"max_iter": 400, "guarantee": guarantee, "random_state": 0}
+    model = MonotoneRegressor([1, 0], loss="quantile", quantile=levels, **options).fit(X, y)
     found = model.predict(X)
     assert found.shape == (600, 3)
     assert (np.diff(found, axis=1) >= 0).all()
-    assert (y[:, None] < found).mean(0) == pytest.approx(levels, abs=0.08)
+    assert (y[:, None] < found).mean(0) == pytest.approx(levels, abs=0.05)
     assert 0 < model.score(X, y) < 1
     assert model.direction_ == (1, 0, 1)
     if guarantee:
@@ -189,7 +188,7 @@ def test_quantiles_do_not_cross(guarantee: bool) -> None:
         assert (raw.diff(dim=1) >= 0).all()
         assert model.certify(progress=False).status == "proved"
     one = clone(model).set_params(quantile=0.9).fit(X, y)
-    assert (y < one.predict(X)).mean() == pytest.approx(0.9, abs=0.06)
+    assert (y < one.predict(X)).mean() == pytest.approx(0.9, abs=0.05)
 
 
 def test_a_seed_repeats_a_fit_and_leaves_the_process_as_it_was(credit: Frame) -> None:
@@ -241,4 +240,4 @@ def test_scaling_rises_everywhere_and_is_undone() -> None:
     assert (z.diff(dim=0) >= 0).all()
     assert (z[:, :2].abs() < LIMIT).all()
     assert (z[:, 2] == far.clamp(-1e6, 1e6)).all()
-    assert torch.allclose(scale.inverse(z[1:-1, :2]), far[1:-1, None].expand(-1, 2), rtol=1e-6)
+    assert torch.allclose(scale.inverse(z[1:-1]), far[1:-1, None].expand(-1, 3), rtol=1e-6)

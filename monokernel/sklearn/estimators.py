@@ -176,6 +176,7 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
             *self._split(Rows(scaled, codes, task.target, counts), y, seed),
         )
         self.embeddings_ = embeddings.double().requires_grad_(False)
+        self.embeddings_.settle(codes)
         fitted = core.mlp if isinstance(core, Monotone) else core
         last: nn.Module = nn.Sequential(*fitted.double(), task.output)
         if box is not None:

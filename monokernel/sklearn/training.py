@@ -250,7 +250,6 @@ class Training:
             elif step - best_step >= self.patience:
                 break
         model.load_state_dict(kept.state_dict() if best_state is None else best_state)
-        model.embeddings.settle(fit.codes)
         model.eval()
         line.end(f"{step} steps, validation {best:.4g}")
         return step, best if best_state is not None else math.nan
