@@ -228,6 +228,9 @@ class Training:
         averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True).eval()
         kept: Model = averaged.module
         best, best_state, best_step = math.inf, None, 0
+        # A sum of losses that is better by less than 1, as a log-likelihood, says nothing: where
+        # few validation rows are all classified it falls on as the network grows too sure.
+        better = 0.0 if valid is None else 1 / len(valid)
         held = None if valid is None else self._points(valid.numbers, low, high, generator)
         model.train()
         line = _Progress(self.verbose, self.steps)
@@ -245,7 +248,7 @@ class Training:
             with torch.no_grad():
                 loss = self._objective(kept, valid, held).item()
             line(step, loss, min(loss, best))
-            if loss < best:
+            if loss < best - better:
                 best, best_state, best_step = loss, copy.deepcopy(kept.state_dict()), step
             elif step - best_step >= self.patience:
                 break
