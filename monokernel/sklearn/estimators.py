@@ -67,7 +67,7 @@ class _Task(NamedTuple):
     levels: Tensor | None = None
 
 
-class _Estimator(BaseEstimator):  # type: ignore[misc]
+class _Estimator(BaseEstimator):
     """What both have in common: the table, the training and the questions that may be asked."""
 
     def __init__(
@@ -178,7 +178,7 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
         self.embeddings_ = embeddings.double().requires_grad_(False)
         self.embeddings_.settle(codes)
         fitted = core.mlp if isinstance(core, Monotone) else core
-        last: nn.Module = nn.Sequential(*fitted.double(), task.output)
+        last: nn.Module = nn.Sequential(*fitted.double().children(), task.output)
         if box is not None:
             rise = SOME_RISE * task.output.scale.item()
             last = Monotone(last, *box, direction=self.direction_, margin=rise).frozen()
@@ -386,8 +386,49 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
             )
 
 
-class MonotoneRegressor(RegressorMixin, _Estimator):  # type: ignore[misc]
-    """A regression for tables whose prediction is monotone in the columns that must be."""
+class MonotoneRegressor(RegressorMixin, _Estimator):
+    """A regression for tables, monotone in the columns in which it must be.
+
+    Columns of numbers are scaled by median and quartiles and drawn in smoothly; their missing
+    values take the median, and a column of its own says which they were, so that a missing value is
+    a kind of its own and "monotone" speaks of rows that have one. Categories are embedded; missing
+    and unknown ones share a vector. Training is in float32 on one thread, predictions are in
+    float64. Neither PyTorch's random numbers nor its number of threads are other ones afterwards.
+
+    Args:
+        monotonic_cst: as scikit-learn's ``HistGradientBoosting`` takes it: a mapping from columns
+            to +1 (the prediction must not fall), -1 (must not rise) or 0, or one of these for each
+            column. Categories cannot be constrained: they have no order.
+        loss: "squared_error", "absolute_error" or "quantile".
+        quantile: with ``loss="quantile"`` a level between 0 and 1, or several in rising order: one
+            network, with the level as one more input in which it must rise.
+        guarantee: monotone by construction, for every row there can be, inside the table's range or
+            not (``monokernel.Monotone``). Without it a penalty is trained with, which proves
+            nothing: see ``audit`` and ``certify``.
+        categorical_features: "from_dtype" (of a DataFrame whatever is no number or bool), None, or
+            names, numbers or a mask of columns.
+        hidden_layer_sizes, activation, dropout, batch_norm: the network; "silu", "relu", "gelu" or
+            "tanh". ``batch_norm`` does not go with ``guarantee``.
+        penalty, margin: weight of the mean penalty on rows and points away from them, and the
+            slope from which on there is none, in scaled units.
+        learning_rate, weight_decay, batch_size: of AdamW. The weights that are kept are a running
+            average.
+        max_iter: steps at most.
+        early_stopping, validation_fraction, n_iter_no_change: the best of the steps is kept, by
+            loss and penalty on so great a share of the rows, and training ends after so many steps
+            without one whose sum of losses there is lower by 1.
+        random_state: an int makes every fit the same.
+        verbose: 1 for a line on the standard error while it trains.
+
+    Attributes:
+        network_: a float64 module from ``encode(X)`` to predictions (n, 1); ``network_[0]`` scales
+            the columns, ``network_[1]`` is the rest.
+        columns_, direction_: what the columns of ``encode(X)`` are called, and their signs.
+        table_: what is known of the table: medians, categories.
+        n_iter_, validation_loss_: steps that were made, and the best loss on the validation rows.
+        levels_: normal scores of the levels of several quantiles, or None.
+        n_features_in_, feature_names_in_: as in scikit-learn.
+    """
 
     def __init__(
         self,
@@ -440,7 +481,10 @@ class MonotoneRegressor(RegressorMixin, _Estimator):  # type: ignore[misc]
         """(n,), or (n, Q) for a list of Q quantiles, which never cross: they are sorted where the
         network has them in the wrong order."""
         y = self._outputs(X)
-        return np.sort(y, 1) if self._several else y[:, 0]
+        if self._several:
+            y.sort(1)
+            return y
+        return y[:, 0]
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """R², or with ``loss="quantile"`` D²: the share of the pinball loss of the best constant
@@ -509,7 +553,7 @@ class MonotoneRegressor(RegressorMixin, _Estimator):  # type: ignore[misc]
         return _Task(target, 1, pinball, output, levels)
 
 
-class MonotoneClassifier(ClassifierMixin, _Estimator):  # type: ignore[misc]
+class MonotoneClassifier(ClassifierMixin, _Estimator):
     """A classifier for tables: of two classes the second one's probability is monotone in the
     columns in which it must be. Several classes cannot be constrained.
 
@@ -537,7 +581,7 @@ class MonotoneClassifier(ClassifierMixin, _Estimator):  # type: ignore[misc]
         max_iter: steps at most.
         early_stopping, validation_fraction, n_iter_no_change: the best of the steps is kept, by
             loss and penalty on so great a share of the rows, and training ends after so many steps
-            without a better one.
+            without one whose sum of losses there is lower by 1.
         random_state: an int makes every fit the same.
         verbose: 1 for a line on the standard error while it trains.
 
@@ -590,20 +634,19 @@ class MonotoneClassifier(ClassifierMixin, _Estimator):  # type: ignore[misc]
             )
         share = np.bincount(code, weights=weight) / len(y)
         if K > 2:
-            shift = torch.from_numpy(np.log(share))
-            prior = shift.to(FLOAT)
-            target = torch.from_numpy(code)
+            logs = torch.from_numpy(np.log(share))
+            prior = logs.to(FLOAT)
 
-            def loss(y: Tensor, t: Tensor) -> Tensor:
+            def of_several(y: Tensor, t: Tensor) -> Tensor:
                 return F.cross_entropy(y + prior, t, reduction="none")
 
-            return _Task(target, K, loss, Output(1.0, shift))
-        shift = math.log(share[1] / share[0])
+            return _Task(torch.from_numpy(code), K, of_several, Output(1.0, logs))
+        odds = math.log(share[1] / share[0])
 
-        def loss(y: Tensor, t: Tensor) -> Tensor:
-            return F.binary_cross_entropy_with_logits(y.squeeze(1) + shift, t, reduction="none")
+        def of_two(y: Tensor, t: Tensor) -> Tensor:
+            return F.binary_cross_entropy_with_logits(y.squeeze(1) + odds, t, reduction="none")
 
-        return _Task(torch.from_numpy(code).to(FLOAT), 1, loss, Output(1.0, shift))
+        return _Task(torch.from_numpy(code).to(FLOAT), 1, of_two, Output(1.0, odds))
 
 
 def _at(X: Any, rows: NDArray[np.int64]) -> Any:

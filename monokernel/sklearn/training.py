@@ -122,13 +122,10 @@ class Embeddings(nn.Module):
 
     def __init__(self, sizes: Sequence[int]) -> None:
         super().__init__()
+        self.widths = [min(WIDEST, (size + 2) // 2) for size in sizes]
         self.tables = nn.ModuleList(
-            nn.Embedding(1 + size, min(WIDEST, (size + 2) // 2)) for size in sizes
+            nn.Embedding(1 + size, width) for size, width in zip(sizes, self.widths, strict=True)
         )
-
-    @property
-    def widths(self) -> list[int]:
-        return [table.weight.shape[1] for table in self.tables]
 
     def forward(self, codes: Tensor) -> list[Tensor]:
         """Of codes (n, c) the vectors, c of (n, width)."""
@@ -138,6 +135,7 @@ class Embeddings(nn.Module):
     def settle(self, codes: Tensor) -> None:
         """Where no row had code 0, it is the mean of the rows that there were."""
         for table, code in zip(self.tables, codes.unbind(1), strict=True):
+            assert isinstance(table, nn.Embedding)
             if len(code) and code.all():
                 table.weight[0] = table.weight[code].mean(0)
 
@@ -226,12 +224,15 @@ class Training:
         # Buffers too: averaged weights and the last batches' statistics do not go together.
         average = get_ema_multi_avg_fn(AVERAGED)
         averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True).eval()
-        kept: Model = averaged.module
+        kept = averaged.module
+        assert isinstance(kept, Model)
         best, best_state, best_step = math.inf, None, 0
         # A sum of losses that is better by less than 1, as a log-likelihood, says nothing: where
         # few validation rows are all classified it falls on as the network grows too sure.
         better = 0.0 if valid is None else 1 / len(valid)
-        held = None if valid is None else self._points(valid.numbers, low, high, generator)
+        looked_at = None
+        if valid is not None:
+            looked_at = valid, self._points(valid.numbers, low, high, generator)
         model.train()
         line = _Progress(self.verbose, self.steps)
         for step in range(1, self.steps + 1):
@@ -243,10 +244,10 @@ class Training:
             self._objective(model, batch, points).backward()
             optimizer.step()
             averaged.update_parameters(model)
-            if valid is None or step % LOOK_EVERY:
+            if looked_at is None or step % LOOK_EVERY:
                 continue
             with torch.no_grad():
-                loss = self._objective(kept, valid, held).item()
+                loss = self._objective(kept, *looked_at).item()
             line(step, loss, min(loss, best))
             if loss < best - better:
                 best, best_state, best_step = loss, copy.deepcopy(kept.state_dict()), step
