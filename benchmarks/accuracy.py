@@ -1,6 +1,6 @@
 """Does the penalty cost accuracy, and does it hold on rows that were never trained on?
 
-    python -m benchmarks accuracy            four data sets, ten seeds, about six minutes
+    python -m benchmarks accuracy            four data sets, ten seeds, about ten minutes
     python -m benchmarks accuracy --seeds 2 --data diabetes
 
 Four data sets that ship with Python packages. Each seed draws 30 % of the rows to hold out and a

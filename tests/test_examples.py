@@ -88,7 +88,7 @@ def test_credit_from_the_file_to_the_audit(name: str, most: int) -> None:
     assert last + 1 - first <= most
     run = subprocess.run(
         [sys.executable, file],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
         capture_output=True,
         text=True,
         timeout=240,
