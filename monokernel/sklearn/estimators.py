@@ -481,10 +481,8 @@ class MonotoneRegressor(RegressorMixin, _Estimator):
         """(n,), or (n, Q) for a list of Q quantiles, which never cross: they are sorted where the
         network has them in the wrong order."""
         y = self._outputs(X)
-        if self._several:
-            y.sort(1)
-            return y
-        return y[:, 0]
+        found: Floats = np.sort(y, 1) if self._several else y[:, 0]
+        return found
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """R², or with ``loss="quantile"`` D²: the share of the pinball loss of the best constant
@@ -526,9 +524,9 @@ class MonotoneRegressor(RegressorMixin, _Estimator):
             )
 
     def _check_target(self, y: Any) -> NDArray[Any]:
-        y = np.asarray(y, dtype=np.float64)
-        assert_all_finite(y, input_name="y")
-        return y
+        target: Floats = np.asarray(y, dtype=np.float64)
+        assert_all_finite(target, input_name="y")
+        return target
 
     def _strata(self, y: NDArray[Any]) -> None:
         return None
