@@ -1,6 +1,6 @@
 """Does the penalty cost accuracy, and does it hold on rows that were never trained on?
 
-    python -m benchmarks accuracy            four data sets, ten seeds, about six minutes
+    python -m benchmarks accuracy            four data sets, ten seeds, about ten minutes
     python -m benchmarks accuracy --seeds 2 --data diabetes
 
 Four data sets that ship with Python packages. Each seed draws 30 % of the rows to hold out and a
@@ -20,6 +20,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ WIDTH, BATCH, STEPS, LOOK_EVERY, PATIENCE = 64, 256, 2000, 25, 16
 LEARNING_RATE, WEIGHT_DECAY = 2e-3, 0.1
 PENALTY_WEIGHT, MARGIN = 10.0, 0.02
 LIPSCHITZ_CONSTANTS = (1.0, 3.0, 10.0)
+MOST_TREES, TREES_WITHOUT_CHANGE = 1000, 10
 GRID_POINTS, GRID_ROWS = 33, 500
 STEEPEST_NOISE = 1e-5  # a slope below -1e-5 on the grid counts; float32 noise is smaller
 
@@ -222,7 +224,7 @@ def constructed(everywhere: bool) -> Callable[[Task, int], tuple[Scores, nn.Modu
     def make(task: Task, seed: int) -> tuple[Scores, nn.Module]:
         x = task.train.x
         box = (-torch.inf, torch.inf) if everywhere else (x.amin(0), x.amax(0))
-        net = Monotone(network(task), *box, direction=[0] * task.free + list(task.directions))
+        net = Monotone(network(task), *box, direction=signs(task))
         fit(task, net, lambda x, t: task.loss(net(x).squeeze(-1), t), seed, LEARNING_RATE)
         return _scores(net), net
 
@@ -244,8 +246,9 @@ def lipschitz_monotone(task: Task, seed: int) -> tuple[Scores, None]:
             lmn.GroupSort(2),
             lmn.LipschitzLinear(WIDTH, 1, lipschitz_const=each, kind="inf"),
         )
-        signs = [0] * task.free + list(task.directions)
-        net = lmn.MonotonicWrapper(layers, lipschitz_const=constant, monotonic_constraints=signs)
+        net = lmn.MonotonicWrapper(
+            layers, lipschitz_const=constant, monotonic_constraints=signs(task)
+        )
 
         def loss_of(x: Tensor, t: Tensor, net: nn.Module = net) -> Tensor:
             return task.loss(net(x).squeeze(-1), t)
@@ -257,6 +260,19 @@ def lipschitz_monotone(task: Task, seed: int) -> tuple[Scores, None]:
     return _scores(chosen), None
 
 
+def tables(**options: Any) -> Callable[[Task, int], tuple[Scores, None]]:
+    """The estimator as it is, which stops early on rows of its own choice, a fifth too."""
+
+    def make(task: Task, seed: int) -> tuple[Scores, None]:
+        from monokernel import sklearn
+
+        kind = "Classifier" if task.classification else "Regressor"
+        model = getattr(sklearn, f"Monotone{kind}")(signs(task), random_state=seed, **options)
+        return _fitted(task, model), None
+
+    return make
+
+
 def boosting(constrained: bool) -> Callable[[Task, int], tuple[Scores, None]]:
     """scikit-learn's, which stops early on rows of its own choice, a fifth as for the networks."""
 
@@ -265,17 +281,63 @@ def boosting(constrained: bool) -> Callable[[Task, int], tuple[Scores, None]]:
 
         kind = "Classifier" if task.classification else "Regressor"
         model = getattr(ensemble, f"HistGradientBoosting{kind}")(
-            monotonic_cst=[0] * task.free + list(task.directions) if constrained else None,
+            monotonic_cst=signs(task) if constrained else None,
             early_stopping=True,
             validation_fraction=0.2,
             random_state=seed,
         )
-        x, t = torch.cat([task.train.x, task.valid.x]), torch.cat([task.train.t, task.valid.t])
-        model.fit(x.numpy(), t.numpy())
-        score = model.decision_function if task.classification else model.predict
-        return lambda x: torch.from_numpy(score(x.numpy())).float(), None
+        return _fitted(task, model), None
 
     return make
+
+
+def xgboost(task: Task, seed: int) -> tuple[Scores, None]:
+    """With a constraint; the validation rows and the patience are those of the other trees."""
+    import xgboost
+
+    kind = xgboost.XGBClassifier if task.classification else xgboost.XGBRegressor
+    model = kind(
+        monotone_constraints=tuple(signs(task)),
+        n_estimators=MOST_TREES,
+        learning_rate=0.1,
+        early_stopping_rounds=TREES_WITHOUT_CHANGE,
+        random_state=seed,
+        n_jobs=1,
+    )
+    x, t = task.valid.x.numpy(), task.valid.t.numpy()
+    model.fit(task.train.x.numpy(), task.train.t.numpy(), eval_set=[(x, t)], verbose=False)
+    more = {"output_margin": True} if task.classification else {}
+    return lambda x: torch.from_numpy(model.predict(x.numpy(), **more)).float(), None
+
+
+def lightgbm(task: Task, seed: int) -> tuple[Scores, None]:
+    """As XGBoost."""
+    import lightgbm
+
+    kind = lightgbm.LGBMClassifier if task.classification else lightgbm.LGBMRegressor
+    model = kind(
+        monotone_constraints=signs(task),
+        n_estimators=MOST_TREES,
+        random_state=seed,
+        n_jobs=1,
+        verbose=-1,
+    )
+    stop = lightgbm.early_stopping(TREES_WITHOUT_CHANGE, verbose=False)
+    x, t = task.valid.x.numpy(), task.valid.t.numpy()
+    model.fit(task.train.x.numpy(), task.train.t.numpy(), eval_set=[(x, t)], callbacks=[stop])
+    more = {"raw_score": True} if task.classification else {}
+    return lambda x: torch.from_numpy(model.predict(x.numpy(), **more)).float(), None
+
+
+def signs(task: Task) -> list[int]:
+    return [0] * task.free + list(task.directions)
+
+
+def _fitted(task: Task, model: Any) -> Scores:
+    x, t = torch.cat([task.train.x, task.valid.x]), torch.cat([task.train.t, task.valid.t])
+    model.fit(x.numpy(), t.numpy())
+    score = model.decision_function if task.classification else model.predict
+    return lambda x: torch.from_numpy(score(x.numpy())).float()
 
 
 def _scores(net: nn.Module) -> Scores:
@@ -296,12 +358,18 @@ def methods() -> dict[str, Method]:
         "network, penalty by monokernel": penalised,
         "Monotone, on the training box": constructed(everywhere=False),
         "Monotone, everywhere": constructed(everywhere=True),
+        "monokernel.sklearn": tables(),
+        "monokernel.sklearn, guarantee": tables(guarantee=True),
         "HistGradientBoosting": boosting(constrained=False),
         "HistGradientBoosting, monotonic_cst": boosting(constrained=True),
     }
-    if importlib.util.find_spec("monotonicnetworks"):
-        found["monotonicnetworks"] = lipschitz_monotone
-    return found
+    optional: dict[str, tuple[str, Method]] = {
+        "monotonicnetworks": ("monotonicnetworks", lipschitz_monotone),
+        "xgboost": ("XGBoost, monotone_constraints", xgboost),
+        "lightgbm": ("LightGBM, monotone_constraints", lightgbm),
+    }
+    installed = (optional[package] for package in optional if importlib.util.find_spec(package))
+    return found | dict(installed)
 
 
 # --- what is measured -----------------------------------------------------------------------------

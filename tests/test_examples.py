@@ -70,3 +70,32 @@ def test_monotone_by_construction_beside_a_penalty_and_trees(tmp_path: Path) -> 
     assert results["Monotone"][1] == 0
     assert results["Monotone"][2] >= 0
     assert results["Monotone"][0] > 0.4
+
+
+@pytest.mark.parametrize(("name", "most"), [("credit.py", 12), ("credit_torch.py", 25)])
+def test_credit_from_the_file_to_the_audit(name: str, most: int) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("pandas")
+    file = ROOT / "examples" / name
+    lines = file.read_text(encoding="utf-8").splitlines()
+    first, last = (
+        next(i for i, line in enumerate(lines) if line.startswith(start))
+        for start in (
+            "table = pd.read_csv",
+            "print(audit(" if "torch" in name else "print(model.audit(",
+        )
+    )
+    assert last + 1 - first <= most
+    run = subprocess.run(
+        [sys.executable, file],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stderr
+    rates = re.findall(r"([\d.]+)% of the constrained slopes violate", run.stdout)
+    assert len(rates) == 2
+    assert all(float(rate) < 5 for rate in rates)
+    measure, value = re.findall(r"^held-out ([\w ]+) ([\d.]+)$", run.stdout, re.M)[0]
+    assert float(value) > 0.7 if measure == "AUC" else float(value) < 0.6
