@@ -51,6 +51,7 @@ SOURCES: dict[str, list[str]] = {
     "csrc/binding.cpp": [],
     "csrc/describe.cpp": [],
     "csrc/isa_baseline.cpp": [],
+    "csrc/switches.cpp": [],
 }
 if platform.machine().lower() in ("x86_64", "amd64"):
     SOURCES["csrc/isa_avx2.cpp"] = ["-mavx2", "-mfma"]

@@ -13,12 +13,13 @@ rounded the wrong way is seen: at random points and corners, and then at points 
 a slope came closest to what bounds it. They are held against the bounds of ``intervals.py``,
 against those of the native library where it was built, and against the slopes that ``Monotone``
 promises; with ``--of certify`` against the forms of all tiers, over bounded boxes, and where the
-network is one of ReLUs against the bounds of branches in which some of a point's switches are
-decided. Forms of the second order are tried both by the library and by PyTorch's operations;
-``--of quadratic`` takes only networks that have them, ``--of programs`` the networks of
-``tests/zoo.py``, norms, gates and residuals among them, and slopes in float64. Prints how many
-pairs were tried and how many points lie outside, and ends with an error if one does. A network is
-named by its seed: ``--seed S`` begins with S and counts up.
+network is one of ReLUs against what deciding its neurons proves: with one hidden layer the bounds
+of branches in which some of a point's switches are decided, with more a search for a margin just
+above one of the slopes, or above all. Forms of the second order are tried both by the library and
+by PyTorch's operations; ``--of quadratic`` takes only networks that have them, ``--of programs``
+the networks of ``tests/zoo.py``, norms, gates and residuals among them, and slopes in float64.
+Prints how many pairs were tried and how many points lie outside, and ends with an error if one
+does. A network is named by its seed: ``--seed S`` begins with S and counts up.
 """
 
 from __future__ import annotations
@@ -33,7 +34,14 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from monokernel import Monotone, forms, quadratic, switches, value_and_jacobian
+from monokernel import (
+    Monotone,
+    forms,
+    quadratic,
+    several_layers,
+    switches,
+    value_and_jacobian,
+)
 from monokernel.activations import Activation
 from monokernel.arguments import check_inputs
 from monokernel.backends import cpu
@@ -64,6 +72,7 @@ SMOOTH: tuple[Callable[[], nn.Module], ...] = (
     nn.Tanhshrink,
 )  # fmt: skip
 BOXES, POINTS = 50, 12  # and as many points again
+SEARCHED = 0.2  # seconds
 
 
 def _network(activations: Sequence[Callable[[], nn.Module]] = ACTIVATIONS) -> nn.Sequential:
@@ -313,7 +322,8 @@ def certified(
             outside += int((s.centre.isnan() | s.error.isnan()).sum())
             outside += int(((s.lower - off > own) | (s.upper + off < own)).sum())
         if switches.serves(layers):
-            outside += _branches(layers, lower, upper, output, x, own, off)
+            of = _branches if len(layers.W) == 2 else _searched
+            outside += of(layers, lower, upper, output, x, own, off)
     return BOXES, outside, f"seed {seed}, {dtype}: {net}"
 
 
@@ -333,8 +343,7 @@ def _branches(
     wanted = torch.ones(BOXES, d, dtype=torch.bool)
     start = Boxes(lower, upper, torch.arange(BOXES), wanted, wanted.double() - torch.inf)
     box, q = wanted.nonzero(as_tuple=True)
-    of = OneLayer if len(layers.W) == 2 else switches.Dual
-    bounds = of(layers, constraints, start, box, q)
+    bounds = OneLayer(layers, constraints, start, box, q)
     low, high = bounds.ranges()
     a = torch.cat(layers.values(x[0])[:-1], 1)[box]
     sided = a.abs() > 1e-10 * (1 + a.abs().amax())  # of others float64 does not know the side
@@ -345,6 +354,32 @@ def _branches(
     branches = Branches(torch.arange(len(q)), switch, low, high, start.known[box, q])
     bound = bounds.bounded(branches)[0]
     return int((S[0, box, q] + noise[0, box, q] < bound).sum()) + int(bound.isnan().sum())
+
+
+def _searched(
+    layers: Layers, lower: Tensor, upper: Tensor, output: int, x: Tensor, S: Tensor, noise: Tensor
+) -> int:
+    """Points outside of what a search says of every column, finished or not: with a margin just
+    above the lowest of some pair's points, which must not be proved, or above all of them, so that
+    every pair is bounded as closely as there is time."""
+    d = layers.d
+    lowest = (S + noise).amin(0)
+    margin = lowest.flatten()[torch.randint(lowest.numel(), ())]
+    margin = margin.nextafter(torch.tensor(torch.inf, dtype=torch.float64))
+    if torch.rand(()) < 0.5:
+        margin = 2 * S.abs().max() + 1
+    constraints = Constraints(
+        *(torch.full((d,), output), torch.arange(d), torch.ones(d, dtype=torch.float64)),
+        margin.item(),
+    )
+    wanted = torch.ones(BOXES, d, dtype=torch.bool)
+    start = Boxes(lower, upper, torch.arange(BOXES), wanted, wanted.double() - torch.inf)
+    none = torch.zeros(BOXES, dtype=torch.bool)
+    deadline = time.monotonic() + SEARCHED
+    least, _, _, _ = several_layers.search(
+        layers, constraints, start, lambda *_: none, deadline, lambda *_: None
+    )
+    return int((lowest.flatten() < least).sum()) + int(least.isnan().sum())
 
 
 REPORTED = 100_000  # pairs

@@ -103,6 +103,30 @@ int mk_chain_slopes(int64_t layers, const mk_layer* chain, int64_t folded, int64
                     int64_t output, int64_t K, const int64_t* columns, const void* wanted,
                     double* const* found);
 
+// A chain of ReLUs or LeakyReLUs: `layers` hidden ones with `widths`, W_l (H_l, H_{l-1}), b_l (H_l,) and
+// the slopes `left` of 0, of d columns; every weight is off by at most `folded` roundings.
+struct mk_piecewise {
+  int64_t d, layers, folded;
+  const int64_t* widths;
+  const double* const* W;
+  const double* const* b;
+  const double* left;
+};
+
+// A search for points of the box centre ± radius (d,), which has an extent in m columns, where the slope
+// that `column` (H_1,), of W_1, and `row` (H_L,), of the last layer, make is below the margin. The network
+// is not copied. `split` takes half of the open branches into another search, or returns null where
+// there are too few. `run` bounds at most so many more, and ends with the branch in which its seconds
+// do. `points` (8, d) are between the kinks where the slope may be below. `tally`: branches bounded,
+// those proved, those open, points; `least` bounds the slope wherever it is below the margin. Null, or
+// 1 from `run`, where there is no memory.
+void* mk_search_new(const mk_piecewise* net, const double* row, const double* column, double margin,
+                    const double* centre, const double* radius, int64_t m, const int64_t* moving);
+void* mk_search_split(void* search);
+int mk_search_run(void* search, int64_t most, double seconds, double* points, int64_t* tally,
+                  double* least);
+void mk_search_drop(void* search);
+
 // For tests and benchmarks. σ, σ' and σ'' of n elements a; which ideas of the kernels are in use, for
 // every plan from the next call on.
 void mk_activation(int64_t is_double, int64_t kind, const double* numbers, int64_t n, const void* a,

@@ -102,11 +102,10 @@ class Branches(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Lower bounds (B, Q) over each of B boxes, and over what is not open any more; what is left
-    open, how many boxes were bounded, and how many constraints each tier proved in them."""
+    """Lower bounds (B, Q) over each of B boxes, what is left open, how many boxes were bounded, and
+    how many constraints each tier proved in them."""
 
     lower: Tensor
-    decided: Tensor
     left: Boxes
     boxes: int
     proved: dict[str, int]
@@ -162,18 +161,16 @@ def search(
     witness: Witness,
     deadline: float,
     tell: Callable[[int, int], None],
-    most: int | None = None,
 ) -> Found:
     """Decides the boxes of ``start``, as far as there is time until ``deadline`` of
     ``time.monotonic``; a verdict that is violated is followed no further. ``tell`` hears after
-    every round how many boxes were bounded and how many are open. With ``most`` the largest boxes
-    come first, and after so many the search ends."""
+    every round how many boxes were bounded and how many are open."""
     lower = start.lower.new_full((verdicts, len(constraints.signs)), torch.inf)
-    stack, stuck, boxes = [start], list[Boxes](), 0
+    stack, stuck, boxes = [start] if len(start.owner) else [], list[Boxes](), 0
     with Crew(start.lower.device) as crew:
         tiers = _Tiers(layers, start, crew)
-        while stack and time.monotonic() < deadline and (most is None or boxes < most):
-            taken = _taken(stack, tiers.at_a_time, -1 if most is None else 0)
+        while stack and time.monotonic() < deadline:
+            taken = _taken(stack, tiers.at_a_time)
             boxes += len(taken.owner)
             steps = tiers.bounded(layers, constraints, taken, lower)
             if steps:
@@ -189,18 +186,17 @@ def search(
                 stack = [left for left in stack if len(left.owner)]
             tell(boxes, sum(len(left.owner) for left in stack))
     left = Boxes.joined([start.at(slice(0, 0)), *stack, *stuck])
-    decided = lower.clone()
     _lower(lower, left)
-    return Found(lower, decided, left, boxes, tiers.proved)
+    return Found(lower, left, boxes, tiers.proved)
 
 
-def _taken(stack: list[Boxes], n: int, end: int) -> Boxes:
-    """The last (``end`` -1) or first (0) n boxes, or as many as there are, taken from the stack."""
+def _taken(stack: list[Boxes], n: int) -> Boxes:
+    """The last n boxes, or as many as there are, taken from the stack."""
     parts: list[Boxes] = []
     while stack and n > 0:
-        part = stack.pop(end)
+        part = stack.pop()
         if len(part.owner) > n:
-            stack.insert(len(stack) if end else 0, part.at(slice(n, None)))
+            stack.append(part.at(slice(n, None)))
             part = part.at(slice(0, n))
         parts.append(part)
         n -= len(part.owner)

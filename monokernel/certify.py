@@ -32,9 +32,7 @@ ARITHMETIC = (
 STARTS = 2048  # of descents and of sampled points, over all boxes and constraints
 FAR = 10.0  # how far out points are sampled in a box without an end
 MOST_ROWS = 100_000  # boxes that one-hot groups may make of those given
-# In so few columns cutting boxes is faster than deciding neurons, and in so many it is of no use;
-# between, neurons are decided in the boxes that so many cuts leave.
-FEW_COLUMNS, MANY_COLUMNS, CUT = 2, 8, 256
+FEW_COLUMNS = 2  # in so few cutting boxes is faster than deciding neurons
 LINES = 40
 
 
@@ -305,7 +303,7 @@ def certify(
         found = _search(layers, constraints, going, B, probe, deadline, line)
     else:
         none = going.known.new_zeros(B, 0)
-        found = branching.Found(none, none, going.at(slice(0, 0)), 0, {})
+        found = branching.Found(none, going.at(slice(0, 0)), 0, {})
     line.end()
     return _certificate(
         begin, batched, layers, constraints, table, low, high, dtype, probe, found, start, names
@@ -321,31 +319,18 @@ def _search(
     deadline: float,
     line: _Progress,
 ) -> branching.Found:
-    """By boxes. Where neurons are switches and a box is wide in more than a few columns, by those:
-    in some more columns after cutting it a few times, in many of the whole box, and so wherever
-    there is one hidden layer, whose bounds are close."""
+    """By boxes, and where neurons are switches and a box is wide in more than a few columns, by
+    those."""
     columns = (start.lower < start.upper).sum(1)
-    deep = isinstance(layers, Layers) and len(layers.W) > 2
-    columns = columns.where(~branching.endless(start.lower, start.upper), 0)
-    wide, many = columns > FEW_COLUMNS, columns > (MANY_COLUMNS if deep else FEW_COLUMNS)
+    wide = (columns > FEW_COLUMNS) & ~branching.endless(start.lower, start.upper)
     if isinstance(layers, Straight) or not (switches.serves(layers) and wide.any()):
         return branching.search(layers, constraints, start, B, probe, deadline, line)
     found = branching.search(layers, constraints, start.at(~wide), B, probe, deadline, line)
-    cut = branching.search(
-        layers, constraints, start.at(wide & ~many), B, probe, deadline, line, most=CUT
-    )
-    rest = Boxes.joined([cut.left, start.at(many)])
+    rest = start.at(wide)
     rest = rest.at(~probe.violated[rest.owner])
     split = switches.search(layers, constraints, rest, B, probe, deadline, line)
-    # What the cutting left open is decided or open now; the rest of its bounds stand.
-    lower = torch.minimum(torch.minimum(found.lower, cut.decided), split.lower)
-    found = found._replace(
-        boxes=found.boxes + cut.boxes,
-        proved={tier: n + cut.proved.get(tier, 0) for tier, n in found.proved.items()},
-    )
     return branching.Found(
-        lower,
-        lower,
+        torch.minimum(found.lower, split.lower),
         Boxes.joined([found.left, split.left]),
         found.boxes + split.boxes,
         {**found.proved, switches.METHOD: split.proved},

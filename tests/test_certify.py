@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import fields
-from itertools import pairwise, product
+from itertools import count, pairwise, product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from monokernel import (
     one_layer,
     quadratic,
     ranges,
-    switches,
+    several_layers,
 )
 from monokernel.activations import IDENTITY, Activation
 from monokernel.backends import cpu
@@ -221,14 +222,11 @@ def test_smooth_chains_are_bounded_by_quadratic_forms() -> None:
     assert found.methods["quadratic forms"] == 0
 
 
-Bounds = type[switches.Dual] | type[one_layer.OneLayer]
-
-
 def pairs(
-    kind: str, hidden: tuple[int, ...], of: Bounds, margin: float
+    kind: str, margin: float
 ) -> tuple[Layers, Tensor, branching.Constraints, branching.Boxes, Any]:
     """A network with two outputs and boxes in its four columns; every slope is constrained."""
-    net = mlp(2, 2, 2, hidden, ACTIVATION_MODULES[kind])
+    net = mlp(2, 2, 2, (9,), ACTIVATION_MODULES[kind])
     layers, _ = _read(net, 4)
     assert isinstance(layers, Layers)
     table = torch.tensor([[1.0, -1.0, 1.0, 1.0], [-1.0, 1.0, 1.0, -1.0]], dtype=torch.float64)
@@ -241,7 +239,7 @@ def pairs(
         torch.full((n, Q), -math.inf, dtype=torch.float64),
     )
     box, q = start.wanted.nonzero(as_tuple=True)
-    return layers, table, constraints, start, of(layers, constraints, start, box, q)
+    return layers, table, constraints, start, one_layer.OneLayer(layers, constraints, start, box, q)
 
 
 def branches_of(layers: Layers, start: branching.Boxes, bounds: Any, x: Tensor) -> Any:
@@ -258,20 +256,9 @@ def branches_of(layers: Layers, start: branching.Boxes, bounds: Any, x: Tensor) 
 
 
 @pytest.mark.parametrize("kind", ["ReLU", "LeakyReLU"])
-@pytest.mark.parametrize(
-    ("of", "hidden"),
-    [
-        (one_layer.OneLayer, (8,)),
-        (switches.Dual, (8,)),
-        (switches.Dual, (7, 6)),
-        (switches.Dual, (5, 6, 5)),
-    ],
-)
-def test_no_bound_of_a_branch_is_contradicted(
-    kind: str, of: Bounds, hidden: tuple[int, ...]
-) -> None:
+def test_no_bound_of_a_branch_is_contradicted(kind: str) -> None:
     """In any branch, with the switches that a point in it has."""
-    layers, table, constraints, start, bounds = pairs(kind, hidden, of, 100.0)
+    layers, table, constraints, start, bounds = pairs(kind, 100.0)
     box, q = start.wanted.nonzero(as_tuple=True)
     for x in inside(start.lower, start.upper, 5):
         branches = branches_of(layers, start, bounds, x)
@@ -287,7 +274,7 @@ def test_no_bound_of_a_branch_is_contradicted(
 def test_what_violates_stays_in_narrowed_ranges(kind: str) -> None:
     shrunk = 0
     for _ in range(6):
-        layers, table, constraints, start, bounds = pairs(kind, (9,), one_layer.OneLayer, -0.3)
+        layers, table, constraints, start, bounds = pairs(kind, -0.3)
         box, q = start.wanted.nonzero(as_tuple=True)
         xs = inside(start.lower, start.upper, 40)
         branches = branches_of(layers, start, bounds, xs[0])
@@ -311,28 +298,42 @@ def test_what_violates_stays_in_narrowed_ranges(kind: str) -> None:
 
 
 def least_slopes(net: nn.Sequential, lower: Tensor, upper: Tensor) -> Tensor:
-    """min ∂y/∂x (d,) over all patterns of one hidden layer whose cell in the box has an inside."""
+    """min ∂y/∂x (d,) over all patterns of neurons whose cell in the box has an inside."""
     optimize = pytest.importorskip("scipy.optimize")
-    W, b, v = net[0].weight.detach(), net[0].bias.detach(), net[2].weight.detach()[0]
-    least = torch.full((W.shape[1],), math.inf, dtype=torch.float64)
+    *hidden, last = [m for m in net if isinstance(m, nn.Linear)]
+    left, d = getattr(net[1], "negative_slope", 0.0), hidden[0].in_features
+    least = torch.full((d,), math.inf, dtype=torch.float64)
     bounds = [*zip(lower.tolist(), upper.tolist(), strict=True), (0.0, 1.0)]
-    goal = [0.0] * W.shape[1] + [-1.0]
-    for pattern in product((0.0, 1.0), repeat=len(W)):
-        z = torch.tensor(pattern, dtype=torch.float64)
-        s = 2 * z - 1
-        rows = torch.cat([-s.unsqueeze(1) * W, W.norm(dim=1, keepdim=True)], 1)
-        cell = optimize.linprog(goal, rows.numpy(), (s * b).numpy(), bounds=bounds)
+    goal = [0.0] * d + [-1.0]
+    patterns = product(*(product((0.0, 1.0), repeat=h.out_features) for h in hidden))
+    for pattern in patterns:
+        J, at = torch.eye(d, dtype=torch.float64), torch.zeros(d, dtype=torch.float64)
+        rows, ends = [], []
+        for layer, switch in zip(hidden, pattern, strict=True):
+            W, b, z = layer.weight.detach(), layer.bias.detach(), torch.tensor(switch).double()
+            J, at, sign = W @ J, W @ at + b, 2 * z - 1
+            rows.append(torch.cat([-sign.unsqueeze(1) * J, J.norm(dim=1, keepdim=True)], 1))
+            ends.append(sign * at)
+            steep = left + (1 - left) * z
+            J, at = steep.unsqueeze(1) * J, steep * at
+        cell = optimize.linprog(
+            goal, torch.cat(rows).numpy(), torch.cat(ends).numpy(), bounds=bounds
+        )
         if cell.status == 0 and cell.x[-1] > 1e-7:
-            left = getattr(net[1], "negative_slope", 0.0)
-            least = torch.minimum(least, (v * (left + (1 - left) * z)) @ W)
+            least = torch.minimum(least, last.weight.detach()[0] @ J)
     return least
 
 
 @pytest.mark.parametrize("kind", ["ReLU", "LeakyReLU"])
-def test_one_hidden_layer_is_decided_up_to_the_least_slope(kind: str) -> None:
-    """As the enumeration of all its patterns says, on both sides of it."""
+@pytest.mark.parametrize("hidden", [(6,), (4, 4), (3, 3, 2)])
+def test_networks_of_kinks_are_decided_up_to_the_least_slope(
+    kind: str, hidden: tuple[int, ...]
+) -> None:
+    """As the enumeration of all their patterns says, on both sides of it."""
+    if len(hidden) > 1 and cpu.isa() is None:
+        pytest.skip("the native kernel was not built")
     for _ in range(2):
-        net = mlp(3, 1, 1, (6,), ACTIVATION_MODULES[kind])
+        net = mlp(3, 1, 1, hidden, ACTIVATION_MODULES[kind])
         box = -torch.ones(4), torch.ones(4)
         for column, least in enumerate(least_slopes(net, *box).tolist()):
             direction = [int(c == column) for c in range(4)]
@@ -342,6 +343,90 @@ def test_one_hidden_layer_is_decided_up_to_the_least_slope(kind: str) -> None:
                 assert found.status == status, str(found)
                 assert found.lower_bound[0, column] <= least + 1e-9
                 assert status == "violated" or found.methods["neuron splitting"]
+
+
+SIGNS = torch.tensor([1.0, -1, 1, -1], dtype=torch.float64)
+
+
+def searched(layers: Layers, lower: Tensor, upper: Tensor, margin: float, rounds: int) -> Any:
+    """Of every pair of box and column (n, d): bounds, what is left open, and the slopes of all
+    points that the search came to, one row for each (N, 2), with the pair's number."""
+    n, d = lower.shape
+    wanted = torch.ones(n, d, dtype=torch.bool)
+    start = branching.Boxes(lower, upper, torch.arange(n), wanted, wanted.double() - math.inf)
+    outputs, columns = torch.zeros(d, dtype=torch.long), torch.arange(d)
+    constraints = branching.Constraints(outputs, columns, SIGNS, margin)
+    met = [torch.zeros(0, 2, dtype=torch.float64)]
+
+    def witness(x: Tensor, owner: Tensor, q: Tensor) -> Tensor:
+        assert ((x >= lower[owner]) & (x <= upper[owner])).all()
+        slope = (layers.slopes(x, 0) * SIGNS)[torch.arange(len(q)), q]
+        met.append(torch.stack([owner * d + q, slope], 1))
+        return torch.zeros(n, dtype=torch.bool)
+
+    clock = count()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(several_layers, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+        least, left, _, _ = several_layers.search(
+            layers, constraints, start, witness, rounds, lambda *_: None
+        )
+    return least.view(n, d), left.view(n, d), torch.cat(met)
+
+
+@pytest.mark.skipif(cpu.isa() is None, reason="the native kernel was not built")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_search_of_several_layers_leaves_no_piece_out(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a margin above all slopes it comes to every linear piece; with a lower one to each that
+    is below. Interrupted, its bounds hold."""
+    monkeypatch.setattr(several_layers, "BRANCHES", 3)  # searches are shared among the threads
+    monkeypatch.setattr(several_layers, "SIDE_BY_SIDE", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    decided = unfinished = pieces = 0
+    try:
+        for kind, hidden in (("ReLU", (7, 6)), ("LeakyReLU", (6, 5)), ("ReLU", (4, 5, 4))):
+            net = mlp(2, 2, 1, hidden, ACTIVATION_MODULES[kind])
+            layers, _ = _read(net, 4)
+            assert isinstance(layers, Layers)
+            lower, upper = boxes(6, 4)
+            lower[0], upper[0] = -1.0, 1.0
+            x = inside(lower, upper, 300).flatten(0, 1)
+            slopes = layers.slopes(x, 0).view(-1, 6, 4) * SIGNS
+            least, left, every = searched(layers, lower, upper, slopes.max().item() + 1, 10**6)
+            assert left.all()
+            lowest = slopes.amin(0)
+            assert (least <= lowest + 1e-11).all()
+            lowest.view(-1).scatter_reduce_(0, every[:, 0].long(), every[:, 1], "amin")
+            torch.testing.assert_close(least, lowest, rtol=0, atol=1e-9)
+            pieces += len(every)
+            for margin in (every[:: len(every) // 4, 1] + 1e-6).tolist():
+                least, left, met = searched(layers, lower, upper, margin, 10**6)
+                assert (left == (lowest < margin)).all()
+                assert (least[~left] == margin).all()
+                assert (met[:, 1] < margin).all()
+                below = every[every[:, 1] < margin]
+                near = (below.unsqueeze(1) - met).abs().amax(2) < 1e-9
+                assert near.any(1).all()
+                decided += int((~left).sum())
+                least, left, _ = searched(layers, lower, upper, margin, 3)
+                assert (least <= lowest + 1e-11).all()
+                assert (least[~left] == margin).all()
+                unfinished += int(((lowest >= margin) & left).sum())
+    finally:
+        torch.set_num_threads(before)
+    assert decided > 100
+    assert unfinished > 10
+    assert pieces > 500
+
+
+def test_without_the_native_library_boxes_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "missing", lambda: "it was not built")
+    net = mlp(2, 1, 1, (4, 4), nn.ReLU())
+    found = certify(net, -0.1, 0.1, direction=[0, 0, 1], margin=-9.0, seconds=5, progress=False)
+    assert found.status == "proved"
+    assert "neuron splitting" not in found.methods
 
 
 def test_kinks_on_the_edges_of_the_box() -> None:

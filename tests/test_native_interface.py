@@ -49,7 +49,7 @@ def fields(struct: str) -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = []
     for line in filter(None, (line.strip() for line in body.split(";"))):
         if "*" in line:
-            found.append((line.split("*")[1].strip(), c_void_p))
+            found.append((line.split("*")[-1].split()[-1], c_void_p))
             continue
         kind, names = line.split(None, 1)
         for each in names.split(","):
@@ -60,7 +60,7 @@ def fields(struct: str) -> list[tuple[str, Any]]:
 
 def test_the_parser_sees_what_is_there() -> None:
     assert len(functions()) == text_of("c_api.h").count("mk_") - len(
-        re.findall(r"mk_(?:parameter|shape|layer)\b", text_of("c_api.h"))
+        re.findall(r"mk_(?:parameter|shape|layer|piecewise)\b", text_of("c_api.h"))
     )
     assert as_ctypes("const char*") is c_char_p
     assert as_ctypes("const double* numbers") is c_void_p
@@ -79,6 +79,7 @@ def test_the_structures() -> None:
 
     assert plain(cpu._Shape._fields_) == plain(fields("mk_shape"))
     assert plain(cpu._Layer._fields_) == plain(fields("mk_layer"))
+    assert plain(cpu._Piecewise._fields_) == plain(fields("mk_piecewise"))
 
 
 def test_what_the_operator_calls() -> None:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -39,8 +39,17 @@ if TYPE_CHECKING:
     from ..layers import Layers
 
 __all__ = [
-    *("activation", "backward", "boundary", "chain_slopes", "forward", "isa", "lift", "missing"),
-    *("path", "refuses", "saved_like", "step", "switch"),
+    *(
+        "Piecewise",
+        "Search",
+        "activation",
+        "backward",
+        "boundary",
+        "chain_slopes",
+        "forward",
+        "isa",
+    ),
+    *("forward", "isa", "lift", "missing", "path", "refuses", "saved_like", "step", "switch"),
 ]
 
 Params = Sequence[Tensor | None]
@@ -328,6 +337,109 @@ def chain_slopes(
     return found
 
 
+POINTS = 8  # of one run of a search, at most
+
+
+class _Piecewise(ctypes.Structure):
+    """mk_piecewise of ``csrc/c_api.h``."""
+
+    _fields_ = (
+        ("d", c_int64),
+        ("layers", c_int64),
+        ("folded", c_int64),
+        ("widths", c_void_p),
+        ("W", c_void_p),
+        ("b", c_void_p),
+        ("left", c_void_p),
+    )
+
+
+class Run(NamedTuple):
+    """``points`` (n, d) between the kinks where the slope may be below the margin, how many
+    branches were bounded, were proved and are open, and a bound of the slope wherever below."""
+
+    points: Tensor
+    bounded: int
+    proved: int
+    open: int
+    least: float
+
+
+class Search:
+    """Looks for points of a box where a slope is below a margin, as ``csrc/switches.cpp`` does."""
+
+    def __init__(self, library: ctypes.CDLL, memory: int | None, chain: Piecewise) -> None:
+        if not memory:
+            _check(1)
+        self._library, self._memory, self._chain = library, memory, chain
+
+    def __del__(self) -> None:
+        if getattr(self, "_memory", None):
+            self._library.mk_search_drop(self._memory)
+
+    def split(self) -> Search | None:
+        """Another, with half of the open branches; None where there are too few."""
+        memory = self._library.mk_search_split(self._memory)
+        return Search(self._library, memory, self._chain) if memory else None
+
+    def run(self, most: int, seconds: float) -> Run:
+        """Bounds at most so many more branches, and takes little longer than so many seconds."""
+        points = torch.empty(POINTS, self._chain.d, dtype=torch.float64)
+        tally, least = (c_int64 * 4)(), c_double()
+        _check(
+            self._library.mk_search_run(
+                self._memory, most, seconds, points.data_ptr(), tally, ctypes.byref(least)
+            )
+        )
+        bounded, proved, open_, found = tally
+        return Run(points[:found], bounded, proved, open_, least.value)
+
+
+class Piecewise:
+    """A chain of ReLUs or LeakyReLUs as the library knows it: W_l and b_l of its hidden layers on
+    the CPU in float64, their slopes left of 0, and how many roundings made each weight."""
+
+    def __init__(
+        self, W: Sequence[Tensor], b: Sequence[Tensor], left: Sequence[float], folded: int
+    ) -> None:
+        library = _library()
+        if isinstance(library, str):
+            raise RuntimeError(f"monokernel: {library}")
+        self._library, self.d, L = library, W[0].shape[1], len(W)
+        tensors = [t.contiguous() for t in (*W, *b)]
+        places = (c_void_p * L)(*[t.data_ptr() for t in tensors[:L]])
+        beside = (c_void_p * L)(*[t.data_ptr() for t in tensors[L:]])
+        widths, slopes = (c_int64 * L)(*map(len, W)), (c_double * L)(*left)
+        arrays: tuple[ctypes.Array[Any], ...] = (widths, places, beside, slopes)
+        starts = [ctypes.addressof(array) for array in arrays]
+        self._chain = _Piecewise(self.d, L, folded, *starts)
+        self._kept = tensors, arrays
+
+    def search(
+        self,
+        row: Tensor,
+        column: Tensor,
+        margin: float,
+        centre: Tensor,
+        radius: Tensor,
+        moving: Sequence[int],
+    ) -> Search:
+        """Of the slope that ``row`` (H_L,) of the last layer and ``column`` (H_1,) of the first
+        make, in the box centre ± radius (d,) with an extent in the columns ``moving``."""
+        row, column, centre, radius = (t.contiguous() for t in (row, column, centre, radius))
+        memory = self._library.mk_search_new(
+            ctypes.byref(self._chain),
+            row.data_ptr(),
+            column.data_ptr(),
+            margin,
+            centre.data_ptr(),
+            radius.data_ptr(),
+            len(moving),
+            (c_int64 * len(moving))(*moving),
+        )
+        return Search(self._library, memory, self)
+
+
 def activation(σ: Activation, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """σ(a), σ'(a), σ''(a) as the kernel computes them, for the test that holds the tables equal."""
     library = _library()
@@ -445,6 +557,10 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
             *(c_int64, c_int64, *(c_void_p,) * 3),
         ),
     ),
+    "mk_search_new": (c_void_p, (*(c_void_p,) * 3, c_double, *(c_void_p,) * 2, c_int64, c_void_p)),
+    "mk_search_split": (c_void_p, (c_void_p,)),
+    "mk_search_run": (c_int, (c_void_p, c_int64, c_double, *(c_void_p,) * 3)),
+    "mk_search_drop": (None, (c_void_p,)),
     "mk_activation": (None, (c_int64, c_int64, c_void_p, c_int64, *(c_void_p,) * 4)),
     "mk_switch": (None, (c_int64, c_int64)),
 }
