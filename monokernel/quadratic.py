@@ -23,7 +23,6 @@ from torch import Tensor
 
 from . import ranges
 from .activations import Activation
-from .backends import cpu
 from .enclosures import TINY, Slopes, U, box, spread, γ
 from .layers import Layers
 
@@ -320,6 +319,8 @@ def _followed(m: int) -> int:
 
 def native(like: Tensor) -> bool:
     """Whether the library bounds boxes where that tensor is."""
+    from .backends import cpu  # the library is opened when it is first of use
+
     return like.device.type == "cpu" and cpu.isa() is not None
 
 
@@ -339,6 +340,8 @@ def slopes(
     By ``csrc/quadratic.h`` where the native library was built, else by PyTorch's operations.
     """
     if native(c):
+        from .backends import cpu
+
         return cpu.chain_slopes(layers, c, r, moving, output, columns, wanted)
     return by_pytorch(layers, c, r, moving, output, columns)
 

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..arguments import check_choice, check_direction, check_flag, check_number, plain
-from ..audit import Audit, audit
+from ..audit import audit
 from ..certify import Certificate, certify
 from ..monotone import Monotone
+from ..report import Audit
 from .table import Table, is_frame
 from .training import (
     ACTIVATIONS,

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..api import fused_mono_penalty
-from ..audit import evaluating
+from ..probing import evaluating
 
 __all__ = [
     "ACTIVATIONS",
