@@ -3,7 +3,8 @@
 The module is called exactly once, so that dropout has one mask for value and slopes, buffers are
 updated once and hooks fire once. From its one graph the slopes are D reverse passes (adjoint mode).
 What has none of these may be called once more in the backward, on the rows that violate alone
-(``compaction.py``).
+(``compaction.py``). And once in the life of a module in which some slope is 0 in every row, its
+values are looked at, which leaves no trace in it (``probing.py``).
 There is no tangent mode here: PyTorch's forward-mode rules may be silently wrong where they are
 differentiated again. The parameter gradients of ``torch.func.jvp`` through LayerNorm and
 InstanceNorm lack the terms of the statistics, and an operator without a forward-mode rule can give
