@@ -577,6 +577,9 @@ def test_refuses_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert isinstance(cpu._library.__wrapped__(), str)
     (tmp_path / "none.so").write_text("not a library")
     assert "could not be opened" in str(cpu._open())
+    other = next((Path(torch.__file__).parent / "lib").glob("*c10.*"))
+    monkeypatch.setenv("MONOKERNEL_LIBRARY", str(other))
+    assert cpu._open() == "the native kernel is of another version, it has no mk_isa"
 
 
 def test_no_memory_is_lost_over_many_calls() -> None:

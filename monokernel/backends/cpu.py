@@ -486,6 +486,8 @@ def path() -> Path:
 def boundary() -> str:
     """Whether eager steps go through the operator of ``csrc/boundary.cpp``, in words."""
     name = BOUNDARY.format(*torch.__version__.split(".")[:2])
+    if missing():
+        return "none without the native kernel"
     if _operators() is not None:
         return name
     if os.environ.get("MONOKERNEL_BOUNDARY") == "0":
@@ -522,7 +524,9 @@ def _open() -> ctypes.CDLL | str:
     except OSError as error:
         return f"the native kernel could not be opened ({error})"
     for name, (result, arguments) in SIGNATURES.items():
-        function = getattr(library, name)
+        function = getattr(library, name, None)
+        if function is None:
+            return f"the native kernel is of another version, it has no {name}"
         function.restype, function.argtypes = result, arguments
     library.mk_use_parallel_for(pool)
     return library
