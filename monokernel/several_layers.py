@@ -34,17 +34,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .backends import cpu
 from .branching import Boxes, Constraints, Crew, Witness
 from .enclosures import U
 from .layers import Layers
 
-__all__ = ["search"]
+if TYPE_CHECKING:
+    from .backends import cpu
+
+__all__ = ["search", "serves"]
 
 BRANCHES = 32  # of one run: some milliseconds
 SIDE_BY_SIDE = 8  # searches for each thread
@@ -56,6 +58,13 @@ class _Going(NamedTuple):
     search: cpu.Search
     pair: int
     open: int
+
+
+def serves() -> bool:
+    """Whether the native library is there."""
+    from .backends import cpu  # opened when it is first of use
+
+    return not cpu.missing()
 
 
 def search(
@@ -140,6 +149,8 @@ class _Maker:
     """Begins the search of a pair."""
 
     def __init__(self, layers: Layers, constraints: Constraints, start: Boxes) -> None:
+        from .backends import cpu
+
         left = [σ.p if σ.kind == "leaky_relu" else 0.0 for σ in layers.σ[:-1]]
         self.chain = cpu.Piecewise(layers.W[:-1], layers.b[:-1], left, layers.folded)
         self.layers, self.margin = layers, constraints.margin
