@@ -276,7 +276,8 @@ class _Tiers:
         asked = self._asked()
         self.rounds += 1
         for tier in asked:
-            before = len(boxes.owner)
+            if not (before := len(boxes.owner)):
+                return []
             n = min(AT_A_TIME[tier], -(-before // self.crew.threads))
             few = [boxes.at(slice(i, i + n)) for i in range(0, before, n)]
             step = partial(_step, layers, constraints, tier, tier == self.last, lower)
@@ -289,9 +290,7 @@ class _Tiers:
             if tier in self.share:
                 share = 1 - len(boxes.owner) / before
                 self.share[tier] = 0.7 * self.share[tier] + 0.3 * share
-            if not len(boxes.owner):
-                return []
-        return steps
+        return steps if len(boxes.owner) else []
 
 
 def _step(
