@@ -36,12 +36,12 @@ from .training import (
     LIMIT,
     Embeddings,
     Model,
-    Output,
     Rows,
     Scale,
     Training,
     alone,
     build,
+    rescaled,
 )
 
 __all__ = ["MonotoneClassifier", "MonotoneRegressor"]
@@ -59,12 +59,14 @@ LOSSES = ("squared_error", "absolute_error", "quantile")
 
 class _Task(NamedTuple):
     """What the network is to learn: targets (n,), so many outputs, the losses (n,) of its y and
-    targets, what makes y a prediction, and the levels (Q,) of quantiles as normal scores."""
+    targets, scale and shift that make y a prediction, and the levels (Q,) of quantiles as normal
+    scores."""
 
     target: Tensor
     outputs: int
     loss: Loss
-    output: Output
+    scale: float = 1.0
+    shift: float | Tensor = 0.0
     levels: Tensor | None = None
 
 
@@ -179,9 +181,9 @@ class _Estimator(BaseEstimator):
         self.embeddings_ = embeddings.double().requires_grad_(False)
         self.embeddings_.settle(codes)
         fitted = core.mlp if isinstance(core, Monotone) else core
-        last: nn.Module = nn.Sequential(*fitted.double().children(), task.output)
+        last: nn.Module = rescaled(fitted, task.scale, task.shift)
         if box is not None:
-            rise = SOME_RISE * task.output.scale.item()
+            rise = SOME_RISE * task.scale
             last = Monotone(last, *box, direction=self.direction_, margin=rise).frozen()
         self.network_ = nn.Sequential(scale, last).eval().requires_grad_(False)
         # What ``certify`` speaks of: everything, or the range of the numbers and one row of each
@@ -536,11 +538,11 @@ class MonotoneRegressor(RegressorMixin, _Estimator):
         mean = np.average(y, weights=weight)
         spread = math.sqrt(np.average((y - mean) ** 2, weights=weight)) or 1.0
         target = torch.from_numpy((y - mean) / spread).to(FLOAT)
-        output = Output(spread, mean)
+        scales = float(spread), float(mean)
         if self.loss == "squared_error":
-            return _Task(target, 1, lambda y, t: (y.squeeze(1) - t).square(), output)
+            return _Task(target, 1, lambda y, t: (y.squeeze(1) - t).square(), *scales)
         if self.loss == "absolute_error":
-            return _Task(target, 1, lambda y, t: (y.squeeze(1) - t).abs(), output)
+            return _Task(target, 1, lambda y, t: (y.squeeze(1) - t).abs(), *scales)
         at = torch.tensor(np.atleast_1d(self.quantile))
         levels = torch.special.ndtri(at) if self._several else None
         tau = at.to(FLOAT)
@@ -549,7 +551,7 @@ class MonotoneRegressor(RegressorMixin, _Estimator):
             over = t.unsqueeze(1) - y
             return torch.maximum(tau * over, (tau - 1) * over).mean(1)
 
-        return _Task(target, 1, pinball, output, levels)
+        return _Task(target, 1, pinball, *scales, levels)
 
 
 class MonotoneClassifier(ClassifierMixin, _Estimator):
@@ -639,13 +641,13 @@ class MonotoneClassifier(ClassifierMixin, _Estimator):
             def of_several(y: Tensor, t: Tensor) -> Tensor:
                 return F.cross_entropy(y + prior, t, reduction="none")
 
-            return _Task(torch.from_numpy(code), K, of_several, Output(1.0, logs))
+            return _Task(torch.from_numpy(code), K, of_several, shift=logs)
         odds = math.log(share[1] / share[0])
 
         def of_two(y: Tensor, t: Tensor) -> Tensor:
             return F.binary_cross_entropy_with_logits(y.squeeze(1) + odds, t, reduction="none")
 
-        return _Task(torch.from_numpy(code).to(FLOAT), 1, of_two, Output(1.0, odds))
+        return _Task(torch.from_numpy(code).to(FLOAT), 1, of_two, shift=odds)
 
 
 def _at(X: Any, rows: NDArray[np.int64]) -> Any:

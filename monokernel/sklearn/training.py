@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +24,12 @@ __all__ = [
     "LIMIT",
     "Embeddings",
     "Model",
-    "Output",
     "Rows",
     "Scale",
     "Training",
     "alone",
     "build",
+    "rescaled",
 ]
 
 ACTIVATIONS = {"silu": nn.SiLU, "relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
@@ -75,7 +74,7 @@ class Scale(nn.Module):
         (n, m), ordered = x.shape, x.sort(0).values
         low, centre, high = (ordered[round(q * (n - 1))] for q in (0.25, 0.5, 0.75))
         spread = (high - low) / 1.349  # the standard deviation of what is normal
-        spread = spread.where(spread > 0, x.std(0, correction=0))
+        spread = spread.where(spread > 0, (x - x.mean(0)).square().mean(0).sqrt())
         spread = spread.where(spread > 0, 1.0)
         self.register_buffer("centre", F.pad(centre, (0, d - m)))
         self.register_buffer("inverse_spread", F.pad(1 / spread, (0, d - m), value=1.0))
@@ -98,22 +97,6 @@ class Scale(nn.Module):
         """The x of a scaled z (..., d), infinite where that is at the limit."""
         z = z / torch.sqrt((1 - (z * self.inverse_limit) ** 2).clamp(min=0))
         return z / self.inverse_spread + self.centre
-
-
-class Output(nn.Module):
-    """y · scale + shift: in the units of the target, or with the log-odds of the classes."""
-
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(self, scale: Any = 1.0, shift: Any = 0.0) -> None:
-        super().__init__()
-        self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.float64))
-        self.register_buffer("shift", torch.as_tensor(shift, dtype=torch.float64))
-
-    def forward(self, y: Tensor) -> Tensor:
-        """(..., D) to (..., D)."""
-        return y * self.scale + self.shift
 
 
 class Embeddings(nn.Module):
@@ -153,6 +136,17 @@ def build(
         if dropout:
             layers.append(nn.Dropout(dropout))
     return nn.Sequential(*layers, nn.Linear((inputs, *hidden)[-1], outputs))
+
+
+@torch.no_grad()
+def rescaled(core: nn.Module, scale: float, shift: float | Tensor) -> nn.Sequential:
+    """A network of ``build`` in float64, with outputs y · scale + shift by its last layer."""
+    layers = nn.Sequential(*core.double().children())
+    last = layers[-1]
+    assert isinstance(last, nn.Linear)
+    last.weight.mul_(scale)
+    last.bias.mul_(scale).add_(shift)
+    return layers
 
 
 @dataclass(frozen=True)
