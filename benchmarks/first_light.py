@@ -227,14 +227,13 @@ def configurations(width: int) -> Iterator[tuple[str, WholeConfig]]:
     yield "forward", replace(forward, per_processor=1)
     yield "backward", backward
     yield "backward", replace(backward, per_processor=1)
-    yield "backward", replace(backward, chunk=64)
     if width > 64:
+        yield "backward", replace(backward, chunk=64)
         yield "backward", replace(backward, chunk=128)
     else:
         yield "forward", replace(forward, rows=128, warps=8, per_processor=1)
-        yield "backward", replace(backward, inner=64, chunk=64)
-        yield "backward", replace(backward, rows=128, warps=8, per_processor=1)
-        yield "backward", replace(backward, rows=128, warps=8, per_processor=1, inner=128, chunk=64)
+        yield "backward", replace(backward, active_rows=64)
+        yield "backward", backward_config(width, 2, way, False, few=False)
 
 
 def sweep(options: argparse.Namespace) -> bool:

@@ -133,8 +133,9 @@ def _work(kernel: Kernel, call: Launch, share: float) -> tuple[int, list[float]]
         tiles = ceil(ceil(given["N"] / own["BM"]) / programs)
         heavy = [tiles]
     if name == "whole_backward":
-        active = ceil(share * tiles)
-        heavy = [active, tiles - active]
+        rows, some = tiles * own["BM"], own["ACTIVE_ROWS"]
+        active = ceil(share * rows / some)
+        heavy = [active, ceil((rows - active * some) / own["BM"])]
         light = [own["OFFSETS"][-1] / 1024, ceil(tiles * own["BM"] / own["SCAN"])]
     elif name.startswith("reduce"):
         heavy = [ceil(given["P"] / own.get("SLICES", own["BLOCK"]))]

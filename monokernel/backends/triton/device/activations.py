@@ -54,6 +54,7 @@ EMULATED = tl.constexpr(2)  # with an error as large as the instructions may hav
 LOG2_E = tl.constexpr(1.4426950408889634)
 LEAST = tl.constexpr(1.1754943508222875e-38)  # of what is not subnormal in float32
 TWO_UNITS = tl.constexpr(1 + 2**-22)
+LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32
 
 
 @triton.jit
@@ -119,11 +120,10 @@ def tanh(x, HOW: tl.constexpr):
 
 @triton.jit
 def sigmoids(x, HOW: tl.constexpr):
-    """σ(x), and 1 - σ(x) as accurately where that is small."""
-    e = exp(-tl.abs(x), HOW)  # in (0, 1]: nothing overflows
-    large = reciprocal(1 + e, HOW)
-    small = e * large
-    return tl.where(x < 0, small, large), tl.where(x < 0, large, small)
+    """σ(x), and 1 - σ(x) as accurately where that is small; 0 for both where σ(x) underflows."""
+    e = exp(-x, HOW)
+    s = reciprocal(1 + e, HOW)
+    return s, tl.minimum(e, LARGEST) * s  # inf·0 would be NaN
 
 
 @triton.jit
@@ -211,7 +211,7 @@ def activation(a, ACT: tl.constexpr):
         first = value * c
         second = first * (c - value)
     elif CODE == LOGSIGMOID:
-        s, first = sigmoid(a, HOW)
+        first, s = sigmoid(-a, HOW)
         value = tl.where(a < 0, a, zero) - log1p_exp(-tl.abs(a), HOW)
         second = -s * first
     elif CODE == HARDSIGMOID:

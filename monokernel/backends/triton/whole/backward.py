@@ -13,8 +13,9 @@ synchronisation, and the tile where active rows end is filled up with others.
 
 Activations are computed again rather than saved by the forward. Within a tile they, their slopes
 and the tangents lie in scratch slots of the program; weight gradients gather in the program's own
-slice of ``partials``, and ``reduce.py`` adds the slices in order. Both stay in the L2 cache. (In
-registers they do not fit: with the sums there, width 64 spilled 464 bytes at 255 registers.)
+slice of ``partials``, and ``reduce.py`` adds the slices in order. Both stay in the L2 cache. Where
+registers hold them (see ``config.py``), the sums and what a tile without a violation keeps do not
+go there: what products take then lies in shared memory, where the compiler puts it for them.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ from .config import (
     split,
 )
 from .passes import down_pass, seed_pass, slots, tangent_pass, up_pass
-from .sums import zero_fill
+from .sums import fresh_sums, leave_sums, zero_fill
+from .tiles import barrier
 
 __all__ = ["backward", "launch_backward", "whole_backward"]
 
@@ -70,6 +72,7 @@ def backward(
         x.element_size(),
         products(x.device),
         precision_of(x.dtype) == "tf32x3",
+        few=problem.depth <= 4 and max(problem.d, problem.D) <= INPUTS_AT_A_TIME,
     )
     run = partial(launch_backward, problem, gy, gout, x, params, saved, needs)
     return tuned(rule, candidates, ("backward", as_compiled(problem), tuple(needs)), x, run)
@@ -101,7 +104,7 @@ def launch_backward(
     tiles = -(-N // BM)
     P = min(tiles, processors(x.device) * config.per_processor)
     offsets = _offsets(problem)
-    size = P * (4 * problem.depth + 1) * BM * max(shape["H"], shape["PD"])
+    size = P * (4 * problem.depth + 1) * (config.active_rows or BM) * max(shape["H"], shape["PD"])
     scratch = x.new_empty(size, dtype=compute_dtype(x.dtype))
     partials = x.new_empty(P * offsets[-1], dtype=accumulate_dtype(x.dtype))
     rows = None if gout is None else x.new_empty(tiles * BM, dtype=torch.int32)
@@ -112,6 +115,7 @@ def launch_backward(
         saved[0] if saved else None, ws, bs, dx, partials, rows, scratch, N,
         **shape, **dtypes_of(x.dtype), BIAS=tuple(b is not None for b in bs), NEEDS=wanted,
         OFFSETS=offsets, BK=INPUTS_AT_A_TIME, INNER=config.inner, BM=BM, SCAN=max(BM, 256),
+        ACTIVE_ROWS=config.active_rows or BM, IN_REGISTERS=config.in_registers,
         CHUNK=min(config.chunk, shape["H"]),
         **register_limit(x.device), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
@@ -161,6 +165,8 @@ def whole_backward(
     INNER: tl.constexpr,
     BM: tl.constexpr,
     SCAN: tl.constexpr,
+    ACTIVE_ROWS: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
     CHUNK: tl.constexpr,
     C: tl.constexpr,
     A: tl.constexpr,
@@ -187,43 +193,52 @@ def whole_backward(
         if gout is not None:
             gout = gout + first * (WIDTHS[L] * K)
     partials = partials + pid.to(tl.int64) * OFFSETS[2 * L]
-    scratch = scratch + pid.to(tl.int64) * (slots(ACTS) * BM * max(H, PD))
-    zero_fill(partials, OFFSETS[2 * L])
-    active = 0
+    scratch = scratch + pid.to(tl.int64) * (slots(ACTS) * ACTIVE_ROWS * max(H, PD))
+    sums = ()
+    if IN_REGISTERS:
+        sums = fresh_sums(WIDTHS, H, PD, BK, C, A)
+    else:
+        zero_fill(partials, OFFSETS[2 * L])
+    zero = N >> 31  # see ``after`` in tiles.py
+    done = 0
     if gout is not None:
         rows = rows + first
         active = list_rows(gout, slopes, rows, own, WIDTHS[L] * K, OUT, SCAN)
+        done = tl.minimum(tl.cdiv(active, ACTIVE_ROWS) * ACTIVE_ROWS, own)
         tl.debug_barrier()
-        for tile in tl.range(0, tl.cdiv(active, BM), disable_licm=True):
-            at = tile * BM + tl.arange(0, BM)
+        for start in tl.range(0, active, ACTIVE_ROWS, disable_licm=True):
+            at = start + tl.arange(0, ACTIVE_ROWS)
             ok = at < own
             n = tl.load(rows + at, mask=ok, other=0)
             for pair in tl.range(0, PAIRS, disable_licm=True):
-                gradients_of_tile(
-                    n, ok, pair, True, x, gy, gout, slopes, ws, bs, dx, partials, scratch,
-                    WIDTHS, ACTS, BIAS, NEEDS, OFFSETS, K, RUNS, ADJOINT, OUT, H, PD, BK, INNER,
-                    CHUNK, C, A, PRECISION,
+                sums = gradients_of_tile(
+                    zero, n, ok, pair, True, x, gy, gout, slopes, ws, bs, dx, sums, partials,
+                    scratch, WIDTHS, ACTS, BIAS, NEEDS, OFFSETS, K, RUNS, ADJOINT, OUT, H, PD, BK,
+                    INNER, CHUNK, C, A, PRECISION,
                 )  # fmt: skip
-    for tile in tl.range(tl.cdiv(active, BM), mine, disable_licm=True):
-        at = tile * BM + tl.arange(0, BM)
+    for start in tl.range(done, own, BM, disable_licm=True):
+        at = start + tl.arange(0, BM)
         ok = at < own
         n = at
         if gout is not None:
             n = tl.load(rows + at, mask=ok, other=0)
         if gy is not None:
-            gradients_of_tile(
-                n, ok, 0, False, x, gy, gout, slopes, ws, bs, dx, partials, scratch,
-                WIDTHS, ACTS, BIAS, NEEDS, OFFSETS, K, RUNS, ADJOINT, OUT, H, PD, BK, INNER,
-                CHUNK, C, A, PRECISION,
+            sums = gradients_of_tile(
+                zero, n, ok, 0, False, x, gy, gout, slopes, ws, bs, dx, sums, partials,
+                None if IN_REGISTERS else scratch,
+                WIDTHS, ACTS, BIAS, NEEDS, OFFSETS, K, RUNS, ADJOINT, OUT, H, PD, BK,
+                0 if IN_REGISTERS else INNER, CHUNK, C, A, PRECISION,
             )  # fmt: skip
         elif dx is not None:
-            for start in range(0, WIDTHS[0], BK):
-                column = start + tl.arange(0, BK)
+            for column in range(0, WIDTHS[0], BK):
+                j = column + tl.arange(0, BK)
                 tl.store(
-                    dx + n[:, None] * WIDTHS[0] + column[None, :],
+                    dx + n[:, None] * WIDTHS[0] + j[None, :],
                     tl.zeros((BM, BK), C),
-                    mask=ok[:, None] & (column[None, :] < WIDTHS[0]),
+                    mask=ok[:, None] & (j[None, :] < WIDTHS[0]),
                 )
+    if IN_REGISTERS:
+        leave_sums(sums, partials, WIDTHS, NEEDS, OFFSETS, H, PD)
 
 
 @triton.jit
@@ -254,30 +269,32 @@ def list_rows(
 
 @triton.jit
 def gradients_of_tile(
-    n, ok, pair, ACTIVE: tl.constexpr, x, gy, gout, slopes, ws, bs, dx, partials, scratch,
+    zero, n, ok, pair, ACTIVE: tl.constexpr, x, gy, gout, slopes, ws, bs, dx, sums, partials,
+    scratch,
     WIDTHS: tl.constexpr, ACTS: tl.constexpr, BIAS: tl.constexpr, NEEDS: tl.constexpr,
     OFFSETS: tl.constexpr, K: tl.constexpr, RUNS: tl.constexpr, ADJOINT: tl.constexpr,
     OUT: tl.constexpr, H: tl.constexpr, PD: tl.constexpr, BK: tl.constexpr,
     INNER: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, A: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the rows n give for pair number ``pair`` (gy counts with pair 0)."""
-    tl.debug_barrier()  # the slots may still be read by the tile before
-    up_pass(
-        n, ok, ACTIVE, x, ws, bs, scratch, WIDTHS, ACTS, BIAS, H, PD, BK, INNER, C, A, PRECISION
-    )
-    tl.debug_barrier()
+    """Adds what the rows n give for pair number ``pair`` (gy counts with pair 0) to the sums."""
+    barrier(scratch)  # the slots may still be read by the tile before
+    hs, first = up_pass(
+        zero, n, ok, ACTIVE, x, ws, bs, scratch,
+        WIDTHS, ACTS, BIAS, H, PD, BK, INNER, C, A, PRECISION,
+    )  # fmt: skip
+    barrier(scratch)
     if ACTIVE:
         tangent_pass(
             n, ok, pair, gout, slopes, ws, scratch,
             WIDTHS, ACTS, K, RUNS, ADJOINT, OUT, H, PD, BK, INNER, C, A, PRECISION,
         )  # fmt: skip
-        seed_pass(
-            n, ok, pair, gout, slopes, ws, partials, scratch,
+        sums = seed_pass(
+            n, ok, pair, gout, slopes, ws, sums, partials, scratch,
             WIDTHS, ACTS, NEEDS, OFFSETS, dx is not None, K, RUNS, ADJOINT, OUT, H, PD, BK, INNER,
             CHUNK, C, A, PRECISION,
         )  # fmt: skip
-    down_pass(
-        n, ok, pair, ACTIVE, x, gy, ws, dx, partials, scratch,
+    return down_pass(
+        n, ok, pair, ACTIVE, x, gy, ws, dx, hs, first, sums, partials, scratch,
         WIDTHS, ACTS, NEEDS, OFFSETS, H, PD, BK, INNER, CHUNK, C, A, PRECISION,
     )  # fmt: skip

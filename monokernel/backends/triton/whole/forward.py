@@ -253,7 +253,7 @@ def adjoint_tile(
     kept = ()
     for l in tl.static_range(1, L):
         h, slope, _curvature = activation_of(a, ACTS, l - 1)
-        kept = keep(kept, slope.to(C), scratch, l + 1, WIDE)
+        kept = keep(kept, slope, scratch, l + 1, WIDE, C, ACTS[0][4])
         h = through(scratch, 0, h.to(C), WIDE, INNER)
         a = layer_up(h, scratch, 0, ws, bs, l, WIDTHS, BIAS, H, PD, INNER, C, A, PRECISION)
         if scratch is not None:
@@ -300,7 +300,7 @@ def down_to_first(
     for l in tl.static_range(L - 1, 0, -1):
         p = through(scratch, 1, p.to(C), WIDE, INNER)
         P = product_down(p, scratch, 1, ws, l, WIDTHS, H, PD, INNER, C, A, PRECISION)
-        p = P * recall(kept, scratch, l - 1, p.shape[0], H, WIDE).to(A)
+        p = P * recall(kept, l - 1, scratch, l + 1, p.shape[0], H, WIDE, C, A, ACTS[0][4])
         if scratch is not None:
             tl.debug_barrier()
     return p

@@ -17,16 +17,21 @@ from ..device.activations import activation_of
 from ..device.columns import first_of, last_of, place_of
 from ..device.hinge import slope_cotangent
 from ..device.tiles import weight_tile
-from .sums import add_bias, add_weight, inner_gradient
+from .sums import gather, gather_bias, inner_gradient, unchanged
 from .tiles import (
+    after,
+    as_operand,
+    barrier,
     first_layer,
     get,
+    keep,
     layer_up,
     matmul,
     padded_width,
     product_down,
     product_up,
     put,
+    recall,
     through,
 )
 
@@ -54,31 +59,38 @@ def curved(act):
 
 @triton.jit
 def up_pass(
-    n, ok, ACTIVE: tl.constexpr, x, ws, bs, scratch,
+    zero, n, ok, ACTIVE: tl.constexpr, x, ws, bs, scratch,
     WIDTHS: tl.constexpr, ACTS: tl.constexpr, BIAS: tl.constexpr, H: tl.constexpr,
     PD: tl.constexpr, BK: tl.constexpr, INNER: tl.constexpr, C: tl.constexpr, A: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """a_l runs up: keeps h_l, σ'(a_l) and, for an active tile, σ''(a_l)."""
+    """a_l runs up: keeps h_l, σ'(a_l) and, for an active tile, σ''(a_l).
+
+    Gives h_l and σ'(a_l) where there is no scratch to leave them in.
+    """
     L: tl.constexpr = len(ACTS)
+    HOW: tl.constexpr = ACTS[0][4]
     FIRST: tl.constexpr = padded_width(0, L, H, PD)
     WIDE: tl.constexpr = max(H, PD)
+    hs = ()
+    first = ()
     a = first_layer(x, n, ok, ws[0], bs[0], WIDTHS, BIAS[0], FIRST, BK, C, A, PRECISION)
     for l in tl.static_range(L):
         h, slope, curvature = activation_of(a, ACTS, l)
-        if ACTS[l][0] != IDENTITY:
-            put(scratch, SLOPE_SLOT * L + l, slope.to(C), WIDE)
+        if scratch is None or ACTS[l][0] != IDENTITY:
+            first = keep(first, slope, scratch, SLOPE_SLOT * L + l, WIDE, C, HOW)
         if ACTIVE and curved(ACTS[l]):
             put(scratch, CURVATURE_SLOT * L + l, curvature.to(C), WIDE)
         if l < L - 1:
-            h = h.to(C)
+            h = after(first[l], h, zero, C, HOW) if scratch is None else h.to(C)
             if INNER == 0:
-                put(scratch, H_SLOT * L + l, h, WIDE)
+                hs = as_operand(hs, h, scratch, H_SLOT * L + l, WIDE)
             h = through(scratch, H_SLOT * L + l, h, WIDE, INNER)
             a = layer_up(
                 h, scratch, H_SLOT * L + l, ws, bs, l + 1,
                 WIDTHS, BIAS, H, PD, INNER, C, A, PRECISION,
             )  # fmt: skip
+    return hs, first
 
 
 @triton.jit
@@ -133,19 +145,23 @@ def scale_slot(
 
 @triton.jit
 def seed_pass(
-    n, ok, pair, gout, slopes, ws, partials, scratch,
+    n, ok, pair, gout, slopes, ws, sums, partials, scratch,
     WIDTHS: tl.constexpr, ACTS: tl.constexpr, NEEDS: tl.constexpr, OFFSETS: tl.constexpr,
     DX: tl.constexpr, K: tl.constexpr, RUNS: tl.constexpr, ADJOINT: tl.constexpr, OUT: tl.constexpr,
     H: tl.constexpr, PD: tl.constexpr, BK: tl.constexpr, INNER: tl.constexpr,
     CHUNK: tl.constexpr, C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The seed s runs down: p_l meets ḣ_{l-1}, and σ''∘ȧ_l∘P_l is left in the place of σ''∘ȧ_l."""
+    """The seed s runs down: p_l meets ḣ_{l-1}, and σ''∘ȧ_l∘P_l is left in the place of σ''∘ȧ_l.
+
+    Gives the sums.
+    """
     L: tl.constexpr = len(ACTS)
     d: tl.constexpr = WIDTHS[0]
     D: tl.constexpr = WIDTHS[L]
     BM: tl.constexpr = n.shape[0]
     WIDE: tl.constexpr = max(H, PD)
     LOWEST: tl.constexpr = lowest_layer(NEEDS, DX, L)
+    found = ()
     output = tl.arange(0, PD)
     if ADJOINT:
         chosen = ok[:, None] & (output == pair)[None, :]
@@ -155,6 +171,7 @@ def seed_pass(
         inside = ok[:, None] & (output[None, :] < D)
         P = slope_cotangent(gout, slopes, at, inside, OUT).to(A)
     for l in tl.static_range(L - 1, -1, -1):
+        dW = unchanged(sums, 2 * l)
         if l >= LOWEST:
             if curved(ACTS[l]):
                 scale_slot(scratch, CURVATURE_SLOT * L + l, P, WIDE, C, A)
@@ -164,8 +181,8 @@ def seed_pass(
             p = through(scratch, PASSING_SLOT * L, P.to(C), WIDE, INNER)
             if l > 0:
                 if NEEDS[2 * l]:
-                    inner_gradient(
-                        p, PASSING_SLOT * L, H_DOT_SLOT * L + l - 1, scratch,
+                    dW = inner_gradient(
+                        sums, 2 * l, p, PASSING_SLOT * L, (), 0, H_DOT_SLOT * L + l - 1, scratch,
                         partials + OFFSETS[2 * l], WIDTHS[l + 1], WIDTHS[l], H, WIDE, INNER, CHUNK,
                         C, A, PRECISION,
                     )  # fmt: skip
@@ -180,52 +197,62 @@ def seed_pass(
                     x_dot = tangent_of_input(
                         n, ok, pair, column, gout, slopes, D, K, RUNS, ADJOINT, OUT, A
                     )
-                    product = matmul(tl.trans(p), x_dot, C, PRECISION)
-                    add_weight(product, column, partials, WIDTHS[1], d)
+                    dW = gather(sums, 0, p, x_dot, column, partials, WIDTHS[1], d, C, PRECISION)
             tl.debug_barrier()
+        found = dW + unchanged(sums, 2 * l + 1) + found
+    return found
 
 
 @triton.jit
 def down_pass(
-    n, ok, pair, ACTIVE: tl.constexpr, x, gy, ws, dx, partials, scratch,
+    n, ok, pair, ACTIVE: tl.constexpr, x, gy, ws, dx, hs, first, sums, partials, scratch,
     WIDTHS: tl.constexpr, ACTS: tl.constexpr, NEEDS: tl.constexpr, OFFSETS: tl.constexpr,
     H: tl.constexpr, PD: tl.constexpr, BK: tl.constexpr, INNER: tl.constexpr,
     CHUNK: tl.constexpr, C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The cotangent g_l of a_l runs down, joined by σ''∘ȧ_l∘P_l, and meets h_{l-1}."""
+    """The cotangent g_l of a_l runs down, joined by σ''∘ȧ_l∘P_l, and meets h_{l-1}.
+
+    Gives the sums.
+    """
     L: tl.constexpr = len(ACTS)
+    HOW: tl.constexpr = ACTS[0][4]
     D: tl.constexpr = WIDTHS[L]
     BM: tl.constexpr = n.shape[0]
     WIDE: tl.constexpr = max(H, PD)
     LOWEST: tl.constexpr = lowest_layer(NEEDS, dx is not None, L)
+    found = ()
     gh = tl.zeros((BM, PD), A)
     if gy is not None:
         output = tl.arange(0, PD)
         inside = ok[:, None] & (output[None, :] < D) & (pair == 0)
         gh = tl.load(gy + n[:, None] * D + output[None, :], mask=inside, other=0.0).to(A)
     for l in tl.static_range(L - 1, -1, -1):
+        dW = unchanged(sums, 2 * l)
+        db = unchanged(sums, 2 * l + 1)
         if l >= LOWEST:
             g = gh
             if ACTS[l][0] != IDENTITY:
                 at = SLOPE_SLOT * L + l
-                g *= get(scratch, at, BM, padded_width(l, L, H, PD), WIDE, 0).to(A)
+                g *= recall(first, l, scratch, at, BM, padded_width(l, L, H, PD), WIDE, C, A, HOW)
             if ACTIVE and curved(ACTS[l]):
                 at = CURVATURE_SLOT * L + l
                 g += get(scratch, at, BM, padded_width(l, L, H, PD), WIDE, 0).to(A)
             if NEEDS[2 * l + 1]:
-                add_bias(g, partials + OFFSETS[2 * l + 1], WIDTHS[l + 1])
+                db = gather_bias(
+                    sums, 2 * l + 1, g, partials + OFFSETS[2 * l + 1], WIDTHS[l + 1], C, PRECISION
+                )
             g = through(scratch, PASSING_SLOT * L, g.to(C), WIDE, INNER)
             if l == 0:
-                first_gradients(
-                    g, n, ok, pair, ACTIVE, x, ws[0], dx, partials, WIDTHS, NEEDS[0], BK, C, A,
-                    PRECISION,
+                dW = first_gradients(
+                    g, n, ok, pair, ACTIVE, x, ws[0], dx, sums, partials, WIDTHS, NEEDS[0], BK, C,
+                    A, PRECISION,
                 )  # fmt: skip
             else:
                 if NEEDS[2 * l]:
-                    inner_gradient(
-                        g, PASSING_SLOT * L, H_SLOT * L + l - 1, scratch,
-                        partials + OFFSETS[2 * l], WIDTHS[l + 1], WIDTHS[l], H, WIDE, INNER, CHUNK,
-                        C, A, PRECISION,
+                    dW = inner_gradient(
+                        sums, 2 * l, g, PASSING_SLOT * L, hs, l - 1, H_SLOT * L + l - 1, scratch,
+                        partials + OFFSETS[2 * l], WIDTHS[l + 1], WIDTHS[l], H, WIDE,
+                        INNER, CHUNK, C, A, PRECISION,
                     )  # fmt: skip
                 if l > LOWEST:
                     gh = product_down(
@@ -233,31 +260,35 @@ def down_pass(
                         WIDTHS, H, PD, INNER, C, A, PRECISION,
                     )  # fmt: skip
             # Also keeps the compiler from pulling the next layer's loads up here.
-            tl.debug_barrier()
+            barrier(scratch)
+        found = dW + db + found
+    return found
 
 
 @triton.jit
 def first_gradients(
-    g, n, ok, pair, ACTIVE: tl.constexpr, x, W, dx, partials, WIDTHS: tl.constexpr,
+    g, n, ok, pair, ACTIVE: tl.constexpr, x, W, dx, sums, partials, WIDTHS: tl.constexpr,
     NEEDS_WEIGHT: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, A: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dW_1 += gᵀ x and dx = g W_1, in chunks of BK input columns."""
+    """dW_1 += gᵀ x and dx = g W_1, in chunks of BK input columns; sums in registers are of one."""
     d: tl.constexpr = WIDTHS[0]
+    dW = unchanged(sums, 0)
     unit = tl.arange(0, g.shape[1])
     for start in range(0, d, BK):
         column = start + tl.arange(0, BK)
         inside = ok[:, None] & (column[None, :] < d)
         at = n[:, None] * d + column[None, :]
         if NEEDS_WEIGHT:
-            product = matmul(tl.trans(g), tl.load(x + at, mask=inside, other=0.0), C, PRECISION)
-            add_weight(product, column, partials, WIDTHS[1], d)
+            h = tl.load(x + at, mask=inside, other=0.0)
+            dW = gather(sums, 0, g, h, column, partials, WIDTHS[1], d, C, PRECISION)
         if dx is not None:
             share = matmul(g, weight_tile(W, unit, column, WIDTHS[1], d, C), C, PRECISION)
             if ACTIVE:
                 # What the tile's earlier pairs left: this thread's own stores.
                 share += tl.load(dx + at, mask=inside & (pair > 0), other=0.0).to(A)
             tl.store(dx + at, share, mask=inside)
+    return dW
 
 
 @triton.constexpr_function

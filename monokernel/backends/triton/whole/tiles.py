@@ -13,9 +13,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..device.activations import APPROXIMATE
 from ..device.tiles import bias_row, weight_tile
 
 __all__ = [
+    "after",
+    "as_operand",
+    "barrier",
     "first_layer",
     "get",
     "get_rows",
@@ -200,8 +204,33 @@ def layer_up(
 
 
 @triton.jit
-def keep(kept, tile, scratch, slot: tl.constexpr, WIDE: tl.constexpr):
+def keep(
+    kept, tile, scratch, slot: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr, HOW: tl.constexpr
+):
     """``kept`` with one more tile: in registers, or in a slot of the scratch if there is one."""
+    if scratch is None:
+        return kept + (packed(tile, C, HOW),)  # noqa: RUF005 (Triton unpacks no tuples)
+    else:
+        put(scratch, slot, tile.to(C), WIDE)
+        return kept
+
+
+@triton.jit
+def recall(
+    kept, number: tl.constexpr, scratch, slot: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr,
+    WIDE: tl.constexpr, C: tl.constexpr, A: tl.constexpr, HOW: tl.constexpr,
+):  # fmt: skip
+    """The tile that was kept as ``number``, or in a slot of the scratch if there is one."""
+    if scratch is None:
+        return unpacked(kept[number], C, HOW).to(A)
+    else:
+        return get(scratch, slot, BM, WIDTH, WIDE, 0).to(A)
+
+
+@triton.jit
+def as_operand(kept, tile, scratch, slot: tl.constexpr, WIDE: tl.constexpr):
+    """``kept`` with one more tile that products take: as it is, which leaves it in shared memory,
+    or in a slot of the scratch if there is one."""
     if scratch is None:
         return kept + (tile,)  # noqa: RUF005 (Triton unpacks no tuples)
     else:
@@ -209,12 +238,56 @@ def keep(kept, tile, scratch, slot: tl.constexpr, WIDE: tl.constexpr):
         return kept
 
 
+# Of half precision an NVIDIA card holds two numbers in a register if it is told to: else a tile
+# that is kept for long takes twice the registers.
+
+
 @triton.jit
-def recall(
-    kept, scratch, number: tl.constexpr, BM: tl.constexpr, H: tl.constexpr, WIDE: tl.constexpr
-):
-    """The tile that was kept as ``number``; two slots come before."""
-    if scratch is None:
-        return kept[number]
+def packed(tile, C: tl.constexpr, HOW: tl.constexpr):
+    """The tile in the compute dtype, two neighbours in a word where it is of half precision."""
+    if HOW == APPROXIMATE:
+        low, high = tl.split(
+            tl.reshape(tile.to(tl.float32), (tile.shape[0], tile.shape[1] // 2, 2))
+        )
+        if C.is_bf16():
+            return tl.inline_asm_elementwise(
+                "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], tl.uint32, True, 1
+            )
+        else:
+            return tl.inline_asm_elementwise(
+                "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], tl.uint32, True, 1
+            )
     else:
-        return get(scratch, number + 2, BM, H, WIDE, 0)
+        return tile.to(C)
+
+
+@triton.jit
+def unpacked(tile, C: tl.constexpr, HOW: tl.constexpr):
+    """What was packed, in the compute dtype."""
+    if HOW == APPROXIMATE:
+        low = (tile & 0xFFFF).to(tl.uint16).to(C, bitcast=True)
+        high = (tile >> 16).to(tl.uint16).to(C, bitcast=True)
+        return tl.reshape(tl.join(low, high), (tile.shape[0], tile.shape[1] * 2))
+    else:
+        return tile
+
+
+@triton.jit
+def after(first, tile, zero, C: tl.constexpr, HOW: tl.constexpr):
+    """The tile in the compute dtype, not before ``first``, which is packed.
+
+    ``zero`` is 0, which the compiler cannot know. It would take the next product before σ', and
+    hold what σ' is made of meanwhile: three registers for half of one, 136 bytes spilled at width
+    64 on sm_90.
+    """
+    if HOW == APPROXIMATE:
+        return unpacked(packed(tile, C, HOW) | (first & zero.to(tl.uint32)), C, HOW)
+    else:
+        return tile.to(C)
+
+
+@triton.jit
+def barrier(scratch):
+    """Between what threads leave in the scratch and what others take, if there is one."""
+    if scratch is not None:
+        tl.debug_barrier()
