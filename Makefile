@@ -4,6 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 REQUIREMENTS ?= requirements/dev.txt
+# How many test files run side by side.
+WORKERS ?= 2
 SOURCES := setup.py pyproject.toml $(REQUIREMENTS) $(wildcard csrc/*)
 
 .PHONY: demo test bench kernels lint format docs sanitize wheel clean
@@ -12,7 +14,7 @@ demo: $(READY)
 	$(BIN)/python examples/diabetes.py
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks

@@ -54,7 +54,7 @@ def fresh_sums(
             bias = tl.zeros((padded_width(l, L, H, PD),), A)
         else:
             bias = tl.zeros((padded_width(l, L, H, PD), ONES), A)
-        sums = sums + (weight, bias)  # noqa: RUF005 (Triton unpacks no tuples)
+        sums = sums + (weight, bias)  # type: ignore[assignment] # noqa: RUF005 (Triton unpacks none)
     return sums
 
 
