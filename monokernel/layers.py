@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import hashlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -124,7 +125,8 @@ def _add(digest: Any, tensors: Iterable[Tensor | None]) -> None:
     for t in tensors:
         if t is not None:
             digest.update(str(tuple(t.shape)).encode())
-            digest.update(t.cpu().contiguous().numpy().tobytes())
+            t = t.cpu().contiguous()
+            digest.update(ctypes.string_at(t.data_ptr(), t.nbytes))  # NumPy may not be there
 
 
 def layers_of(mlp: nn.Module, d: int) -> tuple[Layers | Straight, str] | str:
