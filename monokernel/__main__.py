@@ -7,12 +7,14 @@ import platform
 import sys
 import warnings
 from importlib import metadata
+from typing import cast
 
 import torch
 from torch import nn
 
 from . import __version__
 from .api import fused_mono_penalty
+from .arguments import AskedBackend
 from .backends import BACKENDS, cpu, load
 from .planning import plan
 
@@ -79,11 +81,11 @@ def _serving() -> list[tuple[str, str]]:
         device = record.device or "cpu"
         if device == "cuda" and not torch.cuda.is_available():
             device = "cpu"  # where Triton's interpreter may serve
-        found.append((f"backend {name}", _tried(name, device)))
+        found.append((f"backend {name}", _tried(cast(AskedBackend, name), device)))
     return found
 
 
-def _tried(backend: str, device: str) -> str:
+def _tried(backend: AskedBackend, device: str) -> str:
     try:
         load(backend)
         torch.manual_seed(0)
@@ -94,7 +96,8 @@ def _tried(backend: str, device: str) -> str:
         if not found.serves:
             return found.error.partition("cannot serve: ")[2] or found.error
         steps = []
-        for by in (backend, "reference"):
+        both: tuple[AskedBackend, ...] = (backend, "reference")
+        for by in both:
             y, penalty = fused_mono_penalty(
                 net, x, direction=asked, margin=1.0, return_output=True, backend=by
             )

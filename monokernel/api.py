@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from . import capture
 from . import hinge as hinges
 from .arguments import (
+    AskedBackend,
+    AskedBatchStats,
+    AskedHinge,
+    AskedMode,
+    AskedReduction,
     Direction,
     Inputs,
     Names,
@@ -44,13 +49,13 @@ def fused_mono_penalty(
     direction: Any = ...,
     columns: Any = ...,
     margin: Any = ...,
-    hinge: str = ...,
+    hinge: AskedHinge = ...,
     weight: Tensor | float | None = ...,
-    reduction: str = ...,
+    reduction: AskedReduction = ...,
     return_output: Literal[False] = ...,
-    mode: str = ...,
-    backend: str = ...,
-    batch_stats: str = ...,
+    mode: AskedMode = ...,
+    backend: AskedBackend = ...,
+    batch_stats: AskedBatchStats = ...,
 ) -> Tensor: ...
 
 
@@ -63,13 +68,13 @@ def fused_mono_penalty(
     direction: Any = ...,
     columns: Any = ...,
     margin: Any = ...,
-    hinge: str = ...,
+    hinge: AskedHinge = ...,
     weight: Tensor | float | None = ...,
-    reduction: str = ...,
+    reduction: AskedReduction = ...,
     return_output: Literal[True],
-    mode: str = ...,
-    backend: str = ...,
-    batch_stats: str = ...,
+    mode: AskedMode = ...,
+    backend: AskedBackend = ...,
+    batch_stats: AskedBatchStats = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -81,13 +86,13 @@ def fused_mono_penalty(
     direction: Any = 1,
     columns: Any = None,
     margin: Any = 0.0,
-    hinge: str = "linear",
+    hinge: AskedHinge = "linear",
     weight: Tensor | float | None = None,
-    reduction: str = "sum",
+    reduction: AskedReduction = "sum",
     return_output: bool = False,
-    mode: str = "auto",
-    backend: str = "auto",
-    batch_stats: str = "error",
+    mode: AskedMode = "auto",
+    backend: AskedBackend = "auto",
+    batch_stats: AskedBatchStats = "error",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Penalty on every slope ∂y/∂x2 of ``y = mlp(cat[x1, x2])`` that has the wrong sign.
 
@@ -165,9 +170,9 @@ def value_and_jacobian(
     *,
     columns: Any = None,
     names: Any = None,
-    mode: str = "auto",
-    backend: str = "auto",
-    batch_stats: str = "error",
+    mode: AskedMode = "auto",
+    backend: AskedBackend = "auto",
+    batch_stats: AskedBatchStats = "error",
 ) -> tuple[Tensor, Tensor]:
     """y = mlp(cat[x1, x2]) and its slopes, for losses of one's own.
 
@@ -216,12 +221,12 @@ class MonotonePenalty(nn.Module):
         direction: Any = 1,
         columns: Any = None,
         margin: Any = 0.0,
-        hinge: str = "linear",
+        hinge: AskedHinge = "linear",
         weight: Tensor | float | None = None,
-        reduction: str = "sum",
-        mode: str = "auto",
-        backend: str = "auto",
-        batch_stats: str = "error",
+        reduction: AskedReduction = "sum",
+        mode: AskedMode = "auto",
+        backend: AskedBackend = "auto",
+        batch_stats: AskedBatchStats = "error",
     ) -> None:
         super().__init__()
         self.mlp = mlp
@@ -307,9 +312,9 @@ def _serve(
     weight: Tensor | float | None,
     signs: Direction,
     hinge: Hinge | None,
-    mode: str,
-    backend: str,
-    batch_stats: str,
+    mode: AskedMode,
+    backend: AskedBackend,
+    batch_stats: AskedBatchStats,
 ) -> tuple[Tensor, Tensor]:
     """y (..., D), or as ``mlp`` squeezes it, and the penalty, or J where there is no hinge."""
     route = choose(mlp, inputs, mode, backend, batch_stats)

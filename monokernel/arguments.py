@@ -1,6 +1,7 @@
 """Bad input gets one clear sentence: which argument, what was expected, what came.
 
-Everything a user can get wrong before the network runs is checked here, and here alone.
+What a user can get wrong before the network is looked at is checked here; what takes the network to
+see (its widths, its dtype, what of it cannot be saved) where it is read.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 import operator
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,15 @@ from .operands import PLAIN, holds
 from .problem import Hinge, accumulate_dtype
 
 __all__ = [
+    "BACKEND_CHOICES",
     "BATCH_STATS",
     "MODES",
     "REDUCTIONS",
+    "AskedBackend",
+    "AskedBatchStats",
+    "AskedHinge",
+    "AskedMode",
+    "AskedReduction",
     "Direction",
     "Inputs",
     "Names",
@@ -49,10 +56,15 @@ __all__ = [
     "plain",
 ]
 
-MODES = ("auto", "tangent", "adjoint")
-REDUCTIONS = ("sum", "mean", "none")
-HINGES = ("linear", "squared")
-BATCH_STATS = ("error", "running")
+# The choices of the public calls; what is checked at run time is derived from them.
+AskedMode = Literal["auto", "tangent", "adjoint"]
+AskedBackend = Literal["auto", "triton", "cpu", "torch", "reference"]
+AskedHinge = Literal["linear", "squared"]
+AskedReduction = Literal["sum", "mean", "none"]
+AskedBatchStats = Literal["error", "running"]
+MODES, BACKEND_CHOICES = get_args(AskedMode), get_args(AskedBackend)
+HINGES, REDUCTIONS = get_args(AskedHinge), get_args(AskedReduction)
+BATCH_STATS = get_args(AskedBatchStats)
 
 
 class Inputs(NamedTuple):

@@ -14,8 +14,12 @@ from torch import Tensor, nn
 from . import capture, network, probing, reading
 from .advice import FEW, advice, cost
 from .arguments import (
+    BACKEND_CHOICES,
     BATCH_STATS,
     MODES,
+    AskedBackend,
+    AskedBatchStats,
+    AskedMode,
     Direction,
     Inputs,
     check_choice,
@@ -106,7 +110,6 @@ class Plan:
         return "\n".join(lines)
 
 
-CHOICES = ("auto", *BACKENDS, "reference")
 REFERENCE = "autograd through the layer-by-layer reference"
 GENERAL = "autograd through one call of the module"
 LOOKED_AT = 256  # rows on which slopes are looked at for a plan
@@ -119,9 +122,9 @@ def plan(
     *,
     direction: Any = None,
     columns: Any = None,
-    mode: str = "auto",
-    backend: str = "auto",
-    batch_stats: str = "error",
+    mode: AskedMode = "auto",
+    backend: AskedBackend = "auto",
+    batch_stats: AskedBatchStats = "error",
 ) -> Plan:
     """Which backend, mode and kernel would serve ``fused_mono_penalty(mlp, x1, x2)``, why no
     other, what a step costs and what to change. All arguments as there; where x2 is left out and
@@ -218,9 +221,9 @@ def _sentence(error: Exception) -> str:
 def choose(
     mlp: nn.Module,
     inputs: Inputs,
-    mode: str,
-    backend: str,
-    batch_stats: str = "error",
+    mode: AskedMode,
+    backend: AskedBackend,
+    batch_stats: AskedBatchStats = "error",
     rehearsal: bool = False,
 ) -> Route:
     """The route of a call; raises where ``backend`` was asked for by name and cannot serve. A
@@ -230,7 +233,7 @@ def choose(
     if route is not None:
         return route
     check_choice("mode", mode, MODES)
-    check_choice("backend", backend, CHOICES)
+    check_choice("backend", backend, BACKEND_CHOICES)
     check_choice("batch_stats", batch_stats, BATCH_STATS)
     check_module(mlp)
     functional = transformed()

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 import monokernel
 from monokernel import fused_mono_penalty, plan
+from monokernel.arguments import BACKEND_CHOICES
+from monokernel.backends import BACKENDS
 from monokernel.problem import cheaper_mode
 from tests.support import HANDWRITTEN, WITHOUT_DERIVATIVE, Reads, mlp, points
 
@@ -280,3 +282,7 @@ def test_import_is_light() -> None:
 def test_public_names() -> None:
     for name in monokernel.__all__:
         assert getattr(monokernel, name).__doc__ or name == "__version__"
+
+
+def test_the_backends_that_can_be_asked_for_are_those_that_there_are() -> None:
+    assert set(BACKEND_CHOICES) == {"auto", *BACKENDS, "reference"}
