@@ -343,15 +343,15 @@ class Shift(Rule):
 
 
 class Line(Rule):
-    """v = p·u + q, numbers p and q."""
+    """v = λ·u + τ, numbers λ and τ."""
 
     def wrong(self, node: Node, H: Sequence[int]) -> bool:
         return node.width != H[0] or len(node.numbers) != 2
 
     def value(self, node: Node, u: Tensors, θ: Maybe) -> Tensor:
-        p, q = node.numbers
-        v = u[0] if p == 1 else p * u[0]
-        return v + q if q else v
+        λ, τ = node.numbers
+        v = u[0] if λ == 1 else λ * u[0]
+        return v + τ if τ else v
 
     def push(self, node: Node, u: Tensors, v: Tensor, u_dot: Maybe, θ: Maybe) -> Tensor:
         return node.numbers[0] * _given(u_dot[0])
@@ -361,7 +361,7 @@ class Line(Rule):
 
 
 class Sum(Rule):
-    """v = Σ c_i u_i, numbers c: add, subtract, residual connections."""
+    """v = Σ λ_i u_i, numbers λ: add, subtract, residual connections."""
 
     arity = None
 
@@ -372,22 +372,22 @@ class Sum(Rule):
         return _combination(node.numbers, u)
 
     def push(self, node: Node, u: Tensors, v: Tensor, u_dot: Maybe, θ: Maybe) -> Tensor:
-        moving = [(c, t) for c, t in zip(node.numbers, u_dot, strict=True) if t is not None]
-        return _combination([c for c, _ in moving], [t for _, t in moving])
+        moving = [(λ, t) for λ, t in zip(node.numbers, u_dot, strict=True) if t is not None]
+        return _combination([λ for λ, _ in moving], [t for _, t in moving])
 
     def pull(self, node: Node, u: Tensors, v: Tensor, P: Tensor, θ: Maybe) -> list[Tensor]:
-        return [P if c == 1 else c * P for c in node.numbers]
+        return [P if λ == 1 else λ * P for λ in node.numbers]
 
 
-def _combination(c: Sequence[float], t: Tensors) -> Tensor:
-    total = t[0] if c[0] == 1 else c[0] * t[0]
-    for factor, term in zip(c[1:], t[1:], strict=True):
+def _combination(λ: Sequence[float], t: Tensors) -> Tensor:
+    total = t[0] if λ[0] == 1 else λ[0] * t[0]
+    for factor, term in zip(λ[1:], t[1:], strict=True):
         total = torch.add(total, term, alpha=factor)
     return total
 
 
 class Product(Rule):
-    """v = u∘w: gates, GLU, cross layers."""
+    """v = u_1∘u_2: gates, GLU, cross layers."""
 
     arity = 2
     curved = True
@@ -502,7 +502,7 @@ def columns_of(node: Node) -> slice:
 
 
 class _Normalised(Rule):
-    """x̂ = r·c(u), c(u) the centred u or u itself, r = 1/sqrt(mean c(u)² + ε); the number is ε.
+    """x̂ = r·z, z the centred u or u itself, r = 1/sqrt(mean z² + ε); the number is ε.
 
     Its Jacobian r·(C - x̂x̂ᵀ/H) is symmetric (C centres). With a = C P, b = C u̇, α = ⟨x̂, a⟩ and
     β = ⟨x̂, b⟩ the curvature is -(r²/H)·C(α b + β a + x̂·(⟨a, b⟩ - 3αβ/H)).

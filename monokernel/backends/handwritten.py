@@ -4,10 +4,10 @@ What ``auto`` uses wherever no compiled kernel serves: any program of nodes. For
 readable twin of those kernels: the same four functions, the same walk over blocks of rows.
 
 Both modes have one backward. With gJ = ∂loss/∂J, the loss depends on the slopes through
-Σ_m s_mᵀ J(x_{r_m}) ẋ_m over the *active* pairs m only, those with a gJ that is not zero:
+Σ_m s_mᵀ J(x_{n_m}) ẋ_m over the *active* pairs m only, those with a gJ that is not zero:
 
-* tangent mode, a pair is (row, column c): ẋ = e_c, s = gJ[row, :, c];
-* adjoint mode, a pair is (row, output d): ẋ = gJ[row, d, :], s = e_d.
+* tangent mode, a pair is (row n, column c): ẋ = e_c, s = gJ[n, :, c];
+* adjoint mode, a pair is (row n, output d): ẋ = gJ[n, d, :], s = e_d.
 
 The tangent ẋ is pushed up the program, the seed s pulled down it (P, the cotangent of a value under
 the pair's seed). A node adds what its parameters do to its value and to its slope, and its
