@@ -1,9 +1,9 @@
 """For the site alone: what a code host does by itself, or cannot do.
 
 Formulas, ``$…$`` and fences of ``math``, become MathML when the site is built, which browsers show
-without a script or a network, in a font that the site has. Links to the source of a public name lead to its reference, which
-stands in comments that a code host does not show. Other links out of docs/ become text, for only the
-repository has their ends.
+without a script or a network, in a font that the site has. Links to the source of a public name
+lead to its reference, which stands in comments that a code host does not show. Other links out of
+docs/ become text, for only the repository has their ends.
 """
 
 import re
@@ -77,7 +77,7 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    markdown = re.sub(r"^<!--\n(:::.*?)\n-->$", r"\1", markdown, flags=re.M | re.S)
+    markdown = re.sub(r"^<!--\n(:::.*)\n-->$", r"\1", markdown, flags=re.M | re.S)
     markdown = re.sub(
         r"\[`(\w+)`\]\(\.\./(monokernel/[\w/]+?)(?:/__init__)?\.py\)",
         lambda link: f"[`{link[1]}`][{link[2].replace('/', '.')}.{link[1]}]",

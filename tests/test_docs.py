@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -17,6 +18,12 @@ import monokernel
 ROOT = Path(__file__).parents[1]
 PAGES = [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if p.exists()]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
+# Of LaTeX, in formulas: each was looked at on the site.
+COMMANDS = set(
+    """alpha bar beta begin cdot circ dot end exp frac gt hat infty kappa lambda langle ldots le
+    left log lt mathbf mathrm mu nabla ne ni partial pi qquad rangle right sigma sum tau text theta
+    top varepsilon""".split()  # noqa: SIM905
+)
 
 
 def given() -> dict[str, Any]:
@@ -81,6 +88,35 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert listed == set(monokernel.__all__) - {"__version__"} | tables
 
 
+def test_the_reference_can_be_read_as_a_file() -> None:
+    """Each name in one line with a link to where it is defined, each argument of the penalty."""
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| \[`(\w+)`\]\(\.\./(\S+)\) \| \S", page, re.M)
+    listed = re.findall(r"^::: monokernel\.\w+\.(\w+)$", page, re.M)
+    assert sorted(name for name, _ in lines) == sorted(listed)
+    for name, path in lines:
+        source = (ROOT / path).read_text(encoding="utf-8")
+        assert re.search(rf"^(def|class) {name}\b", source, re.M), name
+    arguments = re.findall(r"^\| `(\w+)` \|", page, re.M)
+    known = list(inspect.signature(monokernel.fused_mono_penalty).parameters)
+    assert arguments == known[known.index("direction") :]
+
+
+def test_a_code_host_renders_every_formula() -> None:
+    """Between ``$`` nothing that Markdown reads otherwise, in all formulas known commands alone."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        displayed = re.findall(r"^```math\n(.*?)^```", text, re.M | re.S)
+        text = re.sub(r"^```.*?^```$|`[^`\n]*`", "", text, flags=re.M | re.S)
+        inline = re.findall(r"\$(\S|\S[^$\n]*?\S)\$(?!\w)", text)
+        assert text.count("$") == 2 * len(inline), page
+        for formula in inline:
+            assert not re.search(r"\\[^a-zA-Z]|[|*<>]|[})]_", formula), (page, formula)
+        for formula in inline + displayed:
+            assert set(re.findall(r"\\([a-zA-Z]+)", formula)) <= COMMANDS, (page, formula)
+            assert formula.count("{") == formula.count("}"), (page, formula)
+
+
 def test_links_between_pages_lead_somewhere() -> None:
     for page in PAGES:
         text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
@@ -91,7 +127,8 @@ def test_links_between_pages_lead_somewhere() -> None:
 
 def test_site_builds(tmp_path: Path) -> None:
     """Only where mkdocs is installed, which `make docs` does and the tests do not ask for."""
-    pytest.importorskip("mkdocstrings")
+    for package in ("mkdocstrings", "latex2mathml", "ziamath"):
+        pytest.importorskip(package)
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -99,3 +136,7 @@ def test_site_builds(tmp_path: Path) -> None:
     assert all(
         f'id="monokernel.{name}' in api for name in ("api.fused_mono_penalty", "audit.audit")
     )
+    shown = (tmp_path / "mathematics.html").read_text(encoding="utf-8")
+    assert shown.count("<math") > 200
+    assert not re.search(r"\$|```|\\[a-z]", shown)
+    assert (tmp_path / "math.ttf").exists()
