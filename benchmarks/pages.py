@@ -32,6 +32,12 @@ COLUMNS = {
     "positive weights": "positive weights *",
     "monotonicnetworks": "`monotonicnetworks` *",
 }
+# Side by side they are wider than a page.
+PARTS = (
+    ("", lambda name: not name.startswith("compiled") and not name.endswith("*")),
+    (", compiled", lambda name: name.startswith("compiled")),
+    (", of another function", lambda name: name.endswith("*")),
+)
 CONDITIONS = ("processor", "threads", "clock", "torch")
 CASE = ("outputs", "columns", "activation", "rows", "width", "share")
 Row = dict[str, str]
@@ -66,26 +72,30 @@ def tables(measured: Sequence[Row]) -> str:
     measured = [row for row in measured if all(row[key] == last[key] for key in CONDITIONS)]
     times = chosen(measured)
     peaks = chosen({**row, "others": "0"} for row in measured if row["peak_mib"])
-    names = list(dict.fromkeys(COLUMNS.values()))
-    parts = [
+    lines = [
         f"{last['processor']}, {last['threads']} thread(s), {last['clock']} time, Python "
         f"{last['python']}, torch {last['torch']}, {last['date'][:10]}; float32, three hidden "
         "layers.",
-        "",
-        "**Time of a step, as a multiple of PyTorch's plain step:**",
-        "",
-        *_table(times, names, "ratio", "p50_ms", "plain, ms"),
-        "",
-        "**Peak memory of a step, MiB:**",
-        "",
-        *_table(peaks, names, "peak_mib", "peak_mib", "plain"),
     ]
-    return "\n".join(parts)
+    for part, belongs in PARTS:
+        names = [name for name in dict.fromkeys(COLUMNS.values()) if belongs(name)]
+        lines += ["", f"**Time of a step{part}, as a multiple of PyTorch's plain step:**", ""]
+        lines += _table(times, names, "ratio", "p50_ms", "plain, ms")
+    for part, belongs in PARTS:
+        names = [name for name in dict.fromkeys(COLUMNS.values()) if belongs(name)]
+        lines += ["", f"**Peak memory of a step{part}, MiB:**", ""]
+        lines += _table(peaks, names, "peak_mib", "peak_mib", "plain")
+    return "\n".join(lines)
 
 
 def _table(cases: Table, names: Sequence[str], key: str, base: str, base_name: str) -> list[str]:
-    every = [row for found in cases.values() for row in found.values() if row[key]]
-    used = [name for name in names if any(COLUMNS.get(row["rival"]) == name for row in every)]
+    """Of the columns and of the cases of which there is anything."""
+
+    def any_of(rows: Iterable[Row], names: Sequence[str]) -> bool:
+        return any(row[key] and COLUMNS.get(row["rival"]) in names for row in rows)
+
+    cases = {case: found for case, found in cases.items() if any_of(found.values(), names)}
+    used = [n for n in names if any(any_of(found.values(), [n]) for found in cases.values())]
     lines = [
         f"| D | k | σ | N | width | v | {base_name} | {' | '.join(used)} |",
         "|" + "---|" * (7 + len(used)),
