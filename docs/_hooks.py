@@ -25,7 +25,8 @@ def mathml(formula: str, display: str) -> str:
     made: str = convert(formula, display=display)
     if "\\" in made or ">&<" in made or "merror" in made:
         raise ValueError(f"no MathML for the formula {formula!r}")
-    return made.replace('<mn mathvariant="bold">1<', "<mn>𝟏<")  # browsers know no variants
+    made = made.replace('<mn mathvariant="bold">1<', "<mn>𝟏<")  # browsers know no variants
+    return made.replace("<mi>&#x000B1;</mi>", "<mo>±</mo>")  # an operator, and spaced as one
 
 
 class _Displayed(Preprocessor):
@@ -68,7 +69,8 @@ def on_post_build(config: Any) -> None:
     font = Path(ziamath.__file__).parent / "fonts" / "STIXTwoMath-Regular.ttf"
     kept = [f"U+{first:X}-{last:X}" for first, last in LETTERS + SIGNS]
     to = Path(config["site_dir"]) / "math.ttf"
-    subset.main([str(font), f"--unicodes={','.join(kept)}", f"--output-file={to}"])
+    options = ["--name-IDs=*", f"--unicodes={','.join(kept)}", f"--output-file={to}"]
+    subset.main([str(font), *options])  # with all its names, of which one is the licence
 
 
 def on_config(config: Any) -> Any:
@@ -79,7 +81,7 @@ def on_config(config: Any) -> Any:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     markdown = re.sub(r"^<!--\n(:::.*)\n-->$", r"\1", markdown, flags=re.M | re.S)
     markdown = re.sub(
-        r"\[`(\w+)`\]\(\.\./(monokernel/[\w/]+?)(?:/__init__)?\.py\)",
+        r"\[`(\w+)`\]\(\.\./(monokernel/[\w/]+?)\.py\)",
         lambda link: f"[`{link[1]}`][{link[2].replace('/', '.')}.{link[1]}]",
         markdown,
     )

@@ -21,8 +21,8 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
 # Of LaTeX, in formulas: each was looked at on the site.
 COMMANDS = set(
     """alpha bar beta begin cdot circ dot end exp frac gt hat infty kappa lambda langle ldots le
-    left log lt mathbf mathrm mu nabla ne ni partial pi qquad rangle right sigma sum tau text theta
-    top varepsilon""".split()  # noqa: SIM905
+    left log lt mathbf mathrm mu nabla ne ni partial pi pm qquad rangle rho right sigma subset
+    sum tau text theta top varepsilon""".split()  # noqa: SIM905
 )
 
 
