@@ -125,3 +125,9 @@ def test_compilers_are_known(name: str) -> None:
 @pytest.mark.parametrize("name", ["python3", "ccache-stats", "bash", "env", "gccgo-doc", "git"])
 def test_and_nothing_else_is_one(name: str) -> None:
     assert not wheel.COMPILER.fullmatch(name)
+
+
+def test_the_architecture_has_a_place_for_every_module() -> None:
+    page = text_of("docs/architecture.md")
+    modules = {p.stem for p in (ROOT / "monokernel").glob("*.py") if not p.stem.startswith("_")}
+    assert not {name for name in modules if f"`{name}.py`" not in page}
