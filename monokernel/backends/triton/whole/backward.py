@@ -72,7 +72,7 @@ def backward(
         x.element_size(),
         products(x.device),
         precision_of(x.dtype) == "tf32x3",
-        few=problem.depth <= 4 and max(problem.d, problem.D) <= INPUTS_AT_A_TIME,
+        few=problem.depth <= 4 and max(problem.d, problem.D) <= INPUTS_AT_A_TIME and not needs[0],
     )
     run = partial(launch_backward, problem, gy, gout, x, params, saved, needs)
     return tuned(rule, candidates, ("backward", as_compiled(problem), tuple(needs)), x, run)

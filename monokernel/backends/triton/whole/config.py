@@ -86,7 +86,8 @@ def forward_config(width: int, adjoint: bool, products: str, split: bool) -> Who
 def backward_config(
     width: int, itemsize: int, products: str, split: bool, few: bool = True
 ) -> WholeConfig:
-    """``few``: at most four layers, and inputs and outputs that one product takes."""
+    """``few``: at most four layers, inputs and outputs that one product takes, and no gradient of
+    the inputs, with which sums in registers spill 24 to 56 bytes on sm_90."""
     # Whole TF32 products at width 64 spill up to 568 bytes in Triton 3.6, with dx of 40 inputs.
     if split or products != "wgmma" or (itemsize == 4 and width > 32):
         return in_steps(width, products, split)
