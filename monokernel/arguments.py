@@ -474,20 +474,9 @@ def check_box(lower: Any, upper: Any, d: int) -> tuple[tuple[float, ...], tuple[
     """The ends of a box in d columns: numbers, which serve every column, or (d,)."""
     ends = []
     for name, end in (("lower", lower), ("upper", upper)):
-        try:
-            values, shape = _numbers(end)
-            values = [float(v) for v in values]
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(
-                f"{name}: expected a number, a sequence of numbers or a tensor, got "
-                f"{type(end).__name__}"
-            ) from None
-        if shape not in ((), (d,)):
-            raise ValueError(
-                f"{name}: expected a number or shape (d,) = ({d},), as direction has it, got "
-                f"{tuple(shape)}"
-            )
-        ends.append(tuple(values * d if not shape else values))
+        wanted = f"(d,) = ({d},), as direction has it"
+        kinds = "a number, a sequence of numbers or a tensor"
+        ends.append(tuple(_numbers_of(name, end, d, kinds, wanted)))
     for c, (l, u) in enumerate(zip(*ends, strict=True)):
         for name, end in (("lower", l), ("upper", u)):
             if math.isnan(end) or (math.isinf(end) and l == u):
@@ -551,7 +540,8 @@ def check_scaler(
                     f"{type(scaler).__name__}"
                 )
     elif isinstance(scaler, (tuple, list)) and len(scaler) == 2:
-        mean, scale = (_numbers_of(name, part, n) for part in scaler)
+        kinds, wanted = "numbers as mean and scale", f"({n},)"
+        mean, scale = (_numbers_of(name, part, n, kinds, wanted) for part in scaler)
     else:
         raise TypeError(
             f"{name}: expected a pair (mean, scale) or a fitted scaler, got {type(scaler).__name__}"
@@ -565,17 +555,15 @@ def check_scaler(
     return tuple(mean), tuple(scale)
 
 
-def _numbers_of(name: str, given: Any, n: int) -> list[float]:
-    """n numbers, of one or n that are given."""
+def _numbers_of(name: str, given: Any, n: int, kinds: str, wanted: str) -> list[float]:
+    """n numbers, of one or n that are given; what was expected of their types and their shape."""
     try:
         values, shape = _numbers(given)
         values = [float(v) for v in values]
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(
-            f"{name}: expected numbers as mean and scale, got {type(given).__name__}"
-        ) from None
+        raise TypeError(f"{name}: expected {kinds}, got {type(given).__name__}") from None
     if shape not in ((), (n,)):
-        raise ValueError(f"{name}: expected a number or shape ({n},), got {tuple(shape)}")
+        raise ValueError(f"{name}: expected a number or shape {wanted}, got {tuple(shape)}")
     return values if shape else values * n
 
 

@@ -321,7 +321,7 @@ def native(like: Tensor) -> bool:
     """Whether the library bounds boxes where that tensor is."""
     from .backends import cpu  # the library is opened when it is first of use
 
-    return like.device.type == "cpu" and cpu.isa() is not None
+    return like.device.type == "cpu" and not cpu.missing()
 
 
 def slopes(
