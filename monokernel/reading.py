@@ -79,8 +79,8 @@ class Step(NamedTuple):
 def _laid_out(tape: Tape, y: int, d: int, squeezed: bool, fold: bool) -> Reading | str:
     """The program of value y, its parameters in the order in which its nodes read them."""
     nodes, params, offsets = tape.nodes, tape.params, list[Tensor | float]()
-    lines = [node for node in nodes if node.kind in LINES]
-    folds = fold and any(_pays(tape, node.width) for node in lines)
+    lines = [node.width for node in nodes if node.kind in LINES]
+    folds = fold and lines and _pays(tape, max(lines))
     if folds or not _needs_all(nodes, y):
         # What is folded into a layer is not the network's own arithmetic: in full precision.
         with torch.autocast(tape.device_type, enabled=False) if tape.autocast else nullcontext():
@@ -120,7 +120,9 @@ def _rounds(tape: Tape, y: int) -> bool | None:
 
 def _needs_all(nodes: list[Node], y: int) -> bool:
     """Whether value y, the last one, depends on every other, and none is made in vain."""
-    return len({y, 0}.union(*[node.inputs for node in nodes])) == len(nodes) + 1
+    read = {u for node in nodes for u in node.inputs}
+    read.update((0, y))
+    return len(read) == len(nodes) + 1
 
 
 def _rewritten(
@@ -289,7 +291,9 @@ def read(
                 state.restore()
     if known is None:
         _known[id(mlp)] = known = weakref.ref(mlp, _forgets(id(mlp))), {}
-    known[1][key] = found if isinstance(found, str) else steady
+    after = found if isinstance(found, str) else steady
+    if after is not before:
+        known[1][key] = after
     return found
 
 
@@ -438,14 +442,17 @@ def _parts(mlp: nn.Module) -> tuple[list[nn.Module], bool] | str:
         return "a global module hook is registered"
     found, seen, compiled = [mlp], {id(mlp)}, False
     for m in found:  # grows on the way
-        own, nature = m.__dict__, _nature(type(m).__mro__)
-        if nature == "opaque":
-            return f"{where(mlp, m)} is scripted, distributed or quantised"
-        compiled = compiled or nature == "compiled" or "_compiled_call_impl" in own
+        own = m.__dict__
+        if nature := _nature(type(m).__mro__):
+            if nature == "opaque":
+                return f"{where(mlp, m)} is scripted, distributed or quantised"
+            if nature == "batch" and (m.training or m.running_mean is None):
+                return f"{where(mlp, m)} normalises with the statistics of the batch"
+            compiled = compiled or nature == "compiled"
+        if "_compiled_call_impl" in own:
+            compiled = True
         if hooked(m):
             return f"{where(mlp, m)} has hooks"
-        if nature == "batch" and (m.training or m.running_mean is None):
-            return f"{where(mlp, m)} normalises with the statistics of the batch"
         for part in own["_modules"].values():
             if part is not None and id(part) not in seen:
                 seen.add(id(part))

@@ -63,16 +63,16 @@ class Tape:
     )  # fmt: skip
 
     def __init__(self, mlp: nn.Module, inputs: Inputs) -> None:
-        x = inputs.like
+        blocks, batch, _, _, self.autocast = inputs
+        x = blocks[-1]
         self.mlp = mlp
-        self.batch = inputs.batch
-        self.lead = len(inputs.batch)
+        self.batch = batch
+        self.lead = len(batch)
         self.dtype, self.device = x.dtype, x.device
-        self.requires_grad = any(t.requires_grad for t in inputs.blocks)
+        self.requires_grad = x.requires_grad or blocks[0].requires_grad
         self.device_type = self.device.type
-        self.autocast = inputs.autocast
         self.casts = self.autocast and operand_dtype(x) != x.dtype
-        self.full = set[int]()  # values that autocast sees to it are float32
+        self.full: set[int] = set()  # values that autocast sees to it are float32
         self.hooks = _saving(False)
         self.nodes: list[Node] = []
         self.params: list[Param] = []
@@ -95,7 +95,8 @@ class Tape:
             or is_autocast_enabled(self.device_type) is not self.autocast
         ):
             raise Unreadable("is under no_grad, hooks on saved tensors or autocast of its own")
-        v = Value(self, at, width, flat, shared)
+        v = _fresh(Value)  # and no __init__: a call of it is a fifth of a node
+        v.tape, v.at, v.width, v.flat, v.shared = self, at, width, flat, shared
         self.values.append(v)
         return v
 
@@ -110,7 +111,8 @@ class Tape:
         shared: bool = False,
     ) -> Value:
         places = placed(self.params, params) if params else ()
-        self.nodes.append(Node(kind, inputs, places, numbers, width))
+        # As Node(...), without a call of a function written in Python.
+        self.nodes.append(tuple.__new__(Node, (kind, inputs, places, numbers, width)))
         return self.value(len(self.nodes), width, flat, shared)
 
     def made_in_full(self, before: int) -> None:
@@ -125,6 +127,7 @@ class Tape:
         return Unreadable(self.sentence)
 
 
+_fresh = object.__new__
 # The hooks on saved tensors that are at work, None as a rule.
 _saving = torch._C._autograd._top_saved_tensors_default_hooks
 
@@ -157,8 +160,6 @@ class Symbol:
         if handler is None:
             raise _tape((args, kwargs)).refuse(_name(func))
         try:
-            if func in _FULL:
-                return _full(handler, *args, **(kwargs or {}))
             return handler(*args, **kwargs) if kwargs else handler(*args)
         except Exception as error:
             raise _tape((args, kwargs)).refuse(_name(func), _why(error)) from None
@@ -185,8 +186,10 @@ class Value(Symbol):
 
     __slots__ = ("at", "flat", "shared", "width")
 
-    def __init__(self, tape: Tape, at: int, width: int, flat: bool, shared: bool) -> None:
-        self.tape, self.at, self.width, self.flat, self.shared = tape, at, width, flat, shared
+    at: int
+    width: int
+    flat: bool
+    shared: bool
 
     @property
     def axes(self) -> int:
@@ -318,9 +321,10 @@ def _plain(t: Any) -> Tensor:
 def _operand(tape: Tape, t: Any) -> Tensor:
     """A weight or bias, which a product takes as it is."""
     plain = _plain(t)
-    if t.dtype is not tape.dtype and not (tape.casts and t.dtype.is_floating_point):
-        raise Unreadable(f"takes {t.dtype} to rows of {tape.dtype}")
-    if t.device != tape.device:
+    dtype = plain.dtype
+    if dtype is not tape.dtype and not (tape.casts and dtype.is_floating_point):
+        raise Unreadable(f"takes {dtype} to rows of {tape.dtype}")
+    if plain.device != tape.device:
         raise Unreadable(f"takes a tensor on {t.device} to rows on {tape.device}")
     return plain
 
@@ -1134,9 +1138,6 @@ _IN_FULL = frozenset(
     ("exp", "layer_norm", "log", "log_softmax", "pow", "reciprocal", "rsqrt", "softmax", "softplus",
      "square", "sum", "__pow__", "__rtruediv__")
 )  # fmt: skip
-_FULL = {
-    getattr(home, name) for home in (torch, F, Tensor) for name in _IN_FULL if hasattr(home, name)
-}
 
 
 def _full(handler: Handler, *args: Any, **kwargs: Any) -> Any:
@@ -1181,6 +1182,11 @@ def _register() -> None:
                 _FUNCTIONS.setdefault(function, handler)
         if hasattr(Tensor, name) and not hasattr(Value, name):
             setattr(Value, name, _method(name, handler))
+    for name in _IN_FULL:
+        for home in (torch, F, Tensor):
+            function = getattr(home, name, None)
+            if function in _FUNCTIONS:
+                _FUNCTIONS[function] = partial(_full, _FUNCTIONS[function])
     for name, handler in _OPERATORS.items():
         setattr(Value, name, _method(name, handler))
     for name in (*_OPERATORS, *[f"__{name}__" for name in _REFUSED.split()]):
