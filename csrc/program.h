@@ -82,8 +82,8 @@ template <class T> struct Program {
   bool x_as_it_is() const {
     for (int64_t v = 1; v <= y; ++v) {
       if (!flow(v).used || linear(v)) continue;
-      for (int64_t q = 0; q < node(v).inputs; ++q) {
-        if (node(v).input[q] == 0) return false;
+      for (int64_t nth = 0; nth < node(v).inputs; ++nth) {
+        if (node(v).input[nth] == 0) return false;
       }
     }
     return true;
@@ -200,6 +200,9 @@ template <class T> struct SavedProgram {
   }
 };
 
+// What there is of a value: itself, what its node's Jacobian is computed from, a dropout's mask.
+enum ValuePart { the_value, the_first, the_mask };
+
 // The rows of one block as the nodes see them, by value: the same on the way up and on the way back.
 template <class T> struct BlockValues {
   Mat<T>* value;   // null where it is not at hand
@@ -208,7 +211,7 @@ template <class T> struct BlockValues {
   Mat<const T>* inputs;  // of the node at hand, as many as the longest has
   int64_t* widths;
 
-  // `want(v)`: whether it needs memory of its own for value v, (v, s) and the mask.
+  // `want(v, part)`: whether it needs memory of its own for that part of what belongs to value v.
   template <class Want>
   BlockValues(Bump& memory, const Program<T>& program, int64_t capacity, const Want& want) {
     const int64_t count = program.y + 1;
@@ -220,25 +223,25 @@ template <class T> struct BlockValues {
     widths = memory.take<int64_t>(most);
     for (int64_t v = 0; v < count; ++v) {
       const int64_t ld = scratch_ld<T>(program.width(v));
-      Mat<T> own{nullptr, ld}, s{nullptr, ld}, m{nullptr, ld};
-      if (want(v, 'v')) own.at = memory.take<T>(capacity * ld);
-      if (v && want(v, 's')) {
+      Mat<T> own{nullptr, ld}, slope{nullptr, ld}, drawn{nullptr, ld};
+      if (want(v, the_value)) own.at = memory.take<T>(capacity * ld);
+      if (v && want(v, the_first)) {
         const bool norm = normalises(program.node(v).kind);
-        if (norm) s.ld = 1;
-        s.at = memory.take<T>(norm ? round_up(capacity, Simd<T>::lanes) : capacity * ld);
+        if (norm) slope.ld = 1;
+        slope.at = memory.take<T>(norm ? round_up(capacity, Simd<T>::lanes) : capacity * ld);
       }
-      if (v && want(v, 'm')) m.at = memory.take<T>(capacity * ld);
+      if (v && want(v, the_mask)) drawn.at = memory.take<T>(capacity * ld);
       if (!value) continue;
-      value[v] = own, first[v] = s, mask[v] = m;
+      value[v] = own, first[v] = slope, mask[v] = drawn;
     }
   }
 
   // What the node of value v is computed from.
   Operands<T> operands(const Program<T>& program, int64_t v, int64_t rows) const {
     const Node& node = program.node(v);
-    for (int64_t q = 0; q < node.inputs; ++q) {
-      inputs[q] = value[node.input[q]];
-      widths[q] = program.width(node.input[q]);
+    for (int64_t nth = 0; nth < node.inputs; ++nth) {
+      inputs[nth] = value[node.input[nth]];
+      widths[nth] = program.width(node.input[nth]);
     }
     Operands<T> o{&node, rows, program.whole(v), inputs, widths, value[v], first[v], {}, {}};
     o.parameter = node.kind == node_dropout ? Mat<const T>(mask[v])

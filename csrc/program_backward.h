@@ -1,6 +1,6 @@
 // The backward pass of a program: gradients of (y, J or its penalty) by parameters and x.
 //
-// The part of a slope in the loss is sᵀ·J·e for a pair (row, tangent e, seed s); only pairs that are
+// The part of a slope in the loss is sᵀ·J·ẋ for a pair (row, tangent ẋ, seed s); only pairs that are
 // not zero are there at all. Their tangents are pushed up the program and their seeds pulled down it;
 // each node adds what its parameters do to a slope, and its curvature joins the cotangent g of the
 // row. With one output in adjoint mode the seed's chain P of every row is known from the forward and
@@ -30,10 +30,10 @@ template <class T> struct GradientLayout {
     for (int64_t p = 0; p < plan.params; ++p) place[p] = Place{0, 0, 0, false};
     for (int64_t i = 0; i < plan.count; ++i) {
       const Node& node = plan.nodes[i];
-      for (int64_t q = 0; q < node.params; ++q) {
-        Place& to = place[node.place[q]];
-        if (node.kind != node_linear || q == 1) {
-          if (node.kind != node_dropout) to.in = sizes[node.place[q]] == 1 ? 1 : node.width;
+      for (int64_t nth = 0; nth < node.params; ++nth) {
+        Place& to = place[node.place[nth]];
+        if (node.kind != node_linear || nth == 1) {
+          if (node.kind != node_dropout) to.in = sizes[node.place[nth]] == 1 ? 1 : node.width;
           continue;
         }
         to.out = node.width, to.in = plan.width(node.input[0]);
@@ -93,10 +93,10 @@ template <class T> struct ProgramBackwardScratch {
   // the tangent, and what comes down for them: q where P is kept, else P.
   Mat<T> *cotangent, *second, *dot, *chain;
   // done: of an elementwise node, the rows' cotangent has gone on to its input already; of a linear
-  // one, it is gy∘P, and P of the pairs in p. through: what came down for the pairs has gone on.
+  // one, it is gy∘P, and P of the pairs in `seeds`. through: what came down for the pairs has gone on.
   bool *begun, *done, *chained, *prepared, *through;
   Mat<const T>* dots;  // of the inputs of the node at hand
-  Mat<T> g, p, bend;   // a block of the widest value each
+  Mat<T> g, seeds, bend;  // a block of the widest value each
   T* slopes;           // gJ (rows, D, k)
   Pairs<T> pairs;
   T* sums = nullptr;
@@ -104,12 +104,12 @@ template <class T> struct ProgramBackwardScratch {
   ProgramBackwardScratch(Bump& memory, const Program<T>& net, const BackwardCall& call,
                          const Errand& errand, int64_t capacity)
       : rows(memory, net, capacity,
-             [&](int64_t v, char what) {
+             [&](int64_t v, ValuePart part) {
                const Way& way = call.way[v];
-               if (v == 0) return what == 'v' && !net.x_as_it_is();
+               if (v == 0) return part == the_value && !net.x_as_it_is();
                if (!net.flow(v).used) return false;
-               if (what == 'm') return is_mask(net, call, v);
-               if (what == 's') return way.first && needs_first(net.node(v));
+               if (part == the_mask) return is_mask(net, call, v);
+               if (part == the_first) return way.first && needs_first(net.node(v));
                return way.value && !net.flow(v).saved && !net.is_view(v);
              }),
         pairs(memory, *net.plan, errand.pairs ? capacity : 0) {
@@ -129,23 +129,23 @@ template <class T> struct ProgramBackwardScratch {
       const auto take = [&](bool wanted, int64_t n) {
         return Mat<T>{wanted ? memory.take<T>(n) : nullptr, ld};
       };
-      Mat<T> c = take(flow.used && way.wanted && !flow.pulled && !flow.part, one_row ? ld : size);
-      if (one_row) c.ld = 0;
+      Mat<T> own = take(flow.used && way.wanted && !flow.pulled && !flow.part, one_row ? ld : size);
+      if (one_row) own.ld = 0;
       const bool bends = v && flow.used && way.first && is_elementwise(net.node(v).kind) &&
                          net.node(v).curved;
-      const Mat<T> s = take(errand.pairs && bends, size);
-      const Mat<T> t = take(errand.pairs && flow.used && way.dot && !net.is_view(v), size);
-      const Mat<T> q = take(errand.pairs && flow.used && way.wanted && !flow.part &&
+      const Mat<T> bent = take(errand.pairs && bends, size);
+      const Mat<T> tangent = take(errand.pairs && flow.used && way.dot && !net.is_view(v), size);
+      const Mat<T> down = take(errand.pairs && flow.used && way.wanted && !flow.part &&
                                 (flow.kept ? errand.curved : flow.moving),
                             size);
       if (!cotangent) continue;
-      cotangent[v] = flow.part ? net.view_of(cotangent, v) : c;
-      chain[v] = flow.part ? net.view_of(chain, v) : q;
-      dot[v] = net.is_view(v) ? net.view_of(dot, v) : t;
-      second[v] = s;
+      cotangent[v] = flow.part ? net.view_of(cotangent, v) : own;
+      chain[v] = flow.part ? net.view_of(chain, v) : down;
+      dot[v] = net.is_view(v) ? net.view_of(dot, v) : tangent;
+      second[v] = bent;
     }
     dots = memory.take<Mat<const T>>(most);
-    Mat<T>* const blocks[] = {&g, &p, &bend};
+    Mat<T>* const blocks[] = {&g, &seeds, &bend};
     for (Mat<T>* block : blocks) {
       block->ld = scratch_ld<T>(widest);
       block->at = memory.take<T>(capacity * block->ld);
@@ -266,10 +266,11 @@ template <class T> struct ProgramBackward {
         value_and_scale(scratch, rows, row0, v, active);
       } else if (bends && scratch.second[v]) {
         const Operands<T> o = at.operands(net, v, rows);
-        const Mat<T> c = scratch.second[v];
+        const Mat<T> second = scratch.second[v];
         const Numbers<T> numbers{o.number(0), o.number(1), o.number(2)};
-        orders_of<T>(int(node.kind))[at.value[v] ? 2 : 4](
-            {rows, o.columns, o.u[0].at, o.u[0].ld, at.value[v].at, at.first[v].at, c.at, c.ld},
+        orders_of<T>(int(node.kind))[at.value[v] ? all_orders : derivatives](
+            {rows, o.columns, o.u[0].at, o.u[0].ld, at.value[v].at, at.first[v].at, second.at,
+             second.ld},
             numbers);
       } else if (way(v).value || at.first[v]) {
         node_value<T>(at.operands(net, v, rows), at.value[v], at.first[v]);
@@ -323,24 +324,24 @@ template <class T> struct ProgramBackward {
 
   // What a node that is not linear is computed from, for the pairs.
   Operands<T> operands(const Pass& pass, int64_t v) const {
-    const Scratch& s = pass.scratch;
+    const Scratch& scratch = pass.scratch;
     const Node& node = net.node(v);
-    Operands<T> o = s.rows.operands(net, v, pass.m);
-    for (int64_t q = 0; q < node.inputs; ++q) s.rows.inputs[q].index = pass.index;
-    o.v.index = o.s.index = pass.index;
+    Operands<T> o = scratch.rows.operands(net, v, pass.m);
+    for (int64_t nth = 0; nth < node.inputs; ++nth) scratch.rows.inputs[nth].index = pass.index;
+    o.v.index = o.first.index = pass.index;
     if (node.kind == node_dropout) o.parameter.index = pass.index;
-    o.c = s.second[v];
-    if (!o.c) return o;
+    o.second = scratch.second[v];
+    if (!o.second) return o;
     if (pass.bends) {
-      o.c.index = pass.index;
-    } else if (!s.prepared[v]) {
+      o.second.index = pass.index;
+    } else if (!scratch.prepared[v]) {
       const Numbers<T> numbers{o.number(0), o.number(1), o.number(2)};
       for (int64_t i = 0; i < pass.m; ++i) {  // σ' goes to the side
-        orders_of<T>(int(node.kind))[4]({1, o.columns, o.u[0].row(i), 0, nullptr, s.bend.at,
-                                         s.second[v].row(i), 0},
+        orders_of<T>(int(node.kind))[derivatives]({1, o.columns, o.u[0].row(i), 0, nullptr, scratch.bend.at,
+                                         scratch.second[v].row(i), 0},
                                         numbers);
       }
-      s.prepared[v] = true;
+      scratch.prepared[v] = true;
     }
     return o;
   }
@@ -349,24 +350,24 @@ template <class T> struct ProgramBackward {
   bool dots_of(const Pass& pass, int64_t v) const {
     const Node& node = net.node(v);
     bool any = false;
-    for (int64_t q = 0; q < node.inputs; ++q) {
-      const int64_t u = node.input[q];
+    for (int64_t nth = 0; nth < node.inputs; ++nth) {
+      const int64_t u = node.input[nth];
       const bool moves = flow(u).moving && way(u).dot;
-      pass.scratch.dots[q] = moves ? Mat<const T>(pass.scratch.dot[u]) : Mat<const T>{};
+      pass.scratch.dots[nth] = moves ? Mat<const T>(pass.scratch.dot[u]) : Mat<const T>{};
       any |= moves;
     }
     return any;
   }
 
   void tangents(const Pass& pass) const {
-    const Scratch& s = pass.scratch;
-    for (int64_t v = 0; v <= net.y; ++v) s.prepared[v] = s.chained[v] = s.through[v] = false;
+    const Scratch& scratch = pass.scratch;
+    for (int64_t v = 0; v <= net.y; ++v) scratch.prepared[v] = scratch.chained[v] = scratch.through[v] = false;
     if (way(0).dot) {
       for (int64_t i = 0; i < pass.m; ++i) {
-        T* x = s.dot[0].row(i);
+        T* x = scratch.dot[0].row(i);
         clear(x, net.whole(0));
         for (int64_t c = 0; c < net.k; ++c) {
-          x[net.plan->columns[c]] = s.pairs.e[i * s.pairs.lde + c];
+          x[net.plan->columns[c]] = scratch.pairs.dot[i * scratch.pairs.ld_dot + c];
         }
       }
     }
@@ -375,63 +376,63 @@ template <class T> struct ProgramBackward {
       if (!net.linear(v)) {
         const Operands<T> o = operands(pass, v);
         dots_of(pass, v);
-        node_push<T>(o, s.dots, s.dot[v]);
+        node_push<T>(o, scratch.dots, scratch.dot[v]);
       } else if (net.below(v) && net.followed(v) && way(v + 1).dot) {
-        const ApplySlope<T> after{operands(pass, v + 1).s, s.dot[v], s.dot[v + 1], false};
-        linear_push<T>(net, v, pass.m, s.dot[net.below(v)], nullptr, s.dot[v], after);
+        const ApplySlope<T> after{operands(pass, v + 1).first, scratch.dot[v], scratch.dot[v + 1], false};
+        linear_push<T>(net, v, pass.m, scratch.dot[net.below(v)], nullptr, scratch.dot[v], after);
         ++v;
       } else if (net.below(v)) {
-        linear_push<T>(net, v, pass.m, s.dot[net.below(v)], nullptr, s.dot[v], Nothing{});
+        linear_push<T>(net, v, pass.m, scratch.dot[net.below(v)], nullptr, scratch.dot[v], Nothing{});
       } else {
-        const Mat<T> to = s.dot[v];
+        const Mat<T> to = scratch.dot[v];
         for (const Run& run : runs()) {
           const Init<T> init = run.at ? Init<T>{to.at, to.ld} : from_zero<T>();
-          gemm<false>(pass.m, run.count, s.pairs.e + run.at, s.pairs.lde, net.at(v).forward,
+          gemm<false>(pass.m, run.count, scratch.pairs.dot + run.at, scratch.pairs.ld_dot, net.at(v).forward,
                       run.first, init, to.at, to.ld, Nothing{});
         }
       }
     }
     if (!flow(net.y).kept && flow(net.y).moving && way(net.y).wanted) {
       for (int64_t i = 0; i < pass.m; ++i) {
-        copy_few(s.chain[net.y].row(i), s.pairs.u + i * s.pairs.ldu, net.D);
+        copy_few(scratch.chain[net.y].row(i), scratch.pairs.seed + i * scratch.pairs.ld_seed, net.D);
       }
-      s.chained[net.y] = true;
+      scratch.chained[net.y] = true;
     }
   }
 
   // The pairs' own P of value v, if x2 reaches it.
   Mat<const T> seeds(const Pass& pass, int64_t v) const {
-    const Scratch& s = pass.scratch;
+    const Scratch& scratch = pass.scratch;
     if (!pass.m || !flow(v).moving) return {};
-    if (!flow(v).kept) return s.chained[v] ? Mat<const T>(s.chain[v]) : Mat<const T>{};
-    if (!net.linear(v)) return pass.of_pairs(s.cotangent[v]);
-    if (s.done[v]) return s.p;  // by pull_and_scale
-    if (!pass.index && s.cotangent[v].ld) return s.cotangent[v];
-    return gather(pass, s.cotangent[v], net.whole(v), s.p);
+    if (!flow(v).kept) return scratch.chained[v] ? Mat<const T>(scratch.chain[v]) : Mat<const T>{};
+    if (!net.linear(v)) return pass.of_pairs(scratch.cotangent[v]);
+    if (scratch.done[v]) return scratch.seeds;  // by pull_and_scale
+    if (!pass.index && scratch.cotangent[v].ld) return scratch.cotangent[v];
+    return gather(pass, scratch.cotangent[v], net.whole(v), scratch.seeds);
   }
 
   // --- the walk down ------------------------------------------------------------------------------
 
   void walk(const Pass& pass, bool with_rows) const {
-    const Scratch& s = pass.scratch;
+    const Scratch& scratch = pass.scratch;
     for (int64_t v = net.y; v > 0; --v) {
       if (!flow(v).used || !way(v).wanted) continue;
       if (flow(v).parted) {
-        if (pass.m) join(v, pass.m, s.chain, s.chained);
-        if (with_rows) join(v, rows_of(pass, v), s.cotangent, s.begun);
+        if (pass.m) join(v, pass.m, scratch.chain, scratch.chained);
+        if (with_rows) join(v, rows_of(pass, v), scratch.cotangent, scratch.begun);
       }
       if (flow(v).part) continue;
       const bool slopes = way(v).trained || net.node(v).curved;
       const Mat<const T> P = slopes ? seeds(pass, v) : Mat<const T>{};
       const Mat<const T> down =
-          pass.m && s.chained[v] ? Mat<const T>(s.chain[v]) : Mat<const T>{};
-      if (!net.linear(v) && pass.m && !s.through[v]) pairs_light(pass, v, P, down);
+          pass.m && scratch.chained[v] ? Mat<const T>(scratch.chain[v]) : Mat<const T>{};
+      if (!net.linear(v) && pass.m && !scratch.through[v]) pairs_light(pass, v, P, down);
       const Mat<const T> G = with_rows ? row_gradient(pass, v, down) : Mat<const T>{};
       if (net.linear(v)) {
         if (way(v).trained) linear_gradients(pass, v, P, G);
         if (with_rows) rows_linear(pass, v, G);
         if (down && by_pairs(net.below(v))) pull_pairs(pass, v, down);
-      } else if (with_rows && !s.done[v]) {
+      } else if (with_rows && !scratch.done[v]) {
         rows_light(pass, v, G);
       }
     }
@@ -456,24 +457,24 @@ template <class T> struct ProgramBackward {
   bool passes(int64_t u) const { return way(u).wanted && flow(u).kept && !flow(u).pulled; }
 
   void pull_pairs(const Pass& pass, int64_t v, Mat<const T> down) const {
-    const Scratch& s = pass.scratch;
+    const Scratch& scratch = pass.scratch;
     const int64_t u = net.below(v);
     if (net.pulls_through(u) && pull_through(pass, v, down)) return;
-    linear_pull<T>(net, v, pass.m, down, s.chain[u], s.chained[u], Nothing{});
-    s.chained[u] = true;
+    linear_pull<T>(net, v, pass.m, down, scratch.chain[u], scratch.chained[u], Nothing{});
+    scratch.chained[u] = true;
   }
 
-  // σ'∘down + σ''∘ȧ∘P.
+  // σ'∘down + σ''∘u̇∘P.
   struct PullAndBend {
-    template <class V> MK_INLINE V operator()(V s, V down, V c, V t, V P) const {
-      return s * down + c * t * P;
+    template <class V> MK_INLINE V operator()(V first, V down, V second, V dot, V P) const {
+      return first * down + second * dot * P;
     }
   };
 
   // After a product gave a tile of what comes down for the pairs to an elementwise node: its pull and
   // its curvature, while the tile is in the first-level cache.
   struct PullPairs {
-    Mat<const T> s, c, t, P;  // c null: no curvature; P null: the product itself
+    Mat<const T> first, second, dot, P;  // second null: no curvature; P null: the product itself
     Mat<const T> x;           // the product
     Mat<T> to;                // null: nothing goes on; else perhaps x itself
     bool add;
@@ -484,71 +485,71 @@ template <class T> struct ProgramBackward {
       for (int64_t i = i0; i < i0 + count; ++i) {
         const auto of = [&](const Mat<const T>& a) { return a.row(i) + j0; };
         T* on = to ? to.row(i) + j0 : nullptr;
-        if (c && !rows) {
-          put_row<T>(columns, on, add, PullAndBend{}, of(s), of(x), of(c), of(t), of(P));
+        if (second && !rows) {
+          put_row<T>(columns, on, add, PullAndBend{}, of(first), of(x), of(second), of(dot), of(P));
           continue;
         }
-        if (c) {
-          put_row<T>(columns, rows.row(row[i]) + j0, true, TimesThree{}, of(c), of(t), of(x));
+        if (second) {
+          put_row<T>(columns, rows.row(row[i]) + j0, true, TimesThree{}, of(second), of(dot), of(x));
         }
-        if (on) put_row<T>(columns, on, add, Times{}, of(s), of(x));
+        if (on) put_row<T>(columns, on, add, Times{}, of(first), of(x));
       }
     }
   };
 
   // The pairs' pull of linear node v and of the elementwise node of its input, in one pass.
   bool pull_through(const Pass& pass, int64_t v, Mat<const T> down) const {
-    const Scratch& s = pass.scratch;
+    const Scratch& scratch = pass.scratch;
     const int64_t u = net.below(v), b = net.node(u).input[0];
     const bool kept = flow(u).kept;
     if (kept != flow(b).kept) return false;
     const Operands<T> o = operands(pass, u);
     const bool bends = net.node(u).curved && dots_of(pass, u) && way(b).wanted;
     PullPairs after{};
-    after.s = o.s;
-    if (by_pairs(b)) after.to = s.chain[b], after.add = s.chained[b];
+    after.first = o.first;
+    if (by_pairs(b)) after.to = scratch.chain[b], after.add = scratch.chained[b];
     if (bends) {
-      after.c = o.c, after.t = s.dots[0];
-      if (kept) after.P = pass.of_pairs(s.cotangent[u]);
+      after.second = o.second, after.dot = scratch.dots[0];
+      if (kept) after.P = pass.of_pairs(scratch.cotangent[u]);
       if (!kept) {
-        start(s.cotangent, s.begun, b, pass.rows);
-        after.rows = s.cotangent[b], after.row = s.pairs.row;
+        start(scratch.cotangent, scratch.begun, b, pass.rows);
+        after.rows = scratch.cotangent[b], after.row = scratch.pairs.row;
       }
     }
-    const Mat<T> product = after.to && !after.add ? after.to : s.chain[u];
+    const Mat<T> product = after.to && !after.add ? after.to : scratch.chain[u];
     after.x = product;
     linear_pull<T>(net, v, pass.m, down, product, false, after);
-    s.through[u] = true;
-    s.chained[b] |= bool(after.to);
+    scratch.through[u] = true;
+    scratch.chained[b] |= bool(after.to);
     return true;
   }
 
   void pairs_light(const Pass& pass, int64_t v, Mat<const T> P, Mat<const T> down) const {
-    const Scratch& s = pass.scratch;
+    const Scratch& scratch = pass.scratch;
     const Node& node = net.node(v);
     if (!P && !down) return;
     const Operands<T> o = operands(pass, v);
     const bool moves = dots_of(pass, v) && P;
     if (moves && way(v).trained && wants(node.place[0])) {
-      add_parameter(v, [&](T* sums) { node_slope_parameters<T>(o, s.dots[0], P, sums); }, s);
+      add_parameter(v, [&](T* sums) { node_slope_parameters<T>(o, scratch.dots[0], P, sums); }, scratch);
     }
     if (is_elementwise(node.kind) && node.curved) return pairs_curved(pass, o, P, down, moves);
-    for (int64_t q = 0; q < node.inputs; ++q) {
-      const int64_t u = node.input[q];
+    for (int64_t nth = 0; nth < node.inputs; ++nth) {
+      const int64_t u = node.input[nth];
       if (down && by_pairs(u)) {
-        if (node.kind == node_columns) start(s.chain, s.chained, u, pass.m);
-        node_pull<T>(o, down, q, s.chain[u], s.chained[u]);
-        s.chained[u] = true;
+        if (node.kind == node_columns) start(scratch.chain, scratch.chained, u, pass.m);
+        node_pull<T>(o, down, nth, scratch.chain[u], scratch.chained[u]);
+        scratch.chained[u] = true;
       }
-      if (!moves || !way(u).wanted || !node_bends(node, s.dots, q)) continue;
+      if (!moves || !way(u).wanted || !node_bends(node, scratch.dots, nth)) continue;
       if (flow(u).kept) {
-        node_curvature<T>(o, s.dots, P, q, s.chain[u], s.chained[u]);
-        s.chained[u] = true;
+        node_curvature<T>(o, scratch.dots, P, nth, scratch.chain[u], scratch.chained[u]);
+        scratch.chained[u] = true;
       } else {
-        const Mat<T> bend{s.bend.at, scratch_ld<T>(net.width(u))};
-        node_curvature<T>(o, s.dots, P, q, bend, false);
-        start(s.cotangent, s.begun, u, pass.rows);
-        scatter_add(pass, bend, net.whole(u), s.cotangent[u]);
+        const Mat<T> bend{scratch.bend.at, scratch_ld<T>(net.width(u))};
+        node_curvature<T>(o, scratch.dots, P, nth, bend, false);
+        start(scratch.cotangent, scratch.begun, u, pass.rows);
+        scatter_add(pass, bend, net.whole(u), scratch.cotangent[u]);
       }
     }
   }
@@ -556,35 +557,35 @@ template <class T> struct ProgramBackward {
   // An elementwise node that bends: its pull and its curvature in one pass.
   void pairs_curved(const Pass& pass, const Operands<T>& o, Mat<const T> P, Mat<const T> down,
                     bool moves) const {
-    const Scratch& s = pass.scratch;
+    const Scratch& scratch = pass.scratch;
     const int64_t u = o.node->input[0], m = pass.m, columns = o.columns;
     const bool pulls = down && by_pairs(u), bends = moves && way(u).wanted;
-    const Mat<const T> t = s.dots[0];
+    const Mat<const T> dot = scratch.dots[0];
     if (pulls && bends && flow(u).kept) {
-      put(m, columns, s.chain[u], s.chained[u], PullAndBend{}, o.s, down, o.c, t, P);
+      put(m, columns, scratch.chain[u], scratch.chained[u], PullAndBend{}, o.first, down, o.second, dot, P);
     } else if (bends && flow(u).kept) {
-      put(m, columns, s.chain[u], s.chained[u], TimesThree{}, o.c, t, P);
+      put(m, columns, scratch.chain[u], scratch.chained[u], TimesThree{}, o.second, dot, P);
     } else if (pulls) {
-      put(m, columns, s.chain[u], s.chained[u], Times{}, o.s, down);
+      put(m, columns, scratch.chain[u], scratch.chained[u], Times{}, o.first, down);
     }
-    if (pulls || (bends && flow(u).kept)) s.chained[u] = true;
+    if (pulls || (bends && flow(u).kept)) scratch.chained[u] = true;
     if (!bends || flow(u).kept) return;
-    start(s.cotangent, s.begun, u, pass.rows);
+    start(scratch.cotangent, scratch.begun, u, pass.rows);
     for (int64_t i = 0; i < m; ++i) {
-      put_row<T>(columns, s.cotangent[u].row(s.pairs.row[i]), true, TimesThree{}, o.c.row(i),
-                 t.row(i), P.row(i));
+      put_row<T>(columns, scratch.cotangent[u].row(scratch.pairs.row[i]), true, TimesThree{}, o.second.row(i),
+                 dot.row(i), P.row(i));
     }
   }
 
   // `add(row)` adds the gradient of v's parameter to a row of as many columns. One number for all
   // columns may be that of nodes of several widths, and gets their sum.
-  template <class Add> void add_parameter(int64_t v, const Add& add, const Scratch& s) const {
+  template <class Add> void add_parameter(int64_t v, const Add& add, const Scratch& scratch) const {
     const int64_t place = net.node(v).place[0], n = net.width(v);
-    T* to = s.sums + layout.place[place].at;
+    T* to = scratch.sums + layout.place[place].at;
     if (call.sizes[place] != 1 || n == 1) return add(to);
-    clear(s.bend.at, net.whole(v));
-    add(s.bend.at);
-    *to += total<T>(n, [&](int64_t j) { return load(s.bend.at + j); });
+    clear(scratch.bend.at, net.whole(v));
+    add(scratch.bend.at);
+    *to += total<T>(n, [&](int64_t j) { return load(scratch.bend.at + j); });
   }
 
   // Zeros for what is added to piece by piece.
@@ -600,12 +601,12 @@ template <class T> struct ProgramBackward {
   }
 
   // g of the rows at value v, where somebody wants it, and what a bias gets of it.
-  Mat<const T> row_gradient(const Pass& pass, int64_t v, Mat<const T> q) const {
-    const Scratch& s = pass.scratch;
-    T* bias = bias_of(s, v);
+  Mat<const T> row_gradient(const Pass& pass, int64_t v, Mat<const T> down) const {
+    const Scratch& scratch = pass.scratch;
+    T* bias = bias_of(scratch, v);
     if (!flow(v).kept) {
-      if (!s.begun[v]) return {};
-      const Mat<const T> g = s.cotangent[v];
+      if (!scratch.begun[v]) return {};
+      const Mat<const T> g = scratch.cotangent[v];
       if (bias) add_columns<T>(pass.rows, net.whole(v), bias, [&](int64_t i, int64_t j) {
           return load(g.row(i) + j);
         });
@@ -613,10 +614,10 @@ template <class T> struct ProgramBackward {
     }
     bool wanted = way(v).trained;
     for (int64_t i = 0; i < net.node(v).inputs; ++i) wanted |= direct(net.node(v).input[i]);
-    if (!wanted || (!call.gy && !q)) return {};
-    const Mat<const T> P = s.cotangent[v];
-    const bool scaled = net.linear(v) && s.done[v];
-    const Mat<T> g = scaled ? s.cotangent[v] : Mat<T>{s.g.at, scratch_ld<T>(net.width(v))};
+    if (!wanted || (!call.gy && !down)) return {};
+    const Mat<const T> P = scratch.cotangent[v];
+    const bool scaled = net.linear(v) && scratch.done[v];
+    const Mat<T> g = scaled ? scratch.cotangent[v] : Mat<T>{scratch.g.at, scratch_ld<T>(net.width(v))};
     if (call.gy && !scaled) {
       const T* gy = static_cast<const T*>(call.gy) + pass.row0;
       add_columns<T>(pass.rows, net.whole(v), bias, [&](int64_t i, int64_t j) {
@@ -627,10 +628,10 @@ template <class T> struct ProgramBackward {
     } else if (!call.gy) {
       clear(g.at, pass.rows * g.ld);
     }
-    if (q) {
-      scatter_add(pass, q, net.whole(v), g);
+    if (down) {
+      scatter_add(pass, down, net.whole(v), g);
       if (bias) add_columns<T>(pass.m, net.whole(v), bias, [&](int64_t i, int64_t j) {
-          return load(q.row(i) + j);
+          return load(down.row(i) + j);
         });
     }
     return g;
@@ -652,64 +653,64 @@ template <class T> struct ProgramBackward {
     return net.linear(net.y) && net.below(net.y) == v && flow(v).once && flow(net.y).kept;
   }
 
-  // h, σ' where pairs want it, and gy∘P of the linear node before, in one pass.
-  void value_and_scale(const Scratch& s, int64_t rows, int64_t row0, int64_t v,
+  // The value, σ' where pairs want it, and gy∘P of the linear node before, in one pass.
+  void value_and_scale(const Scratch& scratch, int64_t rows, int64_t row0, int64_t v,
                        bool active) const {
     const Node& node = net.node(v);
-    const BlockValues<T>& at = s.rows;
+    const BlockValues<T>& at = scratch.rows;
     const Mat<const T> a = at.value[v - 1], P = below_top(v)
                                                     ? Mat<const T>{net.at(net.y).rows, 0}
-                                                    : Mat<const T>(s.cotangent[v]);
-    const Mat<T> h = at.value[v];
+                                                    : Mat<const T>(scratch.cotangent[v]);
+    const Mat<T> value = at.value[v];
     const T* gy = static_cast<const T*>(call.gy) + row0;
     singles_of<T>(int(node.kind))[active](
-        {rows, net.whole(v), a.at, a.ld, P.at, P.ld, gy, h.at, at.first[v].at,
-         s.cotangent[v - 1].at, h.ld, bias_of(s, v - 1)},
+        {rows, net.whole(v), a.at, a.ld, P.at, P.ld, gy, value.at, at.first[v].at,
+         scratch.cotangent[v - 1].at, value.ld, bias_of(scratch, v - 1)},
         {T(node.numbers[0]), T(node.numbers[1]), T(node.numbers[2])});
-    s.begun[v - 1] = s.done[v - 1] = true;
+    scratch.begun[v - 1] = scratch.done[v - 1] = true;
   }
 
   // From the elementwise node of v to the linear one before it: gy∘P of the rows, if it is not there
   // yet, and P of the pairs. Whether that is all there is to do.
   bool pull_and_scale(const Pass& pass, int64_t v) const {
     if (!scales(v)) return false;
-    const Scratch& s = pass.scratch;
+    const Scratch& scratch = pass.scratch;
     const int64_t b = v - 1;
-    const Mat<const T> P = s.cotangent[v], first = s.rows.first[v];
-    const Mat<T> g = s.cotangent[b];
+    const Mat<const T> P = scratch.cotangent[v], first = scratch.rows.first[v];
+    const Mat<T> g = scratch.cotangent[b];
     const T* gy = static_cast<const T*>(call.gy) + pass.row0;
-    if (!s.done[b]) {
-      add_columns<T>(pass.rows, net.whole(b), bias_of(s, b), [&](int64_t i, int64_t j) {
+    if (!scratch.done[b]) {
+      add_columns<T>(pass.rows, net.whole(b), bias_of(scratch, b), [&](int64_t i, int64_t j) {
         const Vec<T> x = gy[i] * (load(first.row(i) + j) * load(P.row(i) + j));
         store(g.row(i) + j, x);
         return x;
       });
     }
-    const int32_t* row = s.pairs.row;
-    put(flow(b).moving ? pass.m : 0, net.whole(b), s.p, false, Times{},
+    const int32_t* row = scratch.pairs.row;
+    put(flow(b).moving ? pass.m : 0, net.whole(b), scratch.seeds, false, Times{},
         Mat<const T>{first.at, first.ld, row}, Mat<const T>{P.at, P.ld, row});
-    s.begun[b] = s.done[b] = true;
+    scratch.begun[b] = scratch.done[b] = true;
     return true;
   }
 
   // dW += Pᵀ·u̇ of the pairs and gᵀ·u of the rows. Either may be missing.
   void linear_gradients(const Pass& pass, int64_t v, Mat<const T> P, Mat<const T> G) const {
-    const Scratch& s = pass.scratch;
+    const Scratch& scratch = pass.scratch;
     const Node& node = net.node(v);
     const int64_t u = net.below(v);
     if (!wants(node.place[0])) return;
     const typename GradientLayout<T>::Place& place = layout.place[node.place[0]];
-    T* to = s.sums + place.at;
-    const Mat<const T> rows = s.rows.value[u];
-    if (P && u == 0) {  // the tangent of x is e in the columns of x2 and nothing elsewhere
+    T* to = scratch.sums + place.at;
+    const Mat<const T> rows = scratch.rows.value[u];
+    if (P && u == 0) {  // the tangent of x is ẋ in the columns of x2 and nothing elsewhere
       for (const Run& run : runs()) {
-        product(run.count, pass.m, {s.pairs.e + run.at, s.pairs.lde}, P, net.width(v),
+        product(run.count, pass.m, {scratch.pairs.dot + run.at, scratch.pairs.ld_dot}, P, net.width(v),
                 to + run.first * place.ld(), place.ld(), {});
       }
     }
     const bool slopes = P && u > 0 && flow(u).moving;
     if (!G && !slopes) return;
-    const Mat<const T> dots = slopes ? Mat<const T>(s.dot[u]) : Mat<const T>{};
+    const Mat<const T> dots = slopes ? Mat<const T>(scratch.dot[u]) : Mat<const T>{};
     const Mat<const T> left = place.transposed ? rows : G, right = place.transposed ? G : rows;
     const Mat<const T> left2 = place.transposed ? dots : P, right2 = place.transposed ? P : dots;
     const int64_t M = place.rows(), N = place.columns();
@@ -738,52 +739,52 @@ template <class T> struct ProgramBackward {
   }
 
   void rows_linear(const Pass& pass, int64_t v, Mat<const T> G) const {
-    const Scratch& s = pass.scratch;
+    const Scratch& scratch = pass.scratch;
     const int64_t u = net.below(v);
-    const Mat<T> to = s.cotangent[u];
+    const Mat<T> to = scratch.cotangent[u];
     if (G && direct(u)) {
-      if (!s.begun[u] && net.pulls_through(u) && direct(net.node(u).input[0])) {
+      if (!scratch.begun[u] && net.pulls_through(u) && direct(net.node(u).input[0])) {
         const int64_t b = net.node(u).input[0];
-        const Mat<T> product = s.begun[b] ? to : s.cotangent[b];
-        const ApplySlope<T> after{s.rows.first[u], product, s.cotangent[b], s.begun[b]};
+        const Mat<T> product = scratch.begun[b] ? to : scratch.cotangent[b];
+        const ApplySlope<T> after{scratch.rows.first[u], product, scratch.cotangent[b], scratch.begun[b]};
         linear_pull<T>(net, v, pass.rows, G, product, false, after);
-        s.begun[b] = s.done[u] = true;
+        scratch.begun[b] = scratch.done[u] = true;
       } else {
-        linear_pull<T>(net, v, pass.rows, G, to, s.begun[u], Nothing{});
+        linear_pull<T>(net, v, pass.rows, G, to, scratch.begun[u], Nothing{});
       }
-      s.begun[u] = true;
+      scratch.begun[u] = true;
     }
     if (!passes(u)) return;
     // Here P is one row for all, or forward would have left what it pulls.
     const int64_t n = rows_of(pass, u);
-    Mat<T> side = n == 1 && !s.begun[u] ? to : Mat<T>{s.bend.at, 0};
+    Mat<T> side = n == 1 && !scratch.begun[u] ? to : Mat<T>{scratch.bend.at, 0};
     if (v == net.y) {
       copy(side.at, net.at(v).rows, net.width(u));
     } else {
-      linear_pull<T>(net, v, 1, s.cotangent[v], side, false, Nothing{});
+      linear_pull<T>(net, v, 1, scratch.cotangent[v], side, false, Nothing{});
     }
     if (side.at != to.at) {
-      put(n, net.whole(u), to, s.begun[u], Itself{}, Mat<const T>{side.at, 0});
+      put(n, net.whole(u), to, scratch.begun[u], Itself{}, Mat<const T>{side.at, 0});
     }
-    s.begun[u] = true;
+    scratch.begun[u] = true;
   }
 
   void rows_light(const Pass& pass, int64_t v, Mat<const T> G) const {
-    const Scratch& s = pass.scratch;
+    const Scratch& scratch = pass.scratch;
     const Node& node = net.node(v);
     if (pull_and_scale(pass, v)) return;
-    Operands<T> o = s.rows.operands(net, v, pass.rows);
+    Operands<T> o = scratch.rows.operands(net, v, pass.rows);
     if (G && way(v).trained && wants(node.place[0])) {
-      add_parameter(v, [&](T* sums) { node_parameters<T>(o, G, sums); }, s);
+      add_parameter(v, [&](T* sums) { node_parameters<T>(o, G, sums); }, scratch);
     }
-    for (int64_t q = 0; q < node.inputs; ++q) {
-      const int64_t u = node.input[q];
+    for (int64_t nth = 0; nth < node.inputs; ++nth) {
+      const int64_t u = node.input[nth];
       const bool by_itself = G && direct(u);
       if (!by_itself && !passes(u)) continue;
       o.rows = rows_of(pass, u);
-      if (node.kind == node_columns) start(s.cotangent, s.begun, u, o.rows);
-      node_pull<T>(o, by_itself ? G : Mat<const T>(s.cotangent[v]), q, s.cotangent[u], s.begun[u]);
-      s.begun[u] = true;
+      if (node.kind == node_columns) start(scratch.cotangent, scratch.begun, u, o.rows);
+      node_pull<T>(o, by_itself ? G : Mat<const T>(scratch.cotangent[v]), nth, scratch.cotangent[u], scratch.begun[u]);
+      scratch.begun[u] = true;
     }
   }
 };

@@ -22,7 +22,6 @@ template <class T> struct SlopeChain {
   int64_t together;
   bool *begun, *done;  // done: it has gone on to its node's input already
   Mat<const T>* dots;  // of the inputs of the node at hand
-  T* seed;             // a row of x or of y
   T* product;          // one block of the widest value, for a product that is added to others
   int64_t ld;
 
@@ -60,7 +59,6 @@ template <class T> struct SlopeChain {
     }
     dots = memory.take<Mat<const T>>(most);
     ld = scratch_ld<T>(widest);
-    seed = memory.take<T>(ld);
     product = memory.take<T>(capacity * ld);
   }
   // Whether the tangents of linear node v become those of the elementwise one after it where they lie.
@@ -121,11 +119,11 @@ template <class T> struct ProgramForwardScratch {
   ProgramForwardScratch(Bump& memory, const Program<T>& net, const ForwardCall& call,
                         int64_t capacity, bool own_slopes)
       : values(memory, net, capacity,
-               [&](int64_t v, char what) {
-                 if (v == 0) return what == 'v' && !net.x_as_it_is();
+               [&](int64_t v, ValuePart part) {
+                 if (v == 0) return part == the_value && !net.x_as_it_is();
                  if (!net.flow(v).used) return false;
-                 if (what == 'm') return net.node(v).kind == node_dropout;
-                 if (what == 's') {
+                 if (part == the_mask) return net.node(v).kind == node_dropout;
+                 if (part == the_first) {
                    return needs_first(net.node(v)) &&
                           ProgramForwardWeights<T>::walked(net, call, v);
                  }
@@ -232,22 +230,22 @@ template <class T> struct ProgramForward {
     const Weights<T>& w = net.at(v);
     Mat<const T> from = P.at[v];
     const int64_t goal = u ? u : P.x2;
-    const int64_t m = P.rows_of(v, rows), n = P.rows_of(goal, rows);
+    const int64_t given = P.rows_of(v, rows), taken = P.rows_of(goal, rows);
     const int64_t columns = u ? net.width(u) : net.k;
     const Mat<T> to = P.at[goal];
     const bool add = P.begun[goal];
     P.begun[goal] = true;
     // What is added to, or spread over all rows, is computed on the side, but for plain products.
-    const bool plain = u > 0 && v != net.y && m == n;
-    if (plain && !add && n == rows && net.pulls_through(u) && continues(u)) {
+    const bool plain = u > 0 && v != net.y && given == taken;
+    if (plain && !add && taken == rows && net.pulls_through(u) && continues(u)) {
       const int64_t b = net.node(u).input[0];
       const ApplySlope<T> after{scratch.values.first[u], to, P.at[b], P.begun[b]};
-      linear_pull<T>(net, v, m, from, to, false, after);
+      linear_pull<T>(net, v, given, from, to, false, after);
       P.begun[b] = P.done[u] = true;
       return;
     }
-    if (plain) return linear_pull<T>(net, v, m, from, to, add, Nothing{});
-    Mat<T> side = m == n && !add ? to : Mat<T>{P.product, m == 1 ? 0 : P.ld};
+    if (plain) return linear_pull<T>(net, v, given, from, to, add, Nothing{});
+    Mat<T> side = given == taken && !add ? to : Mat<T>{P.product, given == 1 ? 0 : P.ld};
     if (v == net.y) {  // the identity: a row of W
       const T* row = w.rows + d * whole_vectors<T>(net.width(u));
       if (u) {
@@ -256,17 +254,16 @@ template <class T> struct ProgramForward {
         for (int64_t c = 0; c < columns; ++c) side.at[c] = row[net.plan->columns[c]];
       }
     } else if (u > 0) {
-      linear_pull<T>(net, v, m, from, side, false, Nothing{});
+      linear_pull<T>(net, v, given, from, side, false, Nothing{});
     } else if (net.slopes_by_dots(v)) {
-      dot_rows<T>(m, net.width(v), from.at, from.ld, net.k, w.columns,
+      dot_rows<T>(given, net.width(v), from.at, from.ld, net.k, w.columns,
                   whole_vectors<T>(net.width(v)), nullptr, side.at, side.ld, 1);
     } else {
-      gemm<false>(m, net.width(v), from.at, from.ld, w.slopes, 0, from_zero<T>(), side.at, side.ld,
+      gemm<false>(given, net.width(v), from.at, from.ld, w.slopes, 0, from_zero<T>(), side.at, side.ld,
                   Nothing{});
     }
     if (side.at == to.at) return;
-    put(n, whole_vectors<T>(columns), to, add,
-        Itself{}, side);
+    put(taken, whole_vectors<T>(columns), to, add, Itself{}, side);
   }
 
   // Whether P goes on from value u to the input of its elementwise node.
@@ -279,24 +276,24 @@ template <class T> struct ProgramForward {
     const SlopeChain<T>& P = scratch.chain;
     const Node& node = net.node(v);
     Operands<T> o = scratch.values.operands(net, v, rows);
-    for (int64_t q = 0; q < node.inputs; ++q) {
-      const int64_t u = node.input[q];
+    for (int64_t nth = 0; nth < node.inputs; ++nth) {
+      const int64_t u = node.input[nth];
       if (u == 0 ? !net.flow(v).moving : !walked(u)) continue;
       o.rows = P.rows_of(u, rows);
       if (node.kind == node_columns && !P.begun[u]) {
         clear_rows(o.rows, net.whole(u), P.at[u]);
         P.begun[u] = true;
       }
-      node_pull<T>(o, P.at[v], q, P.at[u], P.begun[u]);
+      node_pull<T>(o, P.at[v], nth, P.at[u], P.begun[u]);
       P.begun[u] = true;
     }
   }
 
-  // J[:, :, c0 : c0 + m]: the tangents of those columns of x2 pushed up the program.
-  void tangent_slopes(const ProgramForwardScratch<T>& scratch, int64_t rows, int64_t c0, int64_t m,
-                      T* to) const {
+  // J[:, :, c0 : c0 + some]: the tangents of those columns of x2 pushed up the program.
+  void tangent_slopes(const ProgramForwardScratch<T>& scratch, int64_t rows, int64_t c0,
+                      int64_t some, T* to) const {
     const SlopeChain<T>& chain = scratch.chain;
-    for (int64_t c = 0; c < m; ++c) {
+    for (int64_t c = 0; c < some; ++c) {
       T* x = chain.tangent(0, c).at;
       clear(x, net.whole(0));
       x[net.plan->columns[c0 + c]] = T(1);
@@ -305,29 +302,29 @@ template <class T> struct ProgramForward {
       if (!net.flow(v).used || !net.flow(v).moving || net.is_view(v)) continue;
       const int64_t n = chain.rows_of(v, rows);
       if (!net.linear(v)) {
-        push_light(scratch, n, v, m);
+        push_light(scratch, n, v, some);
       } else if (net.below(v) == 0) {
-        for (int64_t c = 0; c < m; ++c) {
+        for (int64_t c = 0; c < some; ++c) {
           copy(chain.tangent(v, c).at, net.at(v).columns + (c0 + c) * net.whole(v), net.whole(v));
         }
       } else if (net.followed(v) && n == rows) {
-        const Mat<const T> s = scratch.values.first[v + 1];
-        push_linear(chain, n, v, m, [&](int64_t c) {
-          return ApplySlope<T>{s, chain.tangent(v, c), chain.tangent(v + 1, c), false};
+        const Mat<const T> first = scratch.values.first[v + 1];
+        push_linear(chain, n, v, some, [&](int64_t c) {
+          return ApplySlope<T>{first, chain.tangent(v, c), chain.tangent(v + 1, c), false};
         });
         ++v;
       } else {
-        push_linear(chain, n, v, m, [](int64_t) { return Nothing{}; });
+        push_linear(chain, n, v, some, [](int64_t) { return Nothing{}; });
       }
     }
     const bool moving = net.flow(net.y).moving;
     const int64_t Dk = net.D * net.k;
     if (!moving) {
-      for (int64_t i = 0; i < rows * net.D; ++i) clear(to + i * net.k, m);
+      for (int64_t i = 0; i < rows * net.D; ++i) clear(to + i * net.k, some);
       return;
     }
     for (int64_t i = 0; i < rows; ++i) {  // row by row: each line of J is in the cache once
-      for (int64_t c = 0; c < m; ++c) {
+      for (int64_t c = 0; c < some; ++c) {
         const T* y = chain.tangent(net.y, c).row(i);
         T* J = to + i * Dk + c;
         for (int64_t d = 0; d < net.D; ++d) J[d * net.k] = y[d];
@@ -336,18 +333,18 @@ template <class T> struct ProgramForward {
   }
 
   template <class AfterOf>
-  void push_linear(const SlopeChain<T>& chain, int64_t n, int64_t v, int64_t m,
+  void push_linear(const SlopeChain<T>& chain, int64_t n, int64_t v, int64_t some,
                    const AfterOf& after_of) const {
     const int64_t u = net.below(v);
     if (net.by_dots(v)) {
-      for (int64_t c = 0; c < m; ++c) {
+      for (int64_t c = 0; c < some; ++c) {
         linear_push<T>(net, v, n, chain.tangent(u, c), nullptr, chain.tangent(v, c), after_of(c));
       }
       return;
     }
     const Matrix<T>& w = net.at(v).forward;
     for (int64_t j = 0; j < w.N; j += panel_width<T>) {
-      for (int64_t c = 0; c < m; ++c) {
+      for (int64_t c = 0; c < some; ++c) {
         const Mat<T> from = chain.tangent(u, c), to = chain.tangent(v, c);
         gemm_panel<false>(j, n, w.K, from.at, from.ld, w, 0, from_zero<T>(), to.at, to.ld,
                           after_of(c));
@@ -355,15 +352,16 @@ template <class T> struct ProgramForward {
     }
   }
 
-  void push_light(const ProgramForwardScratch<T>& scratch, int64_t n, int64_t v, int64_t m) const {
+  void push_light(const ProgramForwardScratch<T>& scratch, int64_t n, int64_t v,
+                  int64_t some) const {
     const SlopeChain<T>& chain = scratch.chain;
     const Node& node = net.node(v);
     const Operands<T> o = scratch.values.operands(net, v, n);
-    for (int64_t c = 0; c < m; ++c) {
-      for (int64_t q = 0; q < node.inputs; ++q) {
-        const int64_t u = node.input[q];
+    for (int64_t c = 0; c < some; ++c) {
+      for (int64_t nth = 0; nth < node.inputs; ++nth) {
+        const int64_t u = node.input[nth];
         const bool moves = net.flow(u).moving;
-        chain.dots[q] = moves ? Mat<const T>(chain.tangent(u, c)) : Mat<const T>{};
+        chain.dots[nth] = moves ? Mat<const T>(chain.tangent(u, c)) : Mat<const T>{};
       }
       node_push<T>(o, chain.dots, chain.tangent(v, c));
     }
