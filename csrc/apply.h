@@ -35,10 +35,12 @@ void apply_kind(const Apply<T>& w, Numbers<T> numbers) {
 template <class T> using ApplyFn = void (*)(const Apply<T>&, Numbers<T>);
 
 // Nobody asks for the derivatives alone where σ'' is zero everywhere.
-#define MK_ORDERS(name, Kind, flat)                                                     \
-  {apply_kind<T, Kind, value_alone>, apply_kind<T, Kind, value_and_first>,              \
-   apply_kind<T, Kind, all_orders>, apply_kind<T, Kind, first_alone>,                   \
-   apply_kind<T, Kind, flat ? first_alone : derivatives>},
+constexpr Orders derivatives_of(bool flat) { return flat ? first_alone : derivatives; }
+
+#define MK_ORDERS(name, Kind, flat)                                        \
+  {apply_kind<T, Kind, value_alone>, apply_kind<T, Kind, value_and_first>, \
+   apply_kind<T, Kind, all_orders>, apply_kind<T, Kind, first_alone>,      \
+   apply_kind<T, Kind, derivatives_of(flat)>},
 
 // The functions of one activation by orders.
 template <class T> const ApplyFn<T>* orders_of(int kind) {

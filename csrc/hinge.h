@@ -37,7 +37,8 @@ template <class T> struct Hinge {
 
   // Of J of a block, which has its values y (rows, D): what the call asks for. Their sum goes to
   // `partial`, one number for each block.
-  void run(int64_t block, int64_t rows, int64_t row0, const T* y, T* slopes, double* partial) const {
+  void run(int64_t block, int64_t rows, int64_t row0, const T* y, T* slopes,
+           double* partial) const {
     spread_nan(rows, y, slopes);
     if (plan->hinge) hinge(block, rows, row0, slopes, partial);
   }
@@ -145,7 +146,8 @@ template <class T> struct Pairs {
 
 // gJ of a block; false if it is zero throughout. Zero slopes stay zero whatever gout is.
 template <class T>
-bool slope_gradients(const Plan& plan, const BackwardCall& call, T* to, int64_t rows, int64_t row0) {
+bool slope_gradients(const Plan& plan, const BackwardCall& call, T* to, int64_t rows,
+                     int64_t row0) {
   const int64_t n = rows * plan.D * plan.k, at = row0 * plan.D * plan.k;
   const T* out = static_cast<const T*>(call.gout);
   const auto times = [](T e, T g) { return e == T(0) ? T(0) : e * g; };

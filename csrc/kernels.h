@@ -3,6 +3,7 @@
 
 #include "bound.h"
 #include "program_backward.h"
+#include "program_forward.h"
 #include "quadratic.h"
 
 namespace {
@@ -16,8 +17,8 @@ template <class T> void saved_sizes(const Plan& plan, Saved* out) {
 
 // σ, σ', σ'' over n elements, for the test that fixes the table.
 template <class T>
-void activation(int kind, const double* numbers, int64_t n, const void* a, void* value,
-                void* first, void* second) {
+void activation(int kind, const double* numbers, int64_t n, const void* a, void* value, void* first,
+                void* second) {
   constexpr int64_t lanes = Simd<T>::lanes;
   T in[lanes], out[3][lanes];
   for (int64_t i = 0; i < n; i += lanes) {

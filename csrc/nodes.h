@@ -1,132 +1,16 @@
 // The table of nodes over rows of one block: what each kind says of its value, push, pull, curvature
 // and parameters. monokernel/nodes.py is its readable twin; docs/mathematics.md has the formulas.
-//
-// Matrices have rows readable and writable to whole vectors; what lies past the last column is
-// anything and is never added up.
 #pragma once
 
 #include "apply.h"
+#include "rows.h"
 
 namespace {
-
-// A matrix by its first element and row stride; stride 0 is one row for all. With an index row i is
-// row index[i] of the memory.
-template <class T> struct Mat {
-  T* at = nullptr;
-  int64_t ld = 0;
-  const int32_t* index = nullptr;
-
-  MK_INLINE T* row(int64_t i) const { return at + (index ? index[i] : i) * ld; }
-  explicit operator bool() const { return at != nullptr; }
-  operator Mat<const T>() const { return {at, ld, index}; }
-};
-
-// to[i][j] = f(from[i][j] …), or += it, a vector at a time. Where each row begins is looked up once:
-// a store may change whatever has an address, as far as the compiler knows.
-template <class T, class F, class... Pointers>
-MK_INLINE void put_row(int64_t columns, T* to, bool add, const F& f, Pointers... from) {
-  constexpr int64_t lanes = Simd<T>::lanes;
-  if (add) {
-    for (int64_t j = 0; j < columns; j += lanes) store(to + j, load(to + j) + f(load(from + j)...));
-  } else {
-    for (int64_t j = 0; j < columns; j += lanes) store(to + j, f(load(from + j)...));
-  }
-}
-template <class T, class F, class... Mats>
-MK_INLINE void put(int64_t rows, int64_t columns, Mat<T> to, bool add, const F& f,
-                   const Mats&... from) {
-  for (int64_t i = 0; i < rows; ++i) put_row<T>(columns, to.row(i), add, f, from.row(i)...);
-}
-// to[i][j] = f(i, j), or += it, where f needs more of a row than one vector.
-template <class T, class F>
-MK_INLINE void put_each(int64_t rows, int64_t columns, Mat<T> to, bool add, const F& f) {
-  for (int64_t i = 0; i < rows; ++i) {
-    T* at = to.row(i);
-    for (int64_t j = 0; j < columns; j += Simd<T>::lanes) {
-      store(at + j, add ? load(at + j) + f(i, j) : f(i, j));
-    }
-  }
-}
-struct Itself {
-  template <class V> MK_INLINE V operator()(V x) const { return x; }
-};
-struct Times {
-  template <class V> MK_INLINE V operator()(V x, V y) const { return x * y; }
-};
-struct TimesThree {
-  template <class V> MK_INLINE V operator()(V x, V y, V z) const { return x * y * z; }
-};
-
-template <class T> MK_INLINE void copy_rows(int64_t rows, int64_t n, Mat<const T> from, Mat<T> to) {
-  put(rows, n, to, false, Itself{}, from);
-}
-
-template <class T> MK_INLINE void clear_rows(int64_t rows, int64_t n, Mat<T> to) {
-  put_each(rows, n, to, false, [](int64_t, int64_t) { return Vec<T>{}; });
-}
-
-// to[i][j] += from[i][j] where to's neighbours to the right are others': exactly n columns.
-template <class T>
-MK_INLINE void add_exactly(int64_t rows, int64_t n, Mat<const T> from, Mat<T> to) {
-  constexpr int64_t lanes = Simd<T>::lanes;
-  for (int64_t i = 0; i < rows; ++i) {
-    const T* a = from.row(i);
-    T* b = to.row(i);
-    int64_t j = 0;
-    for (; j + lanes <= n; j += lanes) store(b + j, load(b + j) + load(a + j));
-    for (; j < n; ++j) b[j] += a[j];
-  }
-}
-
-// Σ_j f(j) over exactly n columns, f a vector.
-template <class T, class F> MK_INLINE T total(int64_t n, const F& f) {
-  constexpr int64_t lanes = Simd<T>::lanes;
-  Vec<T> sums = Vec<T>{};
-  int64_t j = 0;
-  for (; j + lanes <= n; j += lanes) sums += f(j);
-  T rest = 0;
-  if (j < n) {
-    const Vec<T> last = f(j);
-    for (int64_t i = 0; i < n - j; ++i) rest += last[i];
-  }
-  return sum<T>(sums) + rest;
-}
-
-// to[j] += Σ_i f(i, j), or f alone if `to` is null: up to four vectors of columns at a time, so that
-// the sums stay in registers, and even and odd rows apart, so that the chains of roundings are short.
-template <class T, int Wide, class F>
-MK_INLINE void add_some_columns(int64_t rows, int64_t j, T* to, const F& f) {
-  constexpr int64_t lanes = Simd<T>::lanes;
-  Vec<T> even[Wide] = {}, odd[Wide] = {};
-  int64_t i = 0;
-  for (; i + 2 <= rows; i += 2) {
-    MK_UNROLL
-    for (int q = 0; q < Wide; ++q) even[q] += f(i, j + q * lanes);
-    MK_UNROLL
-    for (int q = 0; q < Wide; ++q) odd[q] += f(i + 1, j + q * lanes);
-  }
-  if (i < rows) {
-    MK_UNROLL
-    for (int q = 0; q < Wide; ++q) even[q] += f(i, j + q * lanes);
-  }
-  if (!to) return;
-  for (int q = 0; q < Wide; ++q) {
-    T* at = to + j + q * lanes;
-    store(at, load(at) + (even[q] + odd[q]));
-  }
-}
-template <class T, class F>
-MK_INLINE void add_columns(int64_t rows, int64_t columns, T* to, const F& f) {
-  constexpr int64_t lanes = Simd<T>::lanes;
-  int64_t j = 0;
-  for (; j + 4 * lanes <= columns; j += 4 * lanes) add_some_columns<T, 4>(rows, j, to, f);
-  for (; j < columns; j += lanes) add_some_columns<T, 1>(rows, j, to, f);
-}
 
 // What a node other than a linear one is computed from, over some rows.
 template <class T> struct Operands {
   const Node* node;
-  int64_t rows, columns;       // columns of v, whole vectors
+  int64_t rows, columns;  // columns of v, whole vectors
   const Mat<const T>* u;
   const int64_t* widths;       // of the inputs
   Mat<const T> v;              // for the kinds that read it
@@ -172,8 +56,8 @@ template <class T> struct ApplySigma {
 
   ApplySigma(const Node& node, Mat<const T> from, Mat<T> v, Mat<T> slope)
       : orders(orders_of<T>(int(node.kind))),
-        numbers{T(node.numbers[0]), T(node.numbers[1]), T(node.numbers[2])},
-        u(from), value(v), first(slope) {}
+        numbers{T(node.numbers[0]), T(node.numbers[1]), T(node.numbers[2])}, u(from), value(v),
+        first(slope) {}
 
   void operator()(int64_t i, int64_t rows, int64_t j, int64_t columns) const {
     const Orders wanted = !value ? first_alone : first ? value_and_first : value_alone;
@@ -208,28 +92,30 @@ template <class T> void node_value(const Operands<T>& o, Mat<T> v, Mat<T> first)
   switch (node.kind) {
     case node_prelu: {
       const Mat<const T> a{o.parameter.at, 0};
-      return put(rows, columns, v, false,
-                 [](Vec<T> x, Vec<T> slope) { return x > T(0) ? x : x * slope; }, u, a);
+      return put(
+          rows, columns, v, false, [](Vec<T> x, Vec<T> slope) { return x > T(0) ? x : x * slope; },
+          u, a);
     }
     case node_scale:
-    case node_dropout:
-      return put(rows, columns, v, false, Times{}, u, o.parameter);
+    case node_dropout: return put(rows, columns, v, false, Times{}, u, o.parameter);
     case node_shift:
-      return put(rows, columns, v, false, [&](Vec<T> x, Vec<T> y) { return x + y; }, u, Mat<const T>{o.parameter.at, 0});
+      return put(
+          rows, columns, v, false, [&](Vec<T> x, Vec<T> y) { return x + y; }, u,
+          Mat<const T>{o.parameter.at, 0});
     case node_line: {
       const T factor = o.number(0), offset = o.number(1);
-      return put(rows, columns, v, false,
-                 [&](Vec<T> x) { return factor * x + offset; }, u);
+      return put(rows, columns, v, false, [&](Vec<T> x) { return factor * x + offset; }, u);
     }
     case node_sum: {
       const T factor = o.number(0);
       if (node.inputs == 1) {
-        return put(rows, columns, v, false,
-                   [&](Vec<T> x) { return factor * x; }, u);
+        return put(rows, columns, v, false, [&](Vec<T> x) { return factor * x; }, u);
       }
       const Mat<const T> w = o.u[1];
       const T other = o.number(1);
-      put(rows, columns, v, false, [&](Vec<T> x, Vec<T> y) { return factor * x + other * y; }, u, w);
+      put(
+          rows, columns, v, false, [&](Vec<T> x, Vec<T> y) { return factor * x + other * y; }, u,
+          w);
       for (int64_t nth = 2; nth < node.inputs; ++nth) {
         const Mat<const T> more = o.u[nth];
         const T next = o.number(nth);
@@ -242,7 +128,8 @@ template <class T> void node_value(const Operands<T>& o, Mat<T> v, Mat<T> first)
       return put(rows, columns, v, false, Times{}, u, w);
     }
     case node_expand:
-      return put_each(rows, columns, v, false, [&](int64_t i, int64_t) { return splat(u.row(i)[0]); });
+      return put_each(rows, columns, v, false,
+                      [&](int64_t i, int64_t) { return splat(u.row(i)[0]); });
     case node_total:
       for (int64_t i = 0; i < rows; ++i) {
         v.row(i)[0] = total<T>(o.width(), [&](int64_t j) { return load(u.row(i) + j); });
@@ -315,7 +202,7 @@ void symmetric_jacobian(const Operands<T>& o, Mat<const T> x, Mat<T> to, bool ad
     const Mat<T> here{to.row(i), 0};
     if (o.node->kind == node_softmax) {
       put_each(1, o.columns, here, add,
-          [&](int64_t, int64_t j) { return load(v + j) * (load(xi + j) - along); });
+               [&](int64_t, int64_t j) { return load(v + j) * (load(xi + j) - along); });
       continue;
     }
     T mean = 0;
@@ -345,8 +232,7 @@ template <class T> void node_push(const Operands<T>& o, const Mat<const T>* dots
         const Mat<const T> x = dots[nth];
         if (!x) continue;
         const T factor = o.number(nth);
-        put(rows, columns, to, add,
-            [&](Vec<T> x) { return factor * x; }, x);
+        put(rows, columns, to, add, [&](Vec<T> x) { return factor * x; }, x);
         add = true;
       }
       return;
@@ -354,13 +240,16 @@ template <class T> void node_push(const Operands<T>& o, const Mat<const T>* dots
     case node_product: {
       const Mat<const T> u = o.u[0], w = o.u[1], r = dots[1];
       if (dot && r) {
-        return put(rows, columns, to, false, [&](Vec<T> x, Vec<T> y, Vec<T> z, Vec<T> w) { return x * y + z * w; }, dot, w, u, r);
+        return put(
+            rows, columns, to, false,
+            [&](Vec<T> x, Vec<T> y, Vec<T> z, Vec<T> w) { return x * y + z * w; }, dot, w, u, r);
       }
       const Mat<const T> x = dot ? dot : r, other = dot ? w : u;
       return put(rows, columns, to, false, Times{}, x, other);
     }
     case node_expand:
-      return put_each(rows, columns, to, false, [&](int64_t i, int64_t) { return splat(dot.row(i)[0]); });
+      return put_each(rows, columns, to, false,
+                      [&](int64_t i, int64_t) { return splat(dot.row(i)[0]); });
     case node_total:
       for (int64_t i = 0; i < rows; ++i) {
         to.row(i)[0] = total<T>(o.width(), [&](int64_t j) { return load(dot.row(i) + j); });
@@ -389,17 +278,17 @@ template <class T> void node_push(const Operands<T>& o, const Mat<const T>* dots
     case node_log_softmax:
       for (int64_t i = 0; i < rows; ++i) {
         const T *x = dot.row(i), *v = o.v.row(i);
-        const T along = total<T>(node.width, [&](int64_t j) {
-          return exp_nonpositive<T>(load(v + j)) * load(x + j);
-        });
+        const T along = total<T>(
+            node.width, [&](int64_t j) { return exp_nonpositive<T>(load(v + j)) * load(x + j); });
         put_each(1, columns, Mat<T>{to.row(i), 0}, false,
-            [&](int64_t, int64_t j) { return load(x + j) - along; });
+                 [&](int64_t, int64_t j) { return load(x + j) - along; });
       }
       return;
     case node_normalise:
     case node_root_mean_square:
     case node_softmax: return symmetric_jacobian<T>(o, dot, to, false);
-    default: return node_pull<T>(o, dot, 0, to, false);  // diagonal: prelu, scale, mask, shift, line
+    default:
+      return node_pull<T>(o, dot, 0, to, false);  // diagonal: prelu, scale, mask, shift, line
   }
 }
 
@@ -418,19 +307,17 @@ void node_pull(const Operands<T>& o, Mat<const T> P, int64_t nth, Mat<T> to, boo
     case node_prelu: {
       const Mat<const T> u = o.u[0];
       const Mat<const T> a{o.parameter.at, 0};
-      return put(rows, columns, to, add,
-                 [](Vec<T> x, Vec<T> p, Vec<T> slope) { return x > T(0) ? p : p * slope; }, u, P, a);
+      return put(
+          rows, columns, to, add,
+          [](Vec<T> x, Vec<T> p, Vec<T> slope) { return x > T(0) ? p : p * slope; }, u, P, a);
     }
     case node_scale:
-    case node_dropout:
-      return put(rows, columns, to, add, Times{}, P, o.parameter);
-    case node_shift:
-      return put(rows, columns, to, add, Itself{}, P);
+    case node_dropout: return put(rows, columns, to, add, Times{}, P, o.parameter);
+    case node_shift: return put(rows, columns, to, add, Itself{}, P);
     case node_line:
     case node_sum: {
       const T factor = o.number(nth);
-      return put(rows, columns, to, add,
-                 [&](Vec<T> x) { return factor * x; }, P);
+      return put(rows, columns, to, add, [&](Vec<T> x) { return factor * x; }, P);
     }
     case node_product: {
       const Mat<const T> other = o.u[1 - nth];
@@ -444,7 +331,8 @@ void node_pull(const Operands<T>& o, Mat<const T> P, int64_t nth, Mat<T> to, boo
       }
       return;
     case node_total:
-      return put_each(rows, o.whole(), to, add, [&](int64_t i, int64_t) { return splat(P.row(i)[0]); });
+      return put_each(rows, o.whole(), to, add,
+                      [&](int64_t i, int64_t) { return splat(P.row(i)[0]); });
     case node_concat: {
       int64_t at = 0;
       for (int64_t i = 0; i < nth; ++i) at += o.width(i);
@@ -476,7 +364,8 @@ void node_pull(const Operands<T>& o, Mat<const T> P, int64_t nth, Mat<T> to, boo
 // --- curvature ------------------------------------------------------------------------------------
 
 // Whether the nth input of the node has a curvature under such tangents.
-template <class T> MK_INLINE bool node_bends(const Node& node, const Mat<const T>* dots, int64_t nth) {
+template <class T> MK_INLINE bool node_bends(const Node& node, const Mat<const T>* dots,
+                                             int64_t nth) {
   if (node.kind == node_product) return bool(dots[1 - nth]);
   return node.curved && bool(dots[0]);
 }
@@ -511,8 +400,8 @@ void node_curvature(const Operands<T>& o, const Mat<const T>* dots, Mat<const T>
         }
         const T own = gamma - 3 * alpha * beta, scale = -r * r;
         put_each(1, columns, Mat<T>{to.row(i), 0}, add, [&](int64_t, int64_t j) {
-          return scale * (alpha * (load(b + j) - of_b) + beta * (load(a + j) - of_a) +
-                          load(v + j) * own);
+          return scale *
+                 (alpha * (load(b + j) - of_b) + beta * (load(a + j) - of_a) + load(v + j) * own);
         });
       }
       return;
@@ -528,7 +417,7 @@ void node_curvature(const Operands<T>& o, const Mat<const T>* dots, Mat<const T>
         };
         const T along = total<T>(n, [&](int64_t j) { return load(v + j) * w(j); });
         put_each(1, columns, Mat<T>{to.row(i), 0}, add,
-            [&](int64_t, int64_t j) { return load(v + j) * (w(j) - along); });
+                 [&](int64_t, int64_t j) { return load(v + j) * (w(j) - along); });
       }
       return;
     case node_log_softmax:
@@ -538,7 +427,7 @@ void node_curvature(const Operands<T>& o, const Mat<const T>* dots, Mat<const T>
         const T all = total<T>(n, [&](int64_t j) { return load(a + j); });
         const T along = total<T>(n, [&](int64_t j) { return p(j) * load(b + j); });
         put_each(1, columns, Mat<T>{to.row(i), 0}, add,
-            [&](int64_t, int64_t j) { return -all * p(j) * (load(b + j) - along); });
+                 [&](int64_t, int64_t j) { return -all * p(j) * (load(b + j) - along); });
       }
       return;
   }

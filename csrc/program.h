@@ -11,22 +11,22 @@ namespace {
 
 // What is packed of one node: of a linear one W (out, in) and b, of others a row of parameters.
 template <class T> struct Weights {
-  const T* b;            // the user's tensor
-  Matrix<T> forward;     // Wᵀ (in, out), for h·Wᵀ
-  Matrix<T> back;        // W (out, in), for g·W
-  Matrix<T> slopes;      // the columns of W that meet x2, (out, k), as `back`
-  const T* bias;         // b padded to whole vectors; null without bias
-  const T* rows;         // W with padded rows (stride whole_vectors(in)), for dot products
-  const T* columns;      // (k, whole_vectors(out)): the columns of W that meet x2
-  const T* parameter;    // padded to whole vectors, one number spread over them
+  const T* b;          // the user's tensor
+  Matrix<T> forward;   // Wᵀ (in, out), for h·Wᵀ
+  Matrix<T> back;      // W (out, in), for g·W
+  Matrix<T> slopes;    // the columns of W that meet x2, (out, k), as `back`
+  const T* bias;       // b padded to whole vectors; null without bias
+  const T* rows;       // W with padded rows (stride whole_vectors(in)), for dot products
+  const T* columns;    // (k, whole_vectors(out)): the columns of W that meet x2
+  const T* parameter;  // padded to whole vectors, one number spread over them
 };
 
 template <class T> struct Program {
   const Plan* plan;
   const void* const* params;
   const int64_t* sizes;
-  int64_t d, D, k, y;        // y: the number of the last value
-  Weights<T>* weights;       // by node; null while memory is counted
+  int64_t d, D, k, y;                // y: the number of the last value
+  Weights<T>* weights;               // by node; null while memory is counted
   std::vector<Packing<T>> packings;  // each once, however many nodes read it
   // Where a value and its P begin in what is saved of one row, and how much that is in all.
   int64_t *value_at, *cotangent_at, saved_values = 0, saved_cotangents = 0;
@@ -54,9 +54,7 @@ template <class T> struct Program {
   const Flow& flow(int64_t v) const { return plan->flow[v]; }
   int64_t width(int64_t v) const { return plan->width(v); }
   int64_t whole(int64_t v) const { return whole_vectors<T>(width(v)); }
-  int64_t saved_ld(int64_t v) const {
-    return flow(v).viewed ? scratch_ld<T>(width(v)) : whole(v);
-  }
+  int64_t saved_ld(int64_t v) const { return flow(v).viewed ? scratch_ld<T>(width(v)) : whole(v); }
   bool linear(int64_t v) const { return node(v).kind == node_linear; }
   // The input of a linear node.
   int64_t below(int64_t v) const { return node(v).input[0]; }
@@ -205,9 +203,9 @@ enum ValuePart { the_value, the_first, the_mask };
 
 // The rows of one block as the nodes see them, by value: the same on the way up and on the way back.
 template <class T> struct BlockValues {
-  Mat<T>* value;   // null where it is not at hand
-  Mat<T>* first;   // what a node's Jacobian is computed from: σ', or the r of a normalisation
-  Mat<T>* mask;    // of a dropout
+  Mat<T>* value;         // null where it is not at hand
+  Mat<T>* first;         // what a node's Jacobian is computed from: σ', or the r of a normalisation
+  Mat<T>* mask;          // of a dropout
   Mat<const T>* inputs;  // of the node at hand, as many as the longest has
   int64_t* widths;
 
@@ -245,7 +243,7 @@ template <class T> struct BlockValues {
     }
     Operands<T> o{&node, rows, program.whole(v), inputs, widths, value[v], first[v], {}, {}};
     o.parameter = node.kind == node_dropout ? Mat<const T>(mask[v])
-                                         : Mat<const T>{program.at(v).parameter, 0};
+                                            : Mat<const T>{program.at(v).parameter, 0};
     return o;
   }
 
@@ -270,8 +268,8 @@ template <class T> struct BlockValues {
 // h·Wᵀ of a linear node, with b for its value and without for its tangent. `after` sees each tile of
 // the result while it is in the first-level cache: the place of the elementwise node that follows.
 template <class T, class After>
-void linear_push(const Program<T>& program, int64_t v, int64_t rows, Mat<const T> h,
-                 const T* bias, Mat<T> to, const After& after) {
+void linear_push(const Program<T>& program, int64_t v, int64_t rows, Mat<const T> h, const T* bias,
+                 Mat<T> to, const After& after) {
   const Weights<T>& w = program.at(v);
   const int64_t in = program.width(program.below(v)), out = program.width(v);
   if (program.by_dots(v)) {
