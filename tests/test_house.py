@@ -16,13 +16,10 @@ from monokernel.backends import cpu
 
 tomllib: Any = pytest.importorskip("tomllib")
 
+from tests.support import text_of  # noqa: E402
 from tools import wheel  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def text_of(path: str) -> str:
-    return (ROOT / path).read_text(encoding="utf-8")
 
 
 def project() -> dict[str, Any]:

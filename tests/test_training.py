@@ -41,13 +41,7 @@ D1, K, D = 3, 2, 2
 DIRECTION = [[1, -1], [0, 1]]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """At these sizes a second thread only makes the first one wait."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def network(dtype: torch.dtype = torch.float64, outputs: int = D, seed: int = 0) -> nn.Sequential:
