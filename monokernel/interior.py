@@ -55,7 +55,7 @@ class _Programmes(NamedTuple):
     r: Tensor
     room: Tensor | None
     live: Tensor
-    count: Tensor
+    products: Tensor
 
     def value(self, at: _Point, g: Tensor) -> Tensor:
         """The dual's, (n,)."""
@@ -101,8 +101,8 @@ def least(
     without, λ stays as it is.
     """
     live = hinges.scale * λ.unsqueeze(1) + hinges.fixed > 0
-    count = live.sum(1) + x.shape[1] + (0.5 if room is not None else 0.0)
-    of = _Programmes(hinges, A, c, r, room, live, count)
+    products = live.sum(1) + x.shape[1] + (0.5 if room is not None else 0.0)
+    of = _Programmes(hinges, A, c, r, room, live, products)
     at = _start(of, torch.maximum(torch.minimum(x, c + 0.9 * r), c - 0.9 * r), λ)
     best, found = torch.full_like(λ, -torch.inf), Optimum(at.τ, λ, at.x)
     for step in range(steps):
@@ -142,7 +142,7 @@ def _newton(of: _Programmes, at: _Point, g: Tensor) -> _Point:
     gap = (τ * over + left * above).sum(1) + (from_low * low + from_high * high).sum(1)
     if of.room is not None:
         gap = gap + λ * spare
-    μ = (CENTRING * gap / (2 * of.count)).unsqueeze(1)
+    μ = (CENTRING * gap / (2 * of.products)).unsqueeze(1)
     Δ = torch.where(live, left * over + τ * above, 1.0)
     bend = torch.where(live, left * τ / Δ, 0.0)
     dτ = torch.where(live, (left * τ * w + μ * (left - τ)) / Δ, 0.0)

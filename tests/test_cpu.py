@@ -21,7 +21,7 @@ from torch import Tensor
 
 from monokernel import function, fused_mono_penalty, plan, value_and_jacobian
 from monokernel.activations import ACTIVATIONS, Activation
-from monokernel.backends import cpu, handwritten
+from monokernel.backends import cpu, handwritten, native
 from monokernel.backends.cpu import Params
 from monokernel.function import FusedMonoPenalty
 from monokernel.problem import Hinge, Mode, Problem
@@ -426,11 +426,13 @@ def leaves(
     return [None if t is None else t.requires_grad_() for t in params]
 
 
-@pytest.mark.skipif(not (cpu._PACKAGE / cpu.LIBRARY).exists(), reason="built without a compiler")
+@pytest.mark.skipif(
+    not (native.PACKAGE / native.LIBRARY).exists(), reason="built without a compiler"
+)
 @pytest.mark.skipif(not (ROOT / ".venv" / ".ready").exists(), reason="not built by the Makefile")
 def test_the_boundary_was_built() -> None:
     """Where the kernel was built against this PyTorch its operator was too, or fails to compile."""
-    assert (cpu._PACKAGE / cpu.BOUNDARY.format(*torch.__version__.split(".")[:2])).exists()
+    assert (native.PACKAGE / cpu.BOUNDARY.format(*torch.__version__.split(".")[:2])).exists()
 
 
 @BOUNDARY
@@ -570,16 +572,16 @@ def test_refuses_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     meta = torch.empty(0, 4, device="meta")
     assert cpu.refuses(p, meta) == "it serves CPU tensors, got meta"
     monkeypatch.setenv("MONOKERNEL_LIBRARY", str(tmp_path / "none.so"))
-    monkeypatch.setattr(cpu, "_PACKAGE", tmp_path)
-    (tmp_path / cpu.BUILD_LOG).write_text("no C++ compiler was found\n")
-    assert cpu._open() == "the native kernel is missing: no C++ compiler was found"
+    monkeypatch.setattr(native, "PACKAGE", tmp_path)
+    (tmp_path / native.BUILD_LOG).write_text("no C++ compiler was found\n")
+    assert native._open() == "the native kernel is missing: no C++ compiler was found"
     with pytest.warns(RuntimeWarning, match=r"no C\+\+ compiler was found; on the CPU PyTorch"):
-        assert isinstance(cpu._library.__wrapped__(), str)
+        assert isinstance(native.library.__wrapped__(), str)
     (tmp_path / "none.so").write_text("not a library")
-    assert "could not be opened" in str(cpu._open())
+    assert "could not be opened" in str(native._open())
     other = next((Path(torch.__file__).parent / "lib").glob("*c10.*"))
     monkeypatch.setenv("MONOKERNEL_LIBRARY", str(other))
-    assert cpu._open() == "the native kernel is of another version, it has no mk_isa"
+    assert native._open() == "the native kernel is of another version, it has no mk_isa"
 
 
 def test_no_memory_is_lost_over_many_calls() -> None:
