@@ -19,11 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from monokernel import function, fused_mono_penalty, plan, value_and_jacobian
+from monokernel import boundary, fused_mono_penalty, plan, value_and_jacobian
 from monokernel.activations import ACTIVATIONS, Activation
 from monokernel.backends import cpu, handwritten, native
 from monokernel.backends.cpu import Params
-from monokernel.function import FusedMonoPenalty
+from monokernel.boundary import FusedMonoPenalty
 from monokernel.problem import Hinge, Mode, Problem
 from monokernel.program import Node
 from tests.exact import EXACT
@@ -181,15 +181,15 @@ def test_half_precision_is_float32_rounded_once(
         assert g is None or (g.dtype == dtype and torch.equal(g, w.to(dtype)))  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("boundary", ["1", "0"])
+@pytest.mark.parametrize("built", ["1", "0"])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_autocast_takes_the_weights_as_they_are(
-    dtype: torch.dtype, boundary: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, built: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same bits as without autocast but for y and its gradient, which are in autocast's dtype:
     weights that were rounded first give other slopes."""
-    monkeypatch.setenv("MONOKERNEL_BOUNDARY", boundary)
-    function._step.cache_clear()
+    monkeypatch.setenv("MONOKERNEL_BOUNDARY", built)
+    boundary._step.cache_clear()
     net, (x1, x2) = mlp(3, 2, 2, dtype=torch.float32), points(50, 3, 2, torch.float32)
     net[2].requires_grad_(False)
     params = [t for t in net.parameters() if t.requires_grad]
@@ -207,7 +207,7 @@ def test_autocast_takes_the_weights_as_they_are(
     rounded = value_and_jacobian(net, x1.to(dtype), x2.to(dtype), backend="cpu")[1]
     assert (rounded - J).abs().max() > 10 * torch.finfo(torch.float32).eps * J.abs().max()
     monkeypatch.undo()
-    function._step.cache_clear()
+    boundary._step.cache_clear()
 
 
 def test_autocast_brings_dtypes_together() -> None:
@@ -525,12 +525,12 @@ def test_the_operator_serves_the_public_call(monkeypatch: pytest.MonkeyPatch) ->
     found = []
     for way in ("1", "0"):
         monkeypatch.setenv("MONOKERNEL_BOUNDARY", way)
-        function._step.cache_clear()
+        boundary._step.cache_clear()
         y, penalty = fused_mono_penalty(net, x1, x2, margin=0.1, return_output=True)
         assert ("CppFunction" in type(y.grad_fn).__name__) == (way == "1")
         found.append([y, penalty, *torch.autograd.grad(y.sum() + penalty, params)])
     monkeypatch.undo()
-    function._step.cache_clear()
+    boundary._step.cache_clear()
     assert all(map(torch.equal, *found))
 
 

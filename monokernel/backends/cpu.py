@@ -153,7 +153,7 @@ def _plan(problem: Problem, dtype: torch.dtype) -> NativeProblem:
 
 def step() -> Step | None:
     """y and the penalty or J by one operator that autograd knows, if there is one for this PyTorch
-    (and MONOKERNEL_BOUNDARY is not 0). ``function.py`` asks once."""
+    (and MONOKERNEL_BOUNDARY is not 0). ``boundary.py`` asks once."""
     operators = _operators()
     if operators is None:
         return None
