@@ -2,7 +2,8 @@
 #pragma once
 
 #include "hinge.h"
-#include "program.h"
+#include "saved.h"
+#include "values.h"
 
 namespace {
 

@@ -1,7 +1,7 @@
 // The gradients of the parameters: where they are added up by each thread, and how they leave.
 #pragma once
 
-#include "blocks.h"
+#include "crew.h"
 
 namespace {
 
