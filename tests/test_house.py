@@ -59,8 +59,8 @@ def test_the_changelog_has_every_public_name_and_the_version() -> None:
 
 def test_lint_is_one_thing() -> None:
     """At exact versions; a commit and the workflow run the same target."""
-    pinned = re.findall(r"^(ruff|mypy)==", text_of("requirements/dev.txt"), re.M)
-    assert sorted(pinned) == ["mypy", "ruff"]
+    pinned = re.findall(r"^(ruff|mypy|clang-format)==", text_of("requirements/dev.txt"), re.M)
+    assert sorted(pinned) == ["clang-format", "mypy", "ruff"]
     assert re.findall(r"entry: (.*)", text_of(".pre-commit-config.yaml")) == ["make lint"]
     assert re.findall(r"- run: (make \w+)", text_of(".github/workflows/lint.yml")) == ["make lint"]
 
