@@ -7,6 +7,7 @@ REQUIREMENTS ?= requirements/dev.txt
 # How many test files run side by side.
 WORKERS ?= 2
 SOURCES := setup.py pyproject.toml $(REQUIREMENTS) $(wildcard csrc/*)
+CPP := $(wildcard csrc/*.h csrc/*.cpp tests/native/*.c tests/native/*.cpp benchmarks/native/*.cpp)
 
 .PHONY: demo test bench kernels lint format docs sanitize wheel clean
 
@@ -26,11 +27,13 @@ kernels: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 docs: $(READY)
 	$(BIN)/pip install -q -r requirements/docs.txt

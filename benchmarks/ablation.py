@@ -13,7 +13,6 @@ mode": tangent where ``auto`` takes adjoint, adjoint where it takes tangent.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from monokernel.backends import cpu
 from .cases import Case, Job
 from .rivals import BASE, Rival, Step, monokernel
 from .step import append, run_case, show
+from .tables import read_rows
 
 __all__ = ["main"]
 
@@ -75,8 +75,7 @@ def _switched(stacks: bool, compacts: bool, mode: str = "auto") -> Callable[[Job
 
 def table(path: Path) -> str:
     """Markdown, from the newest measurement of every case."""
-    with path.open(newline="", encoding="utf-8") as file:
-        newest = {(_case(row), row["rival"]): row["ratio"] for row in csv.DictReader(file)}
+    newest = {(_case(row), row["rival"]): row["ratio"] for row in read_rows(path)}
     names = [FULL, UNSTACKED, UNCOMPACTED, OTHER]
     lines = [f"| D | k | mode | σ | v | {' | '.join(names)} |", "|---" * (5 + len(names)) + "|"]
     for case in dict.fromkeys(case for case, _ in newest):

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from monokernel import Monotone, audit, fused_mono_penalty, sample_points
 
 from .measure import machine
+from .tables import write_between
 
 __all__ = ["main", "table"]
 
@@ -451,13 +452,6 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def write_page(rows: Sequence[Row]) -> None:
-    """Puts the table between its two marks."""
-    text = PAGE.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{rest.split(END)[1]}", encoding="utf-8")
-
-
 def _runs(
     names: Sequence[str], chosen: Sequence[str], seeds: int
 ) -> Iterator[tuple[str, str, int]]:
@@ -496,7 +490,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         writer.writerows(rows)
     print(f"\n{table(rows)}\n\nwritten to {options.csv}")
     if options.page:
-        write_page(rows)
+        write_between(PAGE, BEGIN, END, table(rows))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from monokernel import fused_mono_penalty, value_and_jacobian
-from monokernel.problem import accumulate_dtype, cheaper_mode
+from monokernel.advice import products
+from monokernel.problem import Mode, accumulate_dtype, cheaper_mode
 
 __all__ = ["PRECISIONS", "Case", "Job", "Truth", "margin_for"]
 
@@ -54,19 +55,15 @@ class Case:
         )
 
     @property
-    def mode(self) -> str:
+    def mode(self) -> Mode:
         """The mode that ``mode="auto"`` takes."""
         return cheaper_mode(self.outputs, self.columns)
 
     @property
     def products(self) -> float:
         """Matrix products per hidden layer that the task and the penalty need: the cost table."""
-        v, D, k = self.share, self.outputs, self.columns
-        if self.mode == "tangent":
-            return 3 + k + 3 * k * v
-        if D == 1:
-            return 3 + (2 if self.activation == "relu" else 3) * v
-        return 3 + D + 3 * D * v
+        curved = self.activation != "relu"
+        return products(self.mode, self.outputs, self.columns, self.share, curved)
 
     def flops(self, products: float) -> float:
         """Operations of that many products in every hidden-to-hidden layer."""

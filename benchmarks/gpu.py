@@ -39,7 +39,7 @@ from torch import Tensor
 from monokernel import plan
 
 from .cases import FREE_INPUTS, PRECISIONS, Case, Job
-from .measure import append_rows, interleave, machine, spread
+from .measure import append_rows, captured, interleave, machine, spread
 from .rivals import BASE, COMPILED_JVP, COMPILED_PLAIN, JAX, MONOKERNEL, Rival, Step, usual
 
 __all__ = ["graphed", "main"]
@@ -94,15 +94,7 @@ def graphed(rival: Rival) -> Rival:
 
     def make(job: Job) -> Step:
         step = rival.make(job)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step.run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            loss = step.run()
+        graph, loss = captured(step.run)
         assert isinstance(loss, Tensor)
         grads = [p.grad for p in job.parameters() if p.grad is not None]
 

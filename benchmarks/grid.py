@@ -10,7 +10,6 @@ the penalty today.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from .cases import Case, Job
 from .figures import pyplot, save
 from .rivals import BASE, Rival, ours, usual
 from .step import append, run_case, show
+from .tables import read_rows, write_between
 
 __all__ = ["main"]
 
@@ -103,13 +103,7 @@ def _place(point: Point) -> tuple[float, ...]:
 
 def write(path: Path, page: Path) -> None:
     """The table into the page."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    text = page.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    page.write_text(
-        f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{rest.split(END)[1]}", encoding="utf-8"
-    )
+    write_between(page, BEGIN, END, table(read_rows(path)))
 
 
 # --- the figure -----------------------------------------------------------------------------------
@@ -128,8 +122,7 @@ STYLES = {"0.05": "-", "1": "--"}
 
 def draw(path: Path, folder: Path) -> None:
     """One SVG of four panels, from the newest measurement of every point."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["rival"] == "monokernel cpu"]
+    rows = [row for row in read_rows(path) if row["rival"] == "monokernel cpu"]
     figure, panels = pyplot().subplots(1, len(PANELS), figsize=(12, 3.6), sharey=True)
     for panel, (title, fixed) in zip(panels, PANELS, strict=True):
         own = [row for row in rows if all(row[key] == value for key, value in fixed.items())]

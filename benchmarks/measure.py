@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median, quantiles
+from typing import TypeVar
 
 import torch
 
@@ -30,6 +31,7 @@ __all__ = [
     "Bystanders",
     "Timings",
     "append_rows",
+    "captured",
     "interleave",
     "machine",
     "matmul_flops",
@@ -192,6 +194,23 @@ def append_rows(path: Path, fields: Sequence[str], rows: Sequence[Mapping[str, o
         if new:
             writer.writeheader()
         writer.writerows(rows)
+
+
+Loss = TypeVar("Loss")
+
+
+def captured(step: Callable[[], Loss]) -> tuple[torch.cuda.CUDAGraph, Loss]:
+    """The whole step as a CUDA graph to be replayed, and its loss, which each replay fills."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    return graph, loss
 
 
 _best_flops: dict[str, float] = {}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .measure import QUIET
 from .rivals import PLAIN
+from .tables import read_rows, write_between
 
 __all__ = ["main", "tables"]
 
@@ -42,11 +42,6 @@ CONDITIONS = ("processor", "threads", "clock", "torch")
 CASE = ("outputs", "columns", "activation", "rows", "width", "share")
 Row = dict[str, str]
 Table = dict[tuple[str, ...], dict[str, Row]]  # case -> rival -> row
-
-
-def read(path: Path) -> list[Row]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def chosen(rows: Iterable[Row]) -> Table:
@@ -128,10 +123,7 @@ def _key(word: str) -> tuple[float, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    filled = f"{before}{BEGIN}\n{tables(read(RESULTS))}\n{END}{rest.split(END)[1]}"
-    PAGE.write_text(filled, encoding="utf-8")
+    write_between(PAGE, BEGIN, END, tables(read_rows(RESULTS)))
     print(f"written into {PAGE.name}")
 
 

@@ -11,7 +11,6 @@ measured; compaction switched off is the cost at v = 1, which every row would th
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from .figures import pyplot, save
 from .measure import Clock
 from .rivals import BASE, Rival, ours, usual
 from .step import append, run_case, show
+from .tables import read_rows
 
 __all__ = ["main"]
 
@@ -93,8 +93,7 @@ LOOKS = {  # rival -> colour, label
 
 def draw(path: Path, folder: Path) -> None:
     """One SVG of six panels, from the newest measurement of every point."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(path)
     last = rows[-1]
     rows = [row for row in rows if all(row[key] == last[key] for key in ("threads", "clock"))]
     figure, panels = pyplot().subplots(2, 3, figsize=(12, 7.2))

@@ -11,7 +11,6 @@ loss and gradient are compared with the reference in float64; one that disagrees
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -32,6 +31,7 @@ from .measure import (
     spread,
 )
 from .rivals import PLAIN, Rival, Step, rivals
+from .tables import read_rows
 
 __all__ = ["append", "busy", "main", "run_case", "show"]
 
@@ -295,8 +295,7 @@ def _undisturbed(path: Path) -> set[Case]:
     """The cases that the CSV has already, measured on a quiet machine."""
     if not path.exists():
         return set()
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if float(row["others"] or 1) <= QUIET]
+    rows = [row for row in read_rows(path) if float(row["others"] or 1) <= QUIET]
     keys = ("rows", "width", "outputs", "columns", "activation", "wanted_share")
     kinds = (int, int, int, int, str, float)
     return {Case(*(kind(row[key]) for kind, key in zip(kinds, keys, strict=True))) for row in rows}

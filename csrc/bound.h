@@ -270,7 +270,7 @@ template <class T> struct Bounded {
         a[2 * i * whole + j] = near(x.low), a[(2 * i + 1) * whole + j] = near(x.high);
       }
     }
-    orders_of<double>(int(n.kind))[2](
+    orders_of<double>(int(n.kind))[all_orders](
         {2 * B, whole, a, whole, h, s, c, whole}, {n.numbers[0], n.numbers[1], n.numbers[2]});
     const Curve *values = box.curves + 2 * (v - 1), *firsts = values + 1;
     for (int64_t i = 0; i < B; ++i) {

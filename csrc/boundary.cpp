@@ -1,9 +1,9 @@
 // One operator for a whole step on the CPU, autograd included: `monokernel::cpu_step`.
 //
 // The only file that sees PyTorch's headers, so it is built for one version of PyTorch and is optional:
-// without it the Function in function.py does the same in Python, 30 µs slower, and intervals.py what
-// a plan with a box is for. It links neither the kernels nor Python; `mk_connect` gives it the addresses
-// of the C interface.
+// without it the Function in monokernel/boundary.py does the same in Python, 30 µs slower, and
+// intervals.py what a plan with a box is for. It links neither the kernels nor Python; `mk_connect`
+// gives it the addresses of the C interface.
 //
 // Everything that a kernel will read or write at is looked at first, in forward and again in backward
 // (see monokernel/operands.py for why): anybody may call the operator, with anything.

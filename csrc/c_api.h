@@ -1,4 +1,4 @@
-// The C interface of the library: what boundary.cpp calls by address and backends/cpu.py with ctypes.
+// The C interface of the library: what boundary.cpp calls by address and backends/native.py with ctypes.
 //
 // A plan is named by its handle, an opaque number. Who calls may read and write at every pointer: the
 // library sees no sizes. Shapes are those of docs/mathematics.md and monokernel/nodes.py.

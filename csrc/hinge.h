@@ -16,17 +16,17 @@ template <class T> struct Hinge {
   Hinge(const Plan& p, const ForwardCall& c, Bump& memory) : plan(&p), call(&c) {
     if (!p.hinge) return;
     const int64_t Dk = p.D * p.k, n = Dk * Simd<T>::lanes;
-    T *s = memory.take<T>(n), *m = memory.take<T>(n), *w = memory.take<T>(n);
-    if (!s) return;
+    T *sign = memory.take<T>(n), *margin = memory.take<T>(n), *weight = memory.take<T>(n);
+    if (!sign) return;
     const T* given = c.weight_per_row ? nullptr : static_cast<const T*>(c.weight);
     for (int64_t i = 0; i < n; ++i) {
-      s[i] = T(p.direction[i % Dk]);
-      m[i] = T(p.margin[i % Dk]);
-      w[i] = given ? given[i % Dk] : T(1);
+      sign[i] = T(p.direction[i % Dk]);
+      margin[i] = T(p.margin[i % Dk]);
+      weight[i] = given ? given[i % Dk] : T(1);
     }
-    signs = s;
-    margins = m;
-    weights = w;
+    signs = sign;
+    margins = margin;
+    weights = weight;
   }
 
   // Where J of a block is computed: in its own place of the output, or in `scratch` if that is a sum.
@@ -37,7 +37,8 @@ template <class T> struct Hinge {
 
   // Of J of a block, which has its values y (rows, D): what the call asks for. Their sum goes to
   // `partial`, one number for each block.
-  void run(int64_t block, int64_t rows, int64_t row0, const T* y, T* slopes, double* partial) const {
+  void run(int64_t block, int64_t rows, int64_t row0, const T* y, T* slopes,
+           double* partial) const {
     spread_nan(rows, y, slopes);
     if (plan->hinge) hinge(block, rows, row0, slopes, partial);
   }
@@ -107,14 +108,14 @@ template <class T> struct Hinge {
 // The pairs (row, column or output) of a block that take part in the loss by their slopes.
 template <class T> struct Pairs {
   int32_t* row;
-  T *e, *u;  // tangent seeds (pairs, k), cotangent seeds (pairs, D)
-  int64_t lde, ldu;
+  T *dot, *seed;  // ẋ in the columns of x2 (pairs, k), s (pairs, D)
+  int64_t ld_dot, ld_seed;
 
   Pairs(Bump& memory, const Plan& plan, int64_t capacity) {
     row = memory.take<int32_t>(capacity);
-    lde = scratch_ld<T>(plan.k), ldu = scratch_ld<T>(plan.D);
-    e = memory.take<T>(capacity * lde);
-    u = memory.take<T>(capacity * ldu);
+    ld_dot = scratch_ld<T>(plan.k), ld_seed = scratch_ld<T>(plan.D);
+    dot = memory.take<T>(capacity * ld_dot);
+    seed = memory.take<T>(capacity * ld_seed);
   }
 
   // Takes pairs of gJ (rows, D, k) from candidate `next` on until `capacity` is full.
@@ -123,19 +124,19 @@ template <class T> struct Pairs {
     const int64_t D = plan.D, k = plan.k, each = plan.adjoint ? D : k;
     int64_t m = 0;
     for (; *next < rows * each && m < capacity; ++*next) {
-      const int64_t i = *next / each, q = *next % each;
+      const int64_t i = *next / each, which = *next % each;
       const T* g = gJ + i * D * k;
-      T *ei = e + m * lde, *ui = u + m * ldu;
+      T *x = dot + m * ld_dot, *s = seed + m * ld_seed;
       bool any = false;
       if (plan.adjoint) {
-        for (int64_t c = 0; c < k; ++c) any |= g[q * k + c] != T(0);
+        for (int64_t c = 0; c < k; ++c) any |= g[which * k + c] != T(0);
         if (!any && switches.compacts) continue;
-        copy_few(ei, g + q * k, k);
-        for (int64_t d = 0; d < D; ++d) ui[d] = d == q ? T(1) : T(0);
+        copy_few(x, g + which * k, k);
+        for (int64_t d = 0; d < D; ++d) s[d] = d == which ? T(1) : T(0);
       } else {
-        for (int64_t d = 0; d < D; ++d) any |= (ui[d] = g[d * k + q]) != T(0);
+        for (int64_t d = 0; d < D; ++d) any |= (s[d] = g[d * k + which]) != T(0);
         if (!any && switches.compacts) continue;
-        for (int64_t c = 0; c < k; ++c) ei[c] = c == q ? T(1) : T(0);
+        for (int64_t c = 0; c < k; ++c) x[c] = c == which ? T(1) : T(0);
       }
       row[m++] = int32_t(i);
     }
@@ -145,19 +146,20 @@ template <class T> struct Pairs {
 
 // gJ of a block; false if it is zero throughout. Zero slopes stay zero whatever gout is.
 template <class T>
-bool slope_gradients(const Plan& plan, const BackwardCall& call, T* to, int64_t rows, int64_t row0) {
+bool slope_gradients(const Plan& plan, const BackwardCall& call, T* to, int64_t rows,
+                     int64_t row0) {
   const int64_t n = rows * plan.D * plan.k, at = row0 * plan.D * plan.k;
   const T* out = static_cast<const T*>(call.gout);
-  const auto times = [](T u, T g) { return u == T(0) ? T(0) : u * g; };
+  const auto times = [](T e, T g) { return e == T(0) ? T(0) : e * g; };
   if (!plan.hinge) {
     copy(to, out + at, n);
   } else {
-    const T* u = static_cast<const T*>(call.saved[2]) + at;
+    const T* derivative = static_cast<const T*>(call.saved[2]) + at;
     if (plan.elementwise) {
-      for (int64_t i = 0; i < n; ++i) to[i] = times(u[i], out[at + i]);
+      for (int64_t i = 0; i < n; ++i) to[i] = times(derivative[i], out[at + i]);
     } else {
       const T one = out[0];
-      for (int64_t i = 0; i < n; ++i) to[i] = times(u[i], one);
+      for (int64_t i = 0; i < n; ++i) to[i] = times(derivative[i], one);
     }
   }
   int any = 0;

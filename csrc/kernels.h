@@ -3,6 +3,7 @@
 
 #include "bound.h"
 #include "program_backward.h"
+#include "program_forward.h"
 #include "quadratic.h"
 
 namespace {
@@ -16,18 +17,18 @@ template <class T> void saved_sizes(const Plan& plan, Saved* out) {
 
 // σ, σ', σ'' over n elements, for the test that fixes the table.
 template <class T>
-void activation(int kind, const double* numbers, int64_t n, const void* a, void* h, void* s,
-                void* c) {
+void activation(int kind, const double* numbers, int64_t n, const void* a, void* value, void* first,
+                void* second) {
   constexpr int64_t lanes = Simd<T>::lanes;
   T in[lanes], out[3][lanes];
   for (int64_t i = 0; i < n; i += lanes) {
     const int64_t some = min_of(lanes, n - i);
     for (int64_t j = 0; j < lanes; ++j) in[j] = j < some ? static_cast<const T*>(a)[i + j] : T(0);
-    orders_of<T>(kind)[2]({1, lanes, in, lanes, out[0], out[1], out[2], lanes},
-                          {T(numbers[0]), T(numbers[1]), T(numbers[2])});
-    copy(static_cast<T*>(h) + i, out[0], some);
-    copy(static_cast<T*>(s) + i, out[1], some);
-    copy(static_cast<T*>(c) + i, out[2], some);
+    orders_of<T>(kind)[all_orders]({1, lanes, in, lanes, out[0], out[1], out[2], lanes},
+                                   {T(numbers[0]), T(numbers[1]), T(numbers[2])});
+    copy(static_cast<T*>(value) + i, out[0], some);
+    copy(static_cast<T*>(first) + i, out[1], some);
+    copy(static_cast<T*>(second) + i, out[2], some);
   }
 }
 

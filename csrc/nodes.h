@@ -1,136 +1,20 @@
 // The table of nodes over rows of one block: what each kind says of its value, push, pull, curvature
 // and parameters. monokernel/nodes.py is its readable twin; docs/mathematics.md has the formulas.
-//
-// Matrices have rows readable and writable to whole vectors; what lies past the last column is
-// anything and is never added up.
 #pragma once
 
-#include "activations.h"
+#include "apply.h"
+#include "rows.h"
 
 namespace {
-
-// A matrix by its first element and row stride; stride 0 is one row for all. With an index row i is
-// row index[i] of the memory.
-template <class T> struct Mat {
-  T* at = nullptr;
-  int64_t ld = 0;
-  const int32_t* index = nullptr;
-
-  MK_INLINE T* row(int64_t i) const { return at + (index ? index[i] : i) * ld; }
-  explicit operator bool() const { return at != nullptr; }
-  operator Mat<const T>() const { return {at, ld, index}; }
-};
-
-// to[i][j] = f(from[i][j] …), or += it, a vector at a time. Where each row begins is looked up once:
-// a store may change whatever has an address, as far as the compiler knows.
-template <class T, class F, class... Pointers>
-MK_INLINE void put_row(int64_t columns, T* to, bool add, const F& f, Pointers... from) {
-  constexpr int64_t lanes = Simd<T>::lanes;
-  if (add) {
-    for (int64_t j = 0; j < columns; j += lanes) store(to + j, load(to + j) + f(load(from + j)...));
-  } else {
-    for (int64_t j = 0; j < columns; j += lanes) store(to + j, f(load(from + j)...));
-  }
-}
-template <class T, class F, class... Mats>
-MK_INLINE void put(int64_t rows, int64_t columns, Mat<T> to, bool add, const F& f,
-                   const Mats&... from) {
-  for (int64_t i = 0; i < rows; ++i) put_row<T>(columns, to.row(i), add, f, from.row(i)...);
-}
-// to[i][j] = f(i, j), or += it, where f needs more of a row than one vector.
-template <class T, class F>
-MK_INLINE void put_each(int64_t rows, int64_t columns, Mat<T> to, bool add, const F& f) {
-  for (int64_t i = 0; i < rows; ++i) {
-    T* at = to.row(i);
-    for (int64_t j = 0; j < columns; j += Simd<T>::lanes) {
-      store(at + j, add ? load(at + j) + f(i, j) : f(i, j));
-    }
-  }
-}
-struct Itself {
-  template <class V> MK_INLINE V operator()(V x) const { return x; }
-};
-struct Times {
-  template <class V> MK_INLINE V operator()(V x, V y) const { return x * y; }
-};
-struct TimesThree {
-  template <class V> MK_INLINE V operator()(V x, V y, V z) const { return x * y * z; }
-};
-
-template <class T> MK_INLINE void copy_rows(int64_t rows, int64_t n, Mat<const T> from, Mat<T> to) {
-  put(rows, n, to, false, Itself{}, from);
-}
-
-template <class T> MK_INLINE void clear_rows(int64_t rows, int64_t n, Mat<T> to) {
-  put_each(rows, n, to, false, [](int64_t, int64_t) { return Vec<T>{}; });
-}
-
-// to[i][j] += from[i][j] where to's neighbours to the right are others': exactly n columns.
-template <class T>
-MK_INLINE void add_exactly(int64_t rows, int64_t n, Mat<const T> from, Mat<T> to) {
-  constexpr int64_t lanes = Simd<T>::lanes;
-  for (int64_t i = 0; i < rows; ++i) {
-    const T* a = from.row(i);
-    T* b = to.row(i);
-    int64_t j = 0;
-    for (; j + lanes <= n; j += lanes) store(b + j, load(b + j) + load(a + j));
-    for (; j < n; ++j) b[j] += a[j];
-  }
-}
-
-// Σ_j f(j) over exactly n columns, f a vector.
-template <class T, class F> MK_INLINE T total(int64_t n, const F& f) {
-  constexpr int64_t lanes = Simd<T>::lanes;
-  Vec<T> sums = Vec<T>{};
-  int64_t j = 0;
-  for (; j + lanes <= n; j += lanes) sums += f(j);
-  T rest = 0;
-  if (j < n) {
-    const Vec<T> last = f(j);
-    for (int64_t i = 0; i < n - j; ++i) rest += last[i];
-  }
-  return sum<T>(sums) + rest;
-}
-
-// to[j] += Σ_i f(i, j), or f alone if `to` is null: up to four vectors of columns at a time, so that
-// the sums stay in registers, and even and odd rows apart, so that the chains of roundings are short.
-template <class T, int Wide, class F>
-MK_INLINE void add_some_columns(int64_t rows, int64_t j, T* to, const F& f) {
-  constexpr int64_t lanes = Simd<T>::lanes;
-  Vec<T> even[Wide] = {}, odd[Wide] = {};
-  int64_t i = 0;
-  for (; i + 2 <= rows; i += 2) {
-    MK_UNROLL
-    for (int q = 0; q < Wide; ++q) even[q] += f(i, j + q * lanes);
-    MK_UNROLL
-    for (int q = 0; q < Wide; ++q) odd[q] += f(i + 1, j + q * lanes);
-  }
-  if (i < rows) {
-    MK_UNROLL
-    for (int q = 0; q < Wide; ++q) even[q] += f(i, j + q * lanes);
-  }
-  if (!to) return;
-  for (int q = 0; q < Wide; ++q) {
-    T* at = to + j + q * lanes;
-    store(at, load(at) + (even[q] + odd[q]));
-  }
-}
-template <class T, class F>
-MK_INLINE void add_columns(int64_t rows, int64_t columns, T* to, const F& f) {
-  constexpr int64_t lanes = Simd<T>::lanes;
-  int64_t j = 0;
-  for (; j + 4 * lanes <= columns; j += 4 * lanes) add_some_columns<T, 4>(rows, j, to, f);
-  for (; j < columns; j += lanes) add_some_columns<T, 1>(rows, j, to, f);
-}
 
 // What a node other than a linear one is computed from, over some rows.
 template <class T> struct Operands {
   const Node* node;
-  int64_t rows, columns;       // columns of v, whole vectors
+  int64_t rows, columns;  // columns of v, whole vectors
   const Mat<const T>* u;
   const int64_t* widths;       // of the inputs
   Mat<const T> v;              // for the kinds that read it
-  Mat<const T> s, c;           // σ' and σ'' of an elementwise node; s: the r of a normalisation
+  Mat<const T> first, second;  // σ' and σ'' of an elementwise node; first: the r of a normalisation
   Mat<const T> parameter;      // one row, or one for each row of x
 
   MK_INLINE int64_t width(int64_t i = 0) const { return widths[i]; }
@@ -142,7 +26,7 @@ MK_INLINE bool normalises(int64_t kind) {
   return kind == node_normalise || kind == node_root_mean_square;
 }
 MK_INLINE bool is_elementwise(int64_t kind) { return kind < kinds; }
-// Kinds whose Jacobian is computed from more than u and v: from s.
+// Kinds whose Jacobian is computed from more than u and v: from `first`.
 MK_INLINE bool needs_first(const Node& node) {
   return (is_elementwise(node.kind) && node.varies) || normalises(node.kind);
 }
@@ -168,73 +52,74 @@ template <class T> struct ApplySigma {
   const ApplyFn<T>* orders;
   Numbers<T> numbers;
   Mat<const T> u;
-  Mat<T> v, s;
+  Mat<T> value, first;
 
-  ApplySigma(const Node& node, Mat<const T> from, Mat<T> value, Mat<T> first)
+  ApplySigma(const Node& node, Mat<const T> from, Mat<T> v, Mat<T> slope)
       : orders(orders_of<T>(int(node.kind))),
-        numbers{T(node.numbers[0]), T(node.numbers[1]), T(node.numbers[2])},
-        u(from), v(value), s(first) {}
+        numbers{T(node.numbers[0]), T(node.numbers[1]), T(node.numbers[2])}, u(from), value(v),
+        first(slope) {}
 
   void operator()(int64_t i, int64_t rows, int64_t j, int64_t columns) const {
-    const int order = !v ? 3 : s ? 1 : 0;
-    orders[order]({rows, columns, u.row(i) + j, u.ld, v ? v.row(i) + j : nullptr,
-                   s ? s.row(i) + j : nullptr, nullptr, v ? v.ld : s.ld},
-                  numbers);
+    const Orders wanted = !value ? first_alone : first ? value_and_first : value_alone;
+    orders[wanted]({rows, columns, u.row(i) + j, u.ld, value ? value.row(i) + j : nullptr,
+                    first ? first.row(i) + j : nullptr, nullptr, value ? value.ld : first.ld},
+                   numbers);
   }
 };
 
-// to (+)= s∘x over some rows and columns.
+// to (+)= σ'∘x over some rows and columns.
 template <class T> struct ApplySlope {
-  Mat<const T> s, x;
+  Mat<const T> first, x;
   Mat<T> to;
   bool add;
 
   void operator()(int64_t i0, int64_t rows, int64_t j0, int64_t columns) const {
     for (int64_t i = i0; i < i0 + rows; ++i) {
-      put_row<T>(columns, to.row(i) + j0, add, Times{}, s.row(i) + j0, x.row(i) + j0);
+      put_row<T>(columns, to.row(i) + j0, add, Times{}, first.row(i) + j0, x.row(i) + j0);
     }
   }
 };
 
-// v, and what s is for the kind. Either may be null where it is not wanted.
-template <class T> void node_value(const Operands<T>& o, Mat<T> v, Mat<T> s) {
+// v, and what `first` is for the kind. Either may be null where it is not wanted.
+template <class T> void node_value(const Operands<T>& o, Mat<T> v, Mat<T> first) {
   constexpr int64_t lanes = Simd<T>::lanes;
   const Node& node = *o.node;
   const int64_t rows = o.rows, columns = o.columns, n = node.width;
   const Mat<const T> u = o.u[0];
   if (is_elementwise(node.kind)) {
-    return ApplySigma<T>(node, u, v, s)(0, rows, 0, columns);
+    return ApplySigma<T>(node, u, v, first)(0, rows, 0, columns);
   }
   switch (node.kind) {
     case node_prelu: {
       const Mat<const T> a{o.parameter.at, 0};
-      return put(rows, columns, v, false,
-                 [](Vec<T> x, Vec<T> slope) { return x > T(0) ? x : x * slope; }, u, a);
+      return put(
+          rows, columns, v, false, [](Vec<T> x, Vec<T> slope) { return x > T(0) ? x : x * slope; },
+          u, a);
     }
     case node_scale:
-    case node_dropout:
-      return put(rows, columns, v, false, Times{}, u, o.parameter);
+    case node_dropout: return put(rows, columns, v, false, Times{}, u, o.parameter);
     case node_shift:
-      return put(rows, columns, v, false, [&](Vec<T> x, Vec<T> y) { return x + y; }, u, Mat<const T>{o.parameter.at, 0});
+      return put(
+          rows, columns, v, false, [&](Vec<T> x, Vec<T> y) { return x + y; }, u,
+          Mat<const T>{o.parameter.at, 0});
     case node_line: {
-      const T p = o.number(0), q = o.number(1);
-      return put(rows, columns, v, false,
-                 [&](Vec<T> x) { return p * x + q; }, u);
+      const T factor = o.number(0), offset = o.number(1);
+      return put(rows, columns, v, false, [&](Vec<T> x) { return factor * x + offset; }, u);
     }
     case node_sum: {
-      const T first = o.number(0);
+      const T factor = o.number(0);
       if (node.inputs == 1) {
-        return put(rows, columns, v, false,
-                   [&](Vec<T> x) { return first * x; }, u);
+        return put(rows, columns, v, false, [&](Vec<T> x) { return factor * x; }, u);
       }
       const Mat<const T> w = o.u[1];
-      const T second = o.number(1);
-      put(rows, columns, v, false, [&](Vec<T> x, Vec<T> y) { return first * x + second * y; }, u, w);
-      for (int64_t q = 2; q < node.inputs; ++q) {
-        const Mat<const T> more = o.u[q];
-        const T factor = o.number(q);
-        put(rows, columns, v, true,
-            [&](Vec<T> x) { return factor * x; }, more);
+      const T other = o.number(1);
+      put(
+          rows, columns, v, false, [&](Vec<T> x, Vec<T> y) { return factor * x + other * y; }, u,
+          w);
+      for (int64_t nth = 2; nth < node.inputs; ++nth) {
+        const Mat<const T> more = o.u[nth];
+        const T next = o.number(nth);
+        put(rows, columns, v, true, [&](Vec<T> x) { return next * x; }, more);
       }
       return;
     }
@@ -243,7 +128,8 @@ template <class T> void node_value(const Operands<T>& o, Mat<T> v, Mat<T> s) {
       return put(rows, columns, v, false, Times{}, u, w);
     }
     case node_expand:
-      return put_each(rows, columns, v, false, [&](int64_t i, int64_t) { return splat(u.row(i)[0]); });
+      return put_each(rows, columns, v, false,
+                      [&](int64_t i, int64_t) { return splat(u.row(i)[0]); });
     case node_total:
       for (int64_t i = 0; i < rows; ++i) {
         v.row(i)[0] = total<T>(o.width(), [&](int64_t j) { return load(u.row(i) + j); });
@@ -251,9 +137,9 @@ template <class T> void node_value(const Operands<T>& o, Mat<T> v, Mat<T> s) {
       return;
     case node_concat: {
       int64_t at = 0;
-      for (int64_t q = 0; q < node.inputs; ++q) {
-        copy_rows<T>(rows, o.whole(q), o.u[q], {v.at + at, v.ld});
-        at += o.width(q);
+      for (int64_t nth = 0; nth < node.inputs; ++nth) {
+        copy_rows<T>(rows, o.whole(nth), o.u[nth], {v.at + at, v.ld});
+        at += o.width(nth);
       }
       return;
     }
@@ -277,7 +163,7 @@ template <class T> void node_value(const Operands<T>& o, Mat<T> v, Mat<T> s) {
           return c * c;
         });
         const T r = T(1) / T(__builtin_sqrt(double(square / T(n) + o.number(0))));
-        if (s) s.at[i] = r;
+        if (first) first.at[i] = r;
         if (!v) continue;
         T* to = v.row(i);
         for (int64_t j = 0; j < columns; j += lanes) store(to + j, (load(x + j) - mean) * r);
@@ -305,112 +191,114 @@ template <class T> void node_value(const Operands<T>& o, Mat<T> v, Mat<T> s) {
 
 // --- the Jacobian ---------------------------------------------------------------------------------
 
-// f'(u) t of the kinds whose Jacobian is symmetric: push and pull are the same.
+// to (+)= f'(u) x of the kinds whose Jacobian is symmetric: push and pull are the same.
 template <class T>
-void symmetric_jacobian(const Operands<T>& o, Mat<const T> t, Mat<T> to, bool add) {
+void symmetric_jacobian(const Operands<T>& o, Mat<const T> x, Mat<T> to, bool add) {
   const int64_t n = o.node->width;
   const T each = T(1) / T(n);
   for (int64_t i = 0; i < o.rows; ++i) {
-    const T *x = t.row(i), *v = o.v.row(i);
-    const T along = total<T>(n, [&](int64_t j) { return load(v + j) * load(x + j); });
+    const T *xi = x.row(i), *v = o.v.row(i);
+    const T along = total<T>(n, [&](int64_t j) { return load(v + j) * load(xi + j); });
     const Mat<T> here{to.row(i), 0};
     if (o.node->kind == node_softmax) {
       put_each(1, o.columns, here, add,
-          [&](int64_t, int64_t j) { return load(v + j) * (load(x + j) - along); });
+               [&](int64_t, int64_t j) { return load(v + j) * (load(xi + j) - along); });
       continue;
     }
     T mean = 0;
     if (o.node->kind == node_normalise) {
-      mean = each * total<T>(n, [&](int64_t j) { return load(x + j); });
+      mean = each * total<T>(n, [&](int64_t j) { return load(xi + j); });
     }
-    const T r = o.s.row(i)[0], factor = along * each;
+    const T r = o.first.row(i)[0], factor = along * each;
     put_each(1, o.columns, here, add, [&](int64_t, int64_t j) {
-      return r * ((load(x + j) - mean) - load(v + j) * factor);
+      return r * ((load(xi + j) - mean) - load(v + j) * factor);
     });
   }
 }
 
 template <class T>
-void node_pull(const Operands<T>& o, Mat<const T> P, int64_t q, Mat<T> to, bool add);
+void node_pull(const Operands<T>& o, Mat<const T> P, int64_t nth, Mat<T> to, bool add);
 
 // to = f'(u) u̇; the tangent of an input is null where it is zero, but not of all.
 template <class T> void node_push(const Operands<T>& o, const Mat<const T>* dots, Mat<T> to) {
   const Node& node = *o.node;
   const int64_t rows = o.rows, columns = o.columns;
-  const Mat<const T> t = dots[0];
-  if (is_elementwise(node.kind)) return node_pull<T>(o, t, 0, to, false);
+  const Mat<const T> dot = dots[0];
+  if (is_elementwise(node.kind)) return node_pull<T>(o, dot, 0, to, false);
   switch (node.kind) {
     case node_sum: {
       bool add = false;
-      for (int64_t q = 0; q < node.inputs; ++q) {
-        const Mat<const T> x = dots[q];
+      for (int64_t nth = 0; nth < node.inputs; ++nth) {
+        const Mat<const T> x = dots[nth];
         if (!x) continue;
-        const T factor = o.number(q);
-        put(rows, columns, to, add,
-            [&](Vec<T> x) { return factor * x; }, x);
+        const T factor = o.number(nth);
+        put(rows, columns, to, add, [&](Vec<T> x) { return factor * x; }, x);
         add = true;
       }
       return;
     }
     case node_product: {
       const Mat<const T> u = o.u[0], w = o.u[1], r = dots[1];
-      if (t && r) {
-        return put(rows, columns, to, false, [&](Vec<T> x, Vec<T> y, Vec<T> z, Vec<T> w) { return x * y + z * w; }, t, w, u, r);
+      if (dot && r) {
+        return put(
+            rows, columns, to, false,
+            [&](Vec<T> x, Vec<T> y, Vec<T> z, Vec<T> w) { return x * y + z * w; }, dot, w, u, r);
       }
-      const Mat<const T> x = t ? t : r, other = t ? w : u;
+      const Mat<const T> x = dot ? dot : r, other = dot ? w : u;
       return put(rows, columns, to, false, Times{}, x, other);
     }
     case node_expand:
-      return put_each(rows, columns, to, false, [&](int64_t i, int64_t) { return splat(t.row(i)[0]); });
+      return put_each(rows, columns, to, false,
+                      [&](int64_t i, int64_t) { return splat(dot.row(i)[0]); });
     case node_total:
       for (int64_t i = 0; i < rows; ++i) {
-        to.row(i)[0] = total<T>(o.width(), [&](int64_t j) { return load(t.row(i) + j); });
+        to.row(i)[0] = total<T>(o.width(), [&](int64_t j) { return load(dot.row(i) + j); });
       }
       return;
     case node_concat: {
       int64_t at = 0;
-      for (int64_t q = 0; q < node.inputs; ++q) {
+      for (int64_t nth = 0; nth < node.inputs; ++nth) {
         const Mat<T> part{to.at + at, to.ld};
-        if (dots[q]) {
-          copy_rows<T>(rows, o.whole(q), dots[q], part);
+        if (dots[nth]) {
+          copy_rows<T>(rows, o.whole(nth), dots[nth], part);
         } else {
-          clear_rows(rows, o.whole(q), part);
+          clear_rows(rows, o.whole(nth), part);
         }
-        at += o.width(q);
+        at += o.width(nth);
       }
       return;
     }
     case node_columns: {
       const int64_t start = int64_t(node.numbers[0]), step = int64_t(node.numbers[1]);
       for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t j = 0; j < node.width; ++j) to.row(i)[j] = t.row(i)[start + j * step];
+        for (int64_t j = 0; j < node.width; ++j) to.row(i)[j] = dot.row(i)[start + j * step];
       }
       return;
     }
     case node_log_softmax:
       for (int64_t i = 0; i < rows; ++i) {
-        const T *x = t.row(i), *v = o.v.row(i);
-        const T along = total<T>(node.width, [&](int64_t j) {
-          return exp_nonpositive<T>(load(v + j)) * load(x + j);
-        });
+        const T *x = dot.row(i), *v = o.v.row(i);
+        const T along = total<T>(
+            node.width, [&](int64_t j) { return exp_nonpositive<T>(load(v + j)) * load(x + j); });
         put_each(1, columns, Mat<T>{to.row(i), 0}, false,
-            [&](int64_t, int64_t j) { return load(x + j) - along; });
+                 [&](int64_t, int64_t j) { return load(x + j) - along; });
       }
       return;
     case node_normalise:
     case node_root_mean_square:
-    case node_softmax: return symmetric_jacobian<T>(o, t, to, false);
-    default: return node_pull<T>(o, t, 0, to, false);  // diagonal: prelu, scale, mask, shift, line
+    case node_softmax: return symmetric_jacobian<T>(o, dot, to, false);
+    default:
+      return node_pull<T>(o, dot, 0, to, false);  // diagonal: prelu, scale, mask, shift, line
   }
 }
 
-// to (+)= f'(u)ᵀ P for input q. Of a strided or shifted view `to` must have been begun.
+// to (+)= f'(u)ᵀ P for the nth input. Of a strided or shifted view `to` must have been begun.
 template <class T>
-void node_pull(const Operands<T>& o, Mat<const T> P, int64_t q, Mat<T> to, bool add) {
+void node_pull(const Operands<T>& o, Mat<const T> P, int64_t nth, Mat<T> to, bool add) {
   const Node& node = *o.node;
   const int64_t rows = o.rows, columns = o.columns;
   if (is_elementwise(node.kind) && node.varies) {
-    return put(rows, columns, to, add, Times{}, o.s, P);
+    return put(rows, columns, to, add, Times{}, o.first, P);
   }
   if (is_elementwise(node.kind)) {  // the identity
     return put(rows, columns, to, add, Itself{}, P);
@@ -419,22 +307,20 @@ void node_pull(const Operands<T>& o, Mat<const T> P, int64_t q, Mat<T> to, bool 
     case node_prelu: {
       const Mat<const T> u = o.u[0];
       const Mat<const T> a{o.parameter.at, 0};
-      return put(rows, columns, to, add,
-                 [](Vec<T> x, Vec<T> p, Vec<T> slope) { return x > T(0) ? p : p * slope; }, u, P, a);
+      return put(
+          rows, columns, to, add,
+          [](Vec<T> x, Vec<T> p, Vec<T> slope) { return x > T(0) ? p : p * slope; }, u, P, a);
     }
     case node_scale:
-    case node_dropout:
-      return put(rows, columns, to, add, Times{}, P, o.parameter);
-    case node_shift:
-      return put(rows, columns, to, add, Itself{}, P);
+    case node_dropout: return put(rows, columns, to, add, Times{}, P, o.parameter);
+    case node_shift: return put(rows, columns, to, add, Itself{}, P);
     case node_line:
     case node_sum: {
-      const T factor = o.number(q);
-      return put(rows, columns, to, add,
-                 [&](Vec<T> x) { return factor * x; }, P);
+      const T factor = o.number(nth);
+      return put(rows, columns, to, add, [&](Vec<T> x) { return factor * x; }, P);
     }
     case node_product: {
-      const Mat<const T> other = o.u[1 - q];
+      const Mat<const T> other = o.u[1 - nth];
       return put(rows, columns, to, add, Times{}, P, other);
     }
     case node_expand:
@@ -445,11 +331,12 @@ void node_pull(const Operands<T>& o, Mat<const T> P, int64_t q, Mat<T> to, bool 
       }
       return;
     case node_total:
-      return put_each(rows, o.whole(), to, add, [&](int64_t i, int64_t) { return splat(P.row(i)[0]); });
+      return put_each(rows, o.whole(), to, add,
+                      [&](int64_t i, int64_t) { return splat(P.row(i)[0]); });
     case node_concat: {
       int64_t at = 0;
-      for (int64_t i = 0; i < q; ++i) at += o.width(i);
-      return put(rows, o.whole(q), to, add, Itself{}, Mat<const T>{P.at + at, P.ld, P.index});
+      for (int64_t i = 0; i < nth; ++i) at += o.width(i);
+      return put(rows, o.whole(nth), to, add, Itself{}, Mat<const T>{P.at + at, P.ld, P.index});
     }
     case node_columns: {
       const int64_t start = int64_t(node.numbers[0]), step = int64_t(node.numbers[1]);
@@ -476,30 +363,31 @@ void node_pull(const Operands<T>& o, Mat<const T> P, int64_t q, Mat<T> to, bool 
 
 // --- curvature ------------------------------------------------------------------------------------
 
-// Whether input q of the node has a curvature under such tangents.
-template <class T> MK_INLINE bool node_bends(const Node& node, const Mat<const T>* dots, int64_t q) {
-  if (node.kind == node_product) return bool(dots[1 - q]);
+// Whether the nth input of the node has a curvature under such tangents.
+template <class T> MK_INLINE bool node_bends(const Node& node, const Mat<const T>* dots,
+                                             int64_t nth) {
+  if (node.kind == node_product) return bool(dots[1 - nth]);
   return node.curved && bool(dots[0]);
 }
 
-// to (+)= ∇_u ⟨P, f'(u) u̇⟩ for input q, which `node_bends` says is not zero. Elementwise nodes are
+// to (+)= ∇_u ⟨P, f'(u) u̇⟩ for the nth input, which `node_bends` says is not zero. Elementwise nodes are
 // done together with their pull.
 template <class T>
-void node_curvature(const Operands<T>& o, const Mat<const T>* dots, Mat<const T> P, int64_t q,
+void node_curvature(const Operands<T>& o, const Mat<const T>* dots, Mat<const T> P, int64_t nth,
                     Mat<T> to, bool add) {
   const Node& node = *o.node;
   const int64_t rows = o.rows, columns = o.columns, n = node.width;
-  const Mat<const T> t = dots[0];
+  const Mat<const T> dot = dots[0];
   switch (node.kind) {
     case node_product: {
-      const Mat<const T> x = dots[1 - q];
+      const Mat<const T> x = dots[1 - nth];
       return put(rows, columns, to, add, Times{}, P, x);
     }
     case node_normalise:
     case node_root_mean_square: {
       const T each = T(1) / T(n);
       for (int64_t i = 0; i < rows; ++i) {
-        const T *a = P.row(i), *b = t.row(i), *v = o.v.row(i), r = o.s.row(i)[0];
+        const T *a = P.row(i), *b = dot.row(i), *v = o.v.row(i), r = o.first.row(i)[0];
         const auto mean = [&](const auto& f) { return each * total<T>(n, f); };
         const T alpha = mean([&](int64_t j) { return load(v + j) * load(a + j); });
         const T beta = mean([&](int64_t j) { return load(v + j) * load(b + j); });
@@ -512,15 +400,15 @@ void node_curvature(const Operands<T>& o, const Mat<const T>* dots, Mat<const T>
         }
         const T own = gamma - 3 * alpha * beta, scale = -r * r;
         put_each(1, columns, Mat<T>{to.row(i), 0}, add, [&](int64_t, int64_t j) {
-          return scale * (alpha * (load(b + j) - of_b) + beta * (load(a + j) - of_a) +
-                          load(v + j) * own);
+          return scale *
+                 (alpha * (load(b + j) - of_b) + beta * (load(a + j) - of_a) + load(v + j) * own);
         });
       }
       return;
     }
     case node_softmax:
       for (int64_t i = 0; i < rows; ++i) {
-        const T *a = P.row(i), *b = t.row(i), *v = o.v.row(i);
+        const T *a = P.row(i), *b = dot.row(i), *v = o.v.row(i);
         const T alpha = total<T>(n, [&](int64_t j) { return load(v + j) * load(a + j); });
         const T beta = total<T>(n, [&](int64_t j) { return load(v + j) * load(b + j); });
         const auto w = [&](int64_t j) {
@@ -529,17 +417,17 @@ void node_curvature(const Operands<T>& o, const Mat<const T>* dots, Mat<const T>
         };
         const T along = total<T>(n, [&](int64_t j) { return load(v + j) * w(j); });
         put_each(1, columns, Mat<T>{to.row(i), 0}, add,
-            [&](int64_t, int64_t j) { return load(v + j) * (w(j) - along); });
+                 [&](int64_t, int64_t j) { return load(v + j) * (w(j) - along); });
       }
       return;
     case node_log_softmax:
       for (int64_t i = 0; i < rows; ++i) {
-        const T *a = P.row(i), *b = t.row(i), *v = o.v.row(i);
+        const T *a = P.row(i), *b = dot.row(i), *v = o.v.row(i);
         const auto p = [&](int64_t j) { return exp_nonpositive<T>(load(v + j)); };
         const T all = total<T>(n, [&](int64_t j) { return load(a + j); });
         const T along = total<T>(n, [&](int64_t j) { return p(j) * load(b + j); });
         put_each(1, columns, Mat<T>{to.row(i), 0}, add,
-            [&](int64_t, int64_t j) { return -all * p(j) * (load(b + j) - along); });
+                 [&](int64_t, int64_t j) { return -all * p(j) * (load(b + j) - along); });
       }
       return;
   }
@@ -567,17 +455,17 @@ template <class T> void node_parameters(const Operands<T>& o, Mat<const T> g, T*
 
 // sums += ∂/∂θ of ⟨P, f'(u; θ) u̇⟩.
 template <class T>
-void node_slope_parameters(const Operands<T>& o, Mat<const T> t, Mat<const T> P, T* sums) {
+void node_slope_parameters(const Operands<T>& o, Mat<const T> dot, Mat<const T> P, T* sums) {
   const Mat<const T> u = o.u[0];
   switch (o.node->kind) {
     case node_prelu:
       return add_columns<T>(o.rows, o.columns, sums, [&](int64_t i, int64_t j) {
-        const Vec<T> x = load(t.row(i) + j) * load(P.row(i) + j);
+        const Vec<T> x = load(dot.row(i) + j) * load(P.row(i) + j);
         return load(u.row(i) + j) > T(0) ? Vec<T>{} : x;
       });
     case node_scale:
       return add_columns<T>(o.rows, o.columns, sums, [&](int64_t i, int64_t j) {
-        return load(t.row(i) + j) * load(P.row(i) + j);
+        return load(dot.row(i) + j) * load(P.row(i) + j);
       });
   }
 }

@@ -229,8 +229,8 @@ struct Kernels {
   int64_t (*bound_size)(const Plan&, const Box&);  // elements of what a bound saves
   Status (*lift_forward)(const Plan&, const Box&, const LiftCall&, const Runtime&);
   Status (*lift_backward)(const Plan&, const Box&, const LiftBackwardCall&, const Runtime&);
-  void (*activation)(int kind, const double* numbers, int64_t n, const void* a, void* h, void* s,
-                     void* c);
+  void (*activation)(int kind, const double* numbers, int64_t n, const void* a, void* value,
+                     void* first, void* second);
 };
 
 struct InstructionSet {

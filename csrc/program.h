@@ -1,32 +1,31 @@
-// One call's view of a program: its weights packed, and where forward leaves what backward reads.
+// One call's view of a program: its weights packed, and products with them.
 #pragma once
 
 #include <vector>
 
-#include "blocks.h"
-#include "dropout.h"
+#include "crew.h"
 #include "nodes.h"
 
 namespace {
 
 // What is packed of one node: of a linear one W (out, in) and b, of others a row of parameters.
 template <class T> struct Weights {
-  const T* b;            // the user's tensor
-  Matrix<T> forward;     // Wᵀ (in, out), for h·Wᵀ
-  Matrix<T> back;        // W (out, in), for g·W
-  Matrix<T> slopes;      // the columns of W that meet x2, (out, k), as `back`
-  const T* bias;         // b padded to whole vectors; null without bias
-  const T* rows;         // W with padded rows (stride whole_vectors(in)), for dot products
-  const T* columns;      // (k, whole_vectors(out)): the columns of W that meet x2
-  const T* parameter;    // padded to whole vectors, one number spread over them
+  const T* b;          // the user's tensor
+  Matrix<T> forward;   // Wᵀ (in, out), for h·Wᵀ
+  Matrix<T> back;      // W (out, in), for g·W
+  Matrix<T> slopes;    // the columns of W that meet x2, (out, k), as `back`
+  const T* bias;       // b padded to whole vectors; null without bias
+  const T* rows;       // W with padded rows (stride whole_vectors(in)), for dot products
+  const T* columns;    // (k, whole_vectors(out)): the columns of W that meet x2
+  const T* parameter;  // padded to whole vectors, one number spread over them
 };
 
 template <class T> struct Program {
   const Plan* plan;
   const void* const* params;
   const int64_t* sizes;
-  int64_t d, D, k, y;        // y: the number of the last value
-  Weights<T>* weights;       // by node; null while memory is counted
+  int64_t d, D, k, y;                // y: the number of the last value
+  Weights<T>* weights;               // by node; null while memory is counted
   std::vector<Packing<T>> packings;  // each once, however many nodes read it
   // Where a value and its P begin in what is saved of one row, and how much that is in all.
   int64_t *value_at, *cotangent_at, saved_values = 0, saved_cotangents = 0;
@@ -54,9 +53,7 @@ template <class T> struct Program {
   const Flow& flow(int64_t v) const { return plan->flow[v]; }
   int64_t width(int64_t v) const { return plan->width(v); }
   int64_t whole(int64_t v) const { return whole_vectors<T>(width(v)); }
-  int64_t saved_ld(int64_t v) const {
-    return flow(v).viewed ? scratch_ld<T>(width(v)) : whole(v);
-  }
+  int64_t saved_ld(int64_t v) const { return flow(v).viewed ? scratch_ld<T>(width(v)) : whole(v); }
   bool linear(int64_t v) const { return node(v).kind == node_linear; }
   // The input of a linear node.
   int64_t below(int64_t v) const { return node(v).input[0]; }
@@ -82,8 +79,8 @@ template <class T> struct Program {
   bool x_as_it_is() const {
     for (int64_t v = 1; v <= y; ++v) {
       if (!flow(v).used || linear(v)) continue;
-      for (int64_t q = 0; q < node(v).inputs; ++q) {
-        if (node(v).input[q] == 0) return false;
+      for (int64_t nth = 0; nth < node(v).inputs; ++nth) {
+        if (node(v).input[nth] == 0) return false;
       }
     }
     return true;
@@ -180,95 +177,11 @@ template <class T> struct Program {
   }
 };
 
-// What forward leaves, block after block: a block's values lie together, so that all of it takes N
-// times the same number of elements. Rows are padded to whole vectors.
-template <class T> struct SavedProgram {
-  const Program<T>& program;
-  const Blocks& blocks;
-
-  Mat<T> value(void* buffer, int64_t block, int64_t v) const {
-    return at(buffer, block, v, program.value_at[v], program.saved_values);
-  }
-  Mat<T> cotangent(void* buffer, int64_t block, int64_t v) const {
-    return at(buffer, block, v, program.cotangent_at[v], program.saved_cotangents);
-  }
-
- private:
-  Mat<T> at(void* buffer, int64_t block, int64_t v, int64_t before, int64_t all) const {
-    T* to = static_cast<T*>(buffer) + blocks.begin(block) * all + blocks.rows(block) * before;
-    return {to, program.saved_ld(v)};
-  }
-};
-
-// The rows of one block as the nodes see them, by value: the same on the way up and on the way back.
-template <class T> struct BlockValues {
-  Mat<T>* value;   // null where it is not at hand
-  Mat<T>* first;   // what a node's Jacobian is computed from: σ', or the r of a normalisation
-  Mat<T>* mask;    // of a dropout
-  Mat<const T>* inputs;  // of the node at hand, as many as the longest has
-  int64_t* widths;
-
-  // `want(v)`: whether it needs memory of its own for value v, (v, s) and the mask.
-  template <class Want>
-  BlockValues(Bump& memory, const Program<T>& program, int64_t capacity, const Want& want) {
-    const int64_t count = program.y + 1;
-    Mat<T>** const lists[] = {&value, &first, &mask};
-    for (Mat<T>** list : lists) *list = memory.take<Mat<T>>(count);
-    int64_t most = 1;
-    for (int64_t v = 1; v < count; ++v) most = max_of(most, program.node(v).inputs);
-    inputs = memory.take<Mat<const T>>(most);
-    widths = memory.take<int64_t>(most);
-    for (int64_t v = 0; v < count; ++v) {
-      const int64_t ld = scratch_ld<T>(program.width(v));
-      Mat<T> own{nullptr, ld}, s{nullptr, ld}, m{nullptr, ld};
-      if (want(v, 'v')) own.at = memory.take<T>(capacity * ld);
-      if (v && want(v, 's')) {
-        const bool norm = normalises(program.node(v).kind);
-        if (norm) s.ld = 1;
-        s.at = memory.take<T>(norm ? round_up(capacity, Simd<T>::lanes) : capacity * ld);
-      }
-      if (v && want(v, 'm')) m.at = memory.take<T>(capacity * ld);
-      if (!value) continue;
-      value[v] = own, first[v] = s, mask[v] = m;
-    }
-  }
-
-  // What the node of value v is computed from.
-  Operands<T> operands(const Program<T>& program, int64_t v, int64_t rows) const {
-    const Node& node = program.node(v);
-    for (int64_t q = 0; q < node.inputs; ++q) {
-      inputs[q] = value[node.input[q]];
-      widths[q] = program.width(node.input[q]);
-    }
-    Operands<T> o{&node, rows, program.whole(v), inputs, widths, value[v], first[v], {}, {}};
-    o.parameter = node.kind == node_dropout ? Mat<const T>(mask[v])
-                                         : Mat<const T>{program.at(v).parameter, 0};
-    return o;
-  }
-
-  void read_x(const Program<T>& program, const void* x, int64_t rows, int64_t row0,
-              bool as_it_is) const {
-    const int64_t d = program.d;
-    T* from = const_cast<T*>(static_cast<const T*>(x)) + row0 * d;
-    if (as_it_is) {
-      value[0] = {from, d};
-      return;
-    }
-    for (int64_t i = 0; i < rows; ++i) copy(value[0].row(i), from + i * d, d);
-  }
-  void draw_mask(const Program<T>& program, int64_t v, int64_t rows, int64_t row0) const {
-    const Node& node = program.node(v);
-    const T* key = static_cast<const T*>(program.params[node.place[0]]);
-    dropout_mask<T>(key, node.numbers[0], uint32_t(node.numbers[1]), row0, rows, node.width,
-                    mask[v].at, mask[v].ld);
-  }
-};
-
 // h·Wᵀ of a linear node, with b for its value and without for its tangent. `after` sees each tile of
 // the result while it is in the first-level cache: the place of the elementwise node that follows.
 template <class T, class After>
-void linear_push(const Program<T>& program, int64_t v, int64_t rows, Mat<const T> h,
-                 const T* bias, Mat<T> to, const After& after) {
+void linear_push(const Program<T>& program, int64_t v, int64_t rows, Mat<const T> h, const T* bias,
+                 Mat<T> to, const After& after) {
   const Weights<T>& w = program.at(v);
   const int64_t in = program.width(program.below(v)), out = program.width(v);
   if (program.by_dots(v)) {

@@ -6,7 +6,7 @@
 // between two products is done in one or two passes over rows that are in the cache.
 #pragma once
 
-#include "activations.h"
+#include "apply.h"
 #include "blocks.h"
 #include "intervals.h"
 
@@ -417,7 +417,7 @@ void parabolas(const Work& w, const Form& a, const ChainLayer& layer, int64_t H,
     }
   }
   const Numbers<double> numbers{layer.numbers[0], layer.numbers[1], layer.numbers[2]};
-  orders_of<double>(int(layer.kind))[2](
+  orders_of<double>(int(layer.kind))[all_orders](
       {knots + 2, columns, w.knot, ld, w.values[0], w.values[1], w.values[2], ld}, numbers);
 
   // Closest in the mean, the ends counting more as they do for the largest error.

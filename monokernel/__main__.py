@@ -15,7 +15,7 @@ from torch import nn
 from . import __version__
 from .api import fused_mono_penalty
 from .arguments import AskedBackend
-from .backends import BACKENDS, cpu, load
+from .backends import BACKENDS, cpu, load, native
 from .planning import plan
 
 __all__ = ["main"]
@@ -61,7 +61,7 @@ def _machine() -> list[tuple[str, str]]:
 
 def _native() -> list[tuple[str, str]]:
     return [
-        ("native kernel", cpu.missing() or str(cpu.path())),
+        ("native kernel", cpu.missing() or str(native.path())),
         ("instructions", cpu.isa() or "none"),
         ("boundary", cpu.boundary()),
     ]

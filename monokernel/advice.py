@@ -6,9 +6,19 @@ import re
 
 from .problem import Mode
 
-__all__ = ["FEW", "advice", "cost"]
+__all__ = ["FEW", "advice", "cost", "products"]
 
 FEW = 0.05  # the share of violating rows once training has begun to work
+
+
+def products(mode: Mode, D: int, k: int, v: float, curved: bool = True) -> float:
+    """Matrix products of a hidden layer in a penalised step, of which a share v of the pairs
+    violates; a plain step has 3. ``curved``: σ'' is not zero everywhere."""
+    if mode == "tangent":
+        return 3 + k + 3 * k * v
+    if D == 1:
+        return 3 + (3 if curved else 2) * v
+    return 3 + D + 3 * D * v
 
 
 def cost(backend: str, mode: Mode, D: int, k: int, running: bool) -> tuple[float, float]:
@@ -21,13 +31,7 @@ def cost(backend: str, mode: Mode, D: int, k: int, running: bool) -> tuple[float
     if backend == "reference":
         twice = 2.0 * (1 + D) + running
         return twice, twice
-
-    def products(v: float) -> float:
-        if mode == "tangent":
-            return 3 + k + 3 * k * v
-        return 3 + 3 * v if D == 1 else 3 + D + 3 * D * v
-
-    return products(FEW) / 3, products(1.0) / 3
+    return products(mode, D, k, FEW) / 3, products(mode, D, k, 1.0) / 3
 
 
 RUNNING = (

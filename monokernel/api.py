@@ -29,8 +29,8 @@ from .arguments import (
     plain,
 )
 from .backends import BACKENDS, general, reference
+from .boundary import evaluate, operand_dtype
 from .columns import take
-from .function import evaluate, operand_dtype
 from .network import unwrap
 from .operands import check_saveable, has_memory, traced
 from .planning import Route, choose

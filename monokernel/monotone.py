@@ -28,7 +28,7 @@ from .arguments import (
     is_mapping,
 )
 from .backends import reference
-from .function import operand_dtype, traced, transformed
+from .boundary import operand_dtype, traced, transformed
 from .intervals import ENDS, Interval, jacobian, without_range
 from .operands import PLAIN
 from .problem import accumulate_dtype

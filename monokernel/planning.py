@@ -29,8 +29,8 @@ from .arguments import (
     check_parameter,
 )
 from .backends import BACKENDS, general, refusal
+from .boundary import operand_dtype, transformed
 from .columns import Columns
-from .function import operand_dtype, transformed
 from .operands import has_memory
 from .problem import Mode, Problem, cheaper_mode, direction_table
 from .program import Node

@@ -1,4 +1,4 @@
-"""A network as a program: a straight line of row-wise nodes over values v_0 = x, v_1, …, v_n = y.
+"""A network as a program: a straight line of row-wise nodes over values v_0 = x, v_1, …, v_I = y.
 
 Each value is (N, H_i). Node number i makes v_{i+1} from earlier values; what each kind computes is
 one row of the table in ``nodes.py``. Plain data, so that it can be hashed, compared and passed

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from .activations import SELU_ALPHA, SELU_SCALE
 from .arguments import Inputs
-from .function import operand_dtype
+from .boundary import operand_dtype
 from .network import where
 from .operands import PLAIN, traced
 from .problem import accumulate_dtype

@@ -36,6 +36,15 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For small sizes, at which a second thread only makes the first one wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def _poison() -> Iterator[None]:
     """Every uninitialised float tensor is filled with NaN, inside PyTorch and the extension too."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -107,6 +109,44 @@ def mlp(
     return net
 
 
+class Recurrent(nn.Module):
+    """An LSTM over the same row three times."""
+
+    def __init__(self, d: int, D: int) -> None:
+        super().__init__()
+        self.cell, self.out = nn.LSTM(d, 4, batch_first=True), nn.Linear(4, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.cell(x.unsqueeze(1).expand(-1, 3, -1))[0][:, -1])
+
+
+class Attention(nn.Module):
+    """Fused attention, which has no second derivative unless it is told to do without fusion."""
+
+    def __init__(self, d: int, D: int) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(d, 6), nn.Linear(6, D)
+        self.layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = torch.arange(1.0, 4.0, dtype=x.dtype).unsqueeze(1)
+        return self.out(self.layer(self.into(x).unsqueeze(1) * steps).mean(1))
+
+
+class Cube(torch.autograd.Function):
+    """A derivative of its own, in the old style."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * g
+
+
 class Reads(nn.Module):
     """Two outputs that read the last column of x (..., 5) by ``how``, and the others smoothly."""
 
@@ -160,19 +200,29 @@ def quantized(layers: Collection[Any]) -> nn.Module:
     return net
 
 
+def text_of(path: str) -> str:
+    """Of a file in the repository, or of the package, wherever that is installed."""
+    home = Path(__file__).resolve().parent.parent
+    if path.startswith("monokernel/"):
+        home = Path(monokernel.__file__).parent.parent
+    return (home / path).read_text(encoding="utf-8")
+
+
 def points(N: int, d1: int, k: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     return torch.randn(N, d1, dtype=dtype), torch.randn(N, k, dtype=dtype)
 
 
 def oracle(net: nn.Module, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-    """y (..., D) and J (..., D, k) by one reverse pass per output, ready for a second backward."""
+    """y as the network has it, (..., D) or (...), and J (..., D, k) by one reverse pass per output,
+    ready for a second backward."""
     if not x2.requires_grad:
         x2 = x2.detach().requires_grad_()
     with mock.patch.object(F, "hardsigmoid", hardsigmoid):
         y = net(torch.cat([x1, x2], -1))
+    outputs = y.unsqueeze(-1) if y.dim() < x2.dim() else y
     rows = [
-        torch.autograd.grad(y[..., d].sum(), x2, create_graph=True, materialize_grads=True)[0]
-        for d in range(y.shape[-1])
+        torch.autograd.grad(out.sum(), x2, create_graph=True, materialize_grads=True)[0]
+        for out in outputs.unbind(-1)
     ]
     return y, torch.stack(rows, -2)
 
@@ -203,6 +253,15 @@ def assert_same(got: Sequence[Tensor], want: Sequence[Tensor], tolerance: float 
         scale = w.abs().max().clamp(min=1e-3) if w.numel() else torch.ones(())
         error = ((g - w).abs().max() / scale).item() if w.numel() else 0.0
         assert error <= tolerance, f"tensor {i}: relative error {error:.2e} > {tolerance:.0e}"
+
+
+def ways(net: nn.Module, *x: Tensor) -> Iterator[dict[str, str]]:
+    """The modes and backends that serve the network; one at least always does."""
+    for mode, backend in itertools.product(("tangent", "adjoint"), BACKENDS):
+        if monokernel.plan(net, *x, mode=mode, backend=backend).serves:
+            yield {"mode": mode, "backend": backend}
+        else:
+            assert (mode, backend) != ("adjoint", "reference"), "it serves every network"
 
 
 def served(backend: str) -> bool:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import multiprocessing.pool
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from time import sleep
@@ -21,17 +19,17 @@ pytest.importorskip("benchmarks", reason="the benchmarks are not part of the pac
 from benchmarks import gpu, pages, peers, rivals, step, zoo
 from benchmarks.cases import Case, Job
 from benchmarks.measure import interleave
+from benchmarks.tables import read_rows
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 TINY = Case(64, 16, 1, 2, "silu", 0.25)
+
+
+def table_on_the_page(module: ModuleType) -> str:
+    text: str = module.PAGE.read_text(encoding="utf-8")
+    return text.split(module.BEGIN)[1].split(module.END)[0].strip()
 
 
 @pytest.mark.parametrize("outputs", [1, 3])
@@ -72,8 +70,7 @@ def test_command_appends_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     words = "--rows 64 --width 16 --outputs 1 --columns 1 --activation relu --share 0"
     for _ in range(2):
         step.main([*words.split(), "--no-compiled", "--no-peers", "--csv", str(path)])
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(path)
     names = [row["rival"] for row in rows]
     assert names.count(rivals.PLAIN) == 2
     assert names.count("monokernel torch") == 2
@@ -96,10 +93,8 @@ def test_accuracy_page_shows_what_was_measured() -> None:
     pytest.importorskip("sklearn")
     from benchmarks import accuracy
 
-    with accuracy.RESULTS.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    page = accuracy.PAGE.read_text(encoding="utf-8")
-    assert page.split(accuracy.BEGIN)[1].split(accuracy.END)[0].strip() == accuracy.table(rows)
+    rows = read_rows(accuracy.RESULTS)
+    assert table_on_the_page(accuracy) == accuracy.table(rows)
 
 
 @pytest.mark.parametrize(
@@ -127,8 +122,7 @@ def test_peers_of_certify_agree(
     path = tmp_path / "peers.csv"
     for part in ("exact", "bounds"):
         peers.main(["--only", part, "--csv", str(path)])
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(path)
     exact = [row for row in rows if row["what"] == "exact"]
     assert {row["result"] for row in exact if "below" in row["method"]} == {"proved"}
     assert {row["result"] for row in exact if "above" in row["method"]} == {"violated"}
@@ -166,8 +160,7 @@ def test_grid_draws_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyP
     grid.main(["--csv", str(tmp_path / "g.csv"), "--figures", str(tmp_path), "--page", str(page)])
     assert "| 1 | 4 | silu | 16 | 16 |" in page.read_text()
     assert "old" not in page.read_text()
-    with (tmp_path / "g.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(tmp_path / "g.csv")
     assert [row["rival"] for row in rows[::3]] == ["PyTorch plain step"] * 2
     assert not any("disagrees" in row["note"] for row in rows)
     assert (tmp_path / "grid.svg").read_text().startswith("<?xml")
@@ -175,17 +168,13 @@ def test_grid_draws_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.skipif(not pages.RESULTS.exists(), reason="nothing measured yet")
 def test_benchmarks_page_shows_what_was_measured() -> None:
-    page = pages.PAGE.read_text(encoding="utf-8")
-    shown = page.split(pages.BEGIN)[1].split(pages.END)[0].strip()
-    assert shown == pages.tables(pages.read(pages.RESULTS))
+    assert table_on_the_page(pages) == pages.tables(read_rows(pages.RESULTS))
 
 
 def test_performance_page_shows_the_grid() -> None:
     from benchmarks import grid
 
-    page = grid.PAGE.read_text(encoding="utf-8")
-    shown = page.split(grid.BEGIN)[1].split(grid.END)[0].strip()
-    assert shown == grid.table(pages.read(grid.RESULTS))
+    assert table_on_the_page(grid) == grid.table(read_rows(grid.RESULTS))
 
 
 def test_the_page_prefers_undisturbed_runs() -> None:
@@ -244,9 +233,7 @@ def test_zoo_rows_are_added_and_make_the_table(
 
 @pytest.mark.skipif(not zoo.RESULTS.exists(), reason="nothing measured yet")
 def test_performance_page_shows_the_zoo() -> None:
-    page = zoo.PAGE.read_text(encoding="utf-8")
-    shown = page.split(zoo.BEGIN)[1].split(zoo.END)[0].strip()
-    assert shown == zoo.table(zoo.read(zoo.RESULTS))
+    assert table_on_the_page(zoo) == zoo.table(zoo.read(zoo.RESULTS))
 
 
 # --- the benchmark for a GPU, as far as it goes without one ---------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -23,7 +22,7 @@ from monokernel import (
 )
 from monokernel.backends import compaction
 from monokernel.columns import add, last_columns, runs_of, spread, take
-from tests.support import BACKENDS, assert_same, gradients, mlp, oracle, oracle_penalties
+from tests.support import BACKENDS, assert_same, gradients, mlp, oracle, oracle_penalties, ways
 from tests.zoo import ACTIVE, ZOO, network
 
 ROWS, WIDTH, D_IN = 21, 8, 6
@@ -72,21 +71,9 @@ class General(nn.Module):
         return y if y.sum() < 1e9 else -y
 
 
-def ways(net: nn.Module, x: Tensor) -> Iterator[dict[str, str]]:
-    served = 0
-    for mode, backend in itertools.product(("tangent", "adjoint"), BACKENDS):
-        if not plan(net, x, mode=mode, backend=backend).serves:
-            continue
-        served += 1
-        yield {"mode": mode, "backend": backend}
-    assert served
-
-
 def truth(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """y and J (N, D, d) of every column, by double backward."""
-    plain = net(x).dim() < x.dim()
-    y, J = oracle((lambda t: net(t).unsqueeze(-1)) if plain else net, x[:, :0], x)  # type: ignore[arg-type]
-    return y.squeeze(-1) if plain else y, J
+    return oracle(net, x[:, :0], x)
 
 
 def constrained(signs: tuple[int, ...]) -> list[int]:

@@ -15,7 +15,16 @@ from torch.utils.checkpoint import checkpoint
 
 from monokernel import MonotonePenalty, fused_mono_penalty, value_and_jacobian
 from monokernel.backends import compaction
-from tests.support import assert_same, gradients, mlp, oracle, oracle_penalties, points
+from tests.support import (
+    Attention,
+    Recurrent,
+    assert_same,
+    gradients,
+    mlp,
+    oracle,
+    oracle_penalties,
+    points,
+)
 from tests.test_cost import SLACK, H, L, products
 from tests.test_cost import N as ROWS
 
@@ -113,34 +122,13 @@ class Checkpointed(nn.Module):
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "layer-norm": normed,
     "gated": lambda: Gated().double(),
-    "recurrent": lambda: Recurrent().double(),
-    "attention": lambda: Attention().double(),
+    "recurrent": lambda: Recurrent(D1 + K, D).double(),
+    "attention": lambda: Attention(D1 + K, D).double(),
     "checkpointed": Checkpointed,
     "batch-norm-eval": lambda: nn.Sequential(normed(), nn.BatchNorm1d(D)).double().eval(),
     "frozen": lambda: normed().requires_grad_(False),
     "scripted": lambda: torch.jit.script(normed()),
 }
-
-
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.cell, self.out = nn.LSTM(D1 + K, 4, batch_first=True), nn.Linear(4, D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.cell(x.unsqueeze(1).expand(-1, 3, -1))[0][:, -1])
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.into = nn.Linear(D1 + K, 6)
-        self.layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
-        self.out = nn.Linear(6, D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        steps = torch.arange(1.0, 4.0, dtype=x.dtype).unsqueeze(1)
-        return self.out(self.layer(self.into(x).unsqueeze(1) * steps).mean(1))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

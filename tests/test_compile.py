@@ -28,7 +28,7 @@ from monokernel import (
     plan,
     value_and_jacobian,
 )
-from tests.support import HANDWRITTEN, NEEDS_COMPILER, assert_same, gradients, points
+from tests.support import HANDWRITTEN, NEEDS_COMPILER, Cube, assert_same, gradients, points
 from tests.zoo import ZOO, network
 
 D1, K, WIDTH = 3, 2, 8
@@ -664,18 +664,6 @@ class Recurs(Layered):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.b(self.cell(self.hidden(x).unsqueeze(1))[0].squeeze(1))
         return y
-
-
-class Cube(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, h: Tensor) -> Tensor:
-        ctx.save_for_backward(h)
-        return h**3
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (h,) = ctx.saved_tensors
-        return 3 * h * h * g
 
 
 class Cubes(Layered):

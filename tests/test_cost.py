@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from monokernel import function, fused_mono_penalty
+from monokernel import boundary, fused_mono_penalty
 from tests.support import mlp, points
 
 H, L, N = 64, 4, 512  # L hidden layers; one product is 2·N·H² operations
@@ -20,7 +20,7 @@ H, L, N = 64, 4, 512  # L hidden layers; one product is 2·N·H² operations
 @pytest.fixture(autouse=True)
 def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mode that looks on sees the package's operators alone, and not the products in them."""
-    monkeypatch.setattr(function, "traced", lambda: False)
+    monkeypatch.setattr(boundary, "traced", lambda: False)
 
 
 class Operations(TorchDispatchMode):

@@ -19,11 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from monokernel import function, fused_mono_penalty, plan, value_and_jacobian
+from monokernel import boundary, fused_mono_penalty, plan, value_and_jacobian
 from monokernel.activations import ACTIVATIONS, Activation
-from monokernel.backends import cpu, handwritten
+from monokernel.backends import cpu, handwritten, native
 from monokernel.backends.cpu import Params
-from monokernel.function import FusedMonoPenalty
+from monokernel.boundary import FusedMonoPenalty
 from monokernel.problem import Hinge, Mode, Problem
 from monokernel.program import Node
 from tests.exact import EXACT
@@ -181,15 +181,15 @@ def test_half_precision_is_float32_rounded_once(
         assert g is None or (g.dtype == dtype and torch.equal(g, w.to(dtype)))  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("boundary", ["1", "0"])
+@pytest.mark.parametrize("built", ["1", "0"])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_autocast_takes_the_weights_as_they_are(
-    dtype: torch.dtype, boundary: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, built: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same bits as without autocast but for y and its gradient, which are in autocast's dtype:
     weights that were rounded first give other slopes."""
-    monkeypatch.setenv("MONOKERNEL_BOUNDARY", boundary)
-    function._step.cache_clear()
+    monkeypatch.setenv("MONOKERNEL_BOUNDARY", built)
+    boundary._step.cache_clear()
     net, (x1, x2) = mlp(3, 2, 2, dtype=torch.float32), points(50, 3, 2, torch.float32)
     net[2].requires_grad_(False)
     params = [t for t in net.parameters() if t.requires_grad]
@@ -207,7 +207,7 @@ def test_autocast_takes_the_weights_as_they_are(
     rounded = value_and_jacobian(net, x1.to(dtype), x2.to(dtype), backend="cpu")[1]
     assert (rounded - J).abs().max() > 10 * torch.finfo(torch.float32).eps * J.abs().max()
     monkeypatch.undo()
-    function._step.cache_clear()
+    boundary._step.cache_clear()
 
 
 def test_autocast_brings_dtypes_together() -> None:
@@ -426,11 +426,13 @@ def leaves(
     return [None if t is None else t.requires_grad_() for t in params]
 
 
-@pytest.mark.skipif(not (cpu._PACKAGE / cpu.LIBRARY).exists(), reason="built without a compiler")
+@pytest.mark.skipif(
+    not (native.PACKAGE / native.LIBRARY).exists(), reason="built without a compiler"
+)
 @pytest.mark.skipif(not (ROOT / ".venv" / ".ready").exists(), reason="not built by the Makefile")
 def test_the_boundary_was_built() -> None:
     """Where the kernel was built against this PyTorch its operator was too, or fails to compile."""
-    assert (cpu._PACKAGE / cpu.BOUNDARY.format(*torch.__version__.split(".")[:2])).exists()
+    assert (native.PACKAGE / cpu.BOUNDARY.format(*torch.__version__.split(".")[:2])).exists()
 
 
 @BOUNDARY
@@ -523,12 +525,12 @@ def test_the_operator_serves_the_public_call(monkeypatch: pytest.MonkeyPatch) ->
     found = []
     for way in ("1", "0"):
         monkeypatch.setenv("MONOKERNEL_BOUNDARY", way)
-        function._step.cache_clear()
+        boundary._step.cache_clear()
         y, penalty = fused_mono_penalty(net, x1, x2, margin=0.1, return_output=True)
         assert ("CppFunction" in type(y.grad_fn).__name__) == (way == "1")
         found.append([y, penalty, *torch.autograd.grad(y.sum() + penalty, params)])
     monkeypatch.undo()
-    function._step.cache_clear()
+    boundary._step.cache_clear()
     assert all(map(torch.equal, *found))
 
 
@@ -570,16 +572,16 @@ def test_refuses_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     meta = torch.empty(0, 4, device="meta")
     assert cpu.refuses(p, meta) == "it serves CPU tensors, got meta"
     monkeypatch.setenv("MONOKERNEL_LIBRARY", str(tmp_path / "none.so"))
-    monkeypatch.setattr(cpu, "_PACKAGE", tmp_path)
-    (tmp_path / cpu.BUILD_LOG).write_text("no C++ compiler was found\n")
-    assert cpu._open() == "the native kernel is missing: no C++ compiler was found"
+    monkeypatch.setattr(native, "PACKAGE", tmp_path)
+    (tmp_path / native.BUILD_LOG).write_text("no C++ compiler was found\n")
+    assert native._open() == "the native kernel is missing: no C++ compiler was found"
     with pytest.warns(RuntimeWarning, match=r"no C\+\+ compiler was found; on the CPU PyTorch"):
-        assert isinstance(cpu._library.__wrapped__(), str)
+        assert isinstance(native.library.__wrapped__(), str)
     (tmp_path / "none.so").write_text("not a library")
-    assert "could not be opened" in str(cpu._open())
+    assert "could not be opened" in str(native._open())
     other = next((Path(torch.__file__).parent / "lib").glob("*c10.*"))
     monkeypatch.setenv("MONOKERNEL_LIBRARY", str(other))
-    assert cpu._open() == "the native kernel is of another version, it has no mk_isa"
+    assert native._open() == "the native kernel is of another version, it has no mk_isa"
 
 
 def test_no_memory_is_lost_over_many_calls() -> None:

@@ -21,7 +21,10 @@ from tests.support import (
     BACKENDS,
     HANDWRITTEN,
     WITHOUT_DERIVATIVE,
+    Attention,
+    Cube,
     Reads,
+    Recurrent,
     assert_same,
     gradients,
     mlp,
@@ -55,43 +58,9 @@ class Handwritten(nn.Module):
         return Cube.apply(self.b(h))
 
 
-class Cube(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 3 * x**2 * g
-
-
 class Subclass(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * 2
-
-
-class Attention(nn.Module):
-    """Fused attention, which has no second derivative unless it is told to do without fusion."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.into = nn.Linear(D1 + K, 6)
-        self.layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        steps = torch.arange(1.0, 4.0, dtype=x.dtype).unsqueeze(1)
-        return self.layer(self.into(x).unsqueeze(1) * steps).mean(1)
-
-
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.cell, self.out = nn.LSTM(D1 + K, 4, batch_first=True), nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.cell(x.unsqueeze(1).expand(-1, 3, -1))[0][:, -1])
 
 
 def hooked() -> nn.Sequential:
@@ -123,8 +92,8 @@ MODULES = {
     "instance-norm": lambda: nn.Sequential(
         nn.Linear(5, 6), nn.Unflatten(1, (2, 3)), nn.InstanceNorm1d(2, affine=True), nn.Flatten()
     ),
-    "attention": lambda: Attention(),
-    "recurrent": lambda: Recurrent(),
+    "attention": lambda: Attention(D1 + K, 6),
+    "recurrent": lambda: Recurrent(D1 + K, 2),
     "weight-norm-by-hook": lambda: nn.Sequential(
         nn.utils.weight_norm(nn.Linear(5, 6)), nn.SiLU(), nn.Linear(6, 2)
     ),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,10 @@ from monokernel.backends import cpu
 
 tomllib: Any = pytest.importorskip("tomllib")
 
+from tests.support import text_of  # noqa: E402
 from tools import wheel  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def text_of(path: str) -> str:
-    return (ROOT / path).read_text(encoding="utf-8")
 
 
 def project() -> dict[str, Any]:
@@ -60,8 +59,8 @@ def test_the_changelog_has_every_public_name_and_the_version() -> None:
 
 def test_lint_is_one_thing() -> None:
     """At exact versions; a commit and the workflow run the same target."""
-    pinned = re.findall(r"^(ruff|mypy)==", text_of("requirements/dev.txt"), re.M)
-    assert sorted(pinned) == ["mypy", "ruff"]
+    pinned = re.findall(r"^(ruff|mypy|clang-format)==", text_of("requirements/dev.txt"), re.M)
+    assert sorted(pinned) == ["clang-format", "mypy", "ruff"]
     assert re.findall(r"entry: (.*)", text_of(".pre-commit-config.yaml")) == ["make lint"]
     assert re.findall(r"- run: (make \w+)", text_of(".github/workflows/lint.yml")) == ["make lint"]
 
@@ -131,3 +130,46 @@ def test_the_architecture_has_a_place_for_every_module() -> None:
     page = text_of("docs/architecture.md")
     modules = {p.stem for p in (ROOT / "monokernel").glob("*.py") if not p.stem.startswith("_")}
     assert not {name for name in modules if f"`{name}.py`" not in page}
+
+
+def test_the_native_page_has_a_place_for_every_file() -> None:
+    page = text_of("docs/native.md")
+    files = {p.name for p in (ROOT / "csrc").iterdir() if p.is_file()}
+    assert not {name for name in files if f"`{name}`" not in page}
+
+
+SCREEN = 60  # lines
+# By a few lines: what would be split off has no name of its own.
+LONGER = {"network.py: read", "forms.py: slopes", "quadratic.py: by_pytorch"}
+
+
+def long_functions(text: str) -> Iterator[str]:
+    """Those whose body, without a docstring, is longer than a screen; kernels are not asked."""
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if any("jit" in ast.unparse(d) for d in node.decorator_list):
+            continue
+        start = node.body[ast.get_docstring(node) is not None :] or node.body
+        assert node.end_lineno is not None
+        if node.end_lineno - start[0].lineno + 1 > SCREEN:
+            yield node.name
+
+
+def test_no_function_is_longer_than_a_screen() -> None:
+    home = Path(monokernel.__file__).parent
+    folders = [home, *(ROOT / name for name in ("benchmarks", "examples", "tests", "tools"))]
+    found = {
+        f"{p.name}: {f}"
+        for folder in folders
+        for p in folder.rglob("*.py")
+        for f in long_functions(p.read_text("utf-8"))
+    }
+    assert not found - LONGER
+
+
+def test_a_long_function_is_found_and_a_kernel_is_none() -> None:
+    body = '    """What it is for."""\n' + "    x = 1\n" * (SCREEN + 1)
+    assert list(long_functions(f"def f(\n    x,\n):\n{body}")) == ["f"]
+    assert not list(long_functions(f"def f():\n{body[: -len('    x = 1') - 1]}"))
+    assert not list(long_functions(f"@triton.jit\ndef f():\n{body}"))

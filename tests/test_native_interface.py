@@ -1,4 +1,4 @@
-"""The C interface of ``csrc/c_api.h`` as ``backends/cpu.py`` and ``csrc/boundary.cpp`` have it.
+"""The C interface of ``csrc/c_api.h`` as ``backends/native.py`` and ``csrc/boundary.cpp`` have it.
 
 ctypes believes what it is told: an argument too many, or a field in another place, would be read as
 something else.
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from monokernel.activations import ACTIVATIONS
-from monokernel.backends import cpu
+from monokernel.backends import cpu, native
 from monokernel.nodes import RULES
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
@@ -69,7 +69,7 @@ def test_the_parser_sees_what_is_there() -> None:
 
 
 def test_functions() -> None:
-    assert functions() == cpu.SIGNATURES
+    assert functions() == native.SIGNATURES
 
 
 def test_the_structures() -> None:
@@ -77,7 +77,7 @@ def test_the_structures() -> None:
         return [(name, (t._type_, t._length_) if isinstance(t, type(Array)) else t)
                 for name, t in declared]  # fmt: skip
 
-    assert plain(cpu._Shape._fields_) == plain(fields("mk_shape"))
+    assert plain(native._Shape._fields_) == plain(fields("mk_shape"))
     assert plain(cpu._Layer._fields_) == plain(fields("mk_layer"))
     assert plain(cpu._Piecewise._fields_) == plain(fields("mk_piecewise"))
 
@@ -93,16 +93,16 @@ def test_what_the_operator_calls() -> None:
 def test_what_is_saved() -> None:
     """Of each row of x: as many buffers in ``Saved`` as the shape tells the sizes of."""
     (count,) = re.findall(r"max_saved = (\d+)", text_of("plan.h"))
-    saved: Any = dict(cpu._Shape._fields_)["saved"]
+    saved: Any = dict(native._Shape._fields_)["saved"]
     assert int(count) == saved._length_
 
 
 @pytest.mark.skipif(cpu.isa() is None, reason="the native kernel was not built")
 def test_kinds_of_nodes() -> None:
     """All that there are, first the activations."""
-    library = cpu._library()
+    library = native.library()
     assert not isinstance(library, str)
-    names = list(cpu._codes(library))
+    names = list(native.codes_of(library))
     assert names[: len(ACTIVATIONS)] == list(ACTIVATIONS)
     assert sorted(names) == sorted(RULES)
     plan = text_of("plan.h")

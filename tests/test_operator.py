@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from monokernel import MonotonePenalty, fused_mono_penalty, plan, value_and_jacobian
 from monokernel.activations import Activation
-from monokernel.function import _forward_op  # the eager implementation of the operator
+from monokernel.boundary import _forward_op  # the eager implementation of the operator
 from monokernel.problem import Hinge, accumulate_dtype, chain_problem, pack
 from tests.support import (
     HANDWRITTEN,

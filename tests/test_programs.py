@@ -128,6 +128,54 @@ def check(
 # --- random programs ----------------------------------------------------------------------------
 
 
+Made = tuple[str, tuple[int, ...], tuple[float, ...], int]  # kind, inputs, numbers and width
+
+
+def some_kind(draw: Any, H: int) -> str:
+    kinds = [kind for kind in RULES if kind not in UNRULY and (kind != "expand" or H == 1)]
+    more = ["linear", "linear", "linear", "sum", "product", *["split"] * (3 * (H >= 32))]
+    return str(draw(st.sampled_from([*kinds, *more])))
+
+
+def nodes_of(draw: Any, kind: str, v: int, widths: list[int]) -> list[Made]:
+    """A node of the kind that reads value v and perhaps others; of "split" the parts of v."""
+    H = widths[v]
+    alike = st.sampled_from([u for u, width in enumerate(widths) if width == H])
+    numbers: tuple[float, ...] = ()
+    inputs, width = (v,), H
+    if kind == "split":  # all of it, or all but what is no whole vector
+        starts = draw(st.permutations(range(0, H - H % 16, 16)))
+        return [("columns", (v,), (float(start), 1.0), 16) for start in starts]
+    if kind == "linear":
+        width = draw(st.one_of(st.integers(1, 6), st.sampled_from([17, 32, 40, 48])))
+    elif kind in TAME:
+        numbers = TAME[kind][1:]
+    elif kind == "sum":
+        inputs = tuple(draw(st.lists(alike, min_size=1, max_size=3)))
+        signs = st.sampled_from([1.0, -1.0, 0.5])
+        numbers = tuple([draw(signs) for _ in inputs])
+    elif kind == "product":
+        inputs = (v, draw(alike))
+    elif kind == "concat":
+        inputs = (v, *draw(st.lists(st.integers(0, len(widths) - 1), max_size=2)))
+        width = sum(widths[u] for u in inputs)
+    elif kind == "columns":
+        start, step = draw(st.integers(0, H - 1)), draw(st.integers(1, 2))
+        numbers = float(start), float(step)
+        width = draw(st.integers(1, (H - 1 - start) // step + 1))
+    elif kind == "line":
+        numbers = draw(st.sampled_from([(1.0, 0.5), (-0.75, 0.0)]))
+    elif kind == "expand":
+        width = draw(st.integers(1, 3))
+    elif kind == "total":
+        width = 1
+    elif kind in ("normalise", "root_mean_square"):
+        numbers = (0.25,)
+    elif kind == "dropout":
+        numbers = draw(st.sampled_from([0.0, 0.3])), draw(st.integers(0, 2))
+    return [(kind, inputs, numbers, width)]
+
+
 @st.composite
 def programs(draw: Any, d: int, D: int) -> tuple[Node, ...]:
     """A random program over d columns with D outputs: any node may read any value before it."""
@@ -151,45 +199,8 @@ def programs(draw: Any, d: int, D: int) -> tuple[Node, ...]:
 
     for _ in range(draw(st.integers(0, 9))):
         v = draw(st.integers(0, len(nodes)))
-        H = widths[v]
-        alike = st.sampled_from([u for u, width in enumerate(widths) if width == H])
-        kinds = [kind for kind in RULES if kind not in UNRULY and (kind != "expand" or H == 1)]
-        more = ["linear", "linear", "linear", "sum", "product", *["split"] * (3 * (H >= 32))]
-        kind = draw(st.sampled_from([*kinds, *more]))
-        if kind == "linear":
-            wide = st.sampled_from([17, 32, 40, 48])
-            append(kind, (v,), (), draw(st.one_of(st.integers(1, 6), wide)))
-        elif kind == "split":  # all of it, or all but what is no whole vector
-            for start in draw(st.permutations(range(0, H - H % 16, 16))):
-                append("columns", (v,), (float(start), 1.0), 16)
-        elif kind in TAME:
-            append(kind, (v,), TAME[kind][1:], H)
-        elif kind == "sum":
-            inputs = tuple(draw(st.lists(alike, min_size=1, max_size=3)))
-            signs = st.sampled_from([1.0, -1.0, 0.5])
-            append(kind, inputs, tuple([draw(signs) for _ in inputs]), H)
-        elif kind == "product":
-            append(kind, (v, draw(alike)), (), H)
-        elif kind == "concat":
-            values = st.integers(0, len(nodes))
-            inputs = (v, *draw(st.lists(values, max_size=2)))
-            append(kind, inputs, (), sum(widths[u] for u in inputs))
-        elif kind == "columns":
-            start, step = draw(st.integers(0, H - 1)), draw(st.integers(1, 2))
-            most = (H - 1 - start) // step + 1
-            append(kind, (v,), (float(start), float(step)), draw(st.integers(1, most)))
-        elif kind == "line":
-            append(kind, (v,), draw(st.sampled_from([(1.0, 0.5), (-0.75, 0.0)])), H)
-        elif kind == "expand":
-            append(kind, (v,), (), draw(st.integers(1, 3)))
-        elif kind == "total":
-            append(kind, (v,), (), 1)
-        elif kind in ("normalise", "root_mean_square"):
-            append(kind, (v,), (0.25,), H)
-        elif kind == "dropout":
-            append(kind, (v,), (draw(st.sampled_from([0.0, 0.3])), draw(st.integers(0, 2))), H)
-        else:
-            append(kind, (v,), (), H)
+        for made in nodes_of(draw, some_kind(draw, widths[v]), v, widths):
+            append(*made)
     if widths[-1] != D or not nodes or draw(st.booleans()):
         append("linear", (draw(st.integers(0, len(nodes))),), (), D)
     return tuple(nodes)

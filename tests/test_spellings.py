@@ -7,20 +7,17 @@ of that place.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-import monokernel
 from monokernel import ranges
 from monokernel.activations import ACTIVATIONS
 from monokernel.arguments import check_inputs
 from monokernel.reading import Reading, read
 from tests.exact import EXACT
-from tests.support import ACTIVATION_MODULES, ELEMENTWISE, WRITTEN, Function
+from tests.support import ACTIVATION_MODULES, ELEMENTWISE, WRITTEN, Function, text_of
 
-ROOT = Path(__file__).resolve().parent.parent
 KINDS_H = "csrc/kinds.h"
 DEVICE = "monokernel/backends/triton/device/activations.py"
 # Bounds of σ''' and σ'''' are for smooth kinds without a number whose derivatives are bounded. The
@@ -47,12 +44,6 @@ class _Written(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.f(x)
-
-
-def text_of(path: str) -> str:
-    """Of a file in the repository, or of the package, wherever that is installed."""
-    home = Path(monokernel.__file__).parent.parent if path.startswith("monokernel/") else ROOT
-    return (home / path).read_text(encoding="utf-8")
 
 
 def rows_of_cpp() -> list[tuple[str, bool]]:

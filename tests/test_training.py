@@ -17,6 +17,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -33,17 +34,14 @@ from monokernel import (
 )
 from tests.support import NEEDS_COMPILER
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 D1, K, D = 3, 2, 2
 DIRECTION = [[1, -1], [0, 1]]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """At these sizes a second thread only makes the first one wait."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def network(dtype: torch.dtype = torch.float64, outputs: int = D, seed: int = 0) -> nn.Sequential:
@@ -589,18 +587,9 @@ def said(call: Callable[[], object]) -> str:
     return ""
 
 
-def on_rank(rank: int, port: int, folder: str) -> None:
-    """One process of two: DDP and FSDP2 on its half of the rows; writes the gradients it got."""
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+def by_ddp(x1: Tensor, x2: Tensor, t: Tensor) -> dict[str, object]:
     from torch.nn.parallel import DistributedDataParallel
 
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS
-    )
-    x1, x2, t = (v.chunk(RANKS)[rank] for v in data())
     found: dict[str, object] = {}
     for reduction in ("sum", "mean"):
         mlp = network()
@@ -612,7 +601,19 @@ def on_rank(rank: int, port: int, folder: str) -> None:
     ddp = DistributedDataParallel(compiled)
     loss_of(ddp(x1, x2), t).backward()
     found["ddp compiled"] = grads(mlp)
-    mesh = init_device_mesh("cpu", (RANKS,))
+    mlp = network()
+    inner = DistributedDataParallel(mlp)
+    loss_of(penalised(inner, reduction="mean")(x1, x2), t).backward()
+    found["ddp inside"] = grads(mlp)
+    built = monotone()
+    ddp = DistributedDataParallel(built)
+    (ddp(torch.cat([x1, x2], -1)) - t).square().mean().backward()
+    return found | {"monotone ddp": grads(built)}
+
+
+def by_fsdp(x1: Tensor, x2: Tensor, t: Tensor, mesh: DeviceMesh) -> dict[str, object]:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     model = penalised(network(), reduction="mean")
     fully_shard(model, mesh=mesh)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -620,38 +621,53 @@ def on_rank(rank: int, port: int, folder: str) -> None:
         optimizer.zero_grad()
         loss_of(model(x1, x2), t).backward()
         optimizer.step()
-    found["fsdp"] = {n: p.full_tensor().detach() for n, p in model.mlp.named_parameters()}
+    trained = {n: p.full_tensor().detach() for n, p in model.mlp.named_parameters()}
     half = penalised(network(torch.float32), reduction="mean")
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     fully_shard(half, mesh=mesh, mp_policy=policy)
     y, penalty = half(x1.float(), x2.float())
     ((y.float() - t.float()).square().mean() + penalty).backward()
-    found["fsdp bfloat16"] = [p.grad.full_tensor() for p in half.parameters()]  # type: ignore[union-attr]
     apart = network()
     fully_shard(apart[0], mesh=mesh)
-    try:
-        penalised(apart)(x1, x2)
-    except ValueError as error:
-        found["fsdp layer"] = str(error)
-    mlp = network()
-    inner = DistributedDataParallel(mlp)
-    loss_of(penalised(inner, reduction="mean")(x1, x2), t).backward()
-    found["ddp inside"] = grads(mlp)
-    x = torch.cat([x1, x2], -1)
-    built = monotone()
-    ddp = DistributedDataParallel(built)
-    (ddp(x) - t).square().mean().backward()
-    found["monotone ddp"] = grads(built)
+    return {
+        "fsdp": trained,
+        "fsdp bfloat16": [p.grad.full_tensor() for p in half.parameters()],  # type: ignore[union-attr]
+        "fsdp layer": said(lambda: penalised(apart)(x1, x2)),
+    }
+
+
+def monotone_by_fsdp(x: Tensor, t: Tensor, mesh: DeviceMesh) -> dict[str, object]:
+    from torch.distributed.fsdp import fully_shard
+
     built = monotone()
     fully_shard(built, mesh=mesh)
     (built(x) - t).square().mean().backward()
-    found["monotone fsdp"] = [p.grad.full_tensor() for p in built.parameters()]  # type: ignore[union-attr]
-    found["monotone sharded"] = said(built.frozen)
+    found: dict[str, object] = {
+        "monotone fsdp": [p.grad.full_tensor() for p in built.parameters()],  # type: ignore[union-attr]
+        "monotone sharded": said(built.frozen),
+    }
     built.unshard()  # type: ignore[operator]
-    found["monotone frozen"] = built.frozen()(x)
     apart = monotone()
     fully_shard(apart.mlp[0], mesh=mesh)  # type: ignore[index]
-    found["monotone layer"] = said(lambda: apart(x))
+    return found | {
+        "monotone frozen": built.frozen()(x),
+        "monotone layer": said(lambda: apart(x)),
+    }
+
+
+def on_rank(rank: int, port: int, folder: str) -> None:
+    """One process of two: DDP and FSDP2 on its half of the rows; writes what it got."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS
+    )
+    x1, x2, t = (v.chunk(RANKS)[rank] for v in data())
+    mesh = init_device_mesh("cpu", (RANKS,))
+    found = by_ddp(x1, x2, t) | by_fsdp(x1, x2, t, mesh)
+    found |= monotone_by_fsdp(torch.cat([x1, x2], -1), t, mesh)
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 

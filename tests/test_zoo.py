@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
-from itertools import product
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from monokernel import MonotonePenalty, audit, fused_mono_penalty, plan, value_and_jacobian
-from tests.support import HANDWRITTEN, assert_same, gradients, oracle, oracle_penalties, points
+from tests.support import (
+    HANDWRITTEN,
+    assert_same,
+    gradients,
+    oracle,
+    oracle_penalties,
+    points,
+    ways,
+)
 from tests.zoo import ACTIVE, ZOO, network
 
 ROWS, FREE, WIDTH = 33, 3, 8
@@ -30,42 +36,13 @@ def build(name: str, D: int, k: int = 2) -> nn.Module:
     return network(name, FREE + k, D, WIDTH, torch.float64, seed=7)
 
 
-def ways(net: nn.Module, x1: Tensor, x2: Tensor) -> Iterator[dict[str, str]]:
-    """The modes and backends that serve the network; one at least always does."""
-    for mode, backend in product(["tangent", "adjoint"], ["reference", "torch", "cpu"]):
-        if plan(net, x1, x2, mode=mode, backend=backend).serves:
-            yield {"mode": mode, "backend": backend}
-        else:
-            assert (mode, backend) != ("adjoint", "reference"), "it serves every network"
-
-
-def truth(net: nn.Module, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-    """y as the network has it, and J (N, D, k)."""
-    if net(torch.cat([x1, x2], -1)).dim() == 1:
-        y, J = oracle(Column(net), x1, x2)
-        return y.squeeze(-1), J
-    return oracle(net, x1, x2)
-
-
-class Column(nn.Module):
-    """y (N,) as a column (N, 1)."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.net(x)
-        return y.unsqueeze(-1)
-
-
 @EVERY
 @OUTPUTS
 def test_is_an_ordinary_network(name: str, D: int) -> None:
     """Slopes of either sign, every parameter used, rows that know nothing of each other."""
     net, (x1, x2) = build(name, D), points(ROWS, FREE, 2)
     torch.manual_seed(1)
-    y, J = truth(net, x1, x2)
+    y, J = oracle(net, x1, x2)
     assert y.shape == ((ROWS,) if (name, D) == ("squeezed", 1) else (ROWS, D))
     assert y.dtype == torch.float64
     share = (J < 0).double().mean().item()
@@ -74,7 +51,7 @@ def test_is_an_ordinary_network(name: str, D: int) -> None:
     assert all(bool(g.any()) for g in grads)
     if name not in ACTIVE:
         assert_same([net(torch.cat([x1[3:5], x2[3:5]], -1))], [y[3:5]], 1e-12)
-        assert_same(truth(build(name, D), x1, x2), [y, J], 0)  # the same for the same seed
+        assert_same(oracle(build(name, D), x1, x2), [y, J], 0)  # the same for the same seed
 
 
 @EVERY
@@ -90,15 +67,15 @@ def test_value_penalty_and_gradients(name: str, D: int) -> None:
     net, (x1, x2) = build(name, D), points(ROWS, FREE, 2)
     x1, x2 = x1.requires_grad_(), x2.requires_grad_()
     inputs = [x1, x2, *net.parameters()]
-    y, _ = truth(net, x1, x2)
+    y, _ = oracle(net, x1, x2)
     gy, weight = torch.randn_like(y), torch.rand(D, 2, dtype=torch.float64)
     for hinge in ("linear", "squared"):
-        _, J = truth(net, x1, x2)
+        _, J = oracle(net, x1, x2)
         entries = oracle_penalties(J, SIGNS, 0.05, hinge, weight)
         assert 0.05 < (entries > 0).double().mean() < 0.95
         mix = torch.randn_like(entries)
         want = gradients((entries * mix).sum(), *inputs)
-        y, J = truth(net, x1, x2)
+        y, J = oracle(net, x1, x2)
         entries = oracle_penalties(J, SIGNS, 0.05, hinge, weight)
         want_both = gradients((y * gy).sum() + entries.sum(), *inputs)
         for way in ways(net, x1, x2):
@@ -117,7 +94,7 @@ def test_slopes_and_their_gradients(name: str, D: int) -> None:
     net, (x1, x2) = build(name, D, k=1), points(ROWS, FREE, 1)
     x1, x2 = x1.requires_grad_(), x2.requires_grad_()
     inputs = [x1, x2, *net.parameters()]
-    y, J = truth(net, x1, x2)
+    y, J = oracle(net, x1, x2)
     gy, gJ = torch.randn_like(y), torch.randn_like(J)
     gJ[torch.rand(ROWS) < 0.5] = 0  # rows that the backward may skip
     want = gradients((y * gy).sum() + (J * gJ).sum(), *inputs)
@@ -144,7 +121,7 @@ def test_leading_axes(name: str, D: int) -> None:
 def test_audit_counts_its_violations(name: str, D: int) -> None:
     net, (x1, x2) = build(name, D), points(ROWS, FREE, 2)
     report = audit(net, x1, x2, direction=SIGNS)
-    J = truth(net, x1, x2)[1].detach() * SIGNS
+    J = oracle(net, x1, x2)[1].detach() * SIGNS
     assert_same([report.rate.double()], [(J < 0).double().mean(0)], 1e-6)
     assert_same([report.worst_slope.double()], [J.amin(0)], 1e-6)
     assert not report.blind.any()
@@ -154,7 +131,7 @@ def test_audit_counts_its_violations(name: str, D: int) -> None:
 def test_module_copy_and_pickle(name: str) -> None:
     net, (x1, x2) = build(name, 1), points(ROWS, FREE, 2)
     module = MonotonePenalty(net, direction=SIGNS, margin=0.05)
-    y, J = truth(net, x1, x2)
+    y, J = oracle(net, x1, x2)
     want = oracle_penalties(J, SIGNS, 0.05).sum()
     grads = gradients(y.sum() + want, *net.parameters())
     module(x1, x2)  # a copy of what has been called
@@ -172,7 +149,7 @@ def test_a_changed_weight_and_mode_are_seen(name: str) -> None:
     with torch.no_grad():
         for p in net.parameters():
             p.mul_(0.7)
-    assert_same(value_and_jacobian(net, x1, x2), truth(net, x1, x2))
+    assert_same(value_and_jacobian(net, x1, x2), oracle(net, x1, x2))
     twin = build(name, 1).train()
     if any(isinstance(m, nn.BatchNorm1d) for m in twin.modules()):
         with pytest.raises(ValueError, match="statistics of the batch"):
@@ -208,7 +185,7 @@ def test_a_compiled_step(name: str, D: int) -> None:
 def test_autocast(name: str, dtype: torch.dtype) -> None:
     """The output's dtype is PyTorch's; the slopes lose nothing, where the native kernel serves."""
     net, (x1, x2) = network(name, FREE + 2, 2, 12), points(ROWS, FREE, 2, torch.float32)
-    want, slopes = truth(copy.deepcopy(net).double(), x1.double(), x2.double())
+    want, slopes = oracle(copy.deepcopy(net).double(), x1.double(), x2.double())
     with torch.autocast("cpu", dtype):
         plain = net(torch.cat([x1, x2], -1))
         y, J = value_and_jacobian(net, x1, x2)

@@ -26,8 +26,8 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from ..boundary import operand_dtype
 from ..columns import Columns, take
-from ..function import operand_dtype
 
 __all__ = ["DENSE", "Call", "Repeat", "compacted", "slope"]
 

@@ -1,8 +1,5 @@
-"""The native CPU kernel: the library of ``csrc/`` behind the four functions of a backend.
-
-The library is plain C to the outside and is opened with ctypes, which releases the GIL; it gets raw
-pointers and runs on PyTorch's own thread pool through ``torch_parallel_for`` of LibTorch's stable C
-interface. So one binary serves every Python and every PyTorch from 2.10 on.
+"""The native CPU kernel: the library of ``csrc/`` (``native.py``) behind the four functions of a
+backend, and what ``monotone.py`` and ``certify.py`` have of it.
 
 It computes in float32 or float64. Of a network in half precision it reads operands converted to
 float32, and y and the gradients are rounded once, to the network's dtype, on the way out.
@@ -16,12 +13,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
-import warnings
 from collections.abc import Callable, Sequence
-from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
+from ctypes import c_double, c_int64, c_void_p
 from functools import cache, lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -30,38 +24,36 @@ from torch import Tensor
 
 from ..activations import ACTIVATIONS, Activation
 from ..enclosures import Slopes
-from ..problem import Problem, accumulate_dtype
+from ..problem import Problem
 from ..program import Node
 from ..ranges import THIRD, described
-from . import Step
+from . import Step, native
+from .native import PACKAGE, NativeProblem, check, codes_of, isa, missing, required
 
 if TYPE_CHECKING:
     from ..layers import Layers
 
 __all__ = [
-    *(
-        "Piecewise",
-        "Search",
-        "activation",
-        "backward",
-        "boundary",
-        "chain_slopes",
-        "forward",
-        "isa",
-    ),
-    *("forward", "isa", "lift", "missing", "path", "refuses", "saved_like", "step", "switch"),
+    "Piecewise",
+    "Search",
+    "activation",
+    "backward",
+    "boundary",
+    "chain_slopes",
+    "forward",
+    "isa",
+    "lift",
+    "missing",
+    "refuses",
+    "saved_like",
+    "step",
+    "switch",
 ]
 
 Params = Sequence[Tensor | None]
 
-LIBRARY = "_native.so"
-BUILD_LOG = "_native_build.txt"  # setup.py leaves the reason here where the library was not built
 BOUNDARY = "_boundary_{}_{}.so"  # for PyTorch's major and minor version
 
-# From so many bytes on, what forward saves comes from the library's pool; malloc keeps the rest.
-POOL_FROM = 1 << 18
-
-_PACKAGE = Path(__file__).resolve().parent.parent
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -74,10 +66,10 @@ def refuses(problem: Problem, x: Tensor) -> str | None:
         return f"it serves float32, float64, bfloat16 and float16, got {came}"
     if problem.cast is not None:
         return "it casts no operands, it takes all of them as they are"
-    library = _library()
+    library = native.library()
     if isinstance(library, str):
         return library
-    unknown = {node.kind for node in problem.nodes} - _codes(library).keys()
+    unknown = {node.kind for node in problem.nodes} - codes_of(library).keys()
     return f"it does not know {', '.join(sorted(unknown))}" if unknown else None
 
 
@@ -111,7 +103,7 @@ def forward(
         out.data_ptr(),
         plan.places(saved, N) if save else None,
     )
-    _check(status)
+    check(status)
     return y.to(dtype), out, saved
 
 
@@ -150,13 +142,18 @@ def backward(
         None if grads[0] is None else grads[0].data_ptr(),
         plan.pointers(grads[1:]),
     )
-    _check(status)
+    check(status)
     return [None if g is None else g.to(dtype) for g in grads]
+
+
+@lru_cache(maxsize=1024)
+def _plan(problem: Problem, dtype: torch.dtype) -> NativeProblem:
+    return NativeProblem(required(), problem, dtype)
 
 
 def step() -> Step | None:
     """y and the penalty or J by one operator that autograd knows, if there is one for this PyTorch
-    (and MONOKERNEL_BOUNDARY is not 0). ``function.py`` asks once."""
+    (and MONOKERNEL_BOUNDARY is not 0). ``boundary.py`` asks once."""
     operators = _operators()
     if operators is None:
         return None
@@ -179,8 +176,8 @@ def _operators() -> Any:
 @cache
 def _connected() -> Any:
     """The operators, which are told of the library once."""
-    library = _library()
-    built = _PACKAGE / BOUNDARY.format(*torch.__version__.split(".")[:2])
+    library = native.library()
+    built = PACKAGE / BOUNDARY.format(*torch.__version__.split(".")[:2])
     if isinstance(library, str) or not built.exists():
         return None
     try:
@@ -208,7 +205,7 @@ class Lift:
     """A program and the linear term that ``monotone.py`` adds to it, by one operator that autograd
     knows. Second derivatives are those of ``by_pytorch``."""
 
-    def __init__(self, plan: _Plan, operator: Any, by_pytorch: ByPyTorch | None) -> None:
+    def __init__(self, plan: NativeProblem, operator: Any, by_pytorch: ByPyTorch | None) -> None:
         self._plan, self._operator, self.by_pytorch = plan, operator, by_pytorch
         _lifts[plan.handle] = self
 
@@ -260,10 +257,10 @@ def lift(
         margin: what the term makes of every slope, at least.
         by_pytorch: the same in PyTorch's operations, for derivatives of any order.
     """
-    operators, library = _operators(), _library()
+    operators, library = _operators(), native.library()
     if operators is None or isinstance(library, str):
         return None
-    plan = _Plan(library, Problem(d, nodes, (), "tangent", None), dtype)
+    plan = NativeProblem(library, Problem(d, nodes, (), "tangent", None), dtype)
     ends = [end for side in zip(*boxes, strict=True) for row in side for end in row]
     signs = [sign for row in direction for sign in row]
     curves = [
@@ -286,6 +283,22 @@ def lift(
     return Lift(plan, operators.cpu_step.default, by_pytorch) if serves else None
 
 
+class _Layer(ctypes.Structure):
+    """mk_layer of ``csrc/c_api.h``."""
+
+    _fields_ = (
+        ("width", c_int64),
+        ("out", c_int64),
+        ("kind", c_int64),
+        ("numbers", c_double * 3),
+        ("third", c_double),
+        ("fourth", c_double),
+        ("curves", c_void_p),
+        ("W", c_void_p),
+        ("b", c_void_p),
+    )
+
+
 def chain_slopes(
     layers: Layers,
     c: Tensor,
@@ -296,10 +309,8 @@ def chain_slopes(
     wanted: Tensor | None = None,
 ) -> Slopes:
     """``quadratic.slopes`` by the library, in the thread that calls."""
-    library = _library()
-    if isinstance(library, str):
-        raise RuntimeError(library)
-    codes = _codes(library)
+    library = required()
+    codes = codes_of(library)
     held = list[Any]()  # what the library is given the places of
     chain = (_Layer * len(layers.W))()
     for to, W, b, σ in zip(chain, layers.W, layers.b, layers.σ, strict=True):
@@ -333,7 +344,7 @@ def chain_slopes(
         None if wanted is None else wanted.data_ptr(),
         (c_void_p * len(found))(*(t.data_ptr() for t in found)),
     )
-    _check(status)
+    check(status)
     return found
 
 
@@ -370,7 +381,7 @@ class Search:
 
     def __init__(self, library: ctypes.CDLL, memory: int | None, chain: Piecewise) -> None:
         if not memory:
-            _check(1)
+            check(1)
         self._library, self._memory, self._chain = library, memory, chain
 
     def __del__(self) -> None:
@@ -386,7 +397,7 @@ class Search:
         """Bounds at most so many more branches, and takes little longer than so many seconds."""
         points = torch.empty(POINTS, self._chain.d, dtype=torch.float64)
         tally, least = (c_int64 * 4)(), c_double()
-        _check(
+        check(
             self._library.mk_search_run(
                 self._memory, most, seconds, points.data_ptr(), tally, ctypes.byref(least)
             )
@@ -402,9 +413,7 @@ class Piecewise:
     def __init__(
         self, W: Sequence[Tensor], b: Sequence[Tensor], left: Sequence[float], folded: int
     ) -> None:
-        library = _library()
-        if isinstance(library, str):
-            raise RuntimeError(f"monokernel: {library}")
+        library = required()
         self._library, self.d, L = library, W[0].shape[1], len(W)
         tensors = [t.contiguous() for t in (*W, *b)]
         places = (c_void_p * L)(*[t.data_ptr() for t in tensors[:L]])
@@ -442,14 +451,12 @@ class Piecewise:
 
 def activation(σ: Activation, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """σ(a), σ'(a), σ''(a) as the kernel computes them, for the test that holds the tables equal."""
-    library = _library()
-    if isinstance(library, str):
-        raise RuntimeError(library)
+    library = required()
     a = a.contiguous()
     out = torch.empty_like(a), torch.empty_like(a), torch.empty_like(a)
     library.mk_activation(
         a.dtype == torch.float64,
-        _codes(library)[σ.kind],
+        codes_of(library)[σ.kind],
         (c_double * 3)(σ.p, σ.q, σ.r),
         a.numel(),
         a.data_ptr(),
@@ -460,27 +467,8 @@ def activation(σ: Activation, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def switch(stacks: bool = True, compacts: bool = True) -> None:
     """Turns ideas of the kernel off, for ``benchmarks/ablation.py``; results stay right."""
-    library = _library()
-    if isinstance(library, str):
-        raise RuntimeError(library)
+    library = required()
     library.mk_switch(stacks, compacts)
-
-
-def isa() -> str | None:
-    """The instruction set in use (avx512, avx2, neon or baseline), None without the library."""
-    library = _library()
-    return None if isinstance(library, str) else library.mk_isa().decode()
-
-
-def missing() -> str:
-    """Why there is no library, "" if there is one."""
-    library = _library()
-    return library if isinstance(library, str) else ""
-
-
-def path() -> Path:
-    """Where the library is looked for."""
-    return Path(os.environ.get("MONOKERNEL_LIBRARY", _PACKAGE / LIBRARY))
 
 
 def boundary() -> str:
@@ -492,252 +480,7 @@ def boundary() -> str:
         return name
     if os.environ.get("MONOKERNEL_BOUNDARY") == "0":
         return "not wanted (MONOKERNEL_BOUNDARY=0)"
-    if not (_PACKAGE / name).exists():
-        built = ", ".join(sorted(p.name for p in _PACKAGE.glob(BOUNDARY.format("*", "*"))))
+    if not (PACKAGE / name).exists():
+        built = ", ".join(sorted(p.name for p in PACKAGE.glob(BOUNDARY.format("*", "*"))))
         return f"{name} is missing, {built or 'none'} was built"
     return f"{name} could not be opened"
-
-
-# --- the library ----------
-
-
-@cache
-def _library() -> ctypes.CDLL | str:
-    """The library, opened once, or why there is none, which is then said once."""
-    found = _open()
-    if isinstance(found, str):
-        instead = "on the CPU PyTorch operations serve instead"
-        warnings.warn(f"monokernel: {found}; {instead}", RuntimeWarning, stacklevel=2)
-    return found
-
-
-def _open() -> ctypes.CDLL | str:
-    if not path().exists():
-        log = _PACKAGE / BUILD_LOG
-        why = log.read_text(encoding="utf-8").strip() if log.exists() else "it was not built"
-        return f"the native kernel is missing: {why}"
-    pool = _thread_pool()
-    if isinstance(pool, str):
-        return pool
-    try:
-        library = ctypes.CDLL(str(path()))
-    except OSError as error:
-        return f"the native kernel could not be opened ({error})"
-    for name, (result, arguments) in SIGNATURES.items():
-        function = getattr(library, name, None)
-        if function is None:
-            return f"the native kernel is of another version, it has no {name}"
-        function.restype, function.argtypes = result, arguments
-    library.mk_use_parallel_for(pool)
-    return library
-
-
-# What each function of ``csrc/c_api.h`` returns and takes.
-SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    "mk_isa": (c_char_p, ()),
-    "mk_use_parallel_for": (None, (c_void_p,)),
-    "mk_node_names": (c_char_p, ()),
-    "mk_plan_new": (
-        c_int64,
-        (c_void_p, c_int64, c_int64, c_void_p, c_int64, *(c_void_p,) * 4),
-    ),
-    "mk_plan_keep": (c_int64, (c_int64,)),
-    "mk_plan_drop": (None, (c_int64,)),
-    "mk_plan_shape": (None, (c_int64, c_void_p)),
-    "mk_take": (c_void_p, (c_int64,)),
-    "mk_give_back": (None, (c_void_p,)),
-    "mk_forward": (c_int, (*(c_int64,) * 3, *(c_void_p,) * 2, c_int64, *(c_void_p,) * 5)),
-    "mk_backward": (c_int, (*(c_int64,) * 3, *(c_void_p,) * 8)),
-    "mk_plan_box": (
-        c_int,
-        (*(c_int64,) * 3, *(c_void_p,) * 4, c_double, c_void_p),
-    ),
-    "mk_lift": (c_int, (c_int64, c_int64, *(c_void_p,) * 6)),
-    "mk_lift_backward": (c_int, (c_int64, c_int64, *(c_void_p,) * 8)),
-    "mk_chain_slopes": (
-        c_int,
-        (
-            *(c_int64, c_void_p, c_int64, c_int64, *(c_void_p,) * 2, c_int64, c_void_p),
-            *(c_int64, c_int64, *(c_void_p,) * 3),
-        ),
-    ),
-    "mk_search_new": (c_void_p, (*(c_void_p,) * 3, c_double, *(c_void_p,) * 2, c_int64, c_void_p)),
-    "mk_search_split": (c_void_p, (c_void_p,)),
-    "mk_search_run": (c_int, (c_void_p, c_int64, c_double, *(c_void_p,) * 3)),
-    "mk_search_drop": (None, (c_void_p,)),
-    "mk_activation": (None, (c_int64, c_int64, c_void_p, c_int64, *(c_void_p,) * 4)),
-    "mk_switch": (None, (c_int64, c_int64)),
-}
-
-
-@cache
-def _codes(library: ctypes.CDLL) -> dict[str, int]:
-    """The library's number of each kind of node."""
-    return {name: code for code, name in enumerate(library.mk_node_names().decode().split())}
-
-
-def _thread_pool() -> int | str:
-    """The address of PyTorch's ``torch_parallel_for``, or why it has none."""
-    suffix = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
-    name = f"{'' if sys.platform == 'win32' else 'lib'}torch_cpu.{suffix}"
-    try:
-        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
-        return ctypes.cast(torch_cpu.torch_parallel_for, c_void_p).value or 0
-    except (OSError, AttributeError):
-        return f"PyTorch {torch.__version__} does not offer torch_parallel_for (2.10 and later do)"
-
-
-def _check(status: int) -> None:
-    if status != 0:
-        raise MemoryError("monokernel: no memory for the native kernel's scratch buffers")
-
-
-# --- plans ----------
-
-
-class _Shape(ctypes.Structure):
-    """mk_shape of ``csrc/c_api.h``."""
-
-    _fields_ = (
-        ("d", c_int64),
-        ("D", c_int64),
-        ("k", c_int64),
-        ("params", c_int64),
-        ("is_double", c_int64),
-        ("summed", c_int64),
-        ("bounded", c_int64),
-        ("bound", c_int64),
-        ("saved", c_int64 * 3),  # elements for each row of x
-        ("parameters", c_void_p),
-    )
-
-
-class _Layer(ctypes.Structure):
-    """mk_layer of ``csrc/c_api.h``."""
-
-    _fields_ = (
-        ("width", c_int64),
-        ("out", c_int64),
-        ("kind", c_int64),
-        ("numbers", c_double * 3),
-        ("third", c_double),
-        ("fourth", c_double),
-        ("curves", c_void_p),
-        ("W", c_void_p),
-        ("b", c_void_p),
-    )
-
-
-class _Plan:
-    """A problem on operands of one dtype as the library knows it, and the shapes of its calls.
-
-    ``dtype`` is what it computes in, and what every pointer it is given points to.
-    """
-
-    def __init__(self, library: ctypes.CDLL, problem: Problem, operands: torch.dtype) -> None:
-        self.library, self.dtype = library, accumulate_dtype(operands)
-        D, k, hinge = problem.D, problem.k, problem.hinge
-        flags = (
-            self.dtype == torch.float64,
-            problem.mode == "adjoint",
-            hinge is not None,
-            hinge is not None and hinge.squared,
-            hinge is not None and hinge.elementwise,
-        )
-        codes, description, numbers = _codes(library), list[int](), list[float]()
-        for node in problem.nodes:
-            counts = len(node.inputs), len(node.params), len(node.numbers)
-            description += (codes[node.kind], node.width, *counts, *node.inputs, *node.params)
-            numbers += node.numbers
-        margin = signs = None
-        if hinge is not None:
-            given = hinge.margin if isinstance(hinge.margin, tuple) else (hinge.margin,)
-            margin = (c_double * (D * k))(*_entries(given, D, k))
-            signs = (c_double * (D * k))(*_entries(hinge.direction, D, k))
-        self.handle = library.mk_plan_new(
-            (c_int64 * len(flags))(*flags),
-            problem.d,
-            k,
-            (c_int64 * k)(*problem.columns),
-            len(problem.nodes),
-            (c_int64 * len(description))(*description),
-            (c_double * len(numbers))(*numbers),
-            margin,
-            signs,
-        )
-        if not self.handle:
-            _check(1)
-        shape = _Shape()
-        library.mk_plan_shape(self.handle, ctypes.byref(shape))
-        a, P, derivative = shape.saved
-        self.summed, self.row_size = bool(shape.summed), a + P + derivative
-        self.itemsize = self.dtype.itemsize
-        self._P, self._derivative = a * self.itemsize, (a + P) * self.itemsize
-        count: int = shape.params
-        self._pointers, self._sizes = c_void_p * count, c_int64 * count
-        self._places = c_void_p * 3
-        self.keys = [p for n in problem.nodes if n.kind == "dropout" for p in n.params]
-
-    def __del__(self) -> None:
-        if getattr(self, "handle", None):
-            self.library.mk_plan_drop(self.handle)
-
-    def operand(self, t: Tensor) -> Tensor:
-        """The tensor as the kernel reads it: contiguous and of the plan's dtype."""
-        return (t if t.dtype is self.dtype else t.to(self.dtype)).contiguous()
-
-    def operands(self, params: Params) -> Params:
-        return [None if t is None else self.operand(t) for t in params]
-
-    def buffers(self, x: Tensor) -> list[Tensor]:
-        """``saved_like`` in real memory, of the dtype of x, which is the plan's; a large buffer
-        comes from the library's pool."""
-        if self.row_size == 0:
-            return []
-        n = x.shape[0] * self.row_size
-        size = n * self.itemsize
-        if size < POOL_FROM:
-            return [x.new_empty(n)]
-        memory = self.library.mk_take(size)
-        if not memory:
-            _check(1)
-        # The tensor holds the array, the array its owner; the last one gone gives the memory back.
-        array = (ctypes.c_char * size).from_address(memory)
-        array.owner = _Owner(self.library, memory)
-        return [torch.frombuffer(array, dtype=self.dtype)]
-
-    def pointers(self, tensors: Params) -> Any:
-        return self._pointers(*[None if t is None else t.data_ptr() for t in tensors])
-
-    def sizes(self, tensors: Params) -> Any:
-        return self._sizes(*[0 if t is None else t.numel() for t in tensors])
-
-    def places(self, saved: Sequence[Tensor], N: int) -> ctypes.Array[c_void_p]:
-        """Where the values, the P and ∂penalty/∂J begin in the one buffer."""
-        base = saved[0].data_ptr() if saved else 0
-        return self._places(base, base + N * self._P, base + N * self._derivative)
-
-
-class _Owner:
-    """A piece of the library's pool, given back when it is no longer referred to."""
-
-    def __init__(self, library: ctypes.CDLL, memory: int) -> None:
-        self._give_back, self._memory = library.mk_give_back, memory
-
-    def __del__(self) -> None:
-        self._give_back(self._memory)
-
-
-@lru_cache(maxsize=1024)
-def _plan(problem: Problem, dtype: torch.dtype) -> _Plan:
-    library = _library()
-    if isinstance(library, str):
-        raise RuntimeError(f"monokernel: {library}")
-    return _Plan(library, problem, dtype)
-
-
-def _entries(given: Sequence[float], D: int, k: int) -> list[float]:
-    """The signs or margins of every output and column, row-major."""
-    if len(given) == D * k:
-        return list(given)
-    return list(given) * (D if len(given) == k else D * k)

@@ -12,6 +12,7 @@ from torch import nn
 pytest.importorskip("triton")
 
 import monokernel
+from benchmarks.measure import captured
 from monokernel.activations import KINDS
 from monokernel.backends import handwritten, load
 from monokernel.backends.triton import layered, programs, whole
@@ -152,26 +153,18 @@ def test_a_step_is_captured_in_a_cuda_graph(name: int | str) -> None:
         loss.backward()
         return loss
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = step()
+    graph, loss = captured(step)
     grads = [q.grad for q in net.parameters()]
     for scale in (1.0, -1.0, 3.0):
         x1.mul_(scale)
         x2.mul_(scale)
         graph.replay()
-        captured = [loss.clone(), *(g.clone() for g in grads if g is not None)]
+        replayed = [loss.clone(), *(g.clone() for g in grads if g is not None)]
         want = step().detach()
         eager = [want, *(q.grad for q in net.parameters() if q.grad is not None)]
         for q, g in zip(net.parameters(), grads, strict=True):
             q.grad = g
-        for a, b in zip(captured, eager, strict=True):
+        for a, b in zip(replayed, eager, strict=True):
             assert torch.equal(a, b)
 
 

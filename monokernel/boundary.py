@@ -1,9 +1,9 @@
-"""The operator boundary: how a hand-written backend meets autograd and ``torch.compile``.
+"""The boundary: how a hand-written backend meets autograd and ``torch.compile``.
 
 Eager calls go through a classic ``autograd.Function`` straight to the backend (about 8 µs; a custom
-operator costs 24), on the CPU through its twin in C++ where that was built. Under ``torch.compile``
-and every other tracer the same Function calls two registered operators, opaque to them. It declares
-no ``jvp``: forward mode and functorch take the reference path instead.
+operator costs 24), on the CPU through its twin in C++, ``csrc/boundary.cpp``, where that was built.
+Under ``torch.compile`` and every other tracer the same Function calls two registered operators,
+opaque to them. It declares no ``jvp``: forward mode and functorch take the reference path instead.
 """
 
 from __future__ import annotations
