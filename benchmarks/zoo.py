@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,7 @@ from tests.zoo import ACTIVE, ZOO, network
 from .cases import FREE_INPUTS, ROWS_AT_A_TIME, margin_for
 from .measure import QUIET, append_rows, interleave, machine, peak_bytes, spread
 from .step import MEMORY_ROWS, TINY_ROWS, TINY_WIDTH
+from .tables import read_rows, write_between
 
 __all__ = ["Case", "main", "measure", "table"]
 
@@ -246,20 +246,6 @@ def _cell(row: Row | None) -> str:
     return f"{'~' if float(row['others']) > QUIET else ''}{row['ratio']}"
 
 
-def read(path: Path) -> list[Row]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def write(path: Path, page: Path) -> None:
-    """The table into the page."""
-    text = page.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    page.write_text(
-        f"{before}{BEGIN}\n\n{table(read(path))}\n\n{END}{rest.split(END)[1]}", encoding="utf-8"
-    )
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks zoo",
@@ -297,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{cells[0]:>9}{cells[1]:>9}{rest[0]:>7}{rest[1]:>9}{rest[2]:>8}  {rest[3]}",
                 flush=True,
             )
-    write(options.csv, options.page)
+    write_between(options.page, BEGIN, END, table(read_rows(options.csv)))
 
 
 if __name__ == "__main__":

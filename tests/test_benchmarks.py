@@ -220,8 +220,8 @@ def test_zoo_rows_are_added_and_make_the_table(
     asked = ["--networks", "PReLU", "--rows", "256", "--outputs", "1", "--columns", "1"]
     for _ in range(2):
         zoo.main([*asked, "--width", "8", "--csv", str(file), "--page", str(page)])
-    assert len(zoo.read(file)) == 2
-    newest = zoo.read(file)[1]
+    assert len(read_rows(file)) == 2
+    newest = read_rows(file)[1]
     lines = page.read_text(encoding="utf-8").splitlines()
     assert lines[:2] == ["before", zoo.BEGIN]
     assert lines[-2:] == [zoo.END, "after"]
@@ -233,7 +233,7 @@ def test_zoo_rows_are_added_and_make_the_table(
 
 @pytest.mark.skipif(not zoo.RESULTS.exists(), reason="nothing measured yet")
 def test_performance_page_shows_the_zoo() -> None:
-    assert table_on_the_page(zoo) == zoo.table(zoo.read(zoo.RESULTS))
+    assert table_on_the_page(zoo) == zoo.table(read_rows(zoo.RESULTS))
 
 
 # --- the benchmark for a GPU, as far as it goes without one ---------------------------------------
