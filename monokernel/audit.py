@@ -28,9 +28,9 @@ from .layers import layers_of
 from .network import unwrap
 from .planning import choose
 from .probing import doubts, evaluating, hidden, spread, untouched
-from .problem import direction_table
 from .report import Audit
 from .sampling import sample_points
+from .signs import direction_table
 from .steps import along
 
 __all__ = ["audit"]

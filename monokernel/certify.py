@@ -21,7 +21,7 @@ from .branching import Boxes, Constraints
 from .forms import INTERVALS
 from .layers import Layers, Straight, layers_of
 from .probing import evaluating
-from .problem import direction_table
+from .signs import direction_table
 
 __all__ = ["Certificate", "certify"]
 

@@ -4,6 +4,8 @@ The kernels compute the same in their epilogue; ``slope_weights`` is what their 
 
 The zero rule: a slope that violates nothing has a penalty of 0 and a derivative of 0 whatever its
 weight or the gradient from outside, also where IEEE has 0·inf = NaN. A slope that is NaN violates.
+
+The NaN rule: ``nan_rule``.
 """
 
 from __future__ import annotations
@@ -13,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .problem import Hinge, direction_table, shared_direction_table
+from .problem import Hinge
+from .signs import direction_table, shared_direction_table
 
-__all__ = ["mean", "penalties", "slope_cotangent", "slope_weights", "weighted"]
+__all__ = ["mean", "nan_rule", "penalties", "slope_cotangent", "slope_weights", "weighted"]
 
 
 def penalties(J: Tensor, hinge: Hinge, weight: Tensor | None) -> Tensor:
@@ -68,3 +71,11 @@ def mean(total: Tensor, direction: tuple[int, ...], N: int, D: int, k: int) -> T
     and so is every gradient: a NaN, as ``torch.mean`` has it, would end a training."""
     entries = N * (D * k // len(direction)) * sum(s != 0 for s in direction)
     return total / max(entries, 1)
+
+
+def nan_rule(y: Tensor, J: Tensor) -> Tensor:
+    """Where the output (N, D) is NaN so is its slope (N, D, k): no NaN becomes a zero penalty.
+
+    Without it PyTorch's σ'(NaN) = 1 of ReLU would give a finite slope to a row that has no value.
+    """
+    return torch.where(y.isnan().unsqueeze(-1), torch.nan, J)

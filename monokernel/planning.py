@@ -32,8 +32,9 @@ from .backends import BACKENDS, general, refusal
 from .boundary import operand_dtype, transformed
 from .columns import Columns
 from .operands import has_memory
-from .problem import Mode, Problem, cheaper_mode, direction_table
+from .problem import Mode, Problem, cheaper_mode
 from .program import Node
+from .signs import direction_table
 
 __all__ = ["Plan", "Route", "choose", "plan"]
 

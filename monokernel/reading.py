@@ -29,8 +29,8 @@ from torch.overrides import TorchFunctionMode
 from .arguments import Inputs
 from .dropout import draw_key
 from .network import global_hooks, hooked, uncompiled, where
-from .problem import capturing
 from .program import Node, chain_of
+from .signs import capturing
 from .symbols import Key, Param, Tape, Value, place, placed, said
 
 __all__ = ["Reading", "State", "read", "read_again"]

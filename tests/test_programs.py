@@ -20,9 +20,10 @@ from monokernel import fused_mono_penalty
 from monokernel import hinge as hinges
 from monokernel.backends import cpu, handwritten, load, reference, schedule
 from monokernel.columns import last_columns
+from monokernel.hinge import nan_rule
 from monokernel.nodes import RULES, parameter_shapes, rule, wrong_nodes
 from monokernel.operands import check_forward
-from monokernel.problem import Hinge, Mode, Problem, nan_rule
+from monokernel.problem import Hinge, Mode, Problem
 from monokernel.program import Node
 from tests import test_nodes
 from tests.problems import UNRULY

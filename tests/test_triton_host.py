@@ -20,12 +20,13 @@ from torch.utils._pytree import tree_leaves
 pytest.importorskip("triton")
 
 import monokernel
-from monokernel import problem as problems
+from monokernel import signs
 from monokernel.backends.triton import layered, programs, tuning, whole
 from monokernel.backends.triton.launch import Launch, recorded
 from monokernel.backends.triton.target import interpreting
 from monokernel.columns import last_columns
-from monokernel.problem import Hinge, Mode, Problem, direction_table, shared_direction_table
+from monokernel.problem import Hinge, Mode, Problem
+from monokernel.signs import direction_table, shared_direction_table
 from tests.problems import inputs, problem
 from tests.support import mlp, points
 from tests.test_programs import CASES, operands
@@ -188,17 +189,17 @@ def test_a_shared_table_is_never_dropped() -> None:
 
 
 def test_a_table_made_in_a_capture_is_the_graphs_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(problems, "capturing", lambda device: True)
+    monkeypatch.setattr(signs, "capturing", lambda device: True)
     asked = (0, 1, 1, 0), 2, 2, torch.float32, CPU
     own = shared_direction_table(*asked)
     assert shared_direction_table(*asked) is not own
     with Host() as host:
         shared_direction_table((0, 1, 1, 0), 2, 2, torch.float32, META)
     assert host.waits == []
-    monkeypatch.setattr(problems, "capturing", lambda device: False)
+    monkeypatch.setattr(signs, "capturing", lambda device: False)
     shared = shared_direction_table(*asked)
     assert shared is not own
-    monkeypatch.setattr(problems, "capturing", lambda device: True)
+    monkeypatch.setattr(signs, "capturing", lambda device: True)
     assert shared_direction_table(*asked) is shared
 
 

@@ -27,10 +27,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..arguments import Direction, Inputs
 from ..columns import Columns, take
+from ..hinge import nan_rule
 from ..network import ending, parts, uncompiled
 from ..operands import check_saveable
 from ..probing import WITHOUT_DERIVATIVE, without_slope
-from ..problem import accumulate_dtype, direction_table, nan_rule
+from ..problem import accumulate_dtype
+from ..signs import direction_table
 from .compaction import DENSE, Call, compacted, slope
 
 __all__ = ["by_operators", "check_gradient", "readable", "value_and_jacobian"]

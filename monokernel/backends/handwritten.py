@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from ..columns import Columns, add, spread, take
-from ..hinge import slope_cotangent, slope_weights
+from ..hinge import nan_rule, slope_cotangent, slope_weights
 from ..nodes import columns_of
-from ..problem import Problem, accumulate_dtype, nan_rule
+from ..problem import Problem, accumulate_dtype
 from ..program import Node
 from .schedule import (
     X2,

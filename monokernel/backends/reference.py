@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..columns import take
+from ..hinge import nan_rule
 from ..nodes import Maybe, moving, rule, used
-from ..problem import Problem, accumulate_dtype, nan_rule
+from ..problem import Problem, accumulate_dtype
 from ..program import Node
 from . import Params
 

@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...problem import Problem, accumulate_dtype, shared_direction_table
+from ...problem import Problem, accumulate_dtype
+from ...signs import shared_direction_table
 from .constants import accumulator, output_code, power_of_two
 from .device.hinge import PENALTY_SUM, hinge_epilogue
 from .launch import launch

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ...problem import capturing
+from ...signs import capturing
 
 __all__ = ["choose", "enabled", "tuned"]
 
