@@ -209,57 +209,34 @@ def read(mlp: nn.Module) -> Chain | Unfused:
     activations: list[Activation | None] = []
     widths: list[int] = []
     left = [mlp]
-    Linear, call, forward = nn.Linear, nn.Module.__call__, nn.Linear.forward
+    Linear, forward = nn.Linear, nn.Linear.forward
     entered: list[tuple[int, nn.Module]] = []  # each Sequential, and its place in ``left``
     while left:
         m = left.pop()
         own, kind = m.__dict__, type(m)
-        if hooked(m):
-            return Unfused(m, "has hooks")
-        if "forward" in own:
-            return Unfused(m, "has a forward of its own")
-        if kind.__call__ is not call:
-            return Unfused(m, "has a call of its own")
+        if why := _own_way(m):
+            return Unfused(m, why)
         # A parametrized Linear is a subclass whose forward is still nn.Linear's.
         if isinstance(m, Linear) and kind.forward is forward:
-            weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
-            if bias is None:
-                bias = own.get("bias")  # an attribute, in the place of a parameter
-            if weight is None:
-                weight = own.get("weight")
-                if weight is None and not hasattr(kind, "weight"):  # nor a parametrization's
-                    return Unfused(m, "has no weight")
-            for t in (weight, bias):
-                if t is not None and not (type(t) in PLAIN and t.layout is torch.strided):
-                    return Unfused(m, "has a weight that is no plain tensor")
-            # The layer's own weight may have been replaced by one of another size.
-            size = (m.out_features, m.in_features) if weight is None else weight.shape
-            if len(size) != 2:
-                return Unfused(m, f"has a weight of {len(size)} dimensions")
+            size = _size(m)
+            if isinstance(size, Unfused):
+                return size
             out, inputs = size
-            if bias is not None and bias.shape != (out,):
-                return Unfused(m, "has a bias of another size than its weight")
-            if not widths:
-                widths.append(inputs)
-            elif widths[-1] != inputs:
-                return Unfused(
-                    None,
-                    f"a Linear layer with {inputs} inputs follows one with {widths[-1]} outputs",
-                )
-            widths.append(out)
+            if widths and widths[-1] != inputs:
+                before = f"one with {widths[-1]} outputs"
+                return Unfused(None, f"a Linear layer with {inputs} inputs follows {before}")
+            widths += [out] if widths else [inputs, out]
             linears.append(m)
             activations.append(None)
         elif (activation := of_module(m)) is not None:
             if activation.kind == "identity":
                 continue
             if not linears:
+                why = f"an activation ({activation.kind}) comes before the first Linear layer"
+                return Unfused(None, why)
+            if (first := activations[-1]) is not None:
                 return Unfused(
-                    None, f"an activation ({activation.kind}) comes before the first Linear layer"
-                )
-            before = activations[-1]
-            if before is not None:
-                return Unfused(
-                    None, f"two activations ({before.kind}, {activation.kind}) follow each other"
+                    None, f"two activations ({first.kind}, {activation.kind}) follow each other"
                 )
             activations[-1] = activation
         elif (
@@ -267,13 +244,12 @@ def read(mlp: nn.Module) -> Chain | Unfused:
             and kind.forward is nn.Sequential.forward
             and type(m).__iter__ is nn.Sequential.__iter__
         ):
-            # ``m`` lies within those whose place, which their parts took over, is not below it.
+            # It lies within those whose place, which their parts took over, is not below it.
             while entered and entered[-1][0] > len(left):
                 entered.pop()
-            for _, outer in entered:
-                if outer is m:
-                    part = where(mlp, m)
-                    raise ValueError(f"mlp: expected layers that end, got {part} inside itself")
+            if any(outer is m for _, outer in entered):
+                part = where(mlp, m)
+                raise ValueError(f"mlp: expected layers that end, got {part} inside itself")
             entered.append((len(left), m))
             left += reversed(own["_modules"].values())
         elif isinstance(m, _DropoutNd) and kind.__module__ == _DropoutNd.__module__:
@@ -287,6 +263,38 @@ def read(mlp: nn.Module) -> Chain | Unfused:
     each = [σ or Activation("identity") for σ in activations]
     sizes = tuple(map(int, widths))
     return Chain(tuple(linears), sizes, nodes_of(sizes, tuple(each)))
+
+
+def _own_way(m: nn.Module) -> str:
+    """What a module does besides what its class says, or in its place, or ""."""
+    if hooked(m):
+        return "has hooks"
+    if "forward" in m.__dict__:
+        return "has a forward of its own"
+    return "" if type(m).__call__ is nn.Module.__call__ else "has a call of its own"
+
+
+def _size(m: nn.Linear) -> tuple[int, int] | Unfused:
+    """The outputs and inputs of a layer, as its weight has them, which may have been replaced by
+    one of another size; a parametrized one is taken at its word until it is computed."""
+    own, kind = m.__dict__, type(m)
+    weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
+    if bias is None:
+        bias = own.get("bias")  # an attribute, in the place of a parameter
+    if weight is None:
+        weight = own.get("weight")
+        if weight is None and not hasattr(kind, "weight"):  # nor a parametrization's
+            return Unfused(m, "has no weight")
+    for t in (weight, bias):
+        if t is not None and not (type(t) in PLAIN and t.layout is torch.strided):
+            return Unfused(m, "has a weight that is no plain tensor")
+    size = (m.out_features, m.in_features) if weight is None else weight.shape
+    if len(size) != 2:
+        return Unfused(m, f"has a weight of {len(size)} dimensions")
+    out, inputs = size
+    if bias is not None and bias.shape != (out,):
+        return Unfused(m, "has a bias of another size than its weight")
+    return out, inputs
 
 
 @contextmanager

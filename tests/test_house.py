@@ -140,7 +140,7 @@ def test_the_native_page_has_a_place_for_every_file() -> None:
 
 SCREEN = 60  # lines
 # By a few lines: what would be split off has no name of its own.
-LONGER = {"network.py: read", "forms.py: slopes", "quadratic.py: by_pytorch"}
+LONGER = {"forms.py: slopes", "quadratic.py: by_pytorch"}
 
 
 def long_functions(text: str) -> Iterator[str]:
