@@ -120,7 +120,8 @@ class Known(NamedTuple):
         """The chain, if it is what it was and goes with inputs like x."""
         if global_hooks():
             return None
-        dtype, device, linears = x.dtype, x.device, list[nn.Linear]()
+        dtype, device = x.dtype, x.device
+        linears: list[nn.Linear] = []  # list[nn.Linear]() would make that type anew
         for part, kind, held in self.parts:
             m = part()
             if type(m) is not kind:

@@ -78,7 +78,8 @@ class Step(NamedTuple):
 
 def _laid_out(tape: Tape, y: int, d: int, squeezed: bool, fold: bool) -> Reading | str:
     """The program of value y, its parameters in the order in which its nodes read them."""
-    nodes, params, offsets = tape.nodes, tape.params, list[Tensor | float]()
+    nodes, params = tape.nodes, tape.params
+    offsets: list[Tensor | float] = []
     lines = [node.width for node in nodes if node.kind in LINES]
     folds = fold and lines and _pays(tape, max(lines))
     if folds or not _needs_all(nodes, y):
@@ -167,7 +168,8 @@ def _rewritten(
         kept.append(step)
         once.append(uses[i + 1] == 1)
         at[i + 1] = len(kept)
-    nodes, θ = [], list[Param]()
+    nodes: list[Node] = []
+    θ: list[Param] = []
     for step in kept:
         places = placed(θ, step.params)
         nodes.append(Node(step.kind, step.inputs, places, step.numbers, step.width))
