@@ -134,6 +134,7 @@ call("Jacobian in tangent mode", D=2, k=1, of=value_and_jacobian)
 # Layer by layer.
 call("strict float32", dtype=torch.float32, hidden=(16, 16))
 call("strict float32, tangent mode", dtype=torch.float32, D=2, k=1, σ=nn.ReLU(), reduction="none")
+call("strict float32, adjoint mode", dtype=torch.float32, D=2, k=1, mode="adjoint")
 call("strict float32, gradients of the inputs", dtype=torch.float32, dx=True, last=nn.Softplus())
 call("strict float32, Jacobian", dtype=torch.float32, of=value_and_jacobian)
 call("wide", hidden=(144,), task=False, dx=True)

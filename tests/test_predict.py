@@ -151,6 +151,32 @@ def test_the_products_of_a_tile_are_those_of_the_mathematics() -> None:
     assert checked == 24
 
 
+def test_the_products_and_bytes_of_a_wide_layer_are_those_of_the_mathematics() -> None:
+    """Of launches over 1024 rows, or as many pairs, of hidden layers alone."""
+    N, H, checked = 1024, 1024, Counter[str]()
+    for target in ("sm_80", "sm_90", "gfx942"):
+        kernels = committed()[H, target]
+        for kernel, call in zip(kernels, launches(case_of(H), target), strict=True):
+            given = dict(zip(call.kernel.arg_names, call.args, strict=False)) | call.options
+            programs, trips = _work(kernel, call, 1.0)
+
+            def done(what: str) -> float:
+                return sum(  # of all programs, as if each had what the busiest one has
+                    s.counts[what] * n * kernel.warps * programs  # noqa: B023
+                    for s, n in zip(kernel.sections, trips, strict=True)  # noqa: B023
+                )
+
+            if given.get("INPUTS") == given.get("OUTPUTS") == H:
+                assert 0.999 <= done("tensor") / (2 * N * H * H) <= 1.01, (kernel.name, target)
+            elif kernel.name == "chain_down" and not given["FAN"]:
+                passes = 2 if given["TOP"] else 3
+                assert 0.999 <= done("memory") / (passes * 2 * N * H) <= 1.6, (kernel.name, target)
+            else:
+                continue
+            checked[kernel.name] += 1
+    assert checked == {"pairs_product": 12, "pairs_weight": 6, "chain_down": 6}
+
+
 def changed(known: Known, name: str, change: Callable[[Kernel], Kernel]) -> Known:
     return {
         key: [change(k) if k.name == name else k for k in kernels] for key, kernels in known.items()
@@ -170,7 +196,7 @@ def test_nothing_is_worse_than_itself() -> None:
     assert worse(committed(), committed()) == []
 
 
-@pytest.mark.parametrize("name", ["whole_forward", "whole_backward", "layer_up", "pairs_down"])
+@pytest.mark.parametrize("name", ["whole_forward", "whole_backward", "chain_down", "layer_back"])
 def test_another_pass_over_memory_is_worse(name: str) -> None:
     """Bytes and instructions of every load and store once more."""
     known = committed()

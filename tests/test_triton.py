@@ -195,6 +195,21 @@ def test_every_way_to_multiply(way: str, mode, width: int) -> None:
         assert_as_precise_as_pytorch(whole, p, 100, torch.float16)
 
 
+@pytest.mark.parametrize(("way", "D", "task"), [("wgmma", 1, True), ("wave", 2, False)])
+def test_rows_and_pairs_in_parts(way: str, D: int, task: bool) -> None:
+    """Layer by layer: more than one slice of the rows, and of the pairs."""
+    p = problem((5, 12, 12, D), "silu", 1, "adjoint", None)
+    x, params = inputs(p, 1100 // D)
+    with assumed(way, 40), recorded() as launched:
+        run(layered, p, x, params, task=task)
+    parts = {call.kernel.fn.__name__: call.programs for call in launched}
+    assert parts["pairs_weight"][2] > 1
+    assert not task or parts["layer_back"][0] > 1
+    with assumed(way, 40):
+        got = run(layered, p, x, params, task=task)
+    assert_same(got, run(handwritten, p, x, params, task=task))
+
+
 @pytest.mark.parametrize("mode", ["tangent", "adjoint"])
 def test_three_products_for_one(mode, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter multiplies exactly: this runs the steps, a device shows the precision."""

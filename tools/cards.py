@@ -1,24 +1,24 @@
 """What cards can do, from their vendors: the one table of rates that predictions are made with.
 
-Where a vendor gives no figure there is an assumption, named so. Nothing here was measured by us.
+Each figure names its source in brackets; where a vendor gives none there is an assumption, named
+so. Nothing here was measured by us.
 
-* [H100] NVIDIA H100 Tensor Core GPU data sheet and architecture white paper: SXM5, 132
-  multiprocessors, 989.4 TFLOP/s bfloat16 dense, 3.35 TB/s, 50 MB of L2 cache, 228 KB of shared
-  memory on a multiprocessor.
-* [H200] NVIDIA H200 data sheet: SXM, the same processors, 141 GB at 4.8 TB/s.
-* [A100] NVIDIA A100 data sheet and architecture white paper: SXM 80 GB, 108 multiprocessors,
-  1.41 GHz, 312 TFLOP/s bfloat16 dense, 2.039 TB/s, 40 MB of L2 cache at 5120 bytes a clock, 164 KB
-  of shared memory on a multiprocessor.
-* [CUDA] NVIDIA CUDA C++ Programming Guide, arithmetic instructions: "Throughput of Native
-  Arithmetic Instructions" for compute capabilities 8.0 and 9.0; four schedulers with one
-  instruction a clock each; 4 clocks from an instruction to the next that depends on it; shared
-  memory of 32 banks of 4 bytes.
-* [MI300X] AMD Instinct MI300X data sheet: 304 compute units, 2.1 GHz, 1307.4 TFLOP/s bfloat16
-  dense, 5.3 TB/s.
-* [CDNA 3] AMD CDNA 3 white paper and instruction set guide: four SIMDs of 16 lanes in a compute
-  unit, transcendental instructions at a quarter of the rate, 64 KB of LDS at 128 bytes a clock, 512
-  registers for a lane; an L2 cache of 16 channels of 128 bytes a clock in each of 8 dies, 256 MB of
-  Infinity Cache.
+* [H200] "NVIDIA H200 Tensor Core GPU", data sheet, column H200 SXM of its specifications.
+* [H100] "NVIDIA H100 Tensor Core GPU Architecture", white paper: the tables that compare A100 with
+  H100 (SXM5) and their compute capabilities.
+* [A100] "NVIDIA A100 Tensor Core GPU Architecture", white paper: the tables that compare V100 with
+  A100 and their compute capabilities, and the section on its L2 cache; the memory of 80 GB is from
+  "NVIDIA A100 Tensor Core GPU", data sheet, column A100 80GB SXM.
+* [CUDA] "CUDA C++ Programming Guide", tables "Throughput of Native Arithmetic Instructions" and
+  "Technical Specifications per Compute Capability", columns 8.0 and 9.0; the section on multilevel
+  hints for hiding latency: four schedulers with one instruction a clock each, four clocks from an
+  arithmetic instruction to the next that depends on it; the sections on shared memory: 32 banks
+  of 4 bytes a clock.
+* [MI300X] "AMD Instinct MI300X Accelerator", data sheet.
+* [CDNA 3] "AMD CDNA 3 Architecture", white paper: the sections on the compute unit and on the
+  caches.
+* [CDNA 3 ISA] "AMD Instinct MI300 Instruction Set Architecture", reference guide.
+* [ROCm] "AMD GPU specifications", ROCm documentation, table of AMD Instinct GPUs, row MI300X.
 """
 
 from __future__ import annotations
@@ -68,8 +68,10 @@ class Card:
 
 
 def _nvidia(arithmetic: int) -> tuple[Unit, ...]:
-    """[CUDA]; results a clock, so lanes. 32-bit float, integer (with logic, comparisons and
-    conversions), special functions, shuffles; bytes of shared memory, bytes through the L1 cache.
+    """[CUDA], results of a multiprocessor in a clock, so lanes: 32-bit floating-point add and
+    multiply; 32-bit integer add, of which logic, comparisons and conversions are as many or more;
+    reciprocal and base-2 exponential; warp shuffle. Bytes of shared memory. That all integer
+    instructions share one rate is assumed.
     """
     return (
         Unit("instructions issued", {"issue": 32}, 4 * 32),
@@ -83,54 +85,58 @@ def _nvidia(arithmetic: int) -> tuple[Unit, ...]:
 
 H100 = Card(
     target="sm_90",
-    processors=132,
-    clock=989.4e12 / (132 * 4096),  # 4096 operations of a multiprocessor's tensor cores in a clock
-    units=_nvidia(128),
-    tensor=989.4e12,
-    memory=3.35e12,
+    processors=132,  # [H100]
+    # 4096 dense bfloat16 operations of a multiprocessor in a clock: 1024 for each of its four
+    # tensor cores [H100], at the clock for which the peak rate is given.
+    clock=989.4e12 / (132 * 4096),
+    units=_nvidia(128),  # [CUDA], 9.0
+    tensor=989.4e12,  # [H100], dense
+    memory=3.35e12,  # [H100]
     cache=5.5e12,  # assumed: NVIDIA gives none
-    cache_size=50 << 20,
-    shared=228 << 10,
-    registers=512,
-    warp=32,
-    schedulers=4,
-    latency=4,
+    cache_size=50 << 20,  # [H100]
+    shared=228 << 10,  # [CUDA]
+    registers=512,  # [CUDA]: 64 K of 32 bits for 32 lanes of four schedulers
+    warp=32,  # [CUDA]
+    schedulers=4,  # [CUDA]
+    latency=4,  # [CUDA]
 )
 CARDS = {
-    "H200": replace(H100, memory=4.8e12),
+    "H200": replace(H100, memory=4.8e12),  # [H200]: the rates of the H100, its bandwidth apart
     "H100": H100,
     "A100": Card(
         target="sm_80",
-        processors=108,
-        clock=1.41e9,
-        units=_nvidia(64),
-        tensor=312e12,
-        memory=2.039e12,
-        cache=5120 * 1.41e9,
-        cache_size=40 << 20,
-        shared=164 << 10,
-        registers=512,
-        warp=32,
-        schedulers=4,
-        latency=4,
+        processors=108,  # [A100]
+        clock=1.41e9,  # [A100], boost
+        units=_nvidia(64),  # [CUDA], 8.0
+        tensor=312e12,  # [A100], dense
+        memory=2.039e12,  # [A100], data sheet
+        cache=5120 * 1.41e9,  # [A100]: bytes read in a clock
+        cache_size=40 << 20,  # [A100]
+        shared=164 << 10,  # [CUDA]
+        registers=512,  # [CUDA], as above
+        warp=32,  # [CUDA]
+        schedulers=4,  # [CUDA]
+        latency=4,  # [CUDA]
     ),
     "MI300X": Card(
         target="gfx942",
-        processors=304,
-        clock=2.1e9,
+        processors=304,  # [ROCm]
+        clock=2.1e9,  # [MI300X], peak engine clock
         units=(
+            # [CDNA 3]: four SIMDs of 16 lanes. A transcendental instruction takes four times as
+            # long [CDNA 3 ISA].
             Unit("vector instructions", {"arithmetic": 64, "integer": 64, "special": 256}, 64),
-            Unit("shared memory", {"shared": 1, "shuffle": 256}, 128),
+            Unit("shared memory", {"shared": 1, "shuffle": 256}, 128),  # [CDNA 3]: LDS
         ),
-        tensor=1307.4e12,
-        memory=5.3e12,
-        cache=8 * 16 * 128 * 2.1e9,
-        cache_size=256 << 20,
-        shared=64 << 10,
-        registers=512,
-        warp=64,
-        schedulers=4,
-        latency=1,  # an instruction of a wave of 64 takes its SIMD 4 clocks
-        most_warps=32,
+        tensor=1307.4e12,  # [MI300X], bfloat16, dense
+        memory=5.3e12,  # [MI300X]
+        cache=8 * 16 * 128 * 2.1e9,  # [CDNA 3]: 16 channels of 128 bytes a clock in each of 8 dies
+        cache_size=256 << 20,  # [ROCm]: Infinity Cache, taken to be as fast as the L2 (assumed)
+        shared=64 << 10,  # [ROCm]: LDS
+        registers=512,  # [ROCm]: 512 KiB of vector registers, for 64 lanes of four SIMDs
+        warp=64,  # [ROCm]
+        schedulers=4,  # [CDNA 3]
+        latency=1,  # an instruction of a wave of 64 takes its SIMD 4 clocks [CDNA 3]
+        most_warps=32,  # assumed: 8 waves of each SIMD
     ),
 }

@@ -2,7 +2,9 @@
 
 Of NVIDIA's SASS and AMD's assembly, which the compile report reads already. A class is what an
 instruction asks of the card (see ``cards.py``); of memory it is bytes (of loads and stores; the
-stores again by themselves), of tensor cores operations.
+stores again by themselves), of tensor cores operations. "near" are the loads that ask the L1 cache
+to keep what they read (evict last): a bias, or a number for each row, which all lanes of a column
+or a row load, and every tile again. They are no traffic of the L2 cache.
 Everything is for one warp (or wave).
 """
 
@@ -16,7 +18,7 @@ from typing import NamedTuple
 __all__ = ["Counts", "Section", "sections_of"]
 
 # By class, for one warp: instructions ("special", "arithmetic", "integer", "shuffle", "barrier";
-# all are in "issue"), operations ("tensor") or bytes ("shared", "memory", "stores").
+# all are in "issue"), operations ("tensor") or bytes ("shared", "memory", "stores", "near").
 Counts = Counter[str]
 
 
@@ -94,7 +96,7 @@ def _nvidia_class(text: str) -> Iterator[tuple[str, int]]:
     elif kind in ("LDS", "STS", "ATOMS"):
         yield "shared", 32 * _width(more)
     elif kind in ("LDG", "STG", "LDGSTS", "LDL", "STL", "RED", "ATOMG"):
-        yield "memory", 32 * _width(more)
+        yield "near" if "EL" in more else "memory", 32 * _width(more)
         if kind in ("STG", "RED", "STL"):
             yield "stores", 32 * _width(more)
     elif kind == "BAR":

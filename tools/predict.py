@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import pairwise
-from math import ceil
+from math import ceil, prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,7 +94,7 @@ def seconds_of(kernel: Kernel, call: Launch, card: Card, share: float) -> Spent:
     if "instructions issued" in spent:
         spent["instructions issued"] /= min(1.0, ready)
     spent["tensor cores"] = each * done["tensor"] * card.processors / card.tensor
-    spent["L2 cache"] = programs * done["memory"] / card.cache
+    spent["L2 cache"] = (programs * done["memory"] - _unread(call, share)) / card.cache
     spent["memory"] = _moved(_bytes(call, share), card)
     by = max(spent, key=lambda name: spent[name])
     return Spent(spent[by], by)
@@ -118,15 +118,21 @@ def _bytes(call: Launch, share: float) -> float:
     for t in found.values():
         part = share if by_pairs and t.dim() and t.shape[0] == rows else 1.0
         total += part * t.numel() * t.element_size()
-    return total
+    return total - _unread(call, share)
+
+
+def _unread(call: Launch, share: float) -> float:
+    """Bytes of what the pairs give to the rows: a load of a row that has none moves nothing."""
+    given = dict(zip(call.kernel.arg_names, call.args, strict=False))
+    q = given.get("q") if call.kernel.__name__ == "layer_back" else None
+    return (1 - share) * q.numel() * q.element_size() if isinstance(q, Tensor) else 0.0
 
 
 def _work(kernel: Kernel, call: Launch, share: float) -> tuple[int, list[float]]:
     """How many programs run, and how often each section of the busiest one does."""
     name, own = kernel.name, dict(call.options)
     given = dict(zip(call.kernel.arg_names, call.args, strict=False)) | own
-    grid = (*call.programs, 1)
-    programs = grid[0] * grid[1]
+    programs = prod(call.programs)
     heavy: list[float] = [1.0]  # of the outermost loops that multiply, or all there are
     light: list[float] = [1.0]  # of those that do not, beside such
     if name in ("whole_forward", "whole_backward", "hinge_slopes"):
@@ -137,15 +143,30 @@ def _work(kernel: Kernel, call: Launch, share: float) -> tuple[int, list[float]]
         active = ceil(share * rows / some)
         heavy = [active, ceil((rows - active * some) / own["BM"])]
         light = [own["OFFSETS"][-1] / 1024, ceil(tiles * own["BM"] / own["SCAN"])]
+    elif name == "chain_down":
+        heavy = [ceil(own["H"] / own["BN"])]
+    elif name == "layer_back":
+        heavy = [ceil(ceil(given["N"] / own["BM"]) / call.programs[0])]
     elif name.startswith("reduce"):
         heavy = [ceil(given["P"] / own.get("SLICES", own["BLOCK"]))]
-    elif name in ("pairs_up", "pairs_down"):
-        M = given["rows"].shape[0]
-        programs = ceil(share * M / own["BM"]) * grid[1]
-        heavy = [ceil(own["INPUTS" if name == "pairs_up" else "OUTPUTS"] / own["BK"])]
+    elif name == "pairs_product":
+        programs = ceil(share * given["rows"].shape[0] / own["BM"]) * call.programs[1]
+        heavy = [ceil(own["INPUTS"] / own["BK"])]
+    elif name == "pairs_down":
+        tiles = ceil(share * given["rows"].shape[0] / own["BM"])
+        programs = min(tiles, call.programs[0]) * call.programs[1]
+        heavy = [ceil(tiles / call.programs[0])]
     elif name == "pairs_weight":
-        heavy = [ceil(share * given["rows"].shape[0] / own["BR"])]
+        parts = ceil(share * given["rows"].shape[0] / own["BR"])
+        heavy = [ceil(parts / call.programs[2])]
     trips, around = list[float](), {0: 1.0}  # by depth
+    if (
+        name.startswith("reduce") and len(kernel.sections) == 3
+    ):  # several rounds at once, and the rest
+        at_once, one = (section.counts["memory"] for section in kernel.sections[1:])
+        return programs, [1.0, *map(float, divmod(heavy[0], max(at_once // one, 1)))]
+    if name in ("pairs_product", "pairs_weight") and (not own["FAN"] or given.get("q") is None):
+        return programs, _steps(kernel, given, heavy[0])
     multiplying = any(s.depth and s.counts["tensor"] for s in kernel.sections)
     loops = [s for s in kernel.sections if s.depth == 1]
     lights = sum(not _multiplies(kernel, s) for s in loops) if multiplying else 0
@@ -161,6 +182,21 @@ def _work(kernel: Kernel, call: Launch, share: float) -> tuple[int, list[float]]
             around[section.depth] = around[section.depth - 1] * own_trips
         trips.append(around[section.depth])
     return programs, trips
+
+
+def _steps(kernel: Kernel, given: dict[str, Any], steps: float) -> list[float]:
+    """How often the loop of a product goes round in so many steps, of which it may do several at
+    once and have some before and after it."""
+    inner = given.get("BK") or given["BR"]
+    sums = sum(given.get(name) is not None for name in ("left", "p", "q"))
+    step = 2 * given["BM"] * given["BN"] * inner * sums / kernel.warps
+    around = kernel.sections[0].counts["tensor"]
+    return [1.0] + [
+        max(0.0, steps * step - around) / section.counts["tensor"]
+        if section.counts["tensor"]
+        else 1.0
+        for section in kernel.sections[1:]
+    ]
 
 
 def _multiplies(kernel: Kernel, loop: Section) -> bool:
@@ -372,15 +408,17 @@ def worse(now: Known, before: Known) -> list[str]:
 def table(known: Known) -> str:
     """The predictions in Markdown."""
     lines = [
-        "| rows × width | card | predicted, µs | plain at least, µs | ratio | what binds |",
-        "|---|---|---|---|---|---|",
+        "| rows × width | card | predicted, µs | plain at least, µs | ratio | what binds "
+        "| ratio, v = 1 |",
+        "|---|---|---|---|---|---|---|",
     ]
     for N, width in STEPS:
         for name, card in CARDS.items():
             p = predict(N, width, card, known[width, card.target])
+            every = predict(N, width, card, known[width, card.target], 1.0)
             lines.append(
                 f"| {N:,} × {width} | {name} | {p.ours * 1e6:.0f} | {p.plain * 1e6:.0f} | "
-                f"{p.ratio:.2f} | {p.binding} |"
+                f"{p.ratio:.2f} | {p.binding} | {every.ratio:.2f} |"
             )
     return "\n".join(lines)
 

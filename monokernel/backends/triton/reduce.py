@@ -20,9 +20,11 @@ def reduce_sum(sums, total, P, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["P"])
 def reduce_gradients(
-    partials, grads, P, OFFSETS: tl.constexpr, BLOCK: tl.constexpr, SLICES: tl.constexpr
-):
-    """grads[i] = Σ over the P programs' slices, each tensor cast to its own dtype.
+    partials, grads, P, OFFSETS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
+    SLICES: tl.constexpr,
+):  # fmt: skip
+    """grads[i] = Σ over the P programs' slices, each tensor cast to its own dtype; with ADD it is
+    added to what is there.
 
     ``OFFSETS`` says where each tensor begins in a slice, and last the slice's size. A grad that is
     None is not needed (and its part of the slices was never written).
@@ -33,9 +35,13 @@ def reduce_gradients(
     total = tl.zeros((BLOCK,), partials.dtype.element_ty)
     for start in range(0, P, SLICES):
         s = start + slices
-        at = partials + s[:, None].to(tl.int64) * SIZE + i[None, :]
-        total += tl.sum(tl.load(at, mask=(s[:, None] < P) & (i[None, :] < SIZE), other=0.0), 0)
+        part = partials + s[:, None].to(tl.int64) * SIZE + i[None, :]
+        total += tl.sum(tl.load(part, mask=(s[:, None] < P) & (i[None, :] < SIZE), other=0.0), 0)
     for t in tl.static_range(len(OFFSETS) - 1):
         if grads[t] is not None:
             inside = (i >= OFFSETS[t]) & (i < OFFSETS[t + 1])
-            tl.store(grads[t] + (i - OFFSETS[t]), total, mask=inside)
+            at = grads[t] + (i - OFFSETS[t])
+            found = total
+            if ADD:
+                found += tl.load(at, mask=inside, other=0.0).to(total.dtype)
+            tl.store(at, found, mask=inside)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,7 +16,15 @@ from .launch import launch
 from .reduce import reduce_sum
 from .target import processors
 
-__all__ = ["direction_of", "hinge_slopes", "hinged", "margins_of", "output_like"]
+__all__ = [
+    "Hinging",
+    "direction_of",
+    "hinge_slopes",
+    "hinged",
+    "hinging",
+    "margins_of",
+    "output_like",
+]
 
 
 def output_like(problem: Problem, y: Tensor) -> Tensor:
@@ -41,31 +51,59 @@ def margins_of(problem: Problem, out: Tensor) -> tuple[float, Tensor | None]:
     return 0.0, shared_direction_table(margin, problem.D, problem.k, out.dtype, out.device)
 
 
+class Hinging(NamedTuple):
+    """What ``hinge_epilogue`` is given: ``args`` in its order from direction to slopes, and the
+    buffer of each program's sum last; and the second output."""
+
+    out: Tensor
+    sums: Tensor | None
+    args: tuple[object, ...]
+    options: dict[str, Any]
+
+    def total(self, y: Tensor) -> Tensor:
+        """The second output, once the programs have run."""
+        if self.sums is not None:
+            launch(reduce_sum, (1,), y, self.sums, self.out, len(self.sums), BLOCK=1024)
+        return self.out
+
+
+def hinging(
+    problem: Problem, y: Tensor, weight: Tensor | None, saved: list[Tensor], programs: int
+) -> Hinging:
+    """Of a launch of so many programs."""
+    D, k, hinge, out = problem.D, problem.k, problem.hinge, output_like(problem, y)
+    summed = hinge is not None and not hinge.elementwise
+    sums = out.new_empty(programs) if summed else None
+    args = (
+        direction_of(problem, out), weight,
+        D * k if weight is not None and weight.dim() == 3 else 0,
+        *margins_of(problem, out),
+        None if summed else out, saved[-1] if saved and hinge is not None else None, sums,
+    )  # fmt: skip
+    options = {
+        "OUT": output_code(problem),
+        "SQUARED": hinge is not None and hinge.squared,
+        "SAVE": bool(saved) and hinge is not None,
+    }
+    return Hinging(out, sums, args, options)
+
+
 def hinged(
     problem: Problem, J: Tensor, y: Tensor, weight: Tensor | None, saved: list[Tensor]
 ) -> Tensor:
     """The second output from the slopes J (N, D, k) of any strides."""
-    N, D, k, hinge = y.shape[0], problem.D, problem.k, problem.hinge
-    summed = hinge is not None and not hinge.elementwise
-    out = output_like(problem, y)
+    N, D, k = y.shape[0], problem.D, problem.k
     if N == 0:
-        return out.zero_()
+        return output_like(problem, y).zero_()
     BE = min(32, power_of_two(D * k))
     BM = max(16, 1024 // BE)
     P = min(-(-N // BM), 4 * processors(y.device))
-    sums = out.new_empty(P) if summed else None
+    hinge = hinging(problem, y, weight, saved, P)
     launch(
-        hinge_slopes, (P,), y, J, y, direction_of(problem, out), weight,
-        D * k if weight is not None and weight.dim() == 3 else 0,
-        *margins_of(problem, out),
-        None if summed else out, saved[-1] if saved and hinge is not None else None, sums, N,
-        *J.stride(), D=D, K=k, OUT=output_code(problem),
-        SQUARED=hinge is not None and hinge.squared, SAVE=bool(saved) and hinge is not None,
+        hinge_slopes, (P,), y, J, y, *hinge.args, N, *J.stride(), D=D, K=k, **hinge.options,
         BM=BM, BE=BE, A=accumulator(y.dtype),
     )  # fmt: skip
-    if sums is not None:
-        launch(reduce_sum, (1,), y, sums, out, P, BLOCK=1024)
-    return out
+    return hinge.total(y)
 
 
 @triton.jit(

@@ -11,18 +11,21 @@ import triton.language as tl
 
 from ..device.activations import activation
 from ..device.columns import place_of
+from ..device.tiles import bias_row, of_rows, pre_activation
 
-__all__ = ["pairs_down", "pairs_up", "pairs_weight"]
+__all__ = ["pairs_down", "pairs_product", "pairs_weight"]
 
 
 @triton.jit
-def pairs_up(
-    h_dot, W, rows, total, a, a_dot_out, h_dot_out,
-    INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, W_ROW: tl.constexpr, ACT: tl.constexpr,
+def pairs_product(
+    left, W, rows, total, a, x, W_first, b, out, h_dot_out,
+    INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, W_IN: tl.constexpr, W_OUT: tl.constexpr,
+    ADD: tl.constexpr, ACT: tl.constexpr, FAN: tl.constexpr, FAN_TILE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, A: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """ȧ = ḣ Wᵀ, and ḣ = σ'(a)∘ȧ of this layer in the epilogue."""
+    """out[i, j] = Σ_k left[i, k] W[k, j], whose strides are W_IN and W_OUT; with ADD it is added to
+    what ``out`` has. On the way up it is ȧ, and ḣ = σ'(a)∘ȧ of this layer is the epilogue."""
     count = tl.load(total)
     if tl.program_id(0) * BM >= count:
         return
@@ -31,94 +34,82 @@ def pairs_up(
     acc = tl.zeros((BM, BN), A)
     for start in range(0, INPUTS, BK):
         k = start + tl.arange(0, BK)
-        left = tl.load(
-            h_dot + i[:, None] * INPUTS + k[None, :],
+        part = tl.load(
+            left + i[:, None] * INPUTS + k[None, :],
             mask=(i[:, None] < count) & (k[None, :] < INPUTS),
             other=0.0,
         )
         w = tl.load(
-            W + j[None, :] * W_ROW + k[:, None],
+            W + j[None, :] * W_OUT + k[:, None] * W_IN,
             mask=(j[None, :] < OUTPUTS) & (k[:, None] < INPUTS),
             other=0.0,
         )
-        acc += tl.dot(left.to(C), w.to(C), input_precision=PRECISION)
+        acc += tl.dot(part.to(C), w.to(C), input_precision=PRECISION)
     mask = (i[:, None] < count) & (j[None, :] < OUTPUTS)
     at = i[:, None] * OUTPUTS + j[None, :]
-    if a_dot_out is not None:
-        tl.store(a_dot_out + at, acc, mask=mask)
+    if out is not None:
+        if ADD:
+            acc += tl.load(out + at, mask=mask, other=0.0).to(A)
+        tl.store(out + at, acc, mask=mask)
     if h_dot_out is not None:
         n = tl.load(rows + i, mask=i < count, other=0).to(tl.int64)
-        own = tl.load(a + n[:, None] * OUTPUTS + j[None, :], mask=mask, other=0.0).to(A)
+        own = pre_activation(
+            a, x, W_first, b, n, j, i < count, OUTPUTS, OUTPUTS, FAN, FAN_TILE, C, A, PRECISION
+        )
         _h, slope, _curvature = activation(own, ACT)
         tl.store(h_dot_out + at, slope * acc, mask=mask)
 
 
 @triton.jit
 def pairs_down(
-    p, q, W, rows, total, a, a_dot, kept, p_out, q_out,
-    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, ACT: tl.constexpr, CURVED: tl.constexpr,
-    ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
-    A: tl.constexpr, PRECISION: tl.constexpr,
+    P, Q, rows, total, a, x, W_first, b, a_dot, seed, p_out, q_out,
+    H: tl.constexpr, KEPT: tl.constexpr, ONE_ROW: tl.constexpr, ACT: tl.constexpr,
+    CURVED: tl.constexpr, FAN: tl.constexpr, FAN_TILE: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """P = p W and Q = q W with one weight tile; below, p = σ'∘P and q = σ'∘Q + σ''∘ȧ∘P.
-
-    W is (OUTPUTS, INPUTS). Where the P of all rows were ``kept`` it is theirs and no product.
-    Without p_out only Q is wanted (and ACT does not count); with ADD it is added to what q_out has.
-    """
+    """p = σ'∘P and q = σ'∘Q + σ''∘ȧ∘P of a layer (H) from the products P and Q of the one above,
+    whose place they may take. P that was KEPT is that of all rows, or their ONE_ROW, times the
+    pair's ``seed`` if there is one."""
     count = tl.load(total)
-    if tl.program_id(0) * BM >= count:
-        return
-    i = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     j = tl.program_id(1) * BN + tl.arange(0, BN)
-    P = tl.zeros((BM, BN), A)
-    Q = tl.zeros((BM, BN), A)
-    if q is not None or kept is None:
-        for start in range(0, OUTPUTS, BK):
-            k = start + tl.arange(0, BK)
-            inside = (i[:, None] < count) & (k[None, :] < OUTPUTS)
-            at = i[:, None] * OUTPUTS + k[None, :]
-            w = tl.load(
-                W + k[:, None] * INPUTS + j[None, :],
-                mask=(k[:, None] < OUTPUTS) & (j[None, :] < INPUTS),
-                other=0.0,
-            ).to(C)
-            if p_out is not None and kept is None:
-                left = tl.load(p + at, mask=inside, other=0.0).to(C)
-                P += tl.dot(left, w, input_precision=PRECISION)
-            if q is not None:
-                left = tl.load(q + at, mask=inside, other=0.0).to(C)
-                Q += tl.dot(left, w, input_precision=PRECISION)
-    mask = (i[:, None] < count) & (j[None, :] < INPUTS)
-    at = i[:, None] * INPUTS + j[None, :]
-    if p_out is None:
-        if ADD:
-            Q += tl.load(q_out + at, mask=mask, other=0.0).to(A)
-        tl.store(q_out + at, Q, mask=mask)
-    else:
-        n = tl.load(rows + i, mask=i < count, other=0).to(tl.int64)
-        own = tl.load(a + n[:, None] * INPUTS + j[None, :], mask=mask, other=0.0).to(A)
+    for tile in range(tl.program_id(0), tl.cdiv(count, BM), tl.num_programs(0)):
+        i = tile * tl.full((), BM, tl.int64) + tl.arange(0, BM)
+        ok = i < count
+        mask = ok[:, None] & (j[None, :] < H)
+        at = i[:, None] * H + j[None, :]
+        n = tl.load(rows + i, mask=ok, other=0).to(tl.int64)
+        own = pre_activation(a, x, W_first, b, n, j, ok, H, H, FAN, FAN_TILE, C, A, PRECISION)
         _h, slope, curvature = activation(own, ACT)
-        if kept is not None:
-            P = tl.load(kept + n[:, None] * INPUTS + j[None, :], mask=mask, other=0.0).to(A)
-        tl.store(p_out + at, slope * P, mask=mask)
+        if ONE_ROW:
+            above = bias_row(P, j, H, A) + tl.zeros_like(slope)
+        else:
+            from_row = n[:, None] * H + j[None, :] if KEPT else at
+            above = tl.load(P + from_row, mask=mask, other=0.0).to(A)
+        if seed is not None:
+            above *= of_rows(seed, i, ok, A)
         if q_out is not None:
-            Q *= slope
+            q = tl.zeros_like(slope)
+            if Q is not None:
+                q += slope * tl.load(Q + at, mask=mask, other=0.0).to(A)
             if CURVED:
-                Q += curvature * tl.load(a_dot + at, mask=mask, other=0.0).to(A) * P
-            tl.store(q_out + at, Q, mask=mask)
+                q += curvature * tl.load(a_dot + at, mask=mask, other=0.0).to(A) * above
+            tl.store(q_out + at, q, mask=mask)
+        tl.store(p_out + at, slope * above, mask=mask)
 
 
 @triton.jit
 def pairs_weight(
-    p, q, h_dot, below, rows, total, dW, db,
+    p, q, h_dot, a, x, W_first, b, rows, total, dW, db,
     OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, RUNS: tl.constexpr, TANGENTS: tl.constexpr,
-    BELOW_ROW: tl.constexpr, ACT: tl.constexpr, FRESH: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BR: tl.constexpr, C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
+    BELOW_ROW: tl.constexpr, ACT: tl.constexpr, FRESH: tl.constexpr, SIZE: tl.constexpr,
+    FAN: tl.constexpr, FAN_TILE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BR: tl.constexpr, C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dW += qᵀ h + pᵀ ḣ and db += Σ q over the pairs, by one program per tile: a fixed order.
+    """dW += qᵀ h + pᵀ ḣ and db += Σ q over a part of the pairs, by one program per tile: a fixed
+    order. Of several parts each has a slice of its own, SIZE apart.
 
-    h = σ(below[row]), or below[row] itself for the input (ACT is the identity there), in rows that
-    lie BELOW_ROW apart. ``h_dot`` has TANGENTS columns, which stand for those RUNS of INPUTS.
+    h = σ of ``pre_activation``, or the input itself (ACT is the identity there), in rows that lie
+    BELOW_ROW apart. ``h_dot`` has TANGENTS columns, which stand for those RUNS of INPUTS.
     FRESH: the sums begin at 0.
     """
     count = tl.load(total)
@@ -127,7 +118,9 @@ def pairs_weight(
     t = place_of(j, RUNS)
     acc = tl.zeros((BM, BN), A)
     bias = tl.zeros((BM,), A)
-    for start in range(0, count, BR):
+    each = tl.cdiv(tl.cdiv(count, BR), tl.num_programs(2)) * BR
+    begin = tl.program_id(2) * each
+    for start in range(begin, tl.minimum(begin + each, count), BR):
         i = start + tl.arange(0, BR)
         ok = i < count
         i = i.to(tl.int64)
@@ -143,16 +136,15 @@ def pairs_weight(
         if q is not None:
             left = tl.load(q + i[None, :] * OUTPUTS + o[:, None], mask=inside, other=0.0)
             n = tl.load(rows + i, mask=ok, other=0).to(tl.int64)
-            own = tl.load(
-                below + n[:, None] * BELOW_ROW + j[None, :],
-                mask=ok[:, None] & (j[None, :] < INPUTS),
-                other=0.0,
+            own = pre_activation(
+                a, x, W_first, b, n, j, ok, BELOW_ROW, INPUTS, FAN, FAN_TILE, C, A, PRECISION
             )
-            h, _slope, _curvature = activation(own.to(A), ACT)
+            h, _slope, _curvature = activation(own, ACT)
             acc += tl.dot(left.to(C), h.to(C), input_precision=PRECISION)
             bias += tl.sum(left.to(A), 1)
     mask = (o[:, None] < OUTPUTS) & (j[None, :] < INPUTS)
-    at = o[:, None] * INPUTS + j[None, :]
+    shift = tl.program_id(2).to(tl.int64) * SIZE
+    at = shift + o[:, None] * INPUTS + j[None, :]
     if dW is not None:
         if not FRESH:
             acc += tl.load(dW + at, mask=mask, other=0.0).to(A)
@@ -160,5 +152,5 @@ def pairs_weight(
     if db is not None:
         once = o < tl.where(tl.program_id(1) == 0, OUTPUTS, 0)
         if not FRESH:
-            bias += tl.load(db + o, mask=once, other=0.0).to(A)
-        tl.store(db + o, bias, mask=once)
+            bias += tl.load(db + shift + o, mask=once, other=0.0).to(A)
+        tl.store(db + shift + o, bias, mask=once)

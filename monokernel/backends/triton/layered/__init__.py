@@ -5,6 +5,11 @@ Products over all rows are PyTorch's (cuBLAS), with fused element-wise kernels b
 since only a kernel can take its number of rows from the device. Products per hidden layer, as in
 ``docs/mathematics.md``: the task's three, the forward's tangents or chains, and what follows v.
 
+Between products every number of rows and units is read or written as few times as it can be: a
+bias is in its product, few inputs are multiplied where their layer is needed, sums over rows or
+columns (y, the slopes, gradients of biases, of few inputs, of one output) are those of a launch
+that reads the operands anyway. docs/triton.md counts the passes.
+
 Node by node (``programs``) a chain would take the same products and twice the launches of the
 backward: here what stands between two products of a pair is in their epilogues.
 """

@@ -14,14 +14,15 @@ from ....columns import runs_of, take
 from ....problem import Problem
 from ... import Params
 from ..active import BLOCK, list_active
-from ..active.config import ProductConfig, product_options
+from ..active.config import NO_INPUTS, ProductConfig, product_options, product_types
 from ..active.listing import gather_inputs
-from ..active.products import pairs_down, pairs_up, pairs_weight
+from ..active.products import pairs_down, pairs_product, pairs_weight
 from ..constants import IDENTITY, accumulator, activation_table
 from ..device.activations import activation
 from ..launch import launch
-from .config import kept_chain, kept_layers, tiles_of, weight_of
-from .gradients import Gradients
+from ..target import processors, register_limit
+from .config import Values, kept_chain, kept_layers, tiles_of, weight_of
+from .gradients import Gradients, Sums
 
 __all__ = ["Pairs", "seed_cotangents"]
 
@@ -29,8 +30,9 @@ __all__ = ["Pairs", "seed_cotangents"]
 class Pairs:
     """The active pairs of a backward (see ``Active``) on their way down: p and q of a_l.
 
-    ``joins``: what q gives to the cotangent g of all rows goes there, and q's part in the gradients
-    with it. Then q goes on by itself only where the P of all rows are kept, which g is made of.
+    Unless they are ``alone``, what q gives to the cotangent g of all rows goes there, and q's part
+    in the gradients with it. Then q goes on by itself only where the adjoint chain of all rows is
+    kept, which g is made of.
     """
 
     def __init__(
@@ -41,48 +43,87 @@ class Pairs:
         params: Params,
         saved: Sequence[Tensor],
         config: ProductConfig,
-        joins: bool,
+        grads: Gradients,
+        alone: bool,
     ) -> None:
-        self.problem, self.x, self.params, self.saved = problem, x, params, saved
-        self.config, self.joins = config, joins
+        self.problem, self.x, self.params = problem, x, params
+        self.config, self.alone = config, alone
+        self.a = Values.saved(problem, x, params, saved)
+        self.table = activation_table(problem, x.dtype)
         self.active = list_active(problem, gout, None if problem.hinge is None else saved[-1], x)
-        self.kept = kept_chain(problem, saved)
+        self.chain, self.kept = kept_chain(problem, saved), problem.keeps_adjoint
         self.a_dot, self.h_dot = self._tangents()
-        self.p, self.q = self._seeds()
-
-    @property
-    def dots(self) -> dict[str, Any]:
-        return product_options(self.x.dtype, self.config)
+        self.seed, self.q = self._seeds()
+        self.p = self.seed
+        weights = [2 * l for l in range(problem.depth)]
+        places = [p for place in weights for p in (place, place + 1)] if alone else weights
+        self.sums = Sums(grads, places, self._slices(), 4, x)
 
     @property
     def most(self) -> int:
         """Pairs, were all of them active."""
         return len(self.active.rows)
 
-    def grid(self, columns: int) -> tuple[int, int]:
-        return self.config.grid(self.most, columns)
+    def _slices(self) -> int:
+        """Into how many the pairs are cut for a weight's gradient: a program for each processor,
+        but where a part would be short."""
+        widest = max(self.problem.widths[1:-1], default=1)
+        tile = self.config.fitted(widest, not self.alone)
+        tiles = -(-widest // tile.rows) * -(-widest // tile.columns)
+        most = -(-self.most // (32 * tile.inner))
+        return max(1, min(processors(self.x.device) // tiles, most))
 
-    def _tangents(self) -> tuple[list[Tensor], list[Tensor]]:
-        """ȧ_l and ḣ_l of every layer (ḣ_l of the hidden ones)."""
+    def _product(
+        self,
+        left: Tensor,
+        W: Tensor,
+        strides: tuple[int, int],
+        shape: tuple[int, int],
+        out: Tensor | None,
+        above: tuple[Any, ...] = (None,) * 4,
+        h_dot: Tensor | None = None,
+        **of: Any,
+    ) -> None:
+        """left W, as ``pairs_product`` makes it."""
+        inputs, outputs = shape
+        tile = self.config.fitted(outputs, h_dot is None)
+        launch(
+            pairs_product, tile.grid(self.most, outputs), self.x, left, W, self.active.rows,
+            self.active.total, *above, out, h_dot,
+            INPUTS=inputs, OUTPUTS=outputs, W_IN=strides[0], W_OUT=strides[1], ADD=False,
+            **({"ACT": IDENTITY} | NO_INPUTS | of), **tile.tile_of(inputs),
+            **product_options(self.x.dtype, tile),
+        )  # fmt: skip
+
+    def _below(self, left: Tensor, l: int) -> Tensor:
+        """left W of layer l."""
+        O, I = self.problem.widths[l + 1], self.problem.widths[l]
+        out = self.x.new_empty(self.most, I)
+        self._product(left, weight_of(self.params, l), (I, 1), (O, I), out)
+        return out
+
+    def _tangents(self) -> tuple[list[Tensor | None], list[Tensor]]:
+        """ȧ_l of every layer with a curvature, and ḣ_l of the hidden ones."""
         problem, x, L = self.problem, self.x, self.problem.depth
-        M, table = self.most, activation_table(problem, x.dtype)
-        a_dots: list[Tensor] = []
+        a_dots: list[Tensor | None] = []
         h_dots: list[Tensor] = []
         h_dot, inputs = self.active.x_dot, problem.k
         for l in range(kept_layers(problem)):
             W, H = weight_of(self.params, l), problem.widths[l + 1]
             W = take(W, problem.columns) if l == 0 else W  # those of ẋ
-            a_dot = x.new_empty(M, H)
-            below, h_dot_in = None, h_dot
+            curved = not problem.activations[l].piecewise_linear
+            a_dot, h_dot_in = x.new_empty(self.most, H) if curved else None, h_dot
             if l < L - 1:
-                h_dot = x.new_empty(M, H)
+                h_dot = x.new_empty(self.most, H)
                 h_dots.append(h_dot)
-                below = self.saved[l]
-            launch(
-                pairs_up, self.grid(H), x, h_dot_in, W, self.active.rows, self.active.total, below,
-                a_dot, h_dot if l < L - 1 else None,
-                INPUTS=inputs, OUTPUTS=H, W_ROW=W.stride(0), ACT=table[l],
-                **self.config.tile, **self.dots,
+            elif a_dot is None:
+                a_dots.append(None)
+                break
+            of = {} if l == L - 1 else {"ACT": self.table[l], **self.a.inputs(l)}
+            above = (None,) * 4 if l == L - 1 else self.a.of(l)
+            self._product(
+                h_dot_in, W, (1, W.stride(0)), (inputs, H), a_dot, above,
+                h_dot if l < L - 1 else None, **of,
             )  # fmt: skip
             a_dots.append(a_dot)
             inputs = H
@@ -96,77 +137,76 @@ class Pairs:
         p = torch.empty_like(seed)
         q = None if σ.piecewise_linear else torch.empty_like(seed)
         launch(
-            seed_cotangents, (-(-p.numel() // BLOCK),), p, self.saved[l], self.a_dot[l], seed,
+            seed_cotangents, (-(-p.numel() // BLOCK),), p, self.a.a[l], self.a_dot[l], seed,
             self.active.rows, self.active.total, p, q,
-            D=self.problem.D, ACT=activation_table(self.problem, self.x.dtype)[l], BLOCK=BLOCK,
-            A=accumulator(p.dtype),
+            D=self.problem.D, ACT=self.table[l], BLOCK=BLOCK, A=accumulator(p.dtype),
         )  # fmt: skip
         return p, q
 
-    def join(self, g: Tensor) -> None:
-        """g += q in the pairs' rows."""
-        if self.q is not None:
-            self._gather(g, self.q, fresh=False)
-        if not self.kept:
+    def joining(self, l: int) -> Tensor | None:
+        """q of layer l, which they are at and whose g it joins. It goes on with that, but where g
+        of the layer below is no product of it: of a_L alone, times the kept chain."""
+        q = self.q
+        if not self.kept or l == self.problem.depth - 1:
             self.q = None
-
-    def _gather(self, g: Tensor, q: Tensor, fresh: bool) -> None:
-        """g (N, H) += q of the pairs in its rows; g begins at 0 if ``fresh``."""
-        (N, H), problem = g.shape, self.problem
-        grid, tile = tiles_of(N, H)
-        launch(
-            gather_inputs, grid, self.x, g, q, self.active.place, N,
-            d=H, ROW=H, COLUMN=1, T=problem.D if problem.mode == "adjoint" else problem.k,
-            FRESH=fresh, **tile, A=accumulator(self.x.dtype),
-        )  # fmt: skip
+        return q
 
     def down(self, l: int) -> None:
-        """p and q of a_{l-1} from those of a_l."""
-        σ, H = self.problem.activations[l - 1], self.problem.widths[l]
-        p = self.x.new_empty(self.most, H)
-        q = None if self.q is None and σ.piecewise_linear else torch.empty_like(p)
+        """p and q of a_{l-1} from those of a_l: a product of each that no kept chain spares."""
+        σ, H, top = self.problem.activations[l - 1], self.problem.widths[l], self.problem.depth - 1
+        if self.kept:
+            P = weight_of(self.params, l) if l == top else self.chain[l - 1]
+            seed = None if self.seed is self.active.seed else self.seed
+            p = self.x.new_empty(self.most, H)
+        else:
+            P, seed = self._below(self.p, l), None
+            p = P
+        Q = None if self.q is None else self._below(self.q, l)
+        q = self.x.new_empty(self.most, H) if Q is None and not σ.piecewise_linear else Q
+        (tiles, columns), tile = tiles_of(self.most, H, self.a.takes_rows(l - 1))
+        most = -(-8 * processors(self.x.device) // columns)
         launch(
-            pairs_down, self.grid(H), p, self.p, self.q, weight_of(self.params, l),
-            self.active.rows, self.active.total, self.saved[l - 1], self.a_dot[l - 1],
-            self.kept[l - 1] if self.kept else None, p, q,
-            OUTPUTS=self.problem.widths[l + 1], INPUTS=H,
-            ACT=activation_table(self.problem, self.x.dtype)[l - 1],
-            CURVED=not σ.piecewise_linear, ADD=False, **self.config.tile, **self.dots,
+            pairs_down, (min(tiles, most), columns), p, P, Q, self.active.rows, self.active.total,
+            *self.a.of(l - 1), self.a_dot[l - 1], seed, p, q,
+            H=H, KEPT=self.kept, ONE_ROW=self.kept and l == top, ACT=self.table[l - 1],
+            CURVED=not σ.piecewise_linear, **self.a.inputs(l - 1), **tile,
+            **product_types(self.x.dtype), **register_limit(self.x.device),
         )  # fmt: skip
         self.p, self.q = p, q
 
-    def weight(self, l: int, grads: Gradients) -> None:
-        """dW_l and db_l, added to what the rows left."""
-        q = None if self.joins else self.q
-        fresh = not self.joins
-        dW = grads.begun(2 * l)
-        db = grads.begun(2 * l + 1) if fresh else None
+    def weight(self, l: int) -> None:
+        """dW_l and, of pairs that are alone, db_l."""
+        dW, db = self.sums.part(2 * l), self.sums.part(2 * l + 1)
         if dW is None and db is None:
             return
         O, I = self.problem.widths[l + 1], self.problem.widths[l]
+        below = self.a.of(l - 1) if l else (self.x, None, None, None)
+        # Of few outputs narrow tiles, or there would be few programs.
+        tile = self.config.fitted(I if O > 64 else min(I, 64), not self.alone)
         launch(
-            pairs_weight, self.config.grid(O, I), self.p, self.p, q,
-            self.h_dot[l - 1] if l else self.active.x_dot, self.saved[l - 1] if l else self.x,
+            pairs_weight, (*tile.grid(O, I), self.sums.slices), self.p, self.p,
+            self.q if self.alone else None, self.h_dot[l - 1] if l else self.active.x_dot, *below,
             self.active.rows, self.active.total, dW, db,
             OUTPUTS=O, INPUTS=I, RUNS=((0, 0, I),) if l else runs_of(self.problem.columns),
             TANGENTS=I if l else self.problem.k, BELOW_ROW=I,
-            ACT=activation_table(self.problem, self.x.dtype)[l - 1] if l else IDENTITY, FRESH=fresh,
-            BM=self.config.rows, BN=self.config.columns, BR=self.config.inner, **self.dots,
+            ACT=self.table[l - 1] if l else IDENTITY, FRESH=True, SIZE=self.sums.offsets[-1],
+            **(self.a.inputs(l - 1) if l else NO_INPUTS), BM=tile.rows, BN=tile.columns,
+            BR=tile.inner, **product_options(self.x.dtype, tile),
         )  # fmt: skip
 
     def inputs(self) -> Tensor:
         """dx, of the curvatures alone."""
-        dx, q = torch.empty_like(self.x), self.q
+        dx, q, d = torch.empty_like(self.x), self.q, self.problem.d
         if q is None:  # every σ'' is zero
             return dx.zero_()
-        part = self.x.new_empty(self.most, self.problem.d)
+        part = self._below(q, 0)
+        grid, tile = tiles_of(len(dx), d)
         launch(
-            pairs_down, self.grid(self.problem.d), self.x, q, q, weight_of(self.params, 0),
-            self.active.rows, self.active.total, None, None, None, None, part,
-            OUTPUTS=self.problem.widths[1], INPUTS=self.problem.d, ACT=IDENTITY,
-            CURVED=False, ADD=False, **self.config.tile, **self.dots,
+            gather_inputs, grid, self.x, dx, part, self.active.place, len(dx),
+            d=d, ROW=d, COLUMN=1,
+            T=self.problem.D if self.problem.mode == "adjoint" else self.problem.k,
+            FRESH=True, **tile, A=accumulator(self.x.dtype),
         )  # fmt: skip
-        self._gather(dx, part, fresh=True)
         return dx
 
 

@@ -123,7 +123,7 @@ def launch_backward(
         block = 64
         launch(
             reduce_gradients, (-(-offsets[-1] // block),), x, partials, grads, P,
-            OFFSETS=offsets, BLOCK=block, SLICES=32,
+            OFFSETS=offsets, ADD=False, BLOCK=block, SLICES=32,
         )  # fmt: skip
     return [dx, *grads]
 
