@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 # Boxes at a time, by tier: about what keeps a pass over the forms in the cache.
-AT_A_TIME = {INTERVALS: 512, AFFINE: 256, LINEAR: 128, QUADRATIC: 512}
+AT_A_TIME = {INTERVALS: 512, AFFINE: 256, LINEAR: 128, QUADRATIC: 1024}
 # About what a box costs by each tier. One that decides too few to pay for itself is passed over,
 # and asked again every so many rounds.
 COST = {INTERVALS: 1.0, AFFINE: 6.0, LINEAR: 15.0, QUADRATIC: 1.5}

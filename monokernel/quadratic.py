@@ -2,16 +2,24 @@
 
 A value over a box is a form in the columns x_i = m_i + r_i ε_i of the box, every ε in [-1, 1],
 
-    c + Σ_i g_i ε_i + Σ_i h_i T(ε_i) + Σ_{i<j} h_ij ε_i ε_j + Σ_s n_s ε_s ± e,    T(ε) = 2ε² - 1
+    c + Σ_i g_i ε_i + Σ_i h_i T(ε_i) + Σ_{i<j} h_ij ε_i ε_j ± e,    T(ε) = 2ε² - 1
 
-so that each term is within its coefficient. The ε_s are what a curve was off in the few neurons of
-a layer where that counts most. σ and σ' are replaced by parabolas over the range of their argument;
-of its square, what is linear in the box is squared exactly and the rest bounded. So what is left in
-``e`` is of the third order in the width of the box, and what is quadratic cancels between neurons
-as what is linear does: in boxes that are small enough to be proved the radius is less than that of
-``forms``, with lines, at half of its cost.
+so that each term is within its coefficient. σ and σ' are replaced by parabolas over the range of
+their argument, of which a form keeps what is linear and quadratic in ε. What is left is not carried
+from layer to layer by its size, in which nothing cancels: it is traced to where it arises. With P_l
+for what the adjoint recursion makes of forms alone, a slope is off by
 
-For chains of which every σ has a bounded σ''' (``serves``). Rounding is accounted for as there.
+    Σ_l ⟨t_l, P_l (s_l - ŝ_l) + (P_l ŝ_l - p̂_l)⟩
+
+over the layers: s_l = σ'(a_l) and ŝ_l its form, p̂_l the form of P_l ŝ_l, and t_l, the tangent of
+a_l along the column, is how much the slope changes with p_l. s_l is off by what the parabola is, by
+the products of what is linear and what is quadratic in a_l, and by what a_l is off, which comes
+from σ of the layers before in the same way. These ``Weights`` of the slope are known to the first
+order in ε. So what is of the third order, but for that of the parabolas, is one polynomial for each
+slope, in which neurons and layers cancel.
+
+For chains of which every σ has a bounded σ''' (``serves``). Rounding is accounted for as in
+``forms``.
 """
 
 from __future__ import annotations
@@ -43,8 +51,7 @@ class Form(NamedTuple):
 
 
 class Parabola(NamedTuple):
-    """f(a) = at + slope·(a - c) + bend·(a - c)² ± off, each (B, H), once of (a - c)² only the
-    square of what is linear in the box is kept."""
+    """f(a) = at + slope·t + bend·t² ± off, t = a - c, each (B, H)."""
 
     at: Tensor
     slope: Tensor
@@ -61,19 +68,13 @@ def serves(layers: Layers) -> bool:
 
 
 def _parabola(
-    σ: Activation,
-    order: int,
-    c: Tensor,
-    ends: tuple[Tensor, Tensor],
-    linear: Tensor,
-    rest: Tensor,
+    σ: Activation, order: int, c: Tensor, ends: tuple[Tensor, Tensor], lost: Tensor
 ) -> Parabola:
-    """Along σ (order 0) or σ' (order 1) between the ``ends``, for an a that is c, something linear
-    in the box and a rest, both of such a size.
+    """Along σ (order 0) or σ' (order 1) between the ``ends``.
 
     Any slope and bend will do; between knots 2ρ apart what f is off them lies within ½ρ² max |f'' -
-    2 bend| of a straight line. Of (l + δ)² only l² is kept: the more of the rest there is, the
-    flatter a parabola is best.
+    2 bend| of a straight line. Of t² a part of the size ``lost`` is an error to a form: the larger
+    it is, the flatter a parabola is best.
     """
     f = ranges.known_curves(σ)[order]
     lower, upper = ends
@@ -96,23 +97,21 @@ def _parabola(
     noise = noise + 16 * U * (size + slope.abs() * far + 3 * bend.abs() * far * far) + TINY
     second = ranges.bounds(σ, 2, lower, upper) if order == 0 else _third(σ, lower, upper, ρ)
     gap = 0.5 * (ρ / (KNOTS - 1)).square()
-    # (l + δ)² - l², for |l + δ| is within the ends, too.
-    most_far = far * (1 + 8 * U) + 8 * U * c.abs()
-    above = torch.where(most_far > rest, rest * (2 * most_far - rest), most_far.square())
-    below = torch.where(linear > rest, rest * (2 * linear - rest), linear.square())
-    lost, shift = 0.5 * above + 0.5 * below, 0.5 * above - 0.5 * below
     none = torch.zeros_like(c)
     best = Parabola(none, none, none, torch.full_like(c, torch.inf))
+    least = best.off
     for share in BENT:
         bent = bend * share
         off = torch.addcmul(straight, square, bent, value=-1) if share else straight
         low, high = off.amin(0), off.amax(0)
         twice = 2 * bent
         most = torch.maximum((second[0] - twice).abs(), (second[1] - twice).abs())
-        size_ = (0.5 * high - 0.5 * low + most * gap + bent.abs() * lost) * (1 + 16 * U) + noise
-        found = Parabola(0.5 * low + 0.5 * high + bent * shift, slope - twice * away, bent, size_)
-        closer = found.off < best.off  # no NaN is
+        size_ = (0.5 * high - 0.5 * low + most * gap) * (1 + 16 * U) + noise
+        found = Parabola(0.5 * low + 0.5 * high, slope - twice * away, bent, size_)
+        all_ = size_ + bent.abs() * lost
+        closer = all_ < least  # no NaN is
         best = Parabola(*(torch.where(closer, a, b) for a, b in zip(found, best, strict=True)))
+        least = torch.where(closer, all_, least)
     return best
 
 
@@ -133,10 +132,10 @@ def _third(σ: Activation, lower: Tensor, upper: Tensor, ρ: Tensor) -> tuple[Te
 
 
 def _sizes(form: Form, m: int) -> tuple[Tensor, Tensor]:
-    """How large what is linear in the box can be, and all else but c, (B, H) each."""
+    """How large what is linear in the box can be, and what is quadratic, (B, H) each."""
     size = form.G.abs()
     more = 1 + 2 * (size.shape[1] + 2) * U
-    return size[:, :m].sum(1) * more, (size[:, m:].sum(1) + form.e) * more
+    return size[:, :m].sum(1) * more, size[:, m:].sum(1) * more
 
 
 def least(g: Tensor, h: Tensor) -> Tensor:
@@ -211,110 +210,192 @@ def _least_of(g: Tensor, h: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
     return ends + settled - others - (4 * (m * m + 16) * U) * size, first
 
 
-def _along(a: Form, f: Parabola, m: int, linear: Tensor, rest: Tensor) -> Form:
-    """f(a)."""
-    g = a.G[:, :m]
-    c, G = f.at.clone(), a.G * f.slope.unsqueeze(1)
+class Curved(NamedTuple):
+    """σ or σ' of an a: ``form``, whose e is all that it is off, and the sizes of its parts; of its
+    parabola the slope and the bend, and how much, for an a that is its form exactly, it is off
+    (``all``), how much of that is not 2·bend times what is linear in a times what is quadratic
+    (``left``); how much it changes with a, at most (``steep``), and how large it is (``whole``)."""
+
+    form: Form
+    linear: Tensor
+    bent: Tensor
+    slope: Tensor
+    bend: Tensor
+    all: Tensor
+    left: Tensor
+    steep: Tensor
+    whole: Tensor
+
+
+def _along(a: Form, σ: Activation, order: int, m: int) -> Curved:
+    """(l + q)², with l what is linear in a and q what is quadratic, is l² + 2 l q and at most q²
+    more, which lies around a half of its largest value."""
+    linear, bent = _sizes(a, m)
+    square = 0.5 * bent.square()
+    lost = 2 * linear * bent + square
+    f = _parabola(σ, order, a.c, _ends(a, m, bent + a.e), lost)
+    g, bend = a.G[:, :m], f.bend.abs()
+    c, G = f.at + f.bend * square, a.G * f.slope.unsqueeze(1)
     _add_products(G, c, g, g * f.bend.unsqueeze(1))
-    size = f.at.abs() + f.slope.abs() * (linear + rest) + 2 * f.bend.abs() * linear.square()
-    e = f.slope.abs() * a.e + f.off
-    return Form(c, G, e + ((16 + 2 * m) * U) * (size + e) + TINY)
+    all_, left = (f.off + bend * of for of in (lost, square))
+    steep = f.slope.abs() + bend * (2 * (linear + bent) + a.e)
+    form = Form(c, G, steep * a.e)
+    whole = c.abs() + f.at.abs() + steep * (linear + bent + a.e) + all_
+    e = (form.e + all_) * (1 + 16 * U) + (16 + 2 * m) * U * whole + TINY
+    return Curved(form._replace(e=e), *_sizes(form, m), f.slope, f.bend, all_, left, steep, whole)
 
 
-def _through(
-    h: Form, W: Tensor, layers: Layers, b: Tensor | None, m: int, keep: bool
-) -> tuple[Form, Tensor | None]:
-    """W h + b, W (out, in). With ``keep`` what h was off in some neurons becomes an ε of theirs:
-    the last terms, and which neurons (B, n)."""
+def _through(h: Form, W: Tensor, layers: Layers, b: Tensor, m: int) -> Form:
+    """W h + b, W (out, in)."""
     γ_n = γ(W.shape[1] + 2 + layers.folded)
-    linear, rest = _sizes(h, m)
-    rounding = γ_n * (h.c.abs() + linear + rest)
-    c = h.c @ W.mT if b is None else torch.addmm(b, h.c, W.mT)
-    G, left, top = h.G @ W.mT, h.e, None
-    if keep and G.shape[1]:
-        counts = h.e * W.abs().sum(0)
-        top = counts.topk(min(_followed(m), counts.shape[1]), 1, sorted=False).indices
-        G = torch.cat((G, left.gather(1, top).unsqueeze(2) * W.mT[top]), 1)
-        left = left.scatter(1, top, 0.0)
-    e = ((left + rounding) @ W.abs().mT) * (1 + 2 * γ_n) + TINY
-    return Form(c, G, e if b is None else e + γ_n * (b.abs() + c.abs())), top
+    linear, bent = _sizes(h, m)
+    rounding = γ_n * (h.c.abs() + linear + bent + h.e)
+    c = torch.addmm(b, h.c, W.mT)
+    e = ((h.e + rounding) @ W.abs().mT) * (1 + 2 * γ_n) + TINY
+    return Form(c, h.G @ W.mT, e + γ_n * (b.abs() + c.abs()))
 
 
-def _shares(first: Form, m: int) -> Tensor:
-    """How much of the argument of each neuron, as far as it is linear in the box, is that of each
-    column, (B, m, H); of σ' it is the same."""
-    size = first.G[:, :m].abs()
-    return size / (size.sum(1, keepdim=True) + TINY)
+class Weights(NamedTuple):
+    """How much each of K slopes changes with a row of neurons, as far as that is known: at (B, K,
+    H), what is linear in the box, (B, K, m, H), and the size of all else; and how large those of
+    any slope are in any case, (B, H)."""
+
+    at: Tensor
+    linear: Tensor
+    rest: Tensor
+    whole: Tensor
+
+    def varies(self) -> Tensor:
+        return self.linear.abs().sum(2) + self.rest
+
+    def through(self, W: Tensor, layers: Layers, m: int) -> Weights:
+        """Those times W (H, out)."""
+        off, sizes = _off(layers, W.shape[0], m), W.abs()
+        whole = (self.whole @ sizes) * (1 + 2 * off) + TINY
+        rest = (self.rest @ sizes) * (1 + 2 * off) + off * whole.unsqueeze(1) + TINY
+        return Weights(self.at @ W, self.linear @ W, rest, whole)
+
+    def times(self, s: Curved, m: int) -> Weights:
+        """Those times s, at every point of the box."""
+        q, g = s.form.c.unsqueeze(1), s.form.G[:, :m].unsqueeze(1)
+        l, r = s.linear.unsqueeze(1), (s.bent + s.form.e).unsqueeze(1)
+        size, varies = self.at.abs(), self.varies()
+        return Weights(
+            self.at * q,
+            self.linear * q.unsqueeze(2) + g * self.at.unsqueeze(2),
+            self.rest * q.abs() + l * varies + r * (size + varies),
+            self.whole * s.whole,
+        )
 
 
-def _product(P: Form, s: Form, m: int) -> Form:
-    """P∘s; the terms of s are the first of those of P, which has none where it is a constant."""
-    (l_P, r_P), (l_s, r_s) = _sizes(P, m), _sizes(s, m)
-    c = P.c * s.c
-    if P.G.shape[1]:
-        G = P.G * s.c.unsqueeze(1)
-        G[:, : s.G.shape[1]].addcmul_(s.G, P.c.unsqueeze(1))
-        _add_products(G, c, P.G[:, :m], s.G[:, :m])
-    else:
-        G = s.G * P.c.unsqueeze(1)
-    e = s.c.abs() * P.e + P.c.abs() * s.e + l_P * r_s + r_P * (l_s + r_s)
-    size = (P.c.abs() + l_P + r_P) * (s.c.abs() + l_s + r_s)
-    return Form(c, G, e + ((16 + 2 * m) * U) * (size + e) + TINY)
+def _off(layers: Layers, n: int, m: int) -> float:
+    """What n products and all that goes before and after them may be rounded by."""
+    return 4 * γ(n + m * m + 32 + layers.folded)
 
 
-def _contracted(P: Form, s: Form, W: Tensor, layers: Layers, m: int) -> tuple[Form, Tensor]:
-    """Wᵀ(P∘s) for W (H, K), the first layer's, where s has no ε of neurons; and how much of its
-    error comes from each column, (B, m, K).
+def _add_cubic(M: Tensor, weight: Tensor, linear: Tensor, quadratic: Tensor) -> None:
+    """Adds the products of what is ``linear`` (B, m, H) and ``quadratic`` (B, Q, H) to M (B, K, Q,
+    m), weighted by (B, K, H)."""
+    M += quadratic.unsqueeze(1) @ (weight.unsqueeze(2) * linear.unsqueeze(1)).mT
 
-    Here the products of what is linear in s with every term of P, and of what is linear in P with
-    what is quadratic in s, are computed for each output, so that the neurons cancel.
+
+def _each(x: Tensor) -> Tensor:
+    """The same for each of the slopes."""
+    return x.unsqueeze(1)
+
+
+class Met(NamedTuple):
+    """P∘σ' as a form, what it adds to how much the slopes change with a, and to their error, (B, K,
+    H)."""
+
+    p: Form
+    α: Weights
+    error: Tensor
+
+
+def _met(
+    a: Form,
+    s: Curved,
+    v: Curved | None,
+    P: Form,
+    t: Weights,
+    u: Weights | None,
+    M: Tensor,
+    m: int,
+) -> Met:
+    """Where P and s = σ'(a) meet, and σ(a) = v, on which the slopes depend by u. What is of the
+    third order goes into M."""
+    (l_P, r_P), p = _sizes(P, m), P.c
+    g, g_P = a.G[:, :m], P.G[:, :m]
+    c, G = p * s.form.c, P.G * _each(s.form.c) + s.form.G * _each(p)
+    _add_products(G, c, g_P, s.form.G[:, :m])
+    # P t, the weight of s.
+    size, varies = t.at.abs(), t.varies()
+    at = t.at * _each(p)
+    linear = t.at.unsqueeze(2) * _each(g_P) + t.linear * _each(_each(p))
+    rest = size * _each(r_P) + varies * _each(l_P + r_P) + t.rest * _each(p.abs())
+    w = Weights(at, linear, rest, t.whole * (p.abs() + l_P + r_P))
+    error = size * _each(r_P * s.bent)
+    error = error + varies * _each(l_P * s.bent + r_P * (s.linear + s.bent))
+    error = error + at.abs() * _each(s.left) + w.varies() * _each(s.all)
+    bends = at * _each(2 * s.bend)
+    α = _rate(w, a, s, m)
+    if u is not None and v is not None:
+        error = error + u.at.abs() * _each(v.left) + u.varies() * _each(v.all)
+        bends = bends + u.at * _each(2 * v.bend)
+        α = Weights(*(x + y for x, y in zip(α, _rate(u, a, v, m), strict=True)))
+    _add_cubic(M, bends, g, a.G[:, m:])
+    _add_cubic(M, t.at, s.form.G[:, :m], P.G[:, m:])
+    _add_cubic(M, t.at, g_P, s.form.G[:, m:])
+    return Met(Form(c, G, torch.zeros_like(c)), α, error)
+
+
+def _rate(w: Weights, a: Form, f: Curved, m: int) -> Weights:
+    """The weights of E, what a = c + l + q + E is off, for those w of f(a):
+    w (slope + bend (2 l + 2 q + E))."""
+    linear, bent = _sizes(a, m)
+    slope, bend, varies = _each(f.slope), _each(f.bend), w.varies()
+    rest = 2 * _each(linear) * varies + _each(2 * bent + a.e) * (w.at.abs() + varies)
+    return Weights(
+        w.at * slope,
+        w.linear * slope.unsqueeze(2) + 2 * (w.at * bend).unsqueeze(2) * _each(a.G[:, :m]),
+        w.rest * slope.abs() + rest * bend.abs(),
+        w.whole * f.steep,
+    )
+
+
+def _reduced(M: Tensor, m: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What is cubic, Σ M_ri ε_i times the r-th quadratic term, for M (B, K, Q, m): what of it is
+    linear (B, K, m), the size of the rest (B, K), and what of that goes with each column (B, K, m).
+
+    ε T(ε) and ε_i ε_i ε_j are half an ε and half something within 1, and the three ways to
+    come by ε_i ε_j ε_k are one number.
     """
-    K, H = W.shape[1], W.shape[0]
-    γ_n = γ(H + 4 + layers.folded)
-    Q = s.G.shape[1] - m  # terms of second order
-    if not P.G.shape[1]:
-        P = P._replace(G=torch.zeros_like(s.G))
-    (l_P, r_P), (l_s, r_s) = _sizes(P, m), _sizes(s, m)
-    G = P.G * s.c.unsqueeze(1)
-    G[:, : m + Q].addcmul_(s.G, P.c.unsqueeze(1))
-    lumped = s.c.abs() * P.e + P.c.abs() * s.e + l_P * s.e + P.e * l_s + r_P * r_s
-    rounding = (P.c.abs() + l_P + r_P) * (s.c.abs() + l_s + r_s) * (4 * γ_n) + TINY
-    lumped = lumped * (1 + 16 * U) + rounding
-    e = (lumped @ W.abs()) * (1 + 2 * γ_n)
-    c, G = (P.c * s.c) @ W, G @ W
-    blame = (_shares(s, m) * lumped.unsqueeze(1)) @ W.abs()
-    first, second = torch.triu_indices(m, m, 1, device=W.device)
-    for k in range(K):
-        M = P.G @ (s.G[:, :m] * W[:, k]).mT  # (B, S, m)
-        square = M[:, :m]
-        half = 0.5 * square.diagonal(dim1=1, dim2=2)
-        c[:, k] += half.sum(1)
-        G[:, m : 2 * m, k] += half
-        G[:, 2 * m : m + Q, k] += square[:, first, second] + square[:, second, first]
-        M[:, m : m + Q] += ((P.G[:, :m] * W[:, k]) @ s.G[:, m:].mT).mT
-        size = M[:, m:].abs().sum(1)
-        e[:, k] += size.sum(1) * (1 + 4 * (M.shape[1] + m) * U)
-        blame[:, :, k] += size
-    return Form(c, G, e), blame
+    A, pairs = M[:, :, :m].mT.clone(), M[:, :, m:]  # A: of ε_i T(ε_j)
+    i, j = torch.triu_indices(m, m, 1, device=M.device)
+    n = torch.arange(len(i), device=M.device)
+    linear = 0.5 * A.diagonal(dim1=2, dim2=3)
+    A.diagonal(dim1=2, dim2=3).mul_(0.5)
+    for one, other in ((i, j), (j, i)):
+        half = 0.5 * pairs[:, :, n, other]  # of ε_one ε_other²
+        linear = linear.index_add(2, one, half)
+        A[:, :, one, other] += half
+    size = A.abs()
+    total, shares = size.sum((2, 3)), size.sum(3) + 2 * size.sum(2)
+    place = n.new_zeros(m, m)
+    place[i, j] = place[j, i] = n
+    x, y, z = torch.combinations(torch.arange(m, device=M.device), 3).view(-1, 3).unbind(1)
+    size = (
+        pairs[:, :, place[y, z], x] + pairs[:, :, place[x, z], y] + pairs[:, :, place[x, y], z]
+    ).abs()
+    for column in (x, y, z):
+        shares = shares.index_add(2, column, size)
+    return linear, total + size.sum(2), shares
 
 
 def _terms(m: int) -> int:
-    """How many a form has of the box's own."""
+    """How many a form has."""
     return 2 * m + m * (m - 1) // 2
-
-
-def _known(whose: Tensor, h: Form, first: Form | None, top: Tensor | None, m: int) -> Tensor:
-    """``whose`` (B, m, n) with the shares of those neurons ``top`` of h that got an ε."""
-    if top is None:
-        return whose
-    shares = whose.new_zeros(len(h.c), m, h.c.shape[1]) if first is None else _shares(first, m)
-    at = top.unsqueeze(1).expand(-1, m, -1)
-    return torch.cat((whose[:, :, : h.G.shape[1] - _terms(m)], shares.gather(2, at)), 2)
-
-
-def _followed(m: int) -> int:
-    """How many neurons of a layer get an ε of their own."""
-    return 8 + _terms(m) // 3
 
 
 def native(like: Tensor) -> bool:
@@ -350,59 +431,76 @@ def by_pytorch(
     layers: Layers, c: Tensor, r: Tensor, moving: Tensor, output: int, columns: Tensor
 ) -> Slopes:
     """As ``slopes``, which it is the reference of."""
-    m, L, T = len(moving), len(layers.W), _terms(len(moving))
+    m, L, B, K = len(moving), len(layers.W), len(c), len(columns)
+    T = _terms(m)
+    W = [*layers.W[:-1], layers.W[-1][output : output + 1]]
+    b = [*layers.b[:-1], layers.b[-1][output : output + 1]]
+    # Forwards: forms, and how much the slopes change with σ' ∘ P of each layer.
     h = Form(c, *box(c, r, moving, T))
-    whose = c.new_zeros(len(c), m, 0)  # is what each neuron with an ε of its own was off
-    first: list[Form | None] = []
-    for l, (W, b, σ) in enumerate(zip(layers.W, layers.b, layers.σ, strict=True)):
-        if l == L - 1:
-            if σ.kind == "identity":
-                first.append(None)
-                break
-            W, b = W[output : output + 1], b[output : output + 1]
-        a, top = _through(h, W, layers, b, m, l > 0)
-        whose = _known(whose, h, first[l - 1] if l else None, top, m)
-        if σ.kind == "identity":
-            first.append(None)
-            h = a
-            continue
-        linear, rest = _sizes(a, m)
-        ends = _ends(a, m, rest)
-        slope = _parabola(σ, 1, a.c, ends, linear, rest)
-        first.append(_along(a, slope, m, linear, rest))
-        if l < L - 1:
-            h = _along(a, _parabola(σ, 0, a.c, ends, linear, rest), m, linear, rest)
-    P = Form(c.new_ones(len(c), 1), c.new_zeros(len(c), 0, 1), c.new_zeros(len(c), 1))
-    blame: Tensor | None = None
+    start = W[0][:, columns].mT
+    t = Weights(
+        start.expand(B, K, -1),
+        start.new_zeros(B, K, m, len(W[0])),
+        start.new_zeros(B, K, len(W[0])),
+        start.abs().amax(0).expand(B, -1),
+    )
+    a, s, v, ts = list[Form](), list[Curved | None](), list[Curved | None](), list[Weights]()
+    for l, σ in enumerate(layers.σ):
+        if l:
+            before = s[-1]
+            t = (t if before is None else t.times(before, m)).through(W[l].mT, layers, m)
+        a.append(_through(h, W[l], layers, b[l], m))
+        ts.append(t)
+        curved = σ.kind != "identity"
+        s.append(_along(a[-1], σ, 1, m) if curved else None)
+        v.append(_along(a[-1], σ, 0, m) if curved and l < L - 1 else None)
+        along = v[-1]
+        h = a[-1] if along is None else along.form
+    # Backwards: P, and how much the slopes change with σ of each layer.
+    P = Form(c.new_ones(B, 1), c.new_zeros(B, T, 1), c.new_zeros(B, 1))
+    u: Weights | None = None
+    M, rounding = c.new_zeros(B, K, T - m, m), c.new_zeros(B)
+    error, blame = c.new_zeros(B, K), c.new_zeros(B, K, m)
     for l in range(L - 1, -1, -1):
-        W, s = layers.W[l], first[l]
-        if l == L - 1:
-            W = W[output : output + 1]
-        if l == 0:
-            W = W[:, columns]
-        if s is not None and l == 0:
-            P, blame = _contracted(P, s, W, layers, m)
-            break
-        p = P if s is None else _product(P, s, m)
-        P, top = _through(p, W.mT, layers, None, m, l > 0)
-        whose = _known(whose, p, s, top, m)
-    if not P.G.shape[1]:
-        P = P._replace(G=c.new_zeros(len(c), T, P.c.shape[1]))
-    pairs = P.G[:, 2 * m : T]
-    third = (P.G[:, T:].abs().sum(1) + P.e) * (1 + 2 * (P.G.shape[1] + 2) * U)
+        off = _off(layers, max(W[l].shape), m)
+        linear, bent = _sizes(a[l], m)
+        l_P, r_P = _sizes(P, m)
+        whole, value = P.c.abs() + l_P + r_P, a[l].c.abs() + linear + bent + a[l].e
+        α, p, here, σ_here = u, P, s[l], v[l]
+        if here is not None:
+            found = _met(a[l], here, σ_here, P, ts[l], u, M, m)
+            p, α = found.p, found.α
+            whole = whole * here.whole
+            error += found.error.sum(2)
+            blame += found.error @ (a[l].G[:, :m].abs() / (linear + TINY).unsqueeze(1)).mT
+            if σ_here is not None:
+                value = σ_here.whole
+        rounding += (ts[l].whole * whole).sum(1) * (2 * off)
+        if u is not None:
+            rounding += (u.whole * value).sum(1) * (2 * off)
+        if α is not None:
+            rounding += (α.whole * (a[l].c.abs() + b[l].abs())).sum(1) * off
+            if l == 0:
+                rounding += (α.whole * a[l].e).sum(1)
+            u = α.through(W[l], layers, m) if l else None
+        back = W[l] if l else W[l][:, columns]
+        P = Form(p.c @ back, p.G @ back, p.e @ back.abs())
+    slant, third, shares = _reduced(M, m)
+    G = P.G.clone()
+    G[:, :m] += slant.mT
+    third = third + (error + rounding.unsqueeze(1)) * (1 + 1e-9) + TINY
+    third = third * (1 + 4 * (T + 2) * (m + 2) * U)
+    pairs = G[:, 2 * m : T]
     error = (pairs.abs().sum(1) + third) * (1 + 2 * (pairs.shape[1] + 2) * U)
-    slant, bend = P.G[:, :m], P.G[:, m : 2 * m]
+    slant, bend = G[:, :m], G[:, m : 2 * m]
     H = _symmetric(pairs, m)
     low, open_ = _least_of(slant, bend, H)
     high, _ = _least_of(-slant, -bend, -H)
-    blame = torch.zeros_like(slant) if blame is None else blame
     size = H.abs()
     tied = (size @ open_.unsqueeze(3)).squeeze(3)  # to what is not known to rise or fall
-    neurons = P.G[:, T:].abs()
-    blame = blame + whose[:, :, : neurons.shape[1]] @ neurons
-    blame = blame + (open_ * (2 * bend.mT.abs() + 0.5 * tied)).mT
+    blame = (blame + shares + open_ * (2 * bend.mT.abs() + 0.5 * tied)).mT
     rise = (slant.abs() - 4 * bend.abs() - size.sum(3).mT).clamp(min=0)
-    known = torch.isfinite(P.c) & torch.isfinite(error) & torch.isfinite(P.G[:, : 2 * m]).all(1)
+    known = torch.isfinite(P.c) & torch.isfinite(error) & torch.isfinite(G[:, : 2 * m]).all(1)
     every = known.unsqueeze(1)
     return Slopes(
         torch.where(known, P.c, 0.0),

@@ -32,7 +32,7 @@ from monokernel import (
 from monokernel.activations import IDENTITY, Activation
 from monokernel.backends import cpu
 from monokernel.certify import _read
-from monokernel.enclosures import Slopes
+from monokernel.enclosures import Slopes, box
 from monokernel.layers import Layers
 from tests.support import ACTIVATION_MODULES, mlp
 
@@ -126,26 +126,62 @@ def test_lines_hold_along_every_curve() -> None:
 
 
 def test_parabolas_hold_along_every_curve() -> None:
-    """For every way in which a may come about, within the sizes that are given."""
     c = torch.empty(300, 1, dtype=torch.float64).uniform_(-6, 6)
-    linear, rest = 10 ** torch.empty(2, 300, 1, dtype=torch.float64).uniform_(-9, 1)
-    tight = torch.rand(2, 300, 1, dtype=torch.float64)  # the range may be known to be less
-    ends = c - tight[0] * (linear + rest), c + tight[1] * (linear + rest)
+    far = 10 ** torch.empty(2, 300, 1, dtype=torch.float64).uniform_(-9, 1)
+    ends = c - far[0], c + far[1]
+    lost = 10 ** torch.empty(300, 1, dtype=torch.float64).uniform_(-9, 1)  # any will do
+    a = torch.lerp(*ends, torch.linspace(0, 1, 101, dtype=torch.float64))
     for kind in ranges.THIRD:
         σ = Activation(kind)
         for order, f in ((0, σ.value), (1, σ.first)):
-            p = quadratic._parabola(σ, order, c, ends, linear, rest)
+            p = quadratic._parabola(σ, order, c, ends, lost)
             assert p.off.isfinite().all()
-            for _ in range(40):
-                l, δ = (
-                    s * torch.empty_like(c).uniform_(-1, 1).mul(3).clamp(-1, 1)
-                    for s in (linear, rest)
-                )
-                a = c + l + δ
-                given = (a >= ends[0]) & (a <= ends[1])
-                off = (f(a) - p.at - p.slope * (a - c) - p.bend * l * l).abs()
-                slack = 1e-13 * (1 + a.abs() + p.slope.abs() * (a - c).abs() + p.bend.abs() * l * l)
-                assert (off <= p.off + slack)[given].all(), (kind, order)
+            t = a - c
+            off = (f(a) - p.at - p.slope * t - p.bend * t * t).abs()
+            slack = 1e-13 * (1 + a.abs() + p.slope.abs() * t.abs() + p.bend.abs() * t * t)
+            assert (off <= p.off + slack).all(), (kind, order)
+
+
+def test_what_is_cubic_is_linear_and_something_within_its_size() -> None:
+    for m in (1, 2, 3, 5):
+        i, j = torch.triu_indices(m, m, 1)
+        M = torch.randn(4, 2, 2 * m + len(i) - m, m, dtype=torch.float64)
+        linear, size, _ = quadratic._reduced(M, m)
+        ε = torch.rand(200, m, dtype=torch.float64) * 2 - 1
+        ε[:100] = ε[:100].sign()
+        terms = torch.cat((2 * ε * ε - 1, ε[:, i] * ε[:, j]), 1)
+        cubic = torch.einsum("bkri,nr,ni->bkn", M, terms, ε)
+        off = (cubic - torch.einsum("bki,ni->bkn", linear, ε)).abs().amax(2)
+        assert (off <= size * (1 + 1e-12)).all()
+        if m == 1:  # ε T(ε) - ε / 2 is T_3 / 2
+            torch.testing.assert_close(off, size)
+
+
+def test_weights_hold_the_tangents_of_every_point() -> None:
+    for σ in (Activation("gelu"), Activation("tanh")):
+        layers = chain((4, 9, 7, 1), σ, σ, IDENTITY)
+        c, r = torch.randn(6, 4, dtype=torch.float64), torch.rand(6, 4, dtype=torch.float64)
+        r *= torch.logspace(-3, 0, 6, dtype=torch.float64).unsqueeze(1)
+        moving, (W, V, _) = torch.arange(4), layers.W
+        a = quadratic._through(
+            quadratic.Form(c, *box(c, r, moving, quadratic._terms(4))), W, layers, layers.b[0], 4
+        )
+        first = W[:, :2].mT
+        t = quadratic.Weights(
+            first.expand(6, 2, 9),
+            first.new_zeros(6, 2, 4, 9),
+            first.new_zeros(6, 2, 9),
+            first.abs().amax(0).expand(6, 9),
+        )
+        t = t.times(quadratic._along(a, σ, 1, 4), 4).through(V.mT, layers, 4)
+        ε = torch.rand(300, 6, 4, dtype=torch.float64) * 2 - 1
+        ε[:150] = ε[:150].sign()
+        slope = σ.first((c + r * ε) @ W.mT + layers.b[0])
+        found = torch.einsum("nbh,kh,oh->nbko", slope, first, V)
+        off = found - t.at - torch.einsum("nbi,bkio->nbko", ε, t.linear)
+        assert (off.abs() <= t.rest).all()
+        assert (found.abs() <= t.whole.unsqueeze(1)).all()
+        assert t.rest[0].max() < 1e-3 * t.at[0].abs().max()  # of the narrowest box
 
 
 def test_quadratic_forms_are_exact_to_the_second_order() -> None:
