@@ -39,6 +39,9 @@ inline void ProgramBackward<T>::values(const Scratch& scratch, int64_t block, in
           {rows, o.columns, o.u[0].at, o.u[0].ld, at.value[v].at, at.first[v].at, second.at,
            second.ld},
           numbers);
+    } else if (net.scale_and_shift(v)) {
+      if (way(v + 1).value) at.scale_and_shift(net, v, rows);
+      ++v;
     } else if (way(v).value || at.first[v]) {
       node_value<T>(at.operands(net, v, rows), at.value[v], at.first[v]);
     }
