@@ -974,7 +974,7 @@ def test_who_asks_for_the_bound_changes_nothing() -> None:
     bound, lift = m.bound, m.lift
     m.frozen()
     assert all(torch.equal(t, before[name]) for name, t in mlp.state_dict().items())
-    assert torch.equal(bound, m.bound)
+    assert torch.equal(bound.nan_to_num(), m.bound.nan_to_num())
     assert torch.equal(lift, m.lift)
     m(torch.zeros(3, D, dtype=torch.float64))
     assert any(not torch.equal(t, before[name]) for name, t in mlp.state_dict().items())
