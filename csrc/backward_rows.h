@@ -167,8 +167,8 @@ inline void ProgramBackward<T>::rows_light(const Pass& pass, int64_t v, Mat<cons
       const T factor = o.number(nth);
       put(
           o.rows, net.whole(u), scratch.cotangent[b], scratch.begun[b],
-          [&](Vec<T> x, Vec<T> y) { return factor * (x * y); },
-          Mat<const T>(scratch.rows.first[u]), G);
+          [&](Vec<T> x, Vec<T> y) { return factor * (x * y); }, Mat<const T>(scratch.rows.first[u]),
+          G);
       scratch.begun[u] = scratch.begun[b] = scratch.done[u] = true;
       continue;
     }

@@ -138,8 +138,9 @@ template <class T> struct Bounded {
           const Doubles high = down ? s : up ? one : s > 1.0 ? s : one;
           slopes(v).put(i, j, Intervals{bad ? none : low, bad ? none : high});
           const Intervals below = Corners(below_zero(a), {s, s}).interval();
-          to.put(i, j, outward(max_zero<double>(a.low) + below.low,
-                               max_zero<double>(a.high) + below.high));
+          to.put(
+              i, j,
+              outward(max_zero<double>(a.low) + below.low, max_zero<double>(a.high) + below.high));
         });
         return push_slopes(v, u, to);
       case node_scale:
@@ -151,9 +152,8 @@ template <class T> struct Bounded {
         each(B, H, [&](int64_t i, int64_t j) {
           to.put(i, j, Corners(u.from(i, j), mask(n)).interval());
         });
-        return each_tangent(H, [&](int64_t i, int64_t, int64_t j) {
-          to.put(i, j, sloped(mask(n), u.from(i, j)));
-        });
+        return each_tangent(
+            H, [&](int64_t i, int64_t, int64_t j) { to.put(i, j, sloped(mask(n), u.from(i, j))); });
       case node_shift:
         return each(R, H, [&](int64_t i, int64_t j) {
           const Intervals a = u.from(i, j);
@@ -243,8 +243,7 @@ template <class T> struct Bounded {
       const Intervals a = i < B ? finite_part(u.from(i, j)) : u.from(i, j);
       const Doubles c = 0.5 * a.low + 0.5 * a.high, r = 0.5 * a.high - 0.5 * a.low;
       const Mask there = first_lanes<double>(min_of(in - j, at_once));
-      ball.put(i, j,
-               Intervals{where(there, c), where(there, r + (g * (size_of(c) + r) + tiny))});
+      ball.put(i, j, Intervals{where(there, c), where(there, r + (g * (size_of(c) + r) + tiny))});
     });
     push_product(R, in, out, W, ball, to);
     each(R, out, [&](int64_t i, int64_t j) {
@@ -438,8 +437,9 @@ template <class T> struct Bounded {
     // No gradient comes from what is infinite.
     each(B, H, [&](int64_t i, int64_t j) {
       const Intervals a = e.from(i, j), of_a = g.from(i, j);
-      g.put(i, j, Intervals{where(~is_infinite(a.low), of_a.low),
-                            where(~is_infinite(a.high), of_a.high)});
+      g.put(
+          i, j,
+          Intervals{where(~is_infinite(a.low), of_a.low), where(~is_infinite(a.high), of_a.high)});
     });
     // Nobody asks for the gradient of the box.
     const auto give = [&](int64_t value, int64_t i, int64_t j, auto a) {
@@ -458,8 +458,8 @@ template <class T> struct Bounded {
           Intervals to{}, by{};
           Corners(below, {t, t}).pull(of_v, below, {t, t}, &to, &by);
           add_to(n, j, by.low + by.high, grads);
-          give(first, i, j, Intervals{a.low > 0.0 ? of_v.low : to.low,
-                                      a.high > 0.0 ? of_v.high : to.high});
+          give(first, i, j,
+               Intervals{a.low > 0.0 ? of_v.low : to.low, a.high > 0.0 ? of_v.high : to.high});
         });
         return each_tangent(H, [&](int64_t i, int64_t b, int64_t j) {
           const Intervals a = u.from(b, j);
@@ -467,8 +467,10 @@ template <class T> struct Bounded {
           Intervals to{}, by{};
           pull_sloped(g.from(i, j), s.from(b, j), u.from(i, j), &by, &to);
           const Mask down = a.high < 0.0, reaches = a.low <= 0.0;
-          add_to(n, j, where(reaches & (down | (t <= 1.0)), by.low) +
-                           where(reaches & (down | (t > 1.0)), by.high), grads);
+          add_to(n, j,
+                 where(reaches & (down | (t <= 1.0)), by.low) +
+                     where(reaches & (down | (t > 1.0)), by.high),
+                 grads);
           give(first, i, j, to);
         });
       }
@@ -546,9 +548,8 @@ template <class T> struct Bounded {
       }
       case node_columns: {
         const int64_t start = int64_t(n.numbers[0]), step = int64_t(n.numbers[1]);
-        return each_alone(R, H, [&](int64_t i, int64_t j) {
-          give(first, i, start + j * step, g.at(i, j));
-        });
+        return each_alone(
+            R, H, [&](int64_t i, int64_t j) { give(first, i, start + j * step, g.at(i, j)); });
       }
     }
   }
@@ -618,13 +619,14 @@ template <class T> struct Bounded {
         const Corners product(c, spread(r));
         const Intervals value = product.interval();
         Intervals to_c{}, by_r{};
-        product.pull({where(~(value.low < -most), given.low), where(~(value.high > most), given.high)},
-                     c, spread(r), &to_c, &by_r);
+        product.pull(
+            {where(~(value.low < -most), given.low), where(~(value.high > most), given.high)}, c,
+            spread(r), &to_c, &by_r);
         store(to_low + j, to_c.low), store(to_high + j, to_c.high);
         each[0] = by_r.low, each[1] = by_r.high;
       });
-      norm.pull_inverse_root({of_r[2 * b] + to_r[0], of_r[2 * b + 1] + to_r[1]}, r, low, high, to_low,
-                             to_high);
+      norm.pull_inverse_root({of_r[2 * b] + to_r[0], of_r[2 * b + 1] + to_r[1]}, r, low, high,
+                             to_low, to_high);
       give(b);
     }
   }
@@ -646,10 +648,11 @@ template <class T> struct Bounded {
       const Intervals value = g.from(i, j), slope = by.from(i, j);
       const Intervals a = rates(v, 0).from(i, j), b = rates(v, 1).from(i, j);
       const Intervals c = rates(v, 2).from(i, j), d = rates(v, 3).from(i, j);
-      to.add(i, j, Intervals{value.low * a.low + value.high * b.low + slope.low * c.low +
-                                 slope.high * d.low,
-                             value.low * a.high + value.high * b.high + slope.low * c.high +
-                                 slope.high * d.high});
+      to.add(
+          i, j,
+          Intervals{
+              value.low * a.low + value.high * b.low + slope.low * c.low + slope.high * d.low,
+              value.low * a.high + value.high * b.high + slope.low * c.high + slope.high * d.high});
     });
   }
 

@@ -27,7 +27,8 @@ struct Norm {
       const Intervals u = row(low, high, j), a = finite_part(u);
       each[0] = 0.5 * a.low + 0.5 * a.high, each[1] = 0.5 * a.high - 0.5 * a.low;
       each[2] = size_of(a.low) + size_of(a.high);
-      each[3] = where(u.low == -infinity, splat(1.0)), each[4] = where(u.high == infinity, splat(1.0));
+      each[3] = where(u.low == -infinity, splat(1.0)),
+      each[4] = where(u.high == infinity, splat(1.0));
     });
     const double n = double(H), middle = of[0] / n, radius = of[1] / n;
     const double rounding = double(H + 16) * epsilon * of[2] / n + 8 * epsilon * size_of(middle);

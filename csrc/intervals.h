@@ -87,7 +87,8 @@ struct Corners {
       high_b = of_high_b ? high_b | better : high_b & ~better;
     }
     // Adds what g makes of a's and b's ends. What is infinite has no gradient.
-    MK_INLINE void pull(Doubles g, Intervals a, Intervals b, Intervals* to_a, Intervals* to_b) const {
+    MK_INLINE void pull(Doubles g, Intervals a, Intervals b, Intervals* to_a,
+                        Intervals* to_b) const {
       const Doubles x = high_a ? a.high : a.low, y = high_b ? b.high : b.low;
       const Mask finite = ~(is_infinite(value) | is_infinite(x) | is_infinite(y));
       const Doubles by_x = where(finite, g * y), by_y = where(finite, g * x);
@@ -105,7 +106,8 @@ struct Corners {
     add(product(a.high, b.high), true, true);
   }
   MK_INLINE Intervals interval() const { return outward(least.value, greatest.value); }
-  MK_INLINE void pull(Intervals g, Intervals a, Intervals b, Intervals* to_a, Intervals* to_b) const {
+  MK_INLINE void pull(Intervals g, Intervals a, Intervals b, Intervals* to_a,
+                      Intervals* to_b) const {
     least.pull(g.low, a, b, to_a, to_b);
     greatest.pull(g.high, a, b, to_a, to_b);
   }
@@ -127,7 +129,8 @@ MK_INLINE Intervals sloped(Intervals s, Intervals t) {
   spread += 8 * epsilon * (size_of(centre) + spread) + tiny;
   return {centre - spread, centre + spread};
 }
-MK_INLINE void pull_sloped(Intervals g, Intervals s, Intervals t, Intervals* to_s, Intervals* to_t) {
+MK_INLINE void pull_sloped(Intervals g, Intervals s, Intervals t, Intervals* to_s,
+                           Intervals* to_t) {
   const Doubles middle = 0.5 * s.low + 0.5 * s.high, radius = 0.5 * s.high - 0.5 * s.low;
   const Doubles c = 0.5 * t.low + 0.5 * t.high, r = 0.5 * t.high - 0.5 * t.low;
   const Doubles centre = g.low + g.high, spread = g.high - g.low;
