@@ -39,6 +39,9 @@ inline void ProgramBackward<T>::values(const Scratch& scratch, int64_t block, in
           {rows, o.columns, o.u[0].at, o.u[0].ld, at.value[v].at, at.first[v].at, second.at,
            second.ld},
           numbers);
+    } else if (net.scale_and_shift(v)) {
+      if (way(v + 1).value) at.scale_and_shift(net, v, rows);
+      ++v;
     } else if (way(v).value || at.first[v]) {
       node_value<T>(at.operands(net, v, rows), at.value[v], at.first[v]);
     }
@@ -117,7 +120,7 @@ inline void ProgramBackward<T>::rows_linear(const Pass& pass, int64_t v, Mat<con
   const int64_t u = net.below(v);
   const Mat<T> to = scratch.cotangent[u];
   if (G && direct(u)) {
-    if (!scratch.begun[u] && net.pulls_through(u) && direct(net.node(u).input[0])) {
+    if (goes_through(scratch, u)) {
       const int64_t b = net.node(u).input[0];
       const Mat<T> product = scratch.begun[b] ? to : scratch.cotangent[b];
       const ApplySlope<T> after{scratch.rows.first[u], product, scratch.cotangent[b],
@@ -159,6 +162,16 @@ inline void ProgramBackward<T>::rows_light(const Pass& pass, int64_t v, Mat<cons
     if (!by_itself && !passes(u)) continue;
     o.rows = rows_of(pass, u);
     if (node.kind == node_columns) start(scratch.cotangent, scratch.begun, u, o.rows);
+    if (node.kind == node_sum && by_itself && goes_through(scratch, u)) {
+      const int64_t b = net.node(u).input[0];
+      const T factor = o.number(nth);
+      put(
+          o.rows, net.whole(u), scratch.cotangent[b], scratch.begun[b],
+          [&](Vec<T> x, Vec<T> y) { return factor * (x * y); }, Mat<const T>(scratch.rows.first[u]),
+          G);
+      scratch.begun[u] = scratch.begun[b] = scratch.done[u] = true;
+      continue;
+    }
     node_pull<T>(o, by_itself ? G : Mat<const T>(scratch.cotangent[v]), nth, scratch.cotangent[u],
                  scratch.begun[u]);
     scratch.begun[u] = true;

@@ -75,6 +75,11 @@ template <class T> struct ProgramBackward {
   }
   // Whether the rows' gradient goes to u by itself, not as gy∘P + q.
   bool direct(int64_t u) const { return way(u).wanted && !flow(u).kept; }
+  // Whether what the rows pull to u is all that it gets, and goes on to the input of its elementwise
+  // node at once.
+  bool goes_through(const Scratch& scratch, int64_t u) const {
+    return !scratch.begun[u] && net.pulls_through(u) && direct(net.node(u).input[0]);
+  }
   // Whether P goes on to u: not where forward left it.
   bool passes(int64_t u) const { return way(u).wanted && flow(u).kept && !flow(u).pulled; }
 

@@ -68,19 +68,27 @@ template <class T> struct Bounded {
   const T* parameter(const Node& n, int64_t i = 0) const {
     return static_cast<const T*>(params[n.place[i]]);
   }
-  // One number for all columns, or one for each. An infinite one says nothing: 0 times it is not 0.
-  double parameter_at(const Node& n, int64_t j) const {
-    const double t = double(parameter(n)[sizes[n.place[0]] == 1 ? 0 : j]);
-    return is_infinite(t) ? not_a_number : t;
+  // One number for all columns, or one for each, from column j on. An infinite one says nothing: 0 times
+  // it is not 0.
+  Doubles parameter_from(const Node& n, int64_t j) const {
+    const bool one = sizes[n.place[0]] == 1;
+    const Doubles t = one ? splat(double(*parameter(n))) : widened(parameter(n) + j, n.width - j);
+    return is_infinite(t) ? splat(not_a_number) : t;
   }
-  static Interval mask(const Node& n) {
+  static Intervals mask(const Node& n) {
     const double p = n.numbers[0];
-    return {0, (1 + 4 * epsilon) * (p == 1 ? 0 : 1 / (1 - p))};
+    return spread({0, (1 + 4 * epsilon) * (p == 1 ? 0 : 1 / (1 - p))});
   }
   static double gamma(int64_t n) { return double(n + 8) * epsilon; }
 
-  // f(i, j) for so many rows and columns.
+  // f(i, j) for so many rows, and columns from j on in whole vectors.
   template <class F> MK_INLINE static void each(int64_t rows, int64_t n, const F& f) {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < n; j += at_once) f(i, j);
+    }
+  }
+  // One by one, where columns move.
+  template <class F> MK_INLINE static void each_alone(int64_t rows, int64_t n, const F& f) {
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < n; ++j) f(i, j);
     }
@@ -89,7 +97,7 @@ template <class T> struct Bounded {
   template <class F> MK_INLINE void each_tangent(int64_t n, const F& f) const {
     for (int64_t i = B; i < R; ++i) {
       const int64_t b = i % B;
-      for (int64_t j = 0; j < n; ++j) f(i, b, j);
+      for (int64_t j = 0; j < n; j += at_once) f(i, b, j);
     }
   }
 
@@ -123,39 +131,39 @@ template <class T> struct Bounded {
       case node_linear: return linear(v, u, to);
       case node_prelu:
         each(B, H, [&](int64_t i, int64_t j) {
-          const Interval a = u.at(i, j);
-          const double s = parameter_at(n, j);
-          Interval slope = {s < 1 ? s : 1, s > 1 ? s : 1};
-          if (a.low > 0) slope = {1, 1};
-          if (a.high < 0) slope = {s, s};
-          if (!(a.low <= a.high) || is_nan(s)) slope = {not_a_number, not_a_number};
-          slopes(v).put(i, j, slope);
-          const Corners negative(min_zero(a), {s, s});
-          const Interval below = negative.interval();
-          to.put(i, j, outward(max_zero(a.low) + below.low, max_zero(a.high) + below.high));
+          const Intervals a = u.from(i, j);
+          const Doubles s = parameter_from(n, j), one = splat(1.0), none = splat(not_a_number);
+          const Mask up = a.low > 0.0, down = a.high < 0.0, bad = ~(a.low <= a.high) | is_nan(s);
+          const Doubles low = down ? s : up ? one : s < 1.0 ? s : one;
+          const Doubles high = down ? s : up ? one : s > 1.0 ? s : one;
+          slopes(v).put(i, j, Intervals{bad ? none : low, bad ? none : high});
+          const Intervals below = Corners(below_zero(a), {s, s}).interval();
+          to.put(
+              i, j,
+              outward(max_zero<double>(a.low) + below.low, max_zero<double>(a.high) + below.high));
         });
         return push_slopes(v, u, to);
       case node_scale:
         return each(R, H, [&](int64_t i, int64_t j) {
-          const double s = parameter_at(n, j);
-          to.put(i, j, Corners(u.at(i, j), {s, s}).interval());
+          const Doubles s = parameter_from(n, j);
+          to.put(i, j, Corners(u.from(i, j), {s, s}).interval());
         });
       case node_dropout:
         each(B, H, [&](int64_t i, int64_t j) {
-          to.put(i, j, Corners(u.at(i, j), mask(n)).interval());
+          to.put(i, j, Corners(u.from(i, j), mask(n)).interval());
         });
-        return each_tangent(H, [&](int64_t i, int64_t, int64_t j) {
-          to.put(i, j, sloped(mask(n), u.at(i, j)));
-        });
+        return each_tangent(
+            H, [&](int64_t i, int64_t, int64_t j) { to.put(i, j, sloped(mask(n), u.from(i, j))); });
       case node_shift:
         return each(R, H, [&](int64_t i, int64_t j) {
-          const Interval a = u.at(i, j);
-          const double t = parameter_at(n, j);
-          to.put(i, j, i < B ? outward(a.low + t, a.high + t) : a);
+          const Intervals a = u.from(i, j);
+          if (i >= B) return to.put(i, j, a);
+          const Doubles t = parameter_from(n, j);
+          to.put(i, j, outward(a.low + t, a.high + t));
         });
       case node_line:
         return each(R, H, [&](int64_t i, int64_t j) {
-          const Interval a = scaled(u.at(i, j), n.numbers[0]);
+          const Intervals a = scaled(u.from(i, j), n.numbers[0]);
           const double q = i < B ? n.numbers[1] : 0;
           to.put(i, j, q ? outward(a.low + q, a.high + q, 4) : a);
         });
@@ -163,9 +171,9 @@ template <class T> struct Bounded {
         for (int64_t q = 0; q < n.inputs; ++q) {
           const Pair from = ends(n.input[q]);
           each(R, H, [&](int64_t i, int64_t j) {
-            const Interval a = scaled(from.at(i, j), n.numbers[q]);
+            const Intervals a = scaled(from.from(i, j), n.numbers[q]);
             if (q == 0) return to.put(i, j, a);
-            const Interval before = to.at(i, j);
+            const Intervals before = to.from(i, j);
             to.put(i, j, outward(before.low + a.low, before.high + a.high));
           });
         }
@@ -174,31 +182,31 @@ template <class T> struct Bounded {
         const Pair w = ends(n.input[1]);
         const bool square = n.input[0] == n.input[1];
         each(B, H, [&](int64_t i, int64_t j) {
-          const Interval a = u.at(i, j);
-          Interval v = Corners(a, w.at(i, j)).interval();
-          if (square && a.low <= 0 && a.high >= 0) v.low = 0;
+          const Intervals a = u.from(i, j);
+          Intervals v = Corners(a, w.from(i, j)).interval();
+          if (square) v.low = where(~((a.low <= 0.0) & (a.high >= 0.0)), v.low);
           to.put(i, j, v);
         });
         return each_tangent(H, [&](int64_t i, int64_t b, int64_t j) {
-          const Interval first = Corners(w.at(b, j), u.at(i, j)).interval();
-          const Interval second = Corners(u.at(b, j), w.at(i, j)).interval();
+          const Intervals first = Corners(w.from(b, j), u.from(i, j)).interval();
+          const Intervals second = Corners(u.from(b, j), w.from(i, j)).interval();
           to.put(i, j, outward(first.low + second.low, first.high + second.high));
         });
       }
       case node_expand:
-        return each(R, H, [&](int64_t i, int64_t j) { to.put(i, j, u.at(i, 0)); });
+        return each(R, H, [&](int64_t i, int64_t j) { to.put(i, j, spread(u.at(i, 0))); });
       case node_normalise:
       case node_root_mean_square: return normalise(v, u, to, scratch);
       case node_total: {
         const int64_t inputs = width(n.input[0]);
         for (int64_t i = 0; i < R; ++i) {
-          double low = 0, high = 0, size = 0;
-          for (int64_t j = 0; j < inputs; ++j) {
-            const Interval a = u.at(i, j);
-            low += a.low, high += a.high, size += size_of(a.low) + size_of(a.high);
-          }
-          const double rounding = gamma(inputs) * size + tiny;
-          to.put(i, 0, {low - rounding, high + rounding});
+          double of[3];  // Σ of the ends, and of their sizes
+          add_up(inputs, of, [&](int64_t j, Doubles* each) {
+            const Intervals a = u.from(i, j);
+            each[0] = a.low, each[1] = a.high, each[2] = size_of(a.low) + size_of(a.high);
+          });
+          const double rounding = gamma(inputs) * of[2] + tiny;
+          to.put(i, 0, Interval{of[0] - rounding, of[1] + rounding});
         }
         return;
       }
@@ -207,22 +215,22 @@ template <class T> struct Bounded {
         for (int64_t q = 0; q < n.inputs; ++q) {
           const Pair from = ends(n.input[q]);
           const int64_t columns = width(n.input[q]);
-          each(R, columns, [&](int64_t i, int64_t j) { to.put(i, start + j, from.at(i, j)); });
+          each_alone(R, columns,
+                     [&](int64_t i, int64_t j) { to.put(i, start + j, from.at(i, j)); });
           start += columns;
         }
         return;
       }
       case node_columns: {
         const int64_t start = int64_t(n.numbers[0]), step = int64_t(n.numbers[1]);
-        return each(R, H,
-                    [&](int64_t i, int64_t j) { to.put(i, j, u.at(i, start + j * step)); });
+        return each_alone(R, H,
+                          [&](int64_t i, int64_t j) { to.put(i, j, u.at(i, start + j * step)); });
       }
     }
   }
 
-  static double max_zero(double a) { return a < 0 ? 0 : a; }
-  static Interval min_zero(Interval a) {
-    return {a.low > 0 ? 0 : a.low, a.high > 0 ? 0 : a.high};
+  static Intervals below_zero(Intervals a) {
+    return {min_zero<double>(a.low), min_zero<double>(a.high)};
   }
 
   void linear(int64_t v, Pair u, Pair to) const {
@@ -231,23 +239,21 @@ template <class T> struct Bounded {
     const T *W = parameter(n), *b = parameter(n, 1);
     const Pair ball = balls(v);
     const double g = gamma(in);
-    for (int64_t i = 0; i < R; ++i) {
-      for (int64_t j = 0; j < in; ++j) {
-        const Interval a = i < B ? finite_part(u.at(i, j)) : u.at(i, j);
-        const double c = 0.5 * a.low + 0.5 * a.high, r = 0.5 * a.high - 0.5 * a.low;
-        ball.put(i, j, {c, r + (g * (size_of(c) + r) + tiny)});
-      }
-      for (int64_t j = in; j < ball.ld; ++j) ball.put(i, j, {0, 0});
-    }
+    each(R, in, [&](int64_t i, int64_t j) {
+      const Intervals a = i < B ? finite_part(u.from(i, j)) : u.from(i, j);
+      const Doubles c = 0.5 * a.low + 0.5 * a.high, r = 0.5 * a.high - 0.5 * a.low;
+      const Mask there = first_lanes<double>(min_of(in - j, at_once));
+      ball.put(i, j, Intervals{where(there, c), where(there, r + (g * (size_of(c) + r) + tiny))});
+    });
     push_product(R, in, out, W, ball, to);
     each(R, out, [&](int64_t i, int64_t j) {
-      double centre = to.at(i, j).low, radius = to.at(i, j).high;
-      if (b && i < B) centre += double(b[j]);
-      radius += g * (radius + 2 * size_of(centre)) + tiny;
-      to.put(i, j, {centre - radius, centre + radius});
+      const Intervals found = to.from(i, j);
+      const Doubles c = b && i < B ? found.low + widened(b + j, out - j) : found.low;
+      const Doubles r = found.high + (g * (found.high + 2 * size_of(c)) + tiny);
+      to.put(i, j, Intervals{c - r, c + r});
     });
     // An infinite end counts where its weight is not zero.
-    each(B, in, [&](int64_t i, int64_t j) {
+    each_alone(B, in, [&](int64_t i, int64_t j) {
       const Interval a = u.at(i, j);
       if (!is_infinite(a.low) && !is_infinite(a.high)) return;
       for (int64_t o = 0; o < out; ++o) {
@@ -306,7 +312,7 @@ template <class T> struct Bounded {
   void push_slopes(int64_t v, Pair u, Pair to) const {
     const Pair s = slopes(v);
     each_tangent(node(v).width, [&](int64_t i, int64_t b, int64_t j) {
-      to.put(i, j, sloped(s.at(b, j), u.at(i, j)));
+      to.put(i, j, sloped(s.from(b, j), u.from(i, j)));
     });
   }
 
@@ -323,8 +329,9 @@ template <class T> struct Bounded {
       norm.centre(u.a + i * u.ld, u.b + i * u.ld, low, high);
       const Interval r = norm.inverse_root(low, high);
       more(v)[2 * i] = r.low, more(v)[2 * i + 1] = r.high;
-      for (int64_t j = 0; j < H; ++j) {
-        to.put(i, j, Norm::within(Corners({low[j], high[j]}, r).interval(), most));
+      for (int64_t j = 0; j < H; j += at_once) {
+        const Intervals c{load(low + j), load(high + j)};
+        to.put(i, j, Norm::within(Corners(c, spread(r)).interval(), most));
       }
     }
     for (int64_t i = B; i < R; ++i) {
@@ -332,9 +339,10 @@ template <class T> struct Bounded {
       const Interval r{more(v)[2 * b], more(v)[2 * b + 1]};
       norm.centre(u.a + i * u.ld, u.b + i * u.ld, low, high);
       const Interval along = Norm::within(norm.terms(low, high, to, b), norm.norm(low, high));
-      for (int64_t j = 0; j < H; ++j) {
-        const Interval taken = Corners(to.at(b, j), along).interval();
-        to.put(i, j, Corners(r, outward(low[j] - taken.high, high[j] - taken.low)).interval());
+      for (int64_t j = 0; j < H; j += at_once) {
+        const Intervals taken = Corners(to.from(b, j), spread(along)).interval();
+        const Intervals left = outward(load(low + j) - taken.high, load(high + j) - taken.low);
+        to.put(i, j, Corners(spread(r), left).interval());
       }
     }
   }
@@ -409,10 +417,16 @@ template <class T> struct Bounded {
   }
   int64_t products_size() const { return 4 * R * widest; }
 
-  // Adds g to the gradient of parameter i of the node; j is its column, or 0 if it has only one.
-  void add_to(const Node& n, int64_t j, double g, void* const* grads) const {
+  // Adds g to the gradient of a node's parameters from column j on, or of its only one.
+  void add_to(const Node& n, int64_t j, Doubles g, void* const* grads) const {
     T* to = static_cast<T*>(grads[n.place[0]]);
-    if (to) to[sizes[n.place[0]] == 1 ? 0 : j] += T(g);
+    const int64_t left = n.width - j;
+    if (!to) return;
+    if (sizes[n.place[0]] == 1) {
+      *to += T(sum<double>(where(first_lanes<double>(min_of(left, at_once)), g)));
+    } else {
+      narrowed(widened(to + j, left) + g, to + j, left);
+    }
   }
 
   template <class Of>
@@ -422,12 +436,13 @@ template <class T> struct Bounded {
     const Pair g = of(v), e = ends(v), u = ends(first);
     // No gradient comes from what is infinite.
     each(B, H, [&](int64_t i, int64_t j) {
-      const Interval a = e.at(i, j);
-      if (is_infinite(a.low)) g.a[i * g.ld + j] = 0;
-      if (is_infinite(a.high)) g.b[i * g.ld + j] = 0;
+      const Intervals a = e.from(i, j), of_a = g.from(i, j);
+      g.put(
+          i, j,
+          Intervals{where(~is_infinite(a.low), of_a.low), where(~is_infinite(a.high), of_a.high)});
     });
     // Nobody asks for the gradient of the box.
-    const auto give = [&](int64_t value, int64_t i, int64_t j, Interval a) {
+    const auto give = [&](int64_t value, int64_t i, int64_t j, auto a) {
       if (value) of(value).add(i, j, a);
     };
     if (n.kind < kinds) return pull_activation(v, of, products);
@@ -438,59 +453,61 @@ template <class T> struct Bounded {
       case node_prelu: {
         const Pair s = slopes(v);
         each(B, H, [&](int64_t i, int64_t j) {
-          const Interval a = u.at(i, j);
-          const double t = parameter_at(n, j);
-          Interval to{}, by{};
-          Corners(min_zero(a), {t, t}).pull(g.at(i, j), min_zero(a), {t, t}, &to, &by);
-          if (a.low > 0) to.low = g.at(i, j).low;
-          if (a.high > 0) to.high = g.at(i, j).high;
+          const Intervals a = u.from(i, j), below = below_zero(a), of_v = g.from(i, j);
+          const Doubles t = parameter_from(n, j);
+          Intervals to{}, by{};
+          Corners(below, {t, t}).pull(of_v, below, {t, t}, &to, &by);
           add_to(n, j, by.low + by.high, grads);
-          give(first, i, j, to);
+          give(first, i, j,
+               Intervals{a.low > 0.0 ? of_v.low : to.low, a.high > 0.0 ? of_v.high : to.high});
         });
         return each_tangent(H, [&](int64_t i, int64_t b, int64_t j) {
-          const Interval a = u.at(b, j);
-          const double t = parameter_at(n, j);
-          Interval to{}, by{};
-          pull_sloped(g.at(i, j), s.at(b, j), u.at(i, j), &by, &to);
-          const bool low = a.high < 0 || t <= 1, high = a.high < 0 || t > 1;
-          if (a.low <= 0) add_to(n, j, (low ? by.low : 0) + (high ? by.high : 0), grads);
+          const Intervals a = u.from(b, j);
+          const Doubles t = parameter_from(n, j);
+          Intervals to{}, by{};
+          pull_sloped(g.from(i, j), s.from(b, j), u.from(i, j), &by, &to);
+          const Mask down = a.high < 0.0, reaches = a.low <= 0.0;
+          add_to(n, j,
+                 where(reaches & (down | (t <= 1.0)), by.low) +
+                     where(reaches & (down | (t > 1.0)), by.high),
+                 grads);
           give(first, i, j, to);
         });
       }
       case node_scale:
         return each(R, H, [&](int64_t i, int64_t j) {
-          const Interval a = u.at(i, j);
-          const double t = parameter_at(n, j);
-          Interval to{}, by{};
-          Corners(a, {t, t}).pull(g.at(i, j), a, {t, t}, &to, &by);
+          const Intervals a = u.from(i, j);
+          const Doubles t = parameter_from(n, j);
+          Intervals to{}, by{};
+          Corners(a, {t, t}).pull(g.from(i, j), a, {t, t}, &to, &by);
           add_to(n, j, by.low + by.high, grads);
           give(first, i, j, to);
         });
       case node_dropout:
         return each(R, H, [&](int64_t i, int64_t j) {
-          const Interval a = u.at(i, j), m = mask(n);
-          Interval to{}, unused{};
+          const Intervals a = u.from(i, j), m = mask(n);
+          Intervals to{}, unused{};
           if (i < B) {
-            Corners(a, m).pull(g.at(i, j), a, m, &to, &unused);
+            Corners(a, m).pull(g.from(i, j), a, m, &to, &unused);
           } else {
-            pull_sloped(g.at(i, j), m, a, &unused, &to);
+            pull_sloped(g.from(i, j), m, a, &unused, &to);
           }
           give(first, i, j, to);
         });
       case node_shift:
         return each(R, H, [&](int64_t i, int64_t j) {
-          const Interval a = g.at(i, j);
+          const Intervals a = g.from(i, j);
           if (i < B) add_to(n, j, a.low + a.high, grads);
           give(first, i, j, a);
         });
       case node_line:
         return each(R, H, [&](int64_t i, int64_t j) {
-          give(first, i, j, pulled(g.at(i, j), n.numbers[0]));
+          give(first, i, j, pulled(g.from(i, j), n.numbers[0]));
         });
       case node_sum:
         for (int64_t q = 0; q < n.inputs; ++q) {
           each(R, H, [&](int64_t i, int64_t j) {
-            give(n.input[q], i, j, pulled(g.at(i, j), n.numbers[q]));
+            give(n.input[q], i, j, pulled(g.from(i, j), n.numbers[q]));
           });
         }
         return;
@@ -498,16 +515,16 @@ template <class T> struct Bounded {
         const int64_t second = n.input[1];
         const Pair w = ends(second);
         each(B, H, [&](int64_t i, int64_t j) {
-          const Interval of_v = g.at(i, j), a = u.at(i, j), b = w.at(i, j);
-          const bool turns = first == second && a.low <= 0 && a.high >= 0;
-          Interval to_a{}, to_b{};
-          Corners(a, b).pull(turns ? Interval{0, of_v.high} : of_v, a, b, &to_a, &to_b);
+          const Intervals a = u.from(i, j), b = w.from(i, j);
+          Intervals of_v = g.from(i, j), to_a{}, to_b{};
+          if (first == second) of_v.low = where(~((a.low <= 0.0) & (a.high >= 0.0)), of_v.low);
+          Corners(a, b).pull(of_v, a, b, &to_a, &to_b);
           give(first, i, j, to_a), give(second, i, j, to_b);
         });
         return each_tangent(H, [&](int64_t i, int64_t box_of, int64_t j) {
-          const Interval of_v = g.at(i, j), a = u.at(box_of, j), b = w.at(box_of, j);
-          const Interval t = u.at(i, j), r = w.at(i, j);
-          Interval to_a{}, to_b{}, to_t{}, to_r{};
+          const Intervals of_v = g.from(i, j), a = u.from(box_of, j), b = w.from(box_of, j);
+          const Intervals t = u.from(i, j), r = w.from(i, j);
+          Intervals to_a{}, to_b{}, to_t{}, to_r{};
           Corners(b, t).pull(of_v, b, t, &to_b, &to_t);
           Corners(a, r).pull(of_v, a, r, &to_a, &to_r);
           give(first, box_of, j, to_a), give(second, box_of, j, to_b);
@@ -515,24 +532,24 @@ template <class T> struct Bounded {
         });
       }
       case node_expand:
-        return each(R, H, [&](int64_t i, int64_t j) { give(first, i, 0, g.at(i, j)); });
+        return each_alone(R, H, [&](int64_t i, int64_t j) { give(first, i, 0, g.at(i, j)); });
       case node_total:
         return each(R, width(first),
-                    [&](int64_t i, int64_t j) { give(first, i, j, g.at(i, 0)); });
+                    [&](int64_t i, int64_t j) { give(first, i, j, spread(g.at(i, 0))); });
       case node_concat: {
         int64_t start = 0;
         for (int64_t q = 0; q < n.inputs; ++q) {
           const int64_t columns = width(n.input[q]);
-          each(R, columns,
-               [&](int64_t i, int64_t j) { give(n.input[q], i, j, g.at(i, start + j)); });
+          each_alone(R, columns,
+                     [&](int64_t i, int64_t j) { give(n.input[q], i, j, g.at(i, start + j)); });
           start += columns;
         }
         return;
       }
       case node_columns: {
         const int64_t start = int64_t(n.numbers[0]), step = int64_t(n.numbers[1]);
-        return each(R, H,
-                    [&](int64_t i, int64_t j) { give(first, i, start + j * step, g.at(i, j)); });
+        return each_alone(
+            R, H, [&](int64_t i, int64_t j) { give(first, i, start + j * step, g.at(i, j)); });
       }
     }
   }
@@ -547,7 +564,9 @@ template <class T> struct Bounded {
     clear(of_r, 2 * B);
     const auto give = [&](int64_t i) {
       norm.pull_centre(u.a + i * u.ld, u.b + i * u.ld, to_low, to_high);
-      for (int64_t j = 0; first && j < H; ++j) of(first).add(i, j, {to_low[j], to_high[j]});
+      for (int64_t j = 0; first && j < H; j += at_once) {
+        of(first).add(i, j, Intervals{load(to_low + j), load(to_high + j)});
+      }
     };
     for (int64_t i = B; i < R; ++i) {
       const int64_t b = i % B;
@@ -556,31 +575,37 @@ template <class T> struct Bounded {
       const Interval terms = norm.terms(low, high, e, b);
       const double most = norm.norm(low, high);
       const Interval along = Norm::within(terms, most);
-      Interval to_r{}, to_along{};
-      for (int64_t j = 0; j < H; ++j) {
-        const Interval x = e.at(b, j);
-        const Corners taken(x, along);
-        const Interval t = taken.interval(), left = outward(low[j] - t.high, high[j] - t.low);
-        Interval to_left{}, to_x{};
-        Corners(r, left).pull(g.at(i, j), r, left, &to_r, &to_left);
-        taken.pull({-to_left.high, -to_left.low}, x, along, &to_x, &to_along);
+      double of_row[4];  // what is given to r and to `along`
+      add_up(H, of_row, [&](int64_t j, Doubles* each) {
+        const Intervals x = e.from(b, j);
+        const Corners taken(x, spread(along));
+        const Intervals t = taken.interval();
+        const Intervals left = outward(load(low + j) - t.high, load(high + j) - t.low);
+        Intervals to_left{}, to_x{}, to_r{}, to_along{};
+        Corners(spread(r), left).pull(g.from(i, j), spread(r), left, &to_r, &to_left);
+        taken.pull({-to_left.high, -to_left.low}, x, spread(along), &to_x, &to_along);
         g.add(b, j, to_x);
-        to_low[j] = to_left.low, to_high[j] = to_left.high;
-      }
-      of_r[2 * b] += to_r.low, of_r[2 * b + 1] += to_r.high;
+        store(to_low + j, to_left.low), store(to_high + j, to_left.high);
+        each[0] = to_r.low, each[1] = to_r.high, each[2] = to_along.low, each[3] = to_along.high;
+      });
+      of_r[2 * b] += of_row[0], of_r[2 * b + 1] += of_row[1];
+      Interval to_along{of_row[2], of_row[3]};
       double to_most = 0;
       if (terms.low < -most) to_most -= to_along.low, to_along.low = 0;
       if (terms.high > most) to_most += to_along.high, to_along.high = 0;
       const double each = to_most * norm.scale() * norm.scale() / most;
-      for (int64_t j = 0; j < H; ++j) {
-        const Interval x = e.at(b, j), t{low[j], high[j]};
-        Interval to_x{}, to_t{};
-        Corners(x, t).pull({to_along.low / double(H), to_along.high / double(H)}, x, t, &to_x,
-                           &to_t);
+      const Intervals to_term = spread({to_along.low / double(H), to_along.high / double(H)});
+      for (int64_t j = 0; j < H; j += at_once) {
+        const Intervals x = e.from(b, j), t{load(low + j), load(high + j)};
+        Intervals to_x{}, to_t{};
+        Corners(x, t).pull(to_term, x, t, &to_x, &to_t);
         g.add(b, j, to_x);
-        const bool negative = size_of(t.low) > size_of(t.high);
-        to_low[j] += to_t.low + (negative ? each * t.low : 0);
-        to_high[j] += to_t.high + (negative ? 0 : each * t.high);
+        if (to_most != 0) {
+          const Mask negative = size_of(t.low) > size_of(t.high);
+          to_t.low += where(negative, each * t.low), to_t.high += where(~negative, each * t.high);
+        }
+        store(to_low + j, load(to_low + j) + to_t.low);
+        store(to_high + j, load(to_high + j) + to_t.high);
       }
       give(i);
     }
@@ -588,17 +613,20 @@ template <class T> struct Bounded {
     for (int64_t b = 0; b < B; ++b) {
       const Interval r{more(v)[2 * b], more(v)[2 * b + 1]};
       norm.centre(u.a + b * u.ld, u.b + b * u.ld, low, high);
-      Interval to_r{of_r[2 * b], of_r[2 * b + 1]};
-      for (int64_t j = 0; j < H; ++j) {
-        const Interval c{low[j], high[j]};
-        const Corners product(c, r);
-        const Interval value = product.interval(), given = g.at(b, j);
-        Interval to_c{};
-        product.pull({value.low < -most ? 0 : given.low, value.high > most ? 0 : given.high}, c, r,
-                     &to_c, &to_r);
-        to_low[j] = to_c.low, to_high[j] = to_c.high;
-      }
-      norm.pull_inverse_root(to_r, r, low, high, to_low, to_high);
+      double to_r[2];
+      add_up(H, to_r, [&](int64_t j, Doubles* each) {
+        const Intervals c{load(low + j), load(high + j)}, given = g.from(b, j);
+        const Corners product(c, spread(r));
+        const Intervals value = product.interval();
+        Intervals to_c{}, by_r{};
+        product.pull(
+            {where(~(value.low < -most), given.low), where(~(value.high > most), given.high)}, c,
+            spread(r), &to_c, &by_r);
+        store(to_low + j, to_c.low), store(to_high + j, to_c.high);
+        each[0] = by_r.low, each[1] = by_r.high;
+      });
+      norm.pull_inverse_root({of_r[2 * b] + to_r[0], of_r[2 * b + 1] + to_r[1]}, r, low, high,
+                             to_low, to_high);
       give(b);
     }
   }
@@ -609,19 +637,21 @@ template <class T> struct Bounded {
     const Pair g = of(v), s = slopes(v), u = ends(first), by{products, products + B * whole, whole};
     clear(products, 2 * B * whole);
     each_tangent(H, [&](int64_t i, int64_t b, int64_t j) {
-      Interval to{}, slope{};
-      pull_sloped(g.at(i, j), s.at(b, j), u.at(i, j), &slope, &to);
+      Intervals to{}, slope{};
+      pull_sloped(g.from(i, j), s.from(b, j), u.from(i, j), &slope, &to);
       by.add(b, j, slope);
       if (first) of(first).add(i, j, to);
     });
     if (!first) return;
     const Pair to = of(first);
     each(B, H, [&](int64_t i, int64_t j) {
-      const Interval value = g.at(i, j), slope = by.at(i, j);
-      const Interval a = rates(v, 0).at(i, j), b = rates(v, 1).at(i, j);
-      const Interval c = rates(v, 2).at(i, j), d = rates(v, 3).at(i, j);
-      to.add(i, j,
-             {value.low * a.low + value.high * b.low + slope.low * c.low + slope.high * d.low,
+      const Intervals value = g.from(i, j), slope = by.from(i, j);
+      const Intervals a = rates(v, 0).from(i, j), b = rates(v, 1).from(i, j);
+      const Intervals c = rates(v, 2).from(i, j), d = rates(v, 3).from(i, j);
+      to.add(
+          i, j,
+          Intervals{
+              value.low * a.low + value.high * b.low + slope.low * c.low + slope.high * d.low,
               value.low * a.high + value.high * b.high + slope.low * c.high + slope.high * d.high});
     });
   }
@@ -633,8 +663,8 @@ template <class T> struct Bounded {
     const T* W = parameter(n);
     const Pair g = of(v), whole{products, products + R * ld(v), ld(v)};
     each(R, out, [&](int64_t i, int64_t j) {
-      const Interval a = g.at(i, j);
-      whole.put(i, j, {a.low + a.high, a.high - a.low});  // of centres and radii
+      const Intervals a = g.from(i, j);
+      whole.put(i, j, Intervals{a.low + a.high, a.high - a.low});  // of centres and radii
     });
     const int64_t weight = n.place[0], bias = n.place[1];
     if (T* to = static_cast<T*>(grads[weight])) {
@@ -653,10 +683,10 @@ template <class T> struct Bounded {
     const Pair ball{after, after + R * columns, columns}, u = ends(first), to = of(first);
     pull_product(R, in, out, W, whole, ball);
     each(R, in, [&](int64_t i, int64_t j) {
-      const Interval c = ball.at(i, j);
-      const Interval a{0.5 * (c.low - c.high), 0.5 * (c.low + c.high)};
+      const Intervals c = ball.from(i, j);
+      const Intervals a{0.5 * (c.low - c.high), 0.5 * (c.low + c.high)};
       // What stood in the place of an infinite end was the other one.
-      to.add(i, j, i < B ? pulled_finite(a, u.at(i, j)) : a);
+      to.add(i, j, i < B ? pulled_finite(a, u.from(i, j)) : a);
     });
   }
 };

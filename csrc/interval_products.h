@@ -120,18 +120,27 @@ void pull_product(int64_t rows, int64_t n, int64_t m, const T* W, Pair from, Pai
 template <class T>
 void weight_gradient(int64_t rows, int64_t n, int64_t m, const T* W, Pair g, Pair u, T* to) {
   constexpr int64_t lanes = Simd<double>::lanes;
-  for (int64_t i = 0; i < m; ++i) {
-    for (int64_t j = 0; j < n; j += lanes) {
-      Vec<double> a = {}, b = {};
-      for (int64_t r = 0; r < rows; ++r) {
-        a += g.a[r * g.ld + i] * load(u.a + r * u.ld + j);
-        b += g.b[r * g.ld + i] * load(u.b + r * u.ld + j);
+  by_rows(rows, [&](int64_t r, auto few) {
+    constexpr int count = decltype(few)::count;
+    for (int64_t i = 0; i < m; ++i) {
+      Vec<double> of_a[count], of_b[count];
+      MK_UNROLL
+      for (int q = 0; q < count; ++q) {
+        of_a[q] = splat(g.a[(r + q) * g.ld + i]), of_b[q] = splat(g.b[(r + q) * g.ld + i]);
       }
-      const Vec<double> w = widened(W + i * n + j, n - j);
-      a += w > 0.0 ? b : (w < 0.0 ? -b : b * 0.0);
-      narrowed(widened(to + i * n + j, n - j) + a, to + i * n + j, n - j);
+      for (int64_t j = 0; j < n; j += lanes) {
+        Vec<double> a = {}, b = {};
+        MK_UNROLL
+        for (int q = 0; q < count; ++q) {
+          a += of_a[q] * load(u.a + (r + q) * u.ld + j);
+          b += of_b[q] * load(u.b + (r + q) * u.ld + j);
+        }
+        const Vec<double> w = widened(W + i * n + j, n - j);
+        a += w > 0.0 ? b : (w < 0.0 ? -b : b * 0.0);
+        narrowed(widened(to + i * n + j, n - j) + a, to + i * n + j, n - j);
+      }
     }
-  }
+  });
 }
 
 }  // namespace

@@ -6,11 +6,13 @@
 #pragma once
 
 #include "plan.h"
-#include "simd.h"
+#include "vmath.h"
 
 namespace {
 
-constexpr double epsilon = 0x1p-52, tiny = 0x1p-1022;
+// What underflows may lose is far below `tiny`, of which the products with weights are still normal numbers: a
+// processor takes a hundred times as long for those that are not.
+constexpr double epsilon = 0x1p-52, tiny = 0x1p-400;
 constexpr double infinity = __builtin_inf(), not_a_number = __builtin_nan("");
 constexpr double largest = 1.7976931348623157e308;
 // An end beyond it counts as infinite, so that no square or cube of it overflows in an activation.
@@ -19,99 +21,129 @@ constexpr double far = 1e60;
 MK_INLINE double size_of(double a) { return __builtin_fabs(a); }
 MK_INLINE bool is_infinite(double a) { return size_of(a) == infinity; }
 MK_INLINE bool is_nan(double a) { return a != a; }
-MK_INLINE double sign_of(double a) { return a > 0 ? 1 : a < 0 ? -1 : 0; }
 
-struct Interval {
-  double low, high;
+// As many at a time as a vector has; a Mask is all ones where something holds.
+typedef Vec<double> Doubles;
+typedef IVec<double> Mask;
+constexpr int64_t at_once = Simd<double>::lanes;
+
+MK_INLINE Doubles size_of(Doubles a) { return abs_of<double>(a); }
+MK_INLINE Mask is_infinite(Doubles a) { return size_of(a) == infinity; }
+MK_INLINE Mask is_nan(Doubles a) { return a != a; }
+MK_INLINE Doubles sign_of(Doubles a) {
+  return a > 0.0 ? splat(1.0) : a < 0.0 ? splat(-1.0) : Doubles{};
+}
+MK_INLINE Doubles where(Mask holds, Doubles a) { return holds ? a : Doubles{}; }
+
+template <class V> struct Ends {
+  V low, high;
 };
+typedef Ends<double> Interval;
+typedef Ends<Doubles> Intervals;
+
+MK_INLINE Intervals spread(Interval a) { return {splat(a.low), splat(a.high)}; }
 
 // An infinite end is replaced by the other one, or 0.
-MK_INLINE Interval finite_part(Interval a) {
-  return {!is_infinite(a.low) ? a.low : is_infinite(a.high) ? 0 : a.high,
-          !is_infinite(a.high) ? a.high : is_infinite(a.low) ? 0 : a.low};
+MK_INLINE Intervals finite_part(Intervals a) {
+  const Mask low = is_infinite(a.low), high = is_infinite(a.high);
+  return {low ? where(~high, a.high) : a.low, high ? where(~low, a.low) : a.high};
 }
 // The adjoint of it.
-MK_INLINE Interval pulled_finite(Interval g, Interval a) {
-  if (!is_infinite(a.low) && !is_infinite(a.high)) return g;
-  const double both = g.low + g.high;
-  return {is_infinite(a.low) ? 0 : both, is_infinite(a.high) ? 0 : both};
+MK_INLINE Intervals pulled_finite(Intervals g, Intervals a) {
+  const Mask low = is_infinite(a.low), high = is_infinite(a.high);
+  return {where(~low, high ? g.low + g.high : g.low), where(~high, low ? g.low + g.high : g.high)};
 }
 
-MK_INLINE Interval outward(double low, double high, double units = 2) {
+template <class V> MK_INLINE Ends<V> outward(V low, V high, double units = 2) {
   return {low - (units * epsilon * size_of(low) + tiny),
           high + (units * epsilon * size_of(high) + tiny)};
 }
 
 // c·a, and the adjoint of it.
-MK_INLINE Interval scaled(Interval a, double c) {
+MK_INLINE Intervals scaled(Intervals a, double c) {
   if (c == 1) return a;
   return c > 0 ? outward(c * a.low, c * a.high) : outward(c * a.high, c * a.low);
 }
-MK_INLINE Interval pulled(Interval g, double c) {
-  return c > 0 ? Interval{c * g.low, c * g.high} : Interval{c * g.high, c * g.low};
+MK_INLINE Intervals pulled(Intervals g, double c) {
+  return c > 0 ? Intervals{c * g.low, c * g.high} : Intervals{c * g.high, c * g.low};
 }
 
 // Where 0 is multiplied by what is as large as you like, it stays 0.
-MK_INLINE double product(double x, double y) {
-  const double p = x * y;
-  return is_nan(p) && !is_nan(x) && !is_nan(y) ? 0 : p;
+MK_INLINE Doubles product(Doubles x, Doubles y) {
+  const Doubles p = x * y;
+  return where(~is_nan(p) | is_nan(x) | is_nan(y), p);
 }
 
 // The products of all in a with all in b, and at which ends they are least and greatest.
 struct Corners {
-  double least, greatest;
-  int at_least, at_greatest;  // bit 1: the high end of a; bit 0: the high end of b
+  // One of the four products, and whether it is of the high end of a, and of b.
+  struct One {
+    Doubles value;
+    Mask high_a, high_b;
 
-  Corners(Interval a, Interval b) : at_least(0), at_greatest(0) {
-    const double each[] = {product(a.low, b.low), product(a.low, b.high), product(a.high, b.low),
-                           product(a.high, b.high)};
-    least = greatest = each[0];
-    for (int i = 1; i < 4; ++i) {
-      if (each[i] < least || is_nan(each[i])) least = each[i], at_least = i;
-      if (each[i] > greatest || is_nan(each[i])) greatest = each[i], at_greatest = i;
+    MK_INLINE void take(Mask better, Doubles other, bool of_high_a, bool of_high_b) {
+      value = better ? other : value;
+      high_a = of_high_a ? high_a | better : high_a & ~better;
+      high_b = of_high_b ? high_b | better : high_b & ~better;
     }
-  }
-  Interval interval() const { return outward(least, greatest); }
+    // Adds what g makes of a's and b's ends. What is infinite has no gradient.
+    MK_INLINE void pull(Doubles g, Intervals a, Intervals b, Intervals* to_a,
+                        Intervals* to_b) const {
+      const Doubles x = high_a ? a.high : a.low, y = high_b ? b.high : b.low;
+      const Mask finite = ~(is_infinite(value) | is_infinite(x) | is_infinite(y));
+      const Doubles by_x = where(finite, g * y), by_y = where(finite, g * x);
+      to_a->low += where(~high_a, by_x), to_a->high += where(high_a, by_x);
+      to_b->low += where(~high_b, by_y), to_b->high += where(high_b, by_y);
+    }
+  };
+  One least, greatest;
 
-  // Adds what g makes of a's and b's ends. What is infinite has no gradient.
-  void pull(Interval g, Interval a, Interval b, Interval* to_a, Interval* to_b) const {
-    one(least, at_least, g.low, a, b, to_a, to_b);
-    one(greatest, at_greatest, g.high, a, b, to_a, to_b);
+  MK_INLINE Corners(Intervals a, Intervals b) {
+    const Doubles first = product(a.low, b.low);
+    least = greatest = {first, Mask{}, Mask{}};
+    add(product(a.low, b.high), false, true);
+    add(product(a.high, b.low), true, false);
+    add(product(a.high, b.high), true, true);
+  }
+  MK_INLINE Intervals interval() const { return outward(least.value, greatest.value); }
+  MK_INLINE void pull(Intervals g, Intervals a, Intervals b, Intervals* to_a,
+                      Intervals* to_b) const {
+    least.pull(g.low, a, b, to_a, to_b);
+    greatest.pull(g.high, a, b, to_a, to_b);
   }
 
  private:
-  static void one(double value, int at, double g, Interval a, Interval b, Interval* to_a,
-                  Interval* to_b) {
-    const double x = at & 2 ? a.high : a.low, y = at & 1 ? b.high : b.low;
-    if (is_infinite(value) || is_infinite(x) || is_infinite(y)) return;
-    (at & 2 ? to_a->high : to_a->low) += g * y;
-    (at & 1 ? to_b->high : to_b->low) += g * x;
+  MK_INLINE void add(Doubles x, bool high_a, bool high_b) {
+    least.take((x < least.value) | is_nan(x), x, high_a, high_b);
+    greatest.take((x > greatest.value) | is_nan(x), x, high_a, high_b);
   }
 };
 
 // Slopes in s times a tangent in t by centre and radius: up to a tenth wider than the products' own
 // range, but without a branch.
-MK_INLINE Interval sloped(Interval s, Interval t) {
-  const double middle = 0.5 * s.low + 0.5 * s.high, radius = 0.5 * s.high - 0.5 * s.low;
-  const double c = 0.5 * t.low + 0.5 * t.high, r = 0.5 * t.high - 0.5 * t.low;
-  const double centre = middle * c;
-  double spread = size_of(c) * radius + r * (size_of(middle) + radius);
+MK_INLINE Intervals sloped(Intervals s, Intervals t) {
+  const Doubles middle = 0.5 * s.low + 0.5 * s.high, radius = 0.5 * s.high - 0.5 * s.low;
+  const Doubles c = 0.5 * t.low + 0.5 * t.high, r = 0.5 * t.high - 0.5 * t.low;
+  const Doubles centre = middle * c;
+  Doubles spread = size_of(c) * radius + r * (size_of(middle) + radius);
   spread += 8 * epsilon * (size_of(centre) + spread) + tiny;
   return {centre - spread, centre + spread};
 }
-MK_INLINE void pull_sloped(Interval g, Interval s, Interval t, Interval* to_s, Interval* to_t) {
-  const double middle = 0.5 * s.low + 0.5 * s.high, radius = 0.5 * s.high - 0.5 * s.low;
-  const double c = 0.5 * t.low + 0.5 * t.high, r = 0.5 * t.high - 0.5 * t.low;
-  const double centre = g.low + g.high, spread = g.high - g.low;
-  const double to_middle = centre * c + spread * r * sign_of(middle);
-  const double to_radius = spread * (size_of(c) + r);
-  const double to_c = centre * middle + spread * radius * sign_of(c);
-  const double to_r = spread * (size_of(middle) + radius);
+MK_INLINE void pull_sloped(Intervals g, Intervals s, Intervals t, Intervals* to_s,
+                           Intervals* to_t) {
+  const Doubles middle = 0.5 * s.low + 0.5 * s.high, radius = 0.5 * s.high - 0.5 * s.low;
+  const Doubles c = 0.5 * t.low + 0.5 * t.high, r = 0.5 * t.high - 0.5 * t.low;
+  const Doubles centre = g.low + g.high, spread = g.high - g.low;
+  const Doubles to_middle = centre * c + spread * r * sign_of(middle);
+  const Doubles to_radius = spread * (size_of(c) + r);
+  const Doubles to_c = centre * middle + spread * radius * sign_of(c);
+  const Doubles to_r = spread * (size_of(middle) + radius);
   to_s->low += 0.5 * (to_middle - to_radius), to_s->high += 0.5 * (to_middle + to_radius);
   to_t->low += 0.5 * (to_c - to_r), to_t->high += 0.5 * (to_c + to_r);
 }
 
-// Two matrices of so many rows side by side: ends, or centres and radii.
+// Two matrices of so many rows side by side: ends, or centres and radii. Rows are whole vectors; what
+// lies past the last column is anything.
 struct Pair {
   double *a, *b;
   int64_t ld;
@@ -123,7 +155,31 @@ struct Pair {
   MK_INLINE void add(int64_t i, int64_t j, Interval v) const {
     a[i * ld + j] += v.low, b[i * ld + j] += v.high;
   }
+  // From column j on.
+  MK_INLINE Intervals from(int64_t i, int64_t j) const {
+    return {load(a + i * ld + j), load(b + i * ld + j)};
+  }
+  MK_INLINE void put(int64_t i, int64_t j, Intervals v) const {
+    store(a + i * ld + j, v.low), store(b + i * ld + j, v.high);
+  }
+  MK_INLINE void add(int64_t i, int64_t j, Intervals v) const {
+    const Intervals before = from(i, j);
+    put(i, j, Intervals{before.low + v.low, before.high + v.high});
+  }
 };
+
+// to[q] = Σ_j f(j, each)[q] over exactly n columns.
+template <int count, class F> MK_INLINE void add_up(int64_t n, double (&to)[count], const F& f) {
+  Doubles sums[count] = {};
+  for (int64_t j = 0; j < n; j += at_once) {
+    Doubles each[count];
+    f(j, each);
+    const Mask there = first_lanes<double>(min_of(n - j, at_once));
+    MK_UNROLL
+    for (int q = 0; q < count; ++q) sums[q] += where(there, each[q]);
+  }
+  for (int q = 0; q < count; ++q) to[q] = sum<double>(sums[q]);
+}
 
 // --- one curve --------------------------------------------------------------------------------------
 

@@ -80,6 +80,41 @@ template <class T> struct ApplySlope {
   }
 };
 
+// x̂ and r, either where it is wanted. Some rows at a time: the divisions and the root of one would wait
+// for each other.
+template <class T> void normalised(const Operands<T>& o, Mat<T> v, Mat<T> first) {
+  constexpr int64_t lanes = Simd<T>::lanes;
+  const int64_t n = o.node->width;
+  const bool centres = o.node->kind == node_normalise;
+  const T more = o.number(0);
+  for (int64_t i = 0; i < o.rows; i += lanes) {
+    const int64_t some = min_of(o.rows - i, lanes);
+    T mean[lanes] = {}, r[lanes] = {};
+    for (int64_t q = 0; centres && q < some; ++q) {
+      const T* x = o.u[0].row(i + q);
+      mean[q] = total<T>(n, [&](int64_t j) { return load(x + j); });
+    }
+    for (int64_t q = 0; q < lanes; ++q) mean[q] /= T(n);
+    for (int64_t q = 0; q < some; ++q) {
+      const T *x = o.u[0].row(i + q), middle = mean[q];
+      r[q] = total<T>(n, [&](int64_t j) {
+        const Vec<T> c = load(x + j) - middle;
+        return c * c;
+      });
+    }
+    for (int64_t q = 0; q < lanes; ++q) {
+      r[q] = T(1) / T(__builtin_sqrt(double(r[q] / T(n) + more)));
+    }
+    for (int64_t q = 0; first && q < some; ++q) first.at[i + q] = r[q];
+    for (int64_t q = 0; v && q < some; ++q) {
+      const Vec<T> middle = splat(mean[q]), factor = splat(r[q]);
+      put_row<T>(
+          o.columns, v.row(i + q), false, [&](Vec<T> x) { return (x - middle) * factor; },
+          o.u[0].row(i + q));
+    }
+  }
+}
+
 // v, and what `first` is for the kind. Either may be null where it is not wanted.
 template <class T> void node_value(const Operands<T>& o, Mat<T> v, Mat<T> first) {
   constexpr int64_t lanes = Simd<T>::lanes;
@@ -151,24 +186,7 @@ template <class T> void node_value(const Operands<T>& o, Mat<T> v, Mat<T> first)
       return;
     }
     case node_normalise:
-    case node_root_mean_square:
-      for (int64_t i = 0; i < rows; ++i) {
-        const T* x = u.row(i);
-        T mean = 0;
-        if (node.kind == node_normalise) {
-          mean = total<T>(n, [&](int64_t j) { return load(x + j); }) / T(n);
-        }
-        const T square = total<T>(n, [&](int64_t j) {
-          const Vec<T> c = load(x + j) - mean;
-          return c * c;
-        });
-        const T r = T(1) / T(__builtin_sqrt(double(square / T(n) + o.number(0))));
-        if (first) first.at[i] = r;
-        if (!v) continue;
-        T* to = v.row(i);
-        for (int64_t j = 0; j < columns; j += lanes) store(to + j, (load(x + j) - mean) * r);
-      }
-      return;
+    case node_root_mean_square: return normalised<T>(o, v, first);
     case node_softmax:
       for (int64_t i = 0; i < rows; ++i) {
         T most, *to = v.row(i);

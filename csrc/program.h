@@ -67,6 +67,12 @@ template <class T> struct Program {
     return u > 0 && is_elementwise(node(u).kind) && node(u).varies && flow(u).once;
   }
 
+  // Whether value v + 1 is a shift of the scale of v, which nothing else reads: then they are one pass,
+  // and value v is not there.
+  bool scale_and_shift(int64_t v) const {
+    return v < y && node(v).kind == node_scale && node(v + 1).kind == node_shift &&
+           node(v + 1).input[0] == v && flow(v).once && flow(v + 1).used;
+  }
   // A view of columns side by side needs no memory.
   bool is_view(int64_t v) const {
     return v > 0 && node(v).kind == node_columns && node(v).numbers[1] == 1;

@@ -51,6 +51,8 @@ template <class T> struct ProgramForward {
         linear_value<T>(net, v, rows, at.value[net.below(v)], at.value[v], Nothing{});
       } else if (net.is_view(v)) {
         at.value[v] = net.view_of(at.value, v);
+      } else if (net.scale_and_shift(v)) {
+        at.scale_and_shift(net, v++, rows);
       } else {
         if (net.node(v).kind == node_dropout) at.draw_mask(net, v, rows, row0);
         node_value<T>(at.operands(net, v, rows), at.value[v], at.first[v]);

@@ -81,14 +81,11 @@ MK_INLINE void add_exactly(int64_t rows, int64_t n, Mat<const T> from, Mat<T> to
 template <class T, class F> MK_INLINE T total(int64_t n, const F& f) {
   constexpr int64_t lanes = Simd<T>::lanes;
   Vec<T> sums = Vec<T>{};
-  int64_t j = 0;
-  for (; j + lanes <= n; j += lanes) sums += f(j);
-  T rest = 0;
-  if (j < n) {
-    const Vec<T> last = f(j);
-    for (int64_t i = 0; i < n - j; ++i) rest += last[i];
+  for (int64_t j = 0; j < n; j += lanes) {  // f stands in one place, or it would be called
+    const Vec<T> some = f(j);
+    sums += j + lanes <= n ? some : first_lanes<T>(n - j) ? some : Vec<T>{};
   }
-  return sum<T>(sums) + rest;
+  return sum<T>(sums);
 }
 
 // to[j] += Σ_i f(i, j), or f alone if `to` is null: up to four vectors of columns at a time, so that

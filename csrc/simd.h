@@ -48,10 +48,9 @@ template <class T, int bytes> struct Fold {
   typedef T V __attribute__((vector_size(bytes)));
   typedef T Half __attribute__((vector_size(bytes / 2)));
   static MK_INLINE T sum(V v) {
-    Half low, high;
-    __builtin_memcpy(&low, &v, bytes / 2);
-    __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + bytes / 2, bytes / 2);
-    return Fold<T, bytes / 2>::sum(low + high);
+    Half half[2];
+    __builtin_memcpy(half, &v, bytes);  // all of it, or v would stay in memory where it is summed
+    return Fold<T, bytes / 2>::sum(half[0] + half[1]);
   }
 };
 template <> struct Fold<float, 16> {
@@ -63,6 +62,14 @@ template <> struct Fold<double, 16> {
   static MK_INLINE double sum(V v) { return v[0] + v[1]; }
 };
 template <class T> MK_INLINE T sum(Vec<T> v) { return Fold<T, MK_VECTOR_BYTES>::sum(v); }
+
+// All ones in the first n lanes.
+template <class T> MK_INLINE IVec<T> first_lanes(int64_t n) {
+  IVec<T> lane;
+  MK_UNROLL
+  for (int i = 0; i < Simd<T>::lanes; ++i) lane[i] = i;
+  return lane < typename Simd<T>::Int(n);
+}
 
 template <int... Lane> struct Lanes {};
 template <int n, int... Lane> struct FirstLanes : FirstLanes<n - 1, n - 1, Lane...> {};

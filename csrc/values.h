@@ -55,6 +55,14 @@ template <class T> struct BlockValues {
     return o;
   }
 
+  void scale_and_shift(const Program<T>& program, int64_t v, int64_t rows) const {
+    const Mat<const T> scale{program.at(v).parameter, 0}, shift{program.at(v + 1).parameter, 0};
+    put(
+        rows, program.whole(v), value[v + 1], false,
+        [](Vec<T> x, Vec<T> s, Vec<T> t) { return x * s + t; },
+        Mat<const T>(value[program.node(v).input[0]]), scale, shift);
+  }
+
   void read_x(const Program<T>& program, const void* x, int64_t rows, int64_t row0,
               bool as_it_is) const {
     const int64_t d = program.d;

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -52,8 +52,6 @@ class Constants(NamedTuple):
     sign: Tensor  # (D, k)
     place: Tensor  # (k, d), which columns of x the k are
     middle: Tensor  # (d,)
-    # What serves a program on operands of a dtype in the native library, where it does.
-    lifts: dict[tuple[tuple[Node, ...], torch.dtype, float], cpu.Lift | None]
 
 
 class Program(NamedTuple):
@@ -130,17 +128,21 @@ class Monotone(nn.Module):
             raise ValueError("direction: expected (d,) or (D, d) signs, got a single number")
         self.lower, self.upper = check_box(lower, upper, d)
         self._constants: dict[tuple[torch.dtype, torch.device], Constants] = {}
+        # What serves a program on operands of a dtype in the native library, where it does.
+        self._lifts: dict[tuple[tuple[Node, ...], torch.dtype, float], cpu.Lift | None] = {}
         # In training or not, in a dtype, under autocast or not: whether a forward of one's own is
         # served in one.
         self._readable: dict[tuple[bool, torch.dtype, bool], bool] = {}
         x = torch.zeros(2, d, **_like(mlp))
-        D = self._outputs(x)
+        with _left_alone(mlp, x.device):
+            D = self._outputs(x)
         flat = signs.for_network(D)
         rows = [flat[i : i + d] for i in range(0, len(flat), d)]
         self.direction = tuple(rows * D if len(rows) == 1 else rows)
         self.columns = _constrained(self.direction)
         self._boxes = cut(self.lower, self.upper, self.columns, self.parts)
-        self._check_bounded(x)
+        with _left_alone(mlp, x.device):
+            self._check_bounded(x)
 
     def _outputs(self, x: Tensor) -> int:
         """D. A forward of one's own without numbers is not read before it has some."""
@@ -180,7 +182,7 @@ class Monotone(nn.Module):
         """(D, d): the lower bound of ``direction · ∂mlp/∂x`` over the box, NaN where free."""
         x = self._example()
         _check_weights(self.mlp)
-        with _full_precision(x.device.type):
+        with _full_precision(x.device.type), _left_alone(self.mlp, x.device):
             return self._spread(self._bound(x), math.nan)
 
     @property
@@ -189,7 +191,7 @@ class Monotone(nn.Module):
         0 where free. What the guarantee costs: 0 everywhere if the network needs none of it."""
         x = self._example()
         _check_weights(self.mlp)
-        with _full_precision(x.device.type):
+        with _full_precision(x.device.type), _left_alone(self.mlp, x.device):
             bound = self._bound(x)
             own = self._constants_for(bound.dtype, bound.device)
             return self._spread(_lifted(bound, own, self.margin), 0.0)
@@ -278,25 +280,26 @@ class Monotone(nn.Module):
     def _lift(self, nodes: tuple[Node, ...], dtype: torch.dtype) -> cpu.Lift | None:
         """What serves such a program, on plain operands of a dtype, in the native library."""
         self._check_outputs(nodes)
-        own = self._constants_for(accumulate_dtype(dtype), torch.device("cpu"))
         key = nodes, dtype, self.margin
-        if len(own.lifts) == MOST_LIFTS and key not in own.lifts:
-            own.lifts.clear()  # a forward with a number that moves makes one after another
-        if key not in own.lifts:
+        try:
+            return self._lifts[key]
+        except KeyError:
             from .backends import cpu  # the library is opened when it is first of use
-
-            own.lifts[key] = cpu.lift(
-                len(self.lower),
-                nodes,
-                dtype,
-                self._boxes,
-                self.columns,
-                [[row[c] for c in self.columns] for row in self.direction],
-                [_middle(self.lower[c], self.upper[c]) for c in self.columns],
-                self.margin,
-                partial(_by_pytorch, nodes, own._replace(lifts={}), self.columns, self.margin),
-            )
-        return own.lifts[key]
+        if len(self._lifts) == MOST_LIFTS:
+            self._lifts.clear()  # a forward with a number that moves makes one after another
+        own = self._constants_for(accumulate_dtype(dtype), torch.device("cpu"))
+        lift = self._lifts[key] = cpu.lift(
+            len(self.lower),
+            nodes,
+            dtype,
+            self._boxes,
+            self.columns,
+            [[row[c] for c in self.columns] for row in self.direction],
+            [_middle(self.lower[c], self.upper[c]) for c in self.columns],
+            self.margin,
+            partial(_by_pytorch, nodes, own, self.columns, self.margin),
+        )
+        return lift
 
     def _check_outputs(self, nodes: tuple[Node, ...]) -> None:
         """The network may have been changed since."""
@@ -308,7 +311,7 @@ class Monotone(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # What is native stays in its process.
-        return self.__dict__ | {"_constants": {}, "_readable": {}}
+        return self.__dict__ | {"_constants": {}, "_lifts": {}, "_readable": {}}
 
     def _bound(self, x: Tensor) -> Tensor:
         """(D, k), over all parts of the box."""
@@ -427,7 +430,7 @@ def _constants(
     finite = all(map(math.isfinite, (*lower, *upper)))
     sign = torch.tensor([[row[c] for c in columns] for row in direction], **like)
     middle = torch.tensor([_middle(l, u) for l, u in zip(lower, upper, strict=True)], **like)
-    return Constants(Interval(low, high, finite), sign, place, middle, {})
+    return Constants(Interval(low, high, finite), sign, place, middle)
 
 
 def _bound(
@@ -561,16 +564,33 @@ def _check_weights(mlp: nn.Module) -> None:
             )
 
 
-def _computed_once(mlp: nn.Module) -> Any:
-    """Of a chain with parametrized weights, bound and network are to have the same: to compute them
-    may change them (the power iteration of spectral_norm). A forward of one's own is rehearsed for
-    its bound, and leaves no trace of that."""
+def _computes_weights(mlp: nn.Module) -> bool:
+    """Whether it is a chain with parametrized weights: to compute them may change them (the power
+    iteration of spectral_norm). A forward of one's own is rehearsed for its bound, and leaves no
+    trace of that."""
     chain = network.read(mlp)
-    if isinstance(chain, network.Chain) and any(
+    return isinstance(chain, network.Chain) and any(
         not {"weight", "bias"} <= linear._parameters.keys() for linear in chain.linears
-    ):
-        return parametrize.cached()
-    return nullcontext()
+    )
+
+
+def _computed_once(mlp: nn.Module) -> Any:
+    """Bound and network are to have the same weights."""
+    return parametrize.cached() if _computes_weights(mlp) else nullcontext()
+
+
+@contextmanager
+def _left_alone(mlp: nn.Module, device: torch.device) -> Iterator[None]:
+    """Who only asks changes nothing."""
+    mlp = network.unwrap(mlp)
+    if not _computes_weights(mlp):
+        yield
+        return
+    with reading.State(list(mlp.modules()), device) as state:
+        try:
+            yield
+        finally:
+            state.restore()
 
 
 def _output_dtype(found: network.Chain | reading.Reading, x: Tensor) -> torch.dtype:
@@ -585,7 +605,8 @@ def _exact(mlp: nn.Module, found: network.Chain | reading.Reading, dtype: torch.
     float32, only the rounding terms of ``intervals.py`` have room."""
     if isinstance(found, network.Chain) or dtype == torch.float64:
         return True
-    bases = [p if p._base is None else p._base for p in found.params if isinstance(p, Tensor)]
+    others = [p for p in found.params if type(p) is not nn.Parameter and isinstance(p, Tensor)]
+    bases = [p if p._base is None else p._base for p in others]
     others = [p for p in bases if type(p) is not nn.Parameter]
     stored = {id(b) for b in mlp.buffers()} if others else set()
     return all(id(p) in stored for p in others)

@@ -250,8 +250,9 @@ def said(error: Exception) -> str:
 
 
 def _tape(given: Any) -> Tape:
-    """That of a Value somewhere in the arguments."""
-    found: Symbol = next(_values(given))
+    """That of a Value somewhere in (args, kwargs)."""
+    args = given[0]
+    found: Symbol = args[0] if args and type(args[0]) is Value else next(_values(given))
     return found.tape
 
 
