@@ -206,8 +206,7 @@ template <class T> struct Tanhshrink {
 
 template <class T> struct Abs {
   static MK_INLINE Sigma<T> at(Vec<T> a, Numbers<T>) {
-    return {abs_of<T>(a), a > T(0) ? splat(T(1)) : (a < T(0) ? splat(T(-1)) : a * T(0)),
-            none<T>()};
+    return {abs_of<T>(a), a > T(0) ? splat(T(1)) : (a < T(0) ? splat(T(-1)) : a * T(0)), none<T>()};
   }
 };
 

@@ -109,8 +109,8 @@ MK_EXPORT int mk_forward(int64_t plan, int64_t N, int64_t threads, const void* x
                          const void* weight, int64_t weight_per_row, const void* const* params,
                          const int64_t* sizes, void* y, void* out, void* const* saved) {
   const OwnedPlan* owned = Plans::plans().find(plan);
-  const ForwardCall call{N, int(threads), x, weight, weight_per_row != 0, params, sizes, y, out,
-                         saved};
+  const ForwardCall call{N,      int(threads), x, weight, weight_per_row != 0,
+                         params, sizes,        y, out,    saved};
   return owned->kernels->forward(owned->plan, call, runtime);
 }
 
@@ -119,8 +119,8 @@ MK_EXPORT int mk_backward(int64_t plan, int64_t N, int64_t threads, const void* 
                           const void* gout, void* const* saved, void* gx, void* const* grads) {
   const OwnedPlan* owned = Plans::plans().find(plan);
   const std::vector<Way> way = way_down(owned->plan, gx != nullptr, grads);
-  const BackwardCall call{N,  int(threads), x,     params, sizes, gy, gout, saved,
-                          gx, grads,        way.data()};
+  const BackwardCall call{N,    int(threads), x,  params, sizes,     gy,
+                          gout, saved,        gx, grads,  way.data()};
   return owned->kernels->backward(owned->plan, call, runtime);
 }
 
@@ -155,17 +155,17 @@ MK_EXPORT int mk_chain_slopes(int64_t layers, const mk_layer* chain, int64_t fol
                               int64_t output, int64_t K, const int64_t* columns, const void* wanted,
                               double* const* found) {
   const std::vector<ChainLayer> each = chain_of(layers, chain);
-  const SlopesCall call{boxes,
-                        m,
-                        output,
-                        K,
-                        c,
-                        r,
-                        moving,
-                        columns,
-                        static_cast<const bool*>(wanted),
-                        {found[0], found[1], found[2], found[3], found[4], found[5], found[6],
-                         found[7]}};
+  const SlopesCall call{
+      boxes,
+      m,
+      output,
+      K,
+      c,
+      r,
+      moving,
+      columns,
+      static_cast<const bool*>(wanted),
+      {found[0], found[1], found[2], found[3], found[4], found[5], found[6], found[7]}};
   return chosen().chain_slopes({layers, folded, each.data()}, call, runtime);
 }
 

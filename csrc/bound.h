@@ -276,8 +276,8 @@ template <class T> struct Bounded {
         a[2 * i * whole + j] = near(x.low), a[(2 * i + 1) * whole + j] = near(x.high);
       }
     }
-    orders_of<double>(int(n.kind))[all_orders](
-        {2 * B, whole, a, whole, h, s, c, whole}, {n.numbers[0], n.numbers[1], n.numbers[2]});
+    orders_of<double>(int(n.kind))[all_orders]({2 * B, whole, a, whole, h, s, c, whole},
+                                               {n.numbers[0], n.numbers[1], n.numbers[2]});
     const Curve *values = box.curves + 2 * (v - 1), *firsts = values + 1;
     for (int64_t i = 0; i < B; ++i) {
       for (int64_t j = 0; j < H; ++j) {
@@ -316,9 +316,7 @@ template <class T> struct Bounded {
     });
   }
 
-  static Norm norm_of(const Node& n) {
-    return {n.width, n.kind == node_normalise, n.numbers[0]};
-  }
+  static Norm norm_of(const Node& n) { return {n.width, n.kind == node_normalise, n.numbers[0]}; }
 
   void normalise(int64_t v, Pair u, Pair to, double* scratch) const {
     const Norm norm = norm_of(node(v));
@@ -558,9 +556,9 @@ template <class T> struct Bounded {
     const Norm norm = norm_of(node(v));
     const int64_t H = norm.H, whole = ld(v), first = node(v).input[0];
     const Pair g = of(v), e = ends(v), u = ends(first);
-    double *low = products, *high = low + whole;       // of c
+    double *low = products, *high = low + whole;  // of c
     double *to_low = high + whole, *to_high = to_low + whole;
-    double* of_r = to_high + whole;                    // for each box
+    double* of_r = to_high + whole;  // for each box
     clear(of_r, 2 * B);
     const auto give = [&](int64_t i) {
       norm.pull_centre(u.a + i * u.ld, u.b + i * u.ld, to_low, to_high);
@@ -705,7 +703,8 @@ template <class T> int64_t bound_size(const Plan& plan, const Box& box) {
 
 // The bound (D, k), and y (N, D) += Σ_c sign·lift·(x_c - middle).
 template <class T>
-Status lift_forward(const Plan& plan, const Box& box, const LiftCall& call, const Runtime& runtime) {
+Status lift_forward(const Plan& plan, const Box& box, const LiftCall& call,
+                    const Runtime& runtime) {
   Bump counting;
   const Bounded<T> counted(plan, box, call.params, call.sizes, counting);
   counting.take<double>(counted.scratch_size());
@@ -738,8 +737,7 @@ template <class T> struct BoundedBackward {
   double *products, *adjoint;
 
   BoundedBackward(const Plan& plan, const Box& box, const LiftBackwardCall& call, Bump& memory)
-      : net(plan, box, call.params, call.sizes, memory),
-        of_bound(memory.take<T>(plan.D * box.k)),
+      : net(plan, box, call.params, call.sizes, memory), of_bound(memory.take<T>(plan.D * box.k)),
         products(memory.take<double>(net.products_size())),
         adjoint(memory.take<double>(net.adjoint_size)) {
     net.saved = const_cast<double*>(call.saved);

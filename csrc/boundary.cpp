@@ -129,7 +129,8 @@ bool readable(const Tensor& t, at::IntArrayRef sizes, at::ScalarType dtype) {
   if (!t.device().is_cpu() || t.layout() != at::kStrided || t.scalar_type() != dtype) return false;
   if (t.key_set().has_any(wrapped) || t.sizes() != sizes) return false;
   if (t.numel() == 0) return true;
-  return t.storage().data() && extent(t) * int64_t(t.element_size()) <= int64_t(t.storage().nbytes());
+  return t.storage().data() &&
+         extent(t) * int64_t(t.element_size()) <= int64_t(t.storage().nbytes());
 }
 
 // As PyTorch's own ``to``, which asks its dispatcher before it sees that there is nothing to do.
@@ -142,8 +143,8 @@ template <class Name>
 Tensor plain(const Tensor& given, at::IntArrayRef sizes, at::ScalarType dtype, const Name& name) {
   const bool copied = given.key_set().has_any(lazy) && !given.key_set().has_any(wrapped);
   const Tensor t = copied ? given.clone() : given;
-  TORCH_CHECK(readable(t, sizes, dtype), name(), ": expected ", dtype_name(dtype),
-              " of shape ", tuple(sizes), " on cpu in memory of its own, got ", describe(t));
+  TORCH_CHECK(readable(t, sizes, dtype), name(), ": expected ", dtype_name(dtype), " of shape ",
+              tuple(sizes), " on cpu in memory of its own, got ", describe(t));
   return t.contiguous();
 }
 
@@ -175,7 +176,8 @@ std::vector<int64_t> sizes_of(const variable_list& params) {
 std::string name_of(const PlanReference& plan, size_t place) {
   const mk_parameter& p = plan.shape.parameters[place];
   if (p.layer) {
-    return c10::str("mlp: the ", p.dimensions == 2 ? "weight" : "bias", " of linear layer ", p.layer);
+    return c10::str("mlp: the ", p.dimensions == 2 ? "weight" : "bias", " of linear layer ",
+                    p.layer);
   }
   std::istringstream names(kernel.node_names());
   std::string name;
@@ -184,8 +186,8 @@ std::string name_of(const PlanReference& plan, size_t place) {
 }
 
 // The parameters in their order, undefined where one is absent; `given` are those that are there.
-variable_list parameters(const PlanReference& plan, at::ScalarType network,
-                         const Present& present, const variable_list& given) {
+variable_list parameters(const PlanReference& plan, at::ScalarType network, const Present& present,
+                         const variable_list& given) {
   TORCH_CHECK(int64_t(present.size()) == plan.shape.params, "params: expected ", plan.shape.params,
               ", got ", present.size());
   variable_list params(present.size());
@@ -296,7 +298,8 @@ struct Record {
   static Tensor tensor(std::unique_ptr<Record> record) {
     Record* owned = record.release();
     const int64_t size = int64_t(owned->numbers.size());
-    return at::from_blob(owned->numbers.data(), {size}, [owned](void*) { delete owned; }, at::kLong);
+    return at::from_blob(
+        owned->numbers.data(), {size}, [owned](void*) { delete owned; }, at::kLong);
   }
 
   PlanReference plan;
@@ -372,8 +375,8 @@ struct Step : torch::autograd::Function<Step> {
                         [] { return "a tensor saved for the backward"; });
     }
     Tensor gy = cotangent(plan, outer[0], {N, D}, network, "gradient of y");
-    const Tensor gout = cotangent(plan, outer[1], second_output(shape, N), plan.dtype(),
-                                  "gradient of the penalty");
+    const Tensor gout =
+        cotangent(plan, outer[1], second_output(shape, N), plan.dtype(), "gradient of the penalty");
     if (shape.bound) {
       bounds = plain(bounds, {shape.bound}, at::kDouble,
                      [] { return "a tensor saved for the backward"; });
@@ -404,8 +407,8 @@ struct Step : torch::autograd::Function<Step> {
                           at.data(), address(grads[0]), to.data()));
     if (shape.bound) {
       check(kernel.lift_backward(plan.handle, N, x.data_ptr(), pointers.data(), sizes.data(),
-                                 bounds.data_ptr(), gy.data_ptr(), address(gout),
-                                 address(grads[0]), to.data()));
+                                 bounds.data_ptr(), gy.data_ptr(), address(gout), address(grads[0]),
+                                 to.data()));
     }
     for (Tensor& g : grads) {
       if (g.defined()) g = as_dtype(g, network);

@@ -22,8 +22,8 @@ struct mk_parameter {
 struct mk_shape {
   int64_t d, D, k, params;
   int64_t is_double, summed;  // summed: the second output is one number
-  int64_t bounded, bound;     // columns of which the slope is bounded; doubles that this saves, or 0
-  int64_t saved[3];           // elements for each row of x: values, cotangents P and ∂penalty/∂J
+  int64_t bounded, bound;  // columns of which the slope is bounded; doubles that this saves, or 0
+  int64_t saved[3];        // elements for each row of x: values, cotangents P and ∂penalty/∂J
   const mk_parameter* parameters;
 };
 
@@ -52,9 +52,9 @@ const char* mk_node_names();
 // parameters; `numbers` are those of all nodes. `columns` (k,) are ascending; margin and direction are
 // (D, k), or null without a hinge. All is copied, none is checked. Returns the handle, 0 where there is
 // no memory.
-int64_t mk_plan_new(const int64_t* flags, int64_t d, int64_t k, const int64_t* columns, int64_t count,
-                    const int64_t* nodes, const double* numbers, const double* margin,
-                    const double* direction);
+int64_t mk_plan_new(const int64_t* flags, int64_t d, int64_t k, const int64_t* columns,
+                    int64_t count, const int64_t* nodes, const double* numbers,
+                    const double* margin, const double* direction);
 // A plan has one owner at first. `keep` adds one, unless the number is no plan's handle: it returns
 // 0 then, and 1 otherwise. Each owner drops it once.
 int64_t mk_plan_keep(int64_t plan);
@@ -72,8 +72,8 @@ int mk_forward(int64_t plan, int64_t N, int64_t threads, const void* x, const vo
                int64_t weight_per_row, const void* const* params, const int64_t* sizes, void* y,
                void* out, void* const* saved);
 int mk_backward(int64_t plan, int64_t N, int64_t threads, const void* x, const void* const* params,
-                const int64_t* sizes, const void* gy, const void* gout, void* const* saved, void* gx,
-                void* const* grads);
+                const int64_t* sizes, const void* gy, const void* gout, void* const* saved,
+                void* gx, void* const* grads);
 
 // Gives a plan, before its first call, the `boxes` over which its slopes in k columns of x are bounded:
 // `ends` (2, boxes, d), lower and upper; direction (D, k); middle (k,), where the linear term is 0.

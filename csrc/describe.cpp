@@ -116,8 +116,7 @@ void find_flow(const Plan& plan, std::vector<Flow>* found) {
                 plan.nodes[v - 2].kind == node_linear;
     f.viewed |= node.kind == node_concat;
     f.kept = plan.keeps_adjoint() && (f.moving || trains[v]);
-    f.saved = linear && v < y &&
-              !(near[node.input[0]] && plan.width(node.input[0]) <= few_inputs);
+    f.saved = linear && v < y && !(near[node.input[0]] && plan.width(node.input[0]) <= few_inputs);
     for (int64_t q = 0; q < node.inputs; ++q) {
       const int64_t u = node.input[q];
       flow[u].used = true;
@@ -160,9 +159,7 @@ void find_parameters(OwnedPlan* owned) {
       parameter.layer = linear ? layer : 0;
       parameter.dimensions = weight ? 2 : 1;
       parameter.rows = weight ? node.width : 0;
-      parameter.columns = weight    ? plan.width(node.input[0])
-                          : dropout ? key_bytes
-                                    : node.width;
+      parameter.columns = weight ? plan.width(node.input[0]) : dropout ? key_bytes : node.width;
       parameter.optional = linear && p == 1;
       parameter.one_for_all = !linear && !dropout;
       parameter.drawn = dropout;
@@ -255,16 +252,19 @@ void describe_box(OwnedPlan* owned, int64_t boxes, int64_t k, const double* ends
   }
   owned->columns.assign(columns, columns + k);
   const double* signs = own + 2 * boxes * plan.d;
-  owned->box = {boxes, k, own, signs, signs + plan.D * k, owned->columns.data(),
-                owned->curves.data(), margin};
+  owned->box = {
+      boxes, k, own, signs, signs + plan.D * k, owned->columns.data(), owned->curves.data(),
+      margin};
 }
 
 std::vector<ChainLayer> chain_of(int64_t layers, const mk_layer* chain) {
   std::vector<ChainLayer> each;
   for (int64_t l = 0; l < layers; ++l) {
     const mk_layer& from = chain[l];
-    ChainLayer to{from.width, from.out, from.kind, {from.numbers[0], from.numbers[1], from.numbers[2]},
-                  {}, from.third, from.fourth, from.W, from.b};
+    ChainLayer to{
+        from.width, from.out,   from.kind,   {from.numbers[0], from.numbers[1], from.numbers[2]},
+        {},         from.third, from.fourth, from.W,
+        from.b};
     const double* at = from.curves;
     for (int order = 0; at && order < 3; ++order) to.curve[order] = curve_at(at);
     each.push_back(to);

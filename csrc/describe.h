@@ -11,7 +11,7 @@ struct OwnedPlan {
   const Kernels* kernels;
   std::vector<Node> nodes;
   std::vector<Flow> flow;
-  std::vector<int64_t> places;  // the inputs and parameters of all nodes
+  std::vector<int64_t> places;       // the inputs and parameters of all nodes
   std::vector<int64_t> constrained;  // columns of x
   std::vector<Run> runs;
   std::vector<double> numbers, margin, direction;

@@ -130,9 +130,7 @@ template <class T> struct Matrix {
   MK_INLINE int64_t width(int64_t column) const {
     return min_of<int64_t>(panel_width<T>, round_up(N - column, Simd<T>::lanes));
   }
-  MK_INLINE const T* panel(int64_t column) const {
-    return ld ? data + column : data + column * K;
-  }
+  MK_INLINE const T* panel(int64_t column) const { return ld ? data + column : data + column * K; }
   MK_INLINE int64_t stride(int64_t column) const { return ld ? ld : width(column); }
 };
 
@@ -220,8 +218,19 @@ void gemm_panel(int64_t j, int64_t M, int64_t K, const T* a, int64_t lda, const 
     const int64_t rows = min_of<int64_t>(MR, M - i);
     T* to = c + i * ldc + j;
     const T* from = init.row ? init.row + i * init.ld + j : Zeros<T>::row;
-    const Tile<T> t{K, ATransposed ? a + i : a + i * lda, lda, panel, ldb, from, init.ld, to, ldc,
-                    more.K, more.K ? more.a + i : nullptr, more.K ? more.b + j : nullptr, more.lda,
+    const Tile<T> t{K,
+                    ATransposed ? a + i : a + i * lda,
+                    lda,
+                    panel,
+                    ldb,
+                    from,
+                    init.ld,
+                    to,
+                    ldc,
+                    more.K,
+                    more.K ? more.a + i : nullptr,
+                    more.K ? more.b + j : nullptr,
+                    more.lda,
                     more.ldb};
     if (width == panel_width<T>) {
       tile_rows<T, NV, ATransposed>(rows, t);

@@ -78,14 +78,14 @@ struct Norm {
     });
     const Interval mean = outward(of[0] / double(H), of[1] / double(H), double(H + 16));
     const Interval sum = outward((mean.low < 0 ? 0 : mean.low) + more, mean.high + more, 4);
-    return outward(1 / __builtin_sqrt(sum.high),
-                   1 / __builtin_sqrt(sum.low < 0 ? 0 : sum.low), 16);
+    return outward(1 / __builtin_sqrt(sum.high), 1 / __builtin_sqrt(sum.low < 0 ? 0 : sum.low), 16);
   }
   // Adds to the adjoints of c what those of r make of them. What is infinite has no gradient.
   void pull_inverse_root(Interval g, Interval r, const double* low, const double* high,
                          double* to_low, double* to_high) const {
     const double by_greatest = is_infinite(r.low) ? 0 : -g.low * r.low * r.low * r.low / double(H);
-    const double by_least = is_infinite(r.high) ? 0 : -g.high * r.high * r.high * r.high / double(H);
+    const double by_least =
+        is_infinite(r.high) ? 0 : -g.high * r.high * r.high * r.high / double(H);
     for (int64_t j = 0; j < H; j += at_once) {
       const Intervals u = row(low, high, j);
       const Mask negative = u.low * u.low > u.high * u.high;  // the low end is the larger one

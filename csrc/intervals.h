@@ -202,7 +202,8 @@ MK_INLINE bool has_inside(const Curve& curve, double place, Interval u) {
 
 MK_INLINE double error_of(const Curve& curve, double value) {
   if (!curve.relative) return 0;
-  return epsilon * curve.relative * min_of(size_of(value), largest / curve.relative) + curve.absolute;
+  return epsilon * curve.relative * min_of(size_of(value), largest / curve.relative) +
+         curve.absolute;
 }
 
 // `at` and `rate`: the curve and its derivative at both ends of u. Equal ends share the gradient.

@@ -2,4 +2,5 @@
 #define MK_VECTOR_BYTES 32
 #include "kernels.h"
 
-const InstructionSet avx2_kernels = {"avx2", kernels_of<float>(), kernels_of<double>(), chain_slopes};
+const InstructionSet avx2_kernels = {"avx2", kernels_of<float>(), kernels_of<double>(),
+                                     chain_slopes};

@@ -2,4 +2,5 @@
 #define MK_VECTOR_BYTES 64
 #include "kernels.h"
 
-const InstructionSet avx512_kernels = {"avx512", kernels_of<float>(), kernels_of<double>(), chain_slopes};
+const InstructionSet avx512_kernels = {"avx512", kernels_of<float>(), kernels_of<double>(),
+                                       chain_slopes};

@@ -4,8 +4,8 @@
 
 #if defined(__aarch64__)
 const InstructionSet baseline_kernels = {"neon", kernels_of<float>(), kernels_of<double>(),
-                                          chain_slopes};
+                                         chain_slopes};
 #else
 const InstructionSet baseline_kernels = {"baseline", kernels_of<float>(), kernels_of<double>(),
-                                          chain_slopes};
+                                         chain_slopes};
 #endif

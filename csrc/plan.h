@@ -48,9 +48,9 @@ struct Node {
   const int64_t* input;    // values
   const int64_t* place;    // places among the call's parameters
   const double* numbers;
-  bool curved;  // whether its curvature is not zero everywhere
-  bool varies;  // whether its Jacobian depends on its inputs
-  bool reads_v; // whether the Jacobian is computed from v
+  bool curved;   // whether its curvature is not zero everywhere
+  bool varies;   // whether its Jacobian depends on its inputs
+  bool reads_v;  // whether the Jacobian is computed from v
 };
 
 // What a program says of a value whatever the operands.
@@ -80,8 +80,8 @@ struct Plan {
   int64_t d, D, k;
   int64_t count, params;  // nodes and parameters
   const Node* nodes;
-  const Flow* flow;  // count + 1
-  bool adjoint;  // mode: one chain for each output, else one for each monotone column
+  const Flow* flow;        // count + 1
+  bool adjoint;            // mode: one chain for each output, else one for each monotone column
   const int64_t* columns;  // (k,), ascending: which columns of x are x2
   const Run* runs;         // the same
   int64_t run_count;
@@ -111,12 +111,12 @@ struct ForwardCall {
   int64_t N;
   int threads;
   const void* x;
-  const void* weight;       // (D, k), or (N, D, k) if weight_per_row; or null: all ones
+  const void* weight;  // (D, k), or (N, D, k) if weight_per_row; or null: all ones
   bool weight_per_row;
-  const void* const* params;     // by place; a bias may be null
-  const int64_t* sizes;          // elements of each: one for all columns, or one for each
-  void *y, *out;            // (N, D) and (N, D, k), or the scalar penalty
-  void* const* saved;       // null: nothing is saved
+  const void* const* params;  // by place; a bias may be null
+  const int64_t* sizes;       // elements of each: one for all columns, or one for each
+  void *y, *out;              // (N, D) and (N, D, k), or the scalar penalty
+  void* const* saved;         // null: nothing is saved
 };
 
 // What a backward walks over for the gradients that it is asked for; by value.
@@ -134,11 +134,11 @@ struct BackwardCall {
   const void* x;
   const void* const* params;
   const int64_t* sizes;
-  const void *gy, *gout;    // may be null
+  const void *gy, *gout;  // may be null
   void* const* saved;
-  void* gx;                 // may be null
-  void* const* grads;       // as params, null where no gradient is wanted
-  const Way* way;           // count + 1
+  void* gx;            // may be null
+  void* const* grads;  // as params, null where no gradient is wanted
+  const Way* way;      // count + 1
 };
 
 // σ or σ' of an elementwise node as the range of it over an interval needs it, which is monotone
@@ -148,7 +148,7 @@ struct Curve {
   double relative, absolute;  // what it is known to: epsilons of its size, and what comes on top
   double period;              // of the turns, or 0
   int64_t turns;
-  const double* turn;         // place, least and greatest of each
+  const double* turn;  // place, least and greatest of each
 };
 
 // B boxes over which the slopes of a plan in k columns of x are bounded, and what the bound is for: a
@@ -168,8 +168,8 @@ struct LiftCall {
   const void* x;              // (N, d)
   const void* const* params;  // as in ForwardCall
   const int64_t* sizes;
-  void *y, *bound;            // (N, D), to which the term is added, and (D, k)
-  double* saved;              // what backward needs
+  void *y, *bound;  // (N, D), to which the term is added, and (D, k)
+  double* saved;    // what backward needs
 };
 
 struct LiftBackwardCall {
@@ -204,11 +204,11 @@ struct SlopesFound {
 
 struct SlopesCall {
   int64_t B, m, output, K;
-  const double *c, *r;    // (B, d): the boxes are c ± r
-  const int64_t* moving;  // (m,): the columns in which a box may have an extent
-  const int64_t* columns; // (K,): of the slopes
-  const bool* wanted;     // (B, K), or null: all
-  SlopesFound found;      // as it is where nothing is wanted or moves
+  const double *c, *r;     // (B, d): the boxes are c ± r
+  const int64_t* moving;   // (m,): the columns in which a box may have an extent
+  const int64_t* columns;  // (K,): of the slopes
+  const bool* wanted;      // (B, K), or null: all
+  SlopesFound found;       // as it is where nothing is wanted or moves
 };
 
 // What the kernels need of the process: PyTorch's thread pool and one block of memory.

@@ -18,8 +18,14 @@
 namespace {
 
 template <class T> struct IntOf;
-template <> struct IntOf<float> { typedef int32_t type; typedef uint32_t bits; };
-template <> struct IntOf<double> { typedef int64_t type; typedef uint64_t bits; };
+template <> struct IntOf<float> {
+  typedef int32_t type;
+  typedef uint32_t bits;
+};
+template <> struct IntOf<double> {
+  typedef int64_t type;
+  typedef uint64_t bits;
+};
 
 template <class T> struct Simd {
   typedef typename IntOf<T>::type Int;
@@ -73,7 +79,9 @@ template <class T> MK_INLINE IVec<T> first_lanes(int64_t n) {
 
 template <int... Lane> struct Lanes {};
 template <int n, int... Lane> struct FirstLanes : FirstLanes<n - 1, n - 1, Lane...> {};
-template <int... Lane> struct FirstLanes<0, Lane...> { typedef Lanes<Lane...> type; };
+template <int... Lane> struct FirstLanes<0, Lane...> {
+  typedef Lanes<Lane...> type;
+};
 
 // Lane i of the result is lane `from` i of a and b side by side.
 template <class T, int... From> MK_INLINE Vec<T> pick(Vec<T> a, Vec<T> b) {

@@ -170,7 +170,8 @@ class Polytope {
     if (rows_ == room_) {
       const int more = 2 * room_ + 32;
       Numbers wider(m_ * more);
-      for (int k = 0; k < m_; ++k) std::copy_n(normals_.data() + k * room_, rows_, &wider[k * more]);
+      for (int k = 0; k < m_; ++k)
+        std::copy_n(normals_.data() + k * room_, rows_, &wider[k * more]);
       normals_.swap(wider);
       room_ = more;
       ends_.resize(more), slack_.resize(more), along_.resize(more);
@@ -285,7 +286,8 @@ class Search {
     }
     row_.assign(row, row + H_[L_ - 1]);
     column_.assign(column, column + H_[0]);
-    widest_ = int(std::max<int64_t>(net.d, *std::max_element(H_.begin(), H_.end())) + 64 + net.folded);
+    widest_ =
+        int(std::max<int64_t>(net.d, *std::max_element(H_.begin(), H_.end())) + 64 + net.folded);
     P_low_.resize(total_), P_high_.resize(total_), a_.resize(total_), score_.resize(total_);
     z_.resize(total_), q_size_.resize(total_), r_.resize(total_), adjoint_.resize(total_);
     first_layer();
@@ -386,8 +388,8 @@ class Search {
   // Below ⟨h, h_top⟩ + constant, ``weights_`` being h, which is used up; with ``switches`` also
   // ⟨z_, z⟩ of all layers up to top. ``a`` is where the function is to be high. ``size`` is that of
   // what was added so far.
-  void below(const Branch& at, int top, double constant, double size, bool switches, const double* a,
-             Linear& f) {
+  void below(const Branch& at, int top, double constant, double size, bool switches,
+             const double* a, Linear& f) {
     for (int l = top; l >= 0; --l) {
       const double s0 = left(l), rise = 1 - s0;
       for (int i = 0; i < H_[l]; ++i) {
@@ -475,8 +477,8 @@ class Search {
         const int j = from_[l] + i;
         const double least = at.decided[j] > 0 ? 1 : at.decided[j] < 0 ? s0 : std::min(s0, 1.0);
         const double most = at.decided[j] > 0 ? 1 : at.decided[j] < 0 ? s0 : std::max(s0, 1.0);
-        const auto ends = std::minmax({P_low_[j] * least, P_low_[j] * most, P_high_[j] * least,
-                                       P_high_[j] * most});
+        const auto ends = std::minmax(
+            {P_low_[j] * least, P_low_[j] * most, P_high_[j] * least, P_high_[j] * most});
         const double p = 0.5 * ends.first + 0.5 * ends.second;
         const double r = (0.5 * ends.second - 0.5 * ends.first) * (1 + 16 * U) +
                          2 * gamma * (std::fabs(ends.first) + std::fabs(ends.second));
@@ -563,7 +565,8 @@ class Search {
       for (int i = 0; i < H_[l]; ++i) {
         const double* W = net_.W[l] + i * H_[l - 1];
         double a = net_.b[l][i];
-        for (int k = 0; k < H_[l - 1]; ++k) a += W[k] * before[k] * (before[k] > 0 ? 1 : left(l - 1));
+        for (int k = 0; k < H_[l - 1]; ++k)
+          a += W[k] * before[k] * (before[k] > 0 ? 1 : left(l - 1));
         a_[from_[l] + i] = a;
       }
     }
@@ -621,9 +624,12 @@ class Search {
         if (first && at.ended[2 * j + side] && polytope_.satisfies(end, at.old_rows)) continue;
         below_neuron(at, j, side ? -1 : 1, f);
         const double bound = polytope_.least(f);
-        if (side) at.high[j] = std::min(at.high[j], -bound);
-        else at.low[j] = std::max(at.low[j], bound);
-        if (first) std::copy(polytope_.x.begin(), polytope_.x.end(), end), at.ended[2 * j + side] = 1;
+        if (side)
+          at.high[j] = std::min(at.high[j], -bound);
+        else
+          at.low[j] = std::max(at.low[j], bound);
+        if (first)
+          std::copy(polytope_.x.begin(), polytope_.x.end(), end), at.ended[2 * j + side] = 1;
         decide(at, j);
       }
       if (at.low[j] > at.high[j]) return false;
@@ -684,8 +690,10 @@ class Search {
       if (polytope_.least(f) > 0) continue;
       Branch next = at;
       next.decided[j] = static_cast<signed char>(way);
-      if (way > 0) next.low[j] = std::max(next.low[j], 0.0);
-      else next.high[j] = std::min(next.high[j], 0.0);
+      if (way > 0)
+        next.low[j] = std::max(next.low[j], 0.0);
+      else
+        next.high[j] = std::min(next.high[j], 0.0);
       if (j >= H_[0]) next.behind.push_back(j);
       polytope_.keep_below(f, std::max(0.0, polytope_.at(f)));
       next.rows = polytope_.packed();

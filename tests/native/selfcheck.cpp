@@ -62,8 +62,8 @@ struct Net {
   // Appends a node and returns the number of its value; `sizes` are those of its parameters.
   int64_t add(const std::string& kind, int64_t width, const Places& inputs,
               const Places& sizes = {}, const Numbers& own = {}) {
-    for (int64_t n : {code(kind), width, int64_t(inputs.size()), int64_t(sizes.size()),
-                      int64_t(own.size())}) {
+    for (int64_t n :
+         {code(kind), width, int64_t(inputs.size()), int64_t(sizes.size()), int64_t(own.size())}) {
       nodes.push_back(n);
     }
     nodes.insert(nodes.end(), inputs.begin(), inputs.end());
@@ -213,7 +213,8 @@ Net concatenated(bool adjoint, int64_t D) {
   net.step = 1e-9;
   const int64_t h = net.same("prelu", net.linear(0, 13), {}, true);
   const int64_t all = net.add("concat", 19, {h, 0});
-  const int64_t p = net.same("softmax", net.linear(net.same("dropout", all, {0.3, 0}, true), 9), {});
+  const int64_t p =
+      net.same("softmax", net.linear(net.same("dropout", all, {0.3, 0}, true), 9), {});
   const int64_t l = net.same("log_softmax", net.linear(all, 9), {});
   const int64_t total = net.add("total", 1, {net.add("product", 9, {p, l})});
   net.linear(net.add("sum", 9, {net.add("expand", 9, {total}), l}, {}, {1, -0.5}), D);
