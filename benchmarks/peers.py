@@ -4,6 +4,7 @@
     python -m benchmarks peers --only decided       networks trained with the penalty
     python -m benchmarks peers --only exact         ReLU, beside the exact minima by HiGHS (SciPy)
     python -m benchmarks peers --only bounds        one box, beside auto_LiRPA's Jacobian bounds
+    python -m benchmarks peers --only false         a box of which they are false
 
 Times are processor time of one thread, those of what is decided by the clock and on all threads. A
 peer that is not installed is passed over with a line that says so: SciPy (HiGHS), gurobipy,
@@ -20,7 +21,6 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -226,25 +226,32 @@ def _gurobi(net: nn.Sequential, c: int) -> float:
         return float(model.ObjVal)
 
 
-def bounds() -> Iterator[Row]:
-    """∂y/∂x over single boxes: mean width, time of a box, points outside."""
-    peers: dict[str, Callable[[nn.Module], Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]] = {}
+Slopes = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # of boxes (n, d), lower and upper
+
+
+def _bounding(net: nn.Sequential, d: int) -> tuple[Layers, dict[str, Slopes]]:
+    """The network's layers, and everybody's bounds of its slopes."""
+    found = layers_of(net, d)
+    assert not isinstance(found, str)
+    layers = found[0]
+    assert isinstance(layers, Layers)
+    methods: dict[str, Slopes] = {}
     try:
         from auto_LiRPA import __version__
 
-        peers[f"auto_LiRPA {__version__}, CROWN"] = partial(_auto_lirpa, optimize=False)
-        peers[f"auto_LiRPA {__version__}, optimised"] = partial(_auto_lirpa, optimize=True)
+        for way, optimize in (("CROWN", False), ("optimised", True)):
+            methods[f"auto_LiRPA {__version__}, {way}"] = _auto_lirpa(net, optimize)
     except ImportError as error:
         print(f"bounds: auto_LiRPA is not installed ({error}), passed over")
+    methods |= {f"monokernel, {forms.TIERS[t]}": _ours(layers, t) for t in forms.tiers(layers)}
+    return layers, methods
+
+
+def bounds() -> Iterator[Row]:
+    """∂y/∂x over single boxes: mean width, time of a box, points outside."""
     for activation, widths in BOUNDS:
         torch.manual_seed(0)
-        net = network(activation, widths)
-        found = layers_of(net, widths[0])
-        assert not isinstance(found, str)
-        layers = found[0]
-        assert isinstance(layers, Layers)
-        methods = {name: make(net) for name, make in peers.items()}
-        methods |= {f"monokernel, {forms.TIERS[t]}": _ours(layers, t) for t in forms.tiers(layers)}
+        layers, methods = _bounding(network(activation, widths), widths[0])
         for half in HALF_WIDTHS:
             centre = torch.rand(BOXES, widths[0]) * 2 - 1
             lower, upper = centre.double() - half, centre.double() + half
@@ -268,7 +275,34 @@ def bounds() -> Iterator[Row]:
                 }
 
 
-def _ours(layers: Layers, tier: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def false() -> Iterator[Row]:
+    """Lower bounds of ∂y/∂x_0 in a box, and whether the slope at a point of it is below them."""
+    torch.manual_seed(103)
+    net = network("tanh", (2, 8, 8, 1))
+    with torch.no_grad():
+        for p in net.parameters():
+            p *= 2
+    layers, methods = _bounding(net, 2)
+    centre = torch.tensor([[1.753267288208008, -1.3316242694854736]])
+    point = torch.tensor([[1.7039785385131836, -1.3799184560775757]], dtype=torch.float64)
+    lower, upper = centre.double() - 0.05, centre.double() + 0.05
+    assert bool(((lower < point) & (point < upper)).all())
+    slope = float(layers.slopes(point, 0)[0, 0])
+    for name, of in methods.items():
+        begin = time.process_time()
+        low, high = (float(end[0, 0]) for end in of(lower, upper))
+        yield {
+            "what": "one slope in a box",
+            "network": _name("tanh", (2, 8, 8, 1)),
+            "seed": 103,
+            "method": name,
+            "seconds": time.process_time() - begin,
+            "result": f"{'holds' if low <= slope <= high else 'is false'}: {slope:.5f} there",
+            "value": low,
+        }
+
+
+def _ours(layers: Layers, tier: int) -> Slopes:
     def of(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         s = forms.slopes(layers, lower, upper, 0, torch.arange(layers.d), tier)
         return s.lower, s.upper
@@ -276,9 +310,7 @@ def _ours(layers: Layers, tier: int) -> Callable[[Tensor, Tensor], tuple[Tensor,
     return of
 
 
-def _auto_lirpa(
-    net: nn.Module, optimize: bool
-) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _auto_lirpa(net: nn.Module, optimize: bool) -> Slopes:
     """Its Jacobian bounds; optimised ones are its default. Box by box: in a batch those of ReLUs
     came out 50 times as wide."""
     from auto_LiRPA import BoundedModule, BoundedTensor
@@ -318,6 +350,7 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "decided": decided,
     "exact": exact,
     "bounds": bounds,
+    "false": false,
 }
 COLUMNS = ("what", "network", "seed", "method", "seconds", "result", "value")
 

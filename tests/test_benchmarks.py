@@ -120,7 +120,7 @@ def test_peers_of_certify_agree(
     monkeypatch.setattr(peers, "EXACT", (("relu", (4, 9, 1), 1),))
     monkeypatch.setattr(peers, "BOUNDS", (("relu", (3, 5, 1)),))
     path = tmp_path / "peers.csv"
-    for part in ("exact", "bounds"):
+    for part in ("exact", "bounds", "false"):
         peers.main(["--only", part, "--csv", str(path)])
     rows = read_rows(path)
     exact = [row for row in rows if row["what"] == "exact"]
@@ -131,6 +131,9 @@ def test_peers_of_certify_agree(
     assert below == pytest.approx([v - peers.OFF for v in least], abs=1e-5)
     widths = [row for row in rows if row["what"].startswith("bounds")]
     assert {row["result"] for row in widths} == {"0 points outside"}
+    ours = [row for row in rows if row["what"] == "one slope in a box" and "mono" in row["method"]]
+    assert ours
+    assert all(row["result"].startswith("holds") for row in ours)
     assert "monokernel, linear bounds" in capsys.readouterr().out
 
 
