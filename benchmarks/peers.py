@@ -21,6 +21,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -229,6 +230,17 @@ def _gurobi(net: nn.Sequential, c: int) -> float:
 Slopes = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # of boxes (n, d), lower and upper
 
 
+@cache
+def _auto_lirpa_version() -> str:
+    """ "" where it is not installed, which is then said once."""
+    try:
+        from auto_LiRPA import __version__
+    except ImportError as error:
+        print(f"bounds: auto_LiRPA is not installed ({error}), passed over")
+        return ""
+    return str(__version__)
+
+
 def _bounding(net: nn.Sequential, d: int) -> tuple[Layers, dict[str, Slopes]]:
     """The network's layers, and everybody's bounds of its slopes."""
     found = layers_of(net, d)
@@ -236,13 +248,9 @@ def _bounding(net: nn.Sequential, d: int) -> tuple[Layers, dict[str, Slopes]]:
     layers = found[0]
     assert isinstance(layers, Layers)
     methods: dict[str, Slopes] = {}
-    try:
-        from auto_LiRPA import __version__
-
+    if version := _auto_lirpa_version():
         for way, optimize in (("CROWN", False), ("optimised", True)):
-            methods[f"auto_LiRPA {__version__}, {way}"] = _auto_lirpa(net, optimize)
-    except ImportError as error:
-        print(f"bounds: auto_LiRPA is not installed ({error}), passed over")
+            methods[f"auto_LiRPA {version}, {way}"] = _auto_lirpa(net, optimize)
     methods |= {f"monokernel, {forms.TIERS[t]}": _ours(layers, t) for t in forms.tiers(layers)}
     return layers, methods
 

@@ -299,6 +299,11 @@ def _add_cubic(M: Tensor, weight: Tensor, linear: Tensor, quadratic: Tensor) -> 
     M += quadratic.unsqueeze(1) @ (weight.unsqueeze(2) * linear.unsqueeze(1)).mT
 
 
+def _exact(c: Tensor, G: Tensor) -> Form:
+    """A form of which all that it is off is accounted for elsewhere."""
+    return Form(c, G, torch.zeros_like(c))
+
+
 def _each(x: Tensor) -> Tensor:
     """The same for each of the slopes."""
     return x.unsqueeze(1)
@@ -347,7 +352,7 @@ def _met(
     _add_cubic(M, bends, g, a.G[:, m:])
     _add_cubic(M, t.at, s.form.G[:, :m], P.G[:, m:])
     _add_cubic(M, t.at, g_P, s.form.G[:, m:])
-    return Met(Form(c, G, torch.zeros_like(c)), α, error)
+    return Met(_exact(c, G), α, error)
 
 
 def _rate(w: Weights, a: Form, f: Curved, m: int) -> Weights:
@@ -457,7 +462,7 @@ def by_pytorch(
         along = v[-1]
         h = a[-1] if along is None else along.form
     # Backwards: P, and how much the slopes change with σ of each layer.
-    P = Form(c.new_ones(B, 1), c.new_zeros(B, T, 1), c.new_zeros(B, 1))
+    P = _exact(c.new_ones(B, 1), c.new_zeros(B, T, 1))
     u: Weights | None = None
     M, rounding = c.new_zeros(B, K, T - m, m), c.new_zeros(B)
     error, blame = c.new_zeros(B, K), c.new_zeros(B, K, m)
@@ -484,7 +489,7 @@ def by_pytorch(
                 rounding += (α.whole * a[l].e).sum(1)
             u = α.through(W[l], layers, m) if l else None
         back = W[l] if l else W[l][:, columns]
-        P = Form(p.c @ back, p.G @ back, p.e @ back.abs())
+        P = _exact(p.c @ back, p.G @ back)
     slant, third, shares = _reduced(M, m)
     G = P.G.clone()
     G[:, :m] += slant.mT
