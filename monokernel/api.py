@@ -33,7 +33,7 @@ from .boundary import evaluate, operand_dtype
 from .columns import take
 from .network import unwrap
 from .operands import check_saveable, has_memory, traced
-from .planning import Route, choose
+from .planning import Route, choose, twice
 from .problem import Hinge, Problem, accumulate_dtype
 from .reading import Reading
 
@@ -155,7 +155,7 @@ def fused_mono_penalty(
     inputs = check_inputs(x1, x2)
     inputs, signs, margin, _ = check_constraints(inputs, direction, columns, margin)
     static = check_hinge(signs.flat, margin, hinge, reduction)
-    y, penalty = _serve(mlp, inputs, weight, signs, static, mode, backend, batch_stats)
+    y, penalty = twice(_serve, mlp, inputs, weight, signs, static, mode, backend, batch_stats)
     if reduction == "mean":
         D = y.shape[-1] if y.dim() == inputs.like.dim() else 1
         N = math.prod(inputs.batch)
@@ -191,7 +191,8 @@ def value_and_jacobian(
     inputs, order = check_inputs(x1, x2), None
     if columns is not None:
         inputs, order = check_chosen(inputs, columns, names)
-    y, J = _serve(mlp, inputs, None, Direction((1,), ()), None, mode, backend, batch_stats)
+    asked = inputs, None, Direction((1,), ()), None, mode, backend, batch_stats
+    y, J = twice(_serve, mlp, *asked)
     return y, J if order is None else take(J, order)
 
 

@@ -13,6 +13,7 @@ from . import attack as descent
 from .api import slopes
 from .arguments import (
     Direction,
+    Inputs,
     check_constraints,
     check_count,
     check_flag,
@@ -26,7 +27,7 @@ from .backends import general
 from .columns import Columns
 from .layers import layers_of
 from .network import unwrap
-from .planning import choose
+from .planning import choose, twice
 from .probing import doubts, evaluating, hidden, spread, untouched
 from .report import Audit
 from .sampling import sample_points
@@ -206,7 +207,10 @@ def slopes_in_direction(
 
 
 def _slopes(mlp: nn.Module, x: Tensor, columns: Columns) -> Tensor:
-    mlp, inputs = unwrap(mlp), check_inputs(x)._replace(columns=columns)
+    return twice(_slopes_once, unwrap(mlp), check_inputs(x)._replace(columns=columns))
+
+
+def _slopes_once(mlp: nn.Module, inputs: Inputs) -> Tensor:
     route = choose(mlp, inputs, "auto", "auto")
     if route.network is None:
         return general.value_and_jacobian(mlp, inputs, route.transformed, audited=True)[1]

@@ -110,17 +110,19 @@ def uncompiled(inside: Iterable[nn.Module]) -> AbstractContextManager[Any]:
 
 class Known(NamedTuple):
     """A chain of PyTorch's own layers that was read, so that a look at each part tells whether it
-    would be read the same again. By weak references: it must not keep a network alive."""
+    would be read the same again, but for its parameters, at which whoever is given their memory
+    looks anyway. By weak references: it must not keep a network alive."""
 
+    # Of each part its class, and the attributes that are to be what they were, or, of an
+    # nn.Sequential, the identities of its own parts.
     parts: tuple[tuple[Callable[[], Any], Any, Any], ...]
     widths: tuple[int, ...]
     nodes: tuple[Node, ...]
 
-    def again(self, x: Tensor) -> Chain | None:
-        """The chain, if it is what it was and goes with inputs like x."""
+    def again(self) -> Chain | None:
+        """The chain, if it is what it was."""
         if global_hooks():
             return None
-        dtype, device = x.dtype, x.device
         linears: list[nn.Linear] = []  # list[nn.Linear]() would make that type anew
         for part, kind, held in self.parts:
             m = part()
@@ -136,29 +138,14 @@ class Known(NamedTuple):
             ):
                 return None
             if kind is nn.Linear:
-                tensors = own["_parameters"]
-                for name, size in held:
-                    t = tensors.get(name)
-                    if t is None:
-                        if size is not None or own.get(name) is not None:
-                            return None
-                    elif (
-                        t.shape != size
-                        or t.dtype is not dtype
-                        or t.device != device
-                        or type(t) not in PLAIN
-                        or t.layout is not torch.strided
-                    ):
-                        return None
                 linears.append(m)
             elif kind is nn.Sequential:
                 if [*map(id, own["_modules"].values())] != held:
                     return None
-            elif held is None:
-                if m.training and m.p > 0:
-                    return None
-            elif of_module(m) != held:
-                return None
+            else:
+                for name, value in held:
+                    if own.get(name) is not value:
+                        return None
         return Chain(tuple(linears), self.widths, self.nodes)
 
 
@@ -172,20 +159,24 @@ def known(mlp: nn.Module, chain: Chain) -> Known | None:
         kind, own = type(m), m.__dict__
         held: Any = None
         if kind is nn.Linear:
-            tensors = own["_parameters"]
-            if tensors.get("weight") is None:
+            if own["_parameters"].get("weight") is None:
                 return None
-            sizes = [None if t is None else t.shape for t in map(tensors.get, ("weight", "bias"))]
-            held = tuple(zip(("weight", "bias"), sizes, strict=True))
         elif kind is nn.Sequential:
             left += reversed(own["_modules"].values())
             held = [*map(id, own["_modules"].values())]
-        elif not (isinstance(m, _DropoutNd) and kind.__module__ == _DropoutNd.__module__):
-            held = of_module(m)
-            if held is None:
-                return None
+        elif isinstance(m, _DropoutNd) and kind.__module__ == _DropoutNd.__module__:
+            held = ("training", m.training), ("p", m.p)
+        elif of_module(m) is not None:
+            held = tuple([item for item in own.items() if item[0] not in _OF_EVERY_MODULE])
+            if any(type(value) not in (bool, int, float, str) for _, value in held):
+                return None  # it could change and be the same object
+        else:
+            return None
         parts.append((weakref.ref(m), kind, held))
     return Known(tuple(parts), chain.widths, chain.nodes)
+
+
+_OF_EVERY_MODULE = nn.Module().__dict__.keys()
 
 
 class Unfused(NamedTuple):

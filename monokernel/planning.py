@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +30,16 @@ from .arguments import (
     check_parameter,
 )
 from .backends import BACKENDS, general, refusal
-from .boundary import operand_dtype, transformed
+from .boundary import operand_dtype, traced, transformed
 from .columns import Columns
 from .operands import has_memory
 from .problem import Mode, Problem, cheaper_mode
 from .program import Node
 from .signs import direction_table
 
-__all__ = ["Plan", "Route", "choose", "plan"]
+__all__ = ["Plan", "Route", "choose", "plan", "twice"]
+
+T = TypeVar("T")
 
 Refused = tuple[tuple[str, str], ...]  # a backend's name and the reason
 
@@ -278,13 +281,15 @@ def choose(
     if not name:
         raise ValueError(f"backend: {backend!r} was asked for but cannot serve: {refused[0][1]}")
     route = Route(name, chosen, found, functional, refused)
-    if isinstance(found, network.Chain) and not (aside or inputs.autocast):
+    if name in BACKENDS and isinstance(found, network.Chain) and not (aside or inputs.autocast):
         _remember(mlp, inputs, asked, route, found)
     return route
 
 
 # --- chains that were served before ---------------------------------------------------------------
-# Most calls are like the last one: then a look at each layer is enough, and 9 µs of 50 are saved.
+# Most calls are like the last one: then a look at each layer is enough, and 12 µs of 50 are saved.
+# Not at its parameters: a backend asks of every operand what it is before it reads it (operands.py,
+# csrc/boundary.cpp), and where one is refused ``twice`` has the network read.
 
 
 class _Served(NamedTuple):
@@ -306,7 +311,7 @@ def _like(inputs: Inputs) -> tuple[Any, ...]:
 
 def _as_before(mlp: nn.Module, inputs: Inputs, asked: tuple[Any, ...]) -> Route | None:
     """The route of a call of the same chain that was like this one, if all is as it was then."""
-    if torch.compiler.is_compiling():
+    if traced():
         return None
     kept = _served.get(id(mlp))
     if (
@@ -318,9 +323,19 @@ def _as_before(mlp: nn.Module, inputs: Inputs, asked: tuple[Any, ...]) -> Route 
         or _wrapped(inputs)
     ):
         return None
-    chain = kept.chain.again(inputs.like)
-    backend, mode, _, _, refused, *_ = kept.route
-    return None if chain is None else Route(backend, mode, chain, False, refused)
+    chain = kept.chain.again()
+    return None if chain is None else kept.route._replace(network=chain)
+
+
+def twice(serve: Callable[..., T], mlp: nn.Module, *asked: Any) -> T:
+    """``serve(mlp, *asked)``, which chooses a route; where that is refused an operand once more, by
+    a route that is chosen anew."""
+    try:
+        return serve(mlp, *asked)
+    except RuntimeError:
+        if _served.pop(id(mlp), None) is None:
+            raise
+    return serve(mlp, *asked)
 
 
 def _remember(

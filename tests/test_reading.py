@@ -728,6 +728,37 @@ def test_no_answer_of_a_chain_is_stale(change: str, backend: str) -> None:
     assert_same(value_and_jacobian(net, x1, x2), got)
 
 
+def _not_dense(net: nn.Sequential) -> None:
+    net[0].weight = nn.Parameter(net[0].weight.detach().to_sparse())
+
+
+UNFIT: dict[str, Callable[[Any], object]] = {
+    "another dtype": lambda net: setattr(net[4].weight, "data", net[4].weight.data.float()),
+    "another layout": _not_dense,
+    "another size": lambda net: setattr(net[4], "weight", nn.Parameter(torch.ones(2, 5).double())),
+    "a device without numbers": lambda net: net[0].to("meta"),
+    "no memory": lambda net: net[0].weight.untyped_storage().resize_(0),
+    "no weight": lambda net: setattr(net[0], "weight", None),
+    "no number": lambda net: delattr(net[2], "negative_slope"),
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+@pytest.mark.parametrize("change", UNFIT)
+def test_what_no_longer_fits_is_said_as_at_first(change: str, backend: str) -> None:
+    x1, x2 = points(7, D1, K)
+    said = []
+    for calls in (0, 2):
+        net = _chain().eval()
+        for _ in range(calls):
+            value_and_jacobian(net, x1, x2, backend=backend)
+        UNFIT[change](net)
+        with pytest.raises((TypeError, ValueError, RuntimeError, AttributeError)) as raised:
+            value_and_jacobian(net, x1, x2, backend=backend)
+        said.append((raised.type, str(raised.value)))
+    assert said[0] == said[1]
+
+
 def test_what_is_asked_of_a_chain_is_seen() -> None:
     net, (x1, x2) = _chain().eval(), points(7, D1, K)
     for _ in range(3):
