@@ -233,9 +233,12 @@ def choose(
     """The route of a call; raises where ``backend`` was asked for by name and cannot serve. A
     ``rehearsal`` leaves no trace of that."""
     asked = mode, backend, batch_stats, rehearsal
-    route = _as_before(mlp, inputs, asked)
-    if route is not None:
-        return route
+    served = _as_before(mlp, inputs, asked)
+    again: network.Chain | reading.Reading | str | None = None
+    if served is not None:
+        again = reading.read(mlp, inputs) if served.chain is None else served.chain.again()
+        if isinstance(again, (network.Chain, reading.Reading)) and again.nodes == served.nodes:
+            return served.route._replace(network=again)
     check_choice("mode", mode, MODES)
     check_choice("backend", backend, BACKEND_CHOICES)
     check_choice("batch_stats", batch_stats, BATCH_STATS)
@@ -254,7 +257,8 @@ def choose(
             return Route("", "adjoint", None, False, (), captured=True)
         broken = way
     aside = functional or compiling or rehearsal or wrapped is not None
-    again = None if aside else reading.read_again(mlp, inputs)
+    if again is None and not aside:
+        again = reading.read_again(mlp, inputs)
     found: network.Chain | network.Unfused | reading.Reading | str = again or network.read(mlp)
     if wrapped is not None:
         found = wrapped if isinstance(found, network.Chain) else found
@@ -281,23 +285,26 @@ def choose(
     if not name:
         raise ValueError(f"backend: {backend!r} was asked for but cannot serve: {refused[0][1]}")
     route = Route(name, chosen, found, functional, refused)
-    if name in BACKENDS and isinstance(found, network.Chain) and not (aside or inputs.autocast):
-        _remember(mlp, inputs, asked, route, found)
+    if name in BACKENDS and not (aside or inputs.autocast):
+        _remember(mlp, inputs, asked, route)
     return route
 
 
-# --- chains that were served before ---------------------------------------------------------------
-# Most calls are like the last one: then a look at each layer is enough, and 12 µs of 50 are saved.
-# Not at its parameters: a backend asks of every operand what it is before it reads it (operands.py,
-# csrc/boundary.cpp), and where one is refused ``twice`` has the network read.
+# --- networks that were served before -------------------------------------------------------------
+# Most calls are like the last one: then who serves need not be asked. Of a chain a look at each
+# layer is enough, and 12 µs of 50 are saved, but not at its parameters: a backend asks of every
+# operand what it is before it reads it (operands.py, csrc/boundary.cpp), and where one is refused
+# ``twice`` has the network read. Of any other what its forward does is written down anew.
 
 
 class _Served(NamedTuple):
-    """Of which chain, asked for how, on which inputs; and its route, less the chain."""
+    """Which network, asked for how, on which inputs; what it was; and its route, less the
+    network."""
 
     mlp: weakref.ref[nn.Module]
     asked: tuple[Any, ...]
-    chain: network.Known
+    chain: network.Known | None
+    nodes: tuple[Node, ...]
     route: Route
 
 
@@ -309,8 +316,8 @@ def _like(inputs: Inputs) -> tuple[Any, ...]:
     return inputs.d, inputs.columns, x.dtype, x.device
 
 
-def _as_before(mlp: nn.Module, inputs: Inputs, asked: tuple[Any, ...]) -> Route | None:
-    """The route of a call of the same chain that was like this one, if all is as it was then."""
+def _as_before(mlp: nn.Module, inputs: Inputs, asked: tuple[Any, ...]) -> _Served | None:
+    """What is known of a call of the same network that was like this one."""
     if traced():
         return None
     kept = _served.get(id(mlp))
@@ -323,8 +330,7 @@ def _as_before(mlp: nn.Module, inputs: Inputs, asked: tuple[Any, ...]) -> Route 
         or _wrapped(inputs)
     ):
         return None
-    chain = kept.chain.again()
-    return None if chain is None else kept.route._replace(network=chain)
+    return kept
 
 
 def twice(serve: Callable[..., T], mlp: nn.Module, *asked: Any) -> T:
@@ -338,15 +344,16 @@ def twice(serve: Callable[..., T], mlp: nn.Module, *asked: Any) -> T:
     return serve(mlp, *asked)
 
 
-def _remember(
-    mlp: nn.Module, inputs: Inputs, asked: tuple[Any, ...], route: Route, chain: network.Chain
-) -> None:
-    known = network.known(mlp, chain)
-    if known is not None:
-        forget = partial(_served.pop, id(mlp), None)
-        own = weakref.ref(mlp, lambda _: forget())
-        asked = (*asked, *_like(inputs))
-        _served[id(mlp)] = _Served(own, asked, known, route._replace(network=None))
+def _remember(mlp: nn.Module, inputs: Inputs, asked: tuple[Any, ...], route: Route) -> None:
+    found = route.network
+    assert found is not None
+    chain = network.known(mlp, found) if isinstance(found, network.Chain) else None
+    if chain is None and isinstance(found, network.Chain):
+        return
+    forget = partial(_served.pop, id(mlp), None)
+    own = weakref.ref(mlp, lambda _: forget())
+    asked = (*asked, *_like(inputs))
+    _served[id(mlp)] = _Served(own, asked, chain, found.nodes, route._replace(network=None))
 
 
 @lru_cache(maxsize=1024)
