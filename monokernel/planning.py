@@ -339,7 +339,8 @@ def twice(serve: Callable[..., T], mlp: nn.Module, *asked: Any) -> T:
     try:
         return serve(mlp, *asked)
     except RuntimeError:
-        if _served.pop(id(mlp), None) is None:
+        kept = _served.pop(id(mlp), None)
+        if kept is None or kept.chain is None:  # it was looked at as a whole
             raise
     return serve(mlp, *asked)
 
