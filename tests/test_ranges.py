@@ -122,7 +122,7 @@ def test_formulas_are_within_half_their_error_term(σ: Activation, dtype: torch.
 @pytest.mark.skipif(cpu.isa() is None, reason="the native kernel was not built")
 @pytest.mark.parametrize("σ", CURVED, ids=[f"{σ.kind}-{σ.p:.3g}-{σ.q:.3g}" for σ in CURVED])
 def test_native_formulas_are_within_half_their_error_term(σ: Activation) -> None:
-    """Those that ``csrc/bound.h`` takes, by the terms that it is told."""
+    """Those that ``csrc/bound_forward.h`` takes, by the terms that it is told."""
     a = torch.cat([torch.randn(22) * 3, torch.linspace(-30, 30, 10)]).double()
     if σ.kind in POSITIVE:
         a = a.abs() + 1e-3
