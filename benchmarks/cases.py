@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from monokernel import fused_mono_penalty, value_and_jacobian
 from monokernel.advice import products
 from monokernel.problem import Mode, accumulate_dtype, cheaper_mode
 
-__all__ = ["PRECISIONS", "Case", "Job", "Truth", "margin_for"]
+__all__ = ["FREE_INPUTS", "PRECISIONS", "Case", "Job", "margin_for"]
 
 FREE_INPUTS = 8
 HIDDEN_LAYERS = 3
@@ -36,7 +37,9 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """N rows, ``depth`` hidden layers of ``width``; D outputs, each to rise with k inputs."""
+    """N rows, ``depth`` hidden layers of ``width``; D outputs, each to rise with k inputs.
+
+    ``network`` names one of ``tests/zoo.py`` in place of the chain with an activation."""
 
     rows: int
     width: int
@@ -46,12 +49,13 @@ class Case:
     share: float
     depth: int = HIDDEN_LAYERS
     precision: str = "fp32"
+    network: str = ""
 
     def __str__(self) -> str:
         precision = "" if self.precision == "fp32" else f"{self.precision} "
         return (
             f"{precision}N={self.rows} width={self.width} D={self.outputs} k={self.columns} "
-            f"{self.activation} v={self.share:g}"
+            f"{self.network or self.activation} v={self.share:g}"
         )
 
     @property
@@ -69,43 +73,52 @@ class Case:
         """Operations of that many products in every hidden-to-hidden layer."""
         return products * 2 * self.rows * self.width**2 * (self.depth - 1)
 
+    def build(self) -> nn.Module:
+        inputs = FREE_INPUTS + self.columns
+        if self.network:
+            from tests.zoo import network  # of a clone; an installed package has no tests
 
-@dataclass
-class Truth:
-    """Loss and gradient in float64, and the share of violating pairs as measured."""
-
-    loss: float
-    gradient: Tensor
-    share: float
+            return network(self.network, inputs, self.outputs, self.width)
+        layers: list[nn.Module] = []
+        for _ in range(self.depth):
+            layers += [nn.Linear(inputs, self.width), ACTIVATIONS[self.activation]()]
+            inputs = self.width
+        return nn.Sequential(*layers, nn.Linear(inputs, self.outputs))
 
 
 @dataclass
 class Job:
-    """A case with its tensors, the margin that makes the share, and the truth to agree with."""
+    """A case with its tensors, the margin that makes the share, unless it is known, and the share
+    of violating pairs as measured; the truth to agree with is computed when it is asked for."""
 
     case: Case
     device: str = "cpu"
-    net: nn.Sequential = field(init=False)
+    known: InitVar[float | None] = None
+    net: nn.Module = field(init=False)
     x1: Tensor = field(init=False)
     x2: Tensor = field(init=False)
     target: Tensor = field(init=False)
     margin: float = field(init=False)
-    truth: Truth = field(init=False)
+    share: float = field(init=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, known: float | None) -> None:
         case = self.case
         torch.manual_seed(0)
         dtype, _ = PRECISIONS[case.precision]
-        self.net = network(case).to(self.device, dtype)
+        self.net = case.build().to(self.device, dtype)
         x = torch.randn(case.rows, FREE_INPUTS + case.columns, device=self.device).to(dtype)
         self.x1, self.x2 = x[:, :FREE_INPUTS].contiguous(), x[:, FREE_INPUTS:].contiguous()
         self.target = torch.randn(case.rows, case.outputs, device=self.device).to(dtype)
+        if known is not None:
+            self.margin, self.share = known, math.nan
+            return
         pairs = self._pair_slopes()
         self.margin = margin_for(pairs.flatten(), case.share)
-        share = (pairs < self.margin).double().mean().item()
-        self.truth = Truth(*self._truth(), share)
+        self.share = (pairs < self.margin).double().mean().item()
 
     def task_loss(self, y: Tensor) -> Tensor:
+        if y.shape != self.target.shape:  # one output, squeezed
+            y = y.reshape_as(self.target)
         # Half precision ends at 65504: less than a sum over 65536 rows.
         squares = (y - self.target).square().sum(dtype=accumulate_dtype(y.dtype))
         return squares / self.case.rows
@@ -122,54 +135,44 @@ class Job:
 
     def error(self, loss: float, gradient: Tensor) -> float:
         """Relative error of a loss and a gradient, the larger of the two."""
-        of_loss = abs(loss - self.truth.loss) / abs(self.truth.loss)
-        of_gradient = (gradient.double() - self.truth.gradient).norm() / self.truth.gradient.norm()
+        true_loss, true_gradient = self.truth
+        of_loss = abs(loss - true_loss) / abs(true_loss)
+        of_gradient = (gradient.double() - true_gradient).norm() / true_gradient.norm()
         return max(of_loss, float(of_gradient))
 
-    def _parts(self) -> Iterator[slice]:
-        """Rows to be taken at a time in float64."""
-        step = ROWS_AT_A_TIME if self.device == "cpu" else ROWS_AT_A_TIME_ELSEWHERE
-        for start in range(0, self.case.rows, step):
-            yield slice(start, start + step)
-
-    @torch.no_grad()
-    def _pair_slopes(self) -> Tensor:
-        """The lowest slope of each pair: (row, column) or, in adjoint mode, (row, output)."""
-        net = copy.deepcopy(self.net).double()
-        over = 1 if self.case.mode == "tangent" else 2
-        lowest = []
-        for rows in self._parts():
-            x1, x2 = self.x1[rows].double(), self.x2[rows].double()
-            _, J = value_and_jacobian(net, x1, x2, backend="reference")
-            lowest.append(J.amin(over))
-        return torch.cat(lowest)
-
-    def _truth(self) -> tuple[float, Tensor]:
-        """By the reference in float64."""
-        net = copy.deepcopy(self.net).double()
-        total = 0.0
-        for rows in self._parts():
-            y, penalty = fused_mono_penalty(
-                net,
-                self.x1[rows].double(),
-                self.x2[rows].double(),
-                margin=self.margin,
-                return_output=True,
-                backend="reference",
-            )
-            loss = ((y - self.target[rows]).square().sum() + penalty) / self.case.rows
+    @cached_property
+    def truth(self) -> tuple[float, Tensor]:
+        """Loss and gradient by double backward in float64."""
+        net, total = copy.deepcopy(self.net).double(), 0.0
+        for y, slopes, target in self._parts(net, create_graph=True):
+            penalty = torch.relu(self.margin - slopes).sum()
+            loss = ((y - target).square().sum() + penalty) / self.case.rows
             loss.backward()
             total += loss.item()
         return total, torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
 
+    def _parts(
+        self, net: nn.Module, create_graph: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """y (n, D), slopes (n, D, k) and targets (n, D), so many rows at a time in float64; one
+        reverse pass for each output."""
+        step = ROWS_AT_A_TIME if self.device == "cpu" else ROWS_AT_A_TIME_ELSEWHERE
+        for start in range(0, self.case.rows, step):
+            rows = slice(start, start + step)
+            target = self.target[rows].double()
+            x1, x2 = self.x1[rows].double(), self.x2[rows].double().requires_grad_()
+            y = net(torch.cat([x1, x2], -1)).reshape_as(target)
+            slopes = [
+                torch.autograd.grad(out.sum(), x2, retain_graph=True, create_graph=create_graph)[0]
+                for out in y.unbind(-1)
+            ]
+            yield y, torch.stack(slopes, 1), target
 
-def network(case: Case) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    inputs = FREE_INPUTS + case.columns
-    for _ in range(case.depth):
-        layers += [nn.Linear(inputs, case.width), ACTIVATIONS[case.activation]()]
-        inputs = case.width
-    return nn.Sequential(*layers, nn.Linear(inputs, case.outputs))
+    def _pair_slopes(self) -> Tensor:
+        """The lowest slope of each pair: (row, column) or, in adjoint mode, (row, output)."""
+        net = copy.deepcopy(self.net).double()
+        over = 1 if self.case.mode == "tangent" else 2
+        return torch.cat([slopes.amin(over) for _, slopes, _ in self._parts(net)])
 
 
 def margin_for(slopes: Tensor, share: float) -> float:

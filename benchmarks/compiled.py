@@ -11,15 +11,17 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from functools import partial
 from statistics import quantiles
 
 import torch
-from torch import Tensor
 
-from tests.zoo import ZOO
+from tests.zoo import ACTIVE, ZOO
 
+from . import rivals
+from .cases import Case, Job
 from .measure import interleave
-from .zoo import WIDTH, Case, Job
+from .zoo import WIDTH, case_of
 
 __all__ = ["main"]
 
@@ -35,26 +37,21 @@ def line(case: Case, seconds: float) -> str:
     """One line of the table: ratios to the compiled plain step, lowest tenths."""
     job = Job(case)
     losses = {
-        "plain": torch.compile(job.plain, fullgraph=True),
-        "compiled": torch.compile(job.penalised, fullgraph=True),
-        "eager": job.penalised,
+        "plain": torch.compile(rivals.plain_loss, fullgraph=True),
+        "compiled": torch.compile(rivals.penalised_loss, fullgraph=True),
+        "eager": rivals.penalised_loss,
     }
-    steps = {name: job.step(loss) for name, loss in losses.items()}
-    if not case.draws:
-        (got, grads), (want, truth) = (_found(job, steps[name]) for name in ("compiled", "eager"))
+    steps = {name: rivals.step_of(job, partial(loss, job)) for name, loss in losses.items()}
+    if case.network not in ACTIVE:
+        (got, grads), (want, truth) = (steps[name].outcome() for name in ("compiled", "eager"))
         error = max(abs(got - want) / abs(want), float((grads - truth).norm() / truth.norm()))
         if not error <= TOLERANCE:
             raise RuntimeError(f"{case.network}: the compiled step is off by {error:.1e}")
-    times, _ = interleave(steps, seconds, lambda: None, clock=time.thread_time)
+    runs = {name: step.run for name, step in steps.items()}
+    times, _ = interleave(runs, seconds, lambda: None, clock=time.thread_time)
     low = {name: quantiles(times[name], n=10, method="inclusive")[0] for name in steps}
     ratios = [f"{low[name] / low['plain']:.2f}" for name in ("compiled", "eager")]
     return f"| {case.network} | {case.rows} | {1e3 * low['plain']:.2f} | {' | '.join(ratios)} |"
-
-
-def _found(job: Job, step: object) -> tuple[float, Tensor]:
-    assert callable(step)
-    loss = step()
-    return loss, torch.cat([p.grad.flatten() for p in job.net.parameters() if p.grad is not None])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -74,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for rows in options.rows:
         for name in options.networks:
             torch._dynamo.reset()
-            case = Case(name, rows, options.outputs, 1, options.width)
+            case = case_of(name, rows, options.outputs, 1, options.width)
             print(line(case, options.seconds), flush=True)
 
 

@@ -341,7 +341,7 @@ def measure(ready: Prepared, seconds: float) -> list[Row]:
         "columns": case.columns,
         "activation": case.activation,
         "wanted_share": f"{case.share:g}",
-        "share": f"{job.truth.share:.4g}",
+        "share": f"{job.share:.4g}",
         "others": f"{others:.3f}",
     }
     if gpu:

@@ -30,7 +30,10 @@ __all__ = [
     "Rival",
     "Step",
     "ours",
+    "penalised_loss",
+    "plain_loss",
     "rivals",
+    "step_of",
     "usual",
 ]
 
@@ -62,7 +65,7 @@ class Rival:
     pools: bool = False
 
 
-def _step(
+def step_of(
     job: Job, loss_of: Callable[[], Tensor], parameters: list[nn.Parameter] | None = None
 ) -> Step:
     """The step of an eager loss: gradients anew, loss, backward."""
@@ -82,15 +85,15 @@ def _step(
     return Step(run, outcome)
 
 
-def _plain_loss(job: Job) -> Tensor:
+def plain_loss(job: Job) -> Tensor:
     return job.task_loss(job.net(torch.cat([job.x1, job.x2], -1)))
 
 
 def plain(job: Job) -> Step:
-    return _step(job, lambda: _plain_loss(job))
+    return step_of(job, lambda: plain_loss(job))
 
 
-def _penalised_loss(job: Job, backend: str = "auto", mode: str = "auto") -> Tensor:
+def penalised_loss(job: Job, backend: str = "auto", mode: str = "auto") -> Tensor:
     y, penalty = fused_mono_penalty(
         job.net,
         job.x1,
@@ -104,7 +107,7 @@ def _penalised_loss(job: Job, backend: str = "auto", mode: str = "auto") -> Tens
 
 
 def monokernel(backend: str, mode: str = "auto") -> Callable[[Job], Step]:
-    return lambda job: _step(job, lambda: _penalised_loss(job, backend, mode))
+    return lambda job: step_of(job, lambda: penalised_loss(job, backend, mode))
 
 
 def _loop_loss(job: Job, x2: Tensor) -> Tensor:
@@ -118,7 +121,7 @@ def _loop_loss(job: Job, x2: Tensor) -> Tensor:
 
 def double_backward(job: Job) -> Step:
     """One differentiable backward pass for each output: the recipe that is right for any D."""
-    return _step(job, lambda: _loop_loss(job, job.x2.detach().requires_grad_()))
+    return step_of(job, lambda: _loop_loss(job, job.x2.detach().requires_grad_()))
 
 
 def sum_of_outputs(job: Job) -> Step:
@@ -130,7 +133,7 @@ def sum_of_outputs(job: Job) -> Step:
         (slope,) = torch.autograd.grad(y.sum(), x2, create_graph=True)
         return job.loss(y, job.hinge(slope))
 
-    return _step(job, loss)
+    return step_of(job, loss)
 
 
 def func_jvp(job: Job) -> Step:
@@ -149,7 +152,7 @@ def func_jvp(job: Job) -> Step:
             penalty = penalty + job.hinge(slope)
         return job.loss(y, penalty)
 
-    return _step(job, loss)
+    return step_of(job, loss)
 
 
 def vmap_jacrev(job: Job) -> Step:
@@ -165,7 +168,7 @@ def vmap_jacrev(job: Job) -> Step:
         slopes, y = slopes_and_output(job.x1, job.x2)
         return job.loss(y, job.hinge(slopes))
 
-    return _step(job, loss)
+    return step_of(job, loss)
 
 
 # --- under torch.compile --------------------------------------------------------------------------
@@ -176,7 +179,7 @@ def compiled(loss_of: Callable[[Job], Tensor]) -> Callable[[Job], Step]:
 
     def make(job: Job) -> Step:
         fast = torch.compile(loss_of, fullgraph=True, dynamic=False)
-        return _step(job, lambda: fast(job))
+        return step_of(job, lambda: fast(job))
 
     return make
 
@@ -187,7 +190,7 @@ def compiled_double_backward(job: Job) -> Step:
     fast = torch.compile(_loop_loss, fullgraph=True, dynamic=False)
     with torch._dynamo.config.patch({TRACES_GRADIENTS: True}):
         fast(job, x2)
-    return _step(job, lambda: fast(job, x2))
+    return step_of(job, lambda: fast(job, x2))
 
 
 Layers = list[tuple[Tensor, Tensor]]
@@ -264,7 +267,7 @@ class PositiveWeights(nn.Module):
 
 def positive_weights(job: Job) -> Step:
     net = PositiveWeights(job.net)
-    return _step(job, lambda: job.task_loss(net(job.x1, job.x2)))
+    return step_of(job, lambda: job.task_loss(net(job.x1, job.x2)))
 
 
 def lipschitz_monotone(job: Job) -> Step:
@@ -284,7 +287,7 @@ def lipschitz_monotone(job: Job) -> Step:
         nn.Sequential(*layers), monotonic_constraints=[0] * FREE_INPUTS + [1] * case.columns
     )
     params = list(net.parameters())
-    return _step(job, lambda: job.task_loss(net(torch.cat([job.x1, job.x2], -1))), params)
+    return step_of(job, lambda: job.task_loss(net(torch.cat([job.x1, job.x2], -1))), params)
 
 
 # --- JAX ------------------------------------------------------------------------------------------
@@ -354,7 +357,7 @@ def _jacobian_bytes(case: Case) -> float:
 
 BASE = Rival(PLAIN, plain, penalised=False)
 MONOKERNEL = Rival("monokernel", monokernel("auto"))
-COMPILED_PLAIN = Rival("compiled plain step", compiled(_plain_loss), penalised=False, compiled=True)
+COMPILED_PLAIN = Rival("compiled plain step", compiled(plain_loss), penalised=False, compiled=True)
 COMPILED_JVP = Rival("compiled hand-written jvp", compiled(_jvp_loss), compiled=True)
 JAX = Rival("JAX jit", jax_jit, compiled=True)
 
@@ -387,7 +390,7 @@ def rivals(job: Job, with_compiled: bool, with_peers: bool) -> Iterator[Rival]:
     if with_compiled:
         torch._dynamo.reset()
         yield COMPILED_PLAIN
-        yield Rival("compiled monokernel", compiled(_penalised_loss), compiled=True, pools=True)
+        yield Rival("compiled monokernel", compiled(penalised_loss), compiled=True, pools=True)
         if hasattr(torch._dynamo.config, TRACES_GRADIENTS):
             yield Rival("compiled double backward", compiled_double_backward, compiled=True)
         yield COMPILED_JVP

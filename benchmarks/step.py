@@ -164,7 +164,7 @@ def _row(case: Case, job: Job, device: str, name: str) -> Row:
         "columns": case.columns,
         "activation": case.activation,
         "wanted_share": f"{case.share:g}",
-        "share": f"{job.truth.share:.4g}",
+        "share": f"{job.share:.4g}",
         "mode": case.mode,
         "rival": name,
     }

@@ -11,27 +11,24 @@ gradient are compared with double backward in float64; one that disagrees gets n
 from __future__ import annotations
 
 import argparse
-import copy
 import itertools
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import InitVar, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 import torch
-from torch import Tensor, nn
 
-from monokernel import fused_mono_penalty, plan, value_and_jacobian
-from monokernel.problem import cheaper_mode
-from tests.zoo import ACTIVE, ZOO, network
+from monokernel import plan
+from tests.zoo import ACTIVE, ZOO
 
-from .cases import FREE_INPUTS, ROWS_AT_A_TIME, margin_for
+from . import rivals
+from .cases import Case, Job
 from .measure import QUIET, append_rows, interleave, machine, peak_bytes, spread
 from .step import MEMORY_ROWS, TINY_ROWS, TINY_WIDTH
 from .tables import read_rows, write_between
 
-__all__ = ["Case", "main", "measure", "table"]
+__all__ = ["WIDTH", "case_of", "main", "measure", "table"]
 
 RESULTS = Path(__file__).parent / "results" / "zoo.csv"
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
@@ -41,6 +38,7 @@ TOLERANCE = 1e-3
 NETWORKS = tuple(ZOO)
 ROWS, OUTPUTS, COLUMNS = (8192, 256), (1, 8), (1, 4)
 WIDTH, SHARE = 128, 0.05
+OURS = rivals.monokernel("auto")
 
 FIELDS = [
     *["date", "machine", "processor", "threads", "python", "torch"],
@@ -51,114 +49,18 @@ FIELDS = [
 Row = dict[str, str]
 
 
-@dataclass(frozen=True)
-class Case:
+def case_of(
+    name: str, rows: int, outputs: int, columns: int, width: int = WIDTH, share: float = SHARE
+) -> Case:
     """A network of the zoo on N rows, with D outputs, each to rise with k inputs."""
-
-    network: str
-    rows: int
-    outputs: int
-    columns: int
-    width: int = WIDTH
-    share: float = SHARE
-
-    @property
-    def draws(self) -> bool:
-        """Whether two steps are not the same step."""
-        return self.network in ACTIVE
-
-
-@dataclass
-class Job:
-    """A case with its tensors, and the margin that makes the share, unless it is known."""
-
-    case: Case
-    known: InitVar[float | None] = None
-    net: nn.Module = field(init=False)
-    x1: Tensor = field(init=False)
-    x2: Tensor = field(init=False)
-    target: Tensor = field(init=False)
-    margin: float = field(init=False)
-    share: float = field(init=False)
-
-    def __post_init__(self, known: float | None) -> None:
-        case = self.case
-        torch.manual_seed(0)
-        self.net = network(case.network, FREE_INPUTS + case.columns, case.outputs, case.width)
-        self.x1 = torch.randn(case.rows, FREE_INPUTS)
-        self.x2 = torch.randn(case.rows, case.columns)
-        self.target = torch.randn(case.rows, case.outputs)
-        if known is not None:
-            self.margin, self.share = known, math.nan
-            return
-        # A pair of the mode that "auto" takes violates if the lowest of its slopes does.
-        over = 1 if cheaper_mode(case.outputs, case.columns) == "tangent" else 2
-        net = copy.deepcopy(self.net).double()
-        with torch.no_grad():
-            lowest = [value_and_jacobian(net, *x)[1].amin(over) for x in self._parts()]
-        pairs = torch.cat(lowest)
-        self.margin = margin_for(pairs.flatten(), case.share)
-        self.share = (pairs < self.margin).double().mean().item()
-
-    def _parts(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """x1 and x2 in float64, a few thousand rows at a time."""
-        for x1, x2 in zip(
-            self.x1.split(ROWS_AT_A_TIME), self.x2.split(ROWS_AT_A_TIME), strict=True
-        ):
-            yield x1.double(), x2.double()
-
-    def loss(self, y: Tensor, penalty: Tensor | float) -> Tensor:
-        task = (y.reshape_as(self.target) - self.target).square().sum()
-        return (task + penalty) / self.case.rows
-
-    def truth(self) -> tuple[float, Tensor]:
-        """Loss and gradient by double backward in float64: one reverse pass for each output."""
-        net = copy.deepcopy(self.net).double()
-        total = 0.0
-        for (x1, x2), target in zip(self._parts(), self.target.split(ROWS_AT_A_TIME), strict=True):
-            x2.requires_grad_()
-            y = net(torch.cat([x1, x2], -1)).reshape_as(target)
-            penalty = y.new_zeros(())
-            for out in y.unbind(-1):
-                (slope,) = torch.autograd.grad(out.sum(), x2, create_graph=True)
-                penalty = penalty + torch.relu(self.margin - slope).sum()
-            loss = ((y - target).square().sum() + penalty) / self.case.rows
-            loss.backward()
-            total += loss.item()
-        return total, _gradient(net)
-
-    def plain(self) -> Tensor:
-        return self.loss(self.net(torch.cat([self.x1, self.x2], -1)), 0.0)
-
-    def penalised(self) -> Tensor:
-        y, penalty = fused_mono_penalty(
-            self.net, self.x1, self.x2, margin=self.margin, return_output=True
-        )
-        return self.loss(y, penalty)
-
-    def step(self, loss_of: Callable[[], Tensor]) -> Callable[[], float]:
-        """Gradients anew, loss, backward."""
-        params = list(self.net.parameters())
-
-        def run() -> float:
-            for p in params:
-                p.grad = None
-            loss = loss_of()
-            loss.backward()
-            return loss.item()
-
-        return run
-
-
-def _gradient(net: nn.Module) -> Tensor:
-    return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+    return Case(rows, width, outputs, columns, "", share, network=name)
 
 
 def measure(case: Case, seconds: float = SECONDS, patience: float = 0.0) -> Row:
     """The row of a case: both steps in turns, or a note why there is no ratio."""
     job = Job(case)
     route = plan(job.net, job.x1, job.x2)
-    plain, ours = job.step(job.plain), job.step(job.penalised)
+    plain, ours = rivals.plain(job), OURS(job)
     row = {
         **{key: value for key, value in machine().items() if key in FIELDS},
         "network": case.network,
@@ -171,16 +73,14 @@ def measure(case: Case, seconds: float = SECONDS, patience: float = 0.0) -> Row:
         "backend": route.backend,
         "mode": route.mode,
     }
-    if case.draws:
+    if case.network in ACTIVE:  # two steps are not the same step
         row["note"] = "draws masks: not compared"
     else:
-        loss, gradient = job.truth()
-        of_loss = abs(ours() - loss) / abs(loss)
-        error = max(of_loss, float((_gradient(job.net) - gradient).norm() / gradient.norm()))
+        error = job.error(*ours.outcome())
         row["error"] = f"{error:.1e}"
         if not error <= TOLERANCE:
             return row | {"note": "disagrees with double backward"}
-    steps = {"plain": plain, "ours": ours}
+    steps = {"plain": plain.run, "ours": ours.run}
     times, others = interleave(steps, seconds, lambda: None, patience)
     base, middle = median(times["plain"]), median(times["ours"])
     return row | {
@@ -207,13 +107,9 @@ def _peaks(case: Case, margin: float) -> Row:
 def prepared(case: Case, margin: float, own: bool) -> Callable[[], object]:
     """One of the two steps, for the peak of its memory: the code is loaded, and every buffer that
     grows with the rows is yet to be made."""
-    steps = []
-    for each in (replace(case, rows=TINY_ROWS, width=TINY_WIDTH), case):
-        job = Job(each, margin)
-        steps.append(job.step(job.penalised if own else job.plain))
-    tiny, step = steps
-    tiny()
-    return step
+    make = OURS if own else rivals.plain
+    make(Job(replace(case, rows=TINY_ROWS, width=TINY_WIDTH), known=margin)).run()
+    return make(Job(case, known=margin)).run
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -273,7 +169,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{'plain ms':>9}{'ours ms':>9}{'ratio':>7}{'error':>9}{'others':>8}")
         axes = (options.networks, options.rows, options.outputs, options.columns)
         for name, N, D, k in itertools.product(*axes):
-            row = measure(Case(name, N, D, k, options.width, options.share), patience=options.wait)
+            row = measure(
+                case_of(name, N, D, k, options.width, options.share), patience=options.wait
+            )
             append_rows(options.csv, FIELDS, [row])
             numbers = [row.get(key, "") for key in ("plain_ms", "p50_ms")]
             cells = [f"{float(number):.3f}" if number else "" for number in numbers]

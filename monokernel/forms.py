@@ -272,8 +272,16 @@ def slopes(
     if tier == QUADRATIC:
         c, r = centred(layers, lower, upper)
         return quadratic.slopes(layers, c, r, moves, output, columns, wanted)
-    h = _input(layers, lower, upper, tier)
-    c, L, keep = h.c, len(layers.W), tier == LINEAR
+    first = _first_derivatives(layers, lower, upper, output, tier)
+    P, blame = _backward(layers, lower, output, columns, tier, first, len(moves))
+    return _found(P, blame, moves, layers.d, tier)
+
+
+def _first_derivatives(
+    layers: Layers, lower: Tensor, upper: Tensor, output: int, tier: int
+) -> list[Form | None]:
+    """σ'(a) of every layer along the boxes; None where σ is the identity."""
+    h, L, flat = _input(layers, lower, upper, tier), len(layers.W), tier == INTERVALS
     first: list[Form | None] = []
     for l, (W, b, σ) in enumerate(zip(layers.W, layers.b, layers.σ, strict=True)):
         if l == L - 1:
@@ -281,17 +289,32 @@ def slopes(
                 first.append(None)
                 break
             W, b = W[output : output + 1], b[output : output + 1]
-        a = _through(h, W, layers, b, keep and l > 0)
+        a = _through(h, W, layers, b, tier == LINEAR and l > 0)
         if σ.kind == "identity":
             first.append(None)
             h = a
             continue
-        first.append(along(a, line(σ, 1, a.c, a.r, tier == INTERVALS)))
+        first.append(along(a, line(σ, 1, a.c, a.r, flat)))
         if l < L - 1:
-            h = along(a, line(σ, 0, a.c, a.r, tier == INTERVALS))
-    known = max((s.g.shape[1] for s in first if s is not None), default=h.g.shape[1])
+            h = along(a, line(σ, 0, a.c, a.r, flat))
+    return first
+
+
+def _backward(
+    layers: Layers,
+    lower: Tensor,
+    output: int,
+    columns: Tensor,
+    tier: int,
+    first: Sequence[Form | None],
+    m: int,
+) -> tuple[Form, Tensor | None]:
+    """The slopes, by the adjoint recursion, and how much of their error each of the m moving
+    columns is to blame for, where that is known."""
+    B, L, keep = len(lower), len(layers.W), tier == LINEAR
+    known = 0 if tier == INTERVALS else m
+    known = max((s.g.shape[1] for s in first if s is not None), default=known)
     P: Form | None = None
-    blame: Tensor | None = None
     for l in range(L - 1, -1, -1):
         W, s = layers.W[l], first[l]
         if l == L - 1:
@@ -299,30 +322,34 @@ def slopes(
         if l == 0:
             W = W[:, columns]
         if P is None and s is None:  # a row of weights itself, without a product
-            row = W.expand(len(c), -1)
+            row = W.expand(B, -1)
             off = layers.folded * SHORT * row.abs()
             P = _constant(row, known)._replace(e=off, r=off)
             continue
-        p = _constant(c.new_ones(len(c), 1), known) if P is None else P
+        p = _constant(lower.new_ones(B, 1), known) if P is None else P
         if s is not None and l == 0 and tier != INTERVALS:
-            P, blame = _contracted(p, s, W, layers)
-            break
+            return _contracted(p, s, W, layers)
         p = p if s is None else _product(p, s)
         P = _through(p, W.mT, layers, None, keep and l > 0)
     assert P is not None
+    return P, None
+
+
+def _found(P: Form, blame: Tensor | None, moves: Tensor, d: int, tier: int) -> Slopes:
+    """What the slopes' form says of them."""
     m = len(moves)
     if tier == INTERVALS:
-        slant, error = c.new_zeros(len(c), m, P.c.shape[1]), P.e
+        slant, error = P.c.new_zeros(len(P.c), m, P.c.shape[1]), P.e
     else:
         slant = P.g[:, :m]
         error = (_sizes(P.g[:, m:]) + P.e) * (1 + 2 * (P.g.shape[1] + 2) * U)
-    known_at = torch.isfinite(P.c) & torch.isfinite(error) & torch.isfinite(slant).all(1)
+    known = torch.isfinite(P.c) & torch.isfinite(error) & torch.isfinite(slant).all(1)
     blame = torch.zeros_like(slant) if blame is None else blame.nan_to_num(1.0, 1.0)
     return Slopes.linear(
-        torch.where(known_at, P.c, 0.0),
-        spread(torch.where(known_at.unsqueeze(1), slant, 0.0), moves, layers.d),
-        torch.where(known_at, error, torch.inf),
-        spread(blame, moves, layers.d),
+        torch.where(known, P.c, 0.0),
+        spread(torch.where(known.unsqueeze(1), slant, 0.0), moves, d),
+        torch.where(known, error, torch.inf),
+        spread(blame, moves, d),
     )
 
 
@@ -336,10 +363,8 @@ def _partly_endless(
     endless: Tensor,
 ) -> Slopes:
     """Those boxes by intervals, with ends that may be infinite, and the others as they come."""
-    found, every = (
-        Slopes.unknown(lower, len(columns)),
-        torch.arange(len(columns), device=lower.device),
-    )
+    found = Slopes.unknown(lower, len(columns))
+    every = torch.arange(len(columns), device=lower.device)
     program = layers.straight()
     whole, rest = endless.nonzero().flatten(), (~endless).nonzero().flatten()
     found.put(whole, every, _by_intervals(program, lower[whole], upper[whole], output, columns))

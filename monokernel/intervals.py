@@ -100,7 +100,7 @@ def _times(a: Interval, b: Interval) -> Interval:
 
 def _sloped(s: Interval, t: Interval) -> Interval:
     """Slopes in s times tangents in t by centre and radius: up to a tenth wider than the products'
-    own range, but without a branch. ``csrc/intervals.h`` has the same, so that both give one bound."""
+    own range, but without a branch. ``csrc/intervals.h`` has the same: both give one bound."""
     middle, radius = 0.5 * s.lower + 0.5 * s.upper, 0.5 * s.upper - 0.5 * s.lower
     c, r = 0.5 * t.lower + 0.5 * t.upper, 0.5 * t.upper - 0.5 * t.lower
     centre, spread = middle * c, c.abs() * radius + r * (middle.abs() + radius)

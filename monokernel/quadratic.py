@@ -14,7 +14,8 @@ for what the adjoint recursion makes of forms alone, a slope is off by
 over the layers: s_l = σ'(a_l) and ŝ_l its form, p̂_l the form of P_l ŝ_l, and t_l, the tangent of
 a_l along the column, is how much the slope changes with p_l. s_l is off by what the parabola is, by
 the products of what is linear and what is quadratic in a_l, and by what a_l is off, which comes
-from σ of the layers before in the same way. These ``Weights`` of the slope are known to the first
+from σ of the layers before in the same way: with h_l = σ(a_l) the slope changes by q_h, and with
+a_l by q_a, the chain of the curvature alone. These ``Weights`` of the slope are known to the first
 order in ε. So what is of the third order, but for that of the parabolas, is one polynomial for each
 slope, in which neurons and layers cancel.
 
@@ -24,6 +25,7 @@ For chains of which every σ has a bounded σ''' (``serves``). Rounding is accou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -277,13 +279,13 @@ class Weights(NamedTuple):
 
     def times(self, s: Curved, m: int) -> Weights:
         """Those times s, at every point of the box."""
-        q, g = s.form.c.unsqueeze(1), s.form.G[:, :m].unsqueeze(1)
-        l, r = s.linear.unsqueeze(1), (s.bent + s.form.e).unsqueeze(1)
+        c, g = s.form.c.unsqueeze(1), s.form.G[:, :m].unsqueeze(1)
+        s_linear, s_rest = s.linear.unsqueeze(1), (s.bent + s.form.e).unsqueeze(1)
         size, varies = self.at.abs(), self.varies()
         return Weights(
-            self.at * q,
-            self.linear * q.unsqueeze(2) + g * self.at.unsqueeze(2),
-            self.rest * q.abs() + l * varies + r * (size + varies),
+            self.at * c,
+            self.linear * c.unsqueeze(2) + g * self.at.unsqueeze(2),
+            self.rest * c.abs() + s_linear * varies + s_rest * (size + varies),
             self.whole * s.whole,
         )
 
@@ -314,7 +316,7 @@ class Met(NamedTuple):
     H)."""
 
     p: Form
-    α: Weights
+    q_a: Weights
     error: Tensor
 
 
@@ -324,11 +326,11 @@ def _met(
     v: Curved | None,
     P: Form,
     t: Weights,
-    u: Weights | None,
+    q_h: Weights | None,
     M: Tensor,
     m: int,
 ) -> Met:
-    """Where P and s = σ'(a) meet, and σ(a) = v, on which the slopes depend by u. What is of the
+    """Where P and s = σ'(a) meet, and σ(a) = v, on which the slopes depend by q_h. What is of the
     third order goes into M."""
     (l_P, r_P), p = _sizes(P, m), P.c
     g, g_P = a.G[:, :m], P.G[:, :m]
@@ -344,15 +346,15 @@ def _met(
     error = error + varies * _each(l_P * s.bent + r_P * (s.linear + s.bent))
     error = error + at.abs() * _each(s.left) + w.varies() * _each(s.all)
     bends = at * _each(2 * s.bend)
-    α = _rate(w, a, s, m)
-    if u is not None and v is not None:
-        error = error + u.at.abs() * _each(v.left) + u.varies() * _each(v.all)
-        bends = bends + u.at * _each(2 * v.bend)
-        α = Weights(*(x + y for x, y in zip(α, _rate(u, a, v, m), strict=True)))
+    q_a = _rate(w, a, s, m)
+    if q_h is not None and v is not None:
+        error = error + q_h.at.abs() * _each(v.left) + q_h.varies() * _each(v.all)
+        bends = bends + q_h.at * _each(2 * v.bend)
+        q_a = Weights(*(x + y for x, y in zip(q_a, _rate(q_h, a, v, m), strict=True)))
     _add_cubic(M, bends, g, a.G[:, m:])
     _add_cubic(M, t.at, s.form.G[:, :m], P.G[:, m:])
     _add_cubic(M, t.at, g_P, s.form.G[:, m:])
-    return Met(_exact(c, G), α, error)
+    return Met(_exact(c, G), q_a, error)
 
 
 def _rate(w: Weights, a: Form, f: Curved, m: int) -> Weights:
@@ -436,64 +438,117 @@ def by_pytorch(
     layers: Layers, c: Tensor, r: Tensor, moving: Tensor, output: int, columns: Tensor
 ) -> Slopes:
     """As ``slopes``, which it is the reference of."""
-    m, L, B, K = len(moving), len(layers.W), len(c), len(columns)
-    T = _terms(m)
-    W = [*layers.W[:-1], layers.W[-1][output : output + 1]]
-    b = [*layers.b[:-1], layers.b[-1][output : output + 1]]
-    # Forwards: forms, and how much the slopes change with σ' ∘ P of each layer.
-    h = Form(c, *box(c, r, moving, T))
-    start = W[0][:, columns].mT
+    m = len(moving)
+    last = slice(output, output + 1)
+    W, b = [*layers.W[:-1], layers.W[-1][last]], [*layers.b[:-1], layers.b[-1][last]]
+    way = _forward(layers, W, b, Form(c, *box(c, r, moving, _terms(m))), columns, m)
+    return _known(*_backward(layers, W, b, way, columns, m), moving, layers.d)
+
+
+class Layer(NamedTuple):
+    """Of one layer, on the way forward: the form of a, σ' and σ along it, None where σ is the
+    identity and σ of the last, and how much the slopes change with σ' ∘ P."""
+
+    a: Form
+    s: Curved | None
+    v: Curved | None
+    t: Weights
+
+
+def _forward(
+    layers: Layers, W: Sequence[Tensor], b: Sequence[Tensor], h: Form, columns: Tensor, m: int
+) -> list[Layer]:
+    """The layers, from x as the form h on."""
+    B, K, start = len(h.c), len(columns), W[0][:, columns].mT
     t = Weights(
         start.expand(B, K, -1),
         start.new_zeros(B, K, m, len(W[0])),
         start.new_zeros(B, K, len(W[0])),
         start.abs().amax(0).expand(B, -1),
     )
-    a, s, v, ts = list[Form](), list[Curved | None](), list[Curved | None](), list[Weights]()
+    way = list[Layer]()
     for l, σ in enumerate(layers.σ):
-        if l:
-            before = s[-1]
+        if way:
+            before = way[-1].s
             t = (t if before is None else t.times(before, m)).through(W[l].mT, layers, m)
-        a.append(_through(h, W[l], layers, b[l], m))
-        ts.append(t)
+        a = _through(h, W[l], layers, b[l], m)
         curved = σ.kind != "identity"
-        s.append(_along(a[-1], σ, 1, m) if curved else None)
-        v.append(_along(a[-1], σ, 0, m) if curved and l < L - 1 else None)
-        along = v[-1]
-        h = a[-1] if along is None else along.form
-    # Backwards: P, and how much the slopes change with σ of each layer.
-    P = _exact(c.new_ones(B, 1), c.new_zeros(B, T, 1))
-    u: Weights | None = None
-    M, rounding = c.new_zeros(B, K, T - m, m), c.new_zeros(B)
-    error, blame = c.new_zeros(B, K), c.new_zeros(B, K, m)
-    for l in range(L - 1, -1, -1):
-        off = _off(layers, max(W[l].shape), m)
-        linear, bent = _sizes(a[l], m)
-        l_P, r_P = _sizes(P, m)
-        whole, value = P.c.abs() + l_P + r_P, a[l].c.abs() + linear + bent + a[l].e
-        α, p, here, σ_here = u, P, s[l], v[l]
-        if here is not None:
-            found = _met(a[l], here, σ_here, P, ts[l], u, M, m)
-            p, α = found.p, found.α
-            whole = whole * here.whole
-            error += found.error.sum(2)
-            blame += found.error @ (a[l].G[:, :m].abs() / (linear + TINY).unsqueeze(1)).mT
-            if σ_here is not None:
-                value = σ_here.whole
-        rounding += (ts[l].whole * whole).sum(1) * (2 * off)
-        if u is not None:
-            rounding += (u.whole * value).sum(1) * (2 * off)
-        if α is not None:
-            rounding += (α.whole * (a[l].c.abs() + b[l].abs())).sum(1) * off
-            if l == 0:
-                rounding += (α.whole * a[l].e).sum(1)
-            u = α.through(W[l], layers, m) if l else None
+        s = _along(a, σ, 1, m) if curved else None
+        v = _along(a, σ, 0, m) if curved and l < len(W) - 1 else None
+        way.append(Layer(a, s, v, t))
+        h = a if v is None else v.form
+    return way
+
+
+class Cubic(NamedTuple):
+    """Of the slopes what is not in their form: M (B, K, Q, m) as for ``_reduced``, the size of
+    all else, (B, K), and what of that goes with each column, (B, K, m)."""
+
+    M: Tensor
+    error: Tensor
+    blame: Tensor
+
+
+def _backward(
+    layers: Layers,
+    W: Sequence[Tensor],
+    b: Sequence[Tensor],
+    way: Sequence[Layer],
+    columns: Tensor,
+    m: int,
+) -> tuple[Form, Cubic]:
+    """The slopes' own form, and what they are off it."""
+    like, K, T = way[0].a.c, len(columns), _terms(m)
+    B = len(like)
+    P = _exact(like.new_ones(B, 1), like.new_zeros(B, T, 1))
+    q_h: Weights | None = None
+    M, rounding = like.new_zeros(B, K, T - m, m), like.new_zeros(B)
+    error, blame = like.new_zeros(B, K), like.new_zeros(B, K, m)
+    for l in range(len(W) - 1, -1, -1):
+        a, s, v, t = way[l]
+        q_a, p = q_h, P
+        if s is not None:
+            p, q_a, off = _met(a, s, v, P, t, q_h, M, m)
+            linear, _ = _sizes(a, m)
+            error += off.sum(2)
+            blame += off @ (a.G[:, :m].abs() / (linear + TINY).unsqueeze(1)).mT
+        rounding += _rounding(way[l], P, q_h, q_a, b[l], _off(layers, max(W[l].shape), m), m)
+        if l == 0 and q_a is not None:
+            rounding += (q_a.whole * a.e).sum(1)
+        q_h = q_a.through(W[l], layers, m) if l and q_a is not None else None
         back = W[l] if l else W[l][:, columns]
         P = _exact(p.c @ back, p.G @ back)
-    slant, third, shares = _reduced(M, m)
-    G = P.G.clone()
+    return P, Cubic(M, error + rounding.unsqueeze(1), blame)
+
+
+def _rounding(
+    layer: Layer, P: Form, q_h: Weights | None, q_a: Weights | None, b: Tensor, off: float, m: int
+) -> Tensor:
+    """What the slopes may be off by the rounding of a layer, (B,); ``off`` as ``_off`` has it."""
+    a, s, v, t = layer
+    linear, bent = _sizes(a, m)
+    l_P, r_P = _sizes(P, m)
+    whole, value = P.c.abs() + l_P + r_P, a.c.abs() + linear + bent + a.e
+    if s is not None:
+        whole = whole * s.whole
+    if v is not None:
+        value = v.whole
+    rounding = (t.whole * whole).sum(1) * (2 * off)
+    if q_h is not None:
+        rounding += (q_h.whole * value).sum(1) * (2 * off)
+    if q_a is not None:
+        rounding += (q_a.whole * (a.c.abs() + b.abs())).sum(1) * off
+    return rounding
+
+
+def _known(form: Form, cubic: Cubic, moving: Tensor, d: int) -> Slopes:
+    """What the slopes' form, and what they are off it, say of them."""
+    m = len(moving)
+    T = _terms(m)
+    slant, third, shares = _reduced(cubic.M, m)
+    G = form.G.clone()
     G[:, :m] += slant.mT
-    third = third + (error + rounding.unsqueeze(1)) * (1 + 1e-9) + TINY
+    third = third + cubic.error * (1 + 1e-9) + TINY
     third = third * (1 + 4 * (T + 2) * (m + 2) * U)
     pairs = G[:, 2 * m : T]
     error = (pairs.abs().sum(1) + third) * (1 + 2 * (pairs.shape[1] + 2) * U)
@@ -503,17 +558,18 @@ def by_pytorch(
     high, _ = _least_of(-slant, -bend, -H)
     size = H.abs()
     tied = (size @ open_.unsqueeze(3)).squeeze(3)  # to what is not known to rise or fall
-    blame = (blame + shares + open_ * (2 * bend.mT.abs() + 0.5 * tied)).mT
+    blame = (cubic.blame + shares + open_ * (2 * bend.mT.abs() + 0.5 * tied)).mT
     rise = (slant.abs() - 4 * bend.abs() - size.sum(3).mT).clamp(min=0)
-    known = torch.isfinite(P.c) & torch.isfinite(error) & torch.isfinite(G[:, : 2 * m]).all(1)
+    c = form.c
+    known = torch.isfinite(c) & torch.isfinite(error) & torch.isfinite(G[:, : 2 * m]).all(1)
     every = known.unsqueeze(1)
     return Slopes(
-        torch.where(known, P.c, 0.0),
-        spread(torch.where(every, slant, 0.0), moving, layers.d),
-        spread(torch.where(every, bend, 0.0), moving, layers.d),
+        torch.where(known, c, 0.0),
+        spread(torch.where(every, slant, 0.0), moving, d),
+        spread(torch.where(every, bend, 0.0), moving, d),
         torch.where(known, error, torch.inf),
-        spread(torch.where(every, rise, 0.0), moving, layers.d),
-        spread(blame.nan_to_num(1.0, 1.0), moving, layers.d),
-        torch.where(known, P.c + low - third - 4 * U * (P.c.abs() - low + third), -torch.inf),
-        torch.where(known, P.c - high + third + 4 * U * (P.c.abs() - high + third), torch.inf),
+        spread(torch.where(every, rise, 0.0), moving, d),
+        spread(blame.nan_to_num(1.0, 1.0), moving, d),
+        torch.where(known, c + low - third - 4 * U * (c.abs() - low + third), -torch.inf),
+        torch.where(known, c - high + third + 4 * U * (c.abs() - high + third), torch.inf),
     )

@@ -46,7 +46,7 @@ def test_every_rival_computes_the_same_step(outputs: int, activation: str) -> No
 @pytest.mark.parametrize(("outputs", "columns"), [(1, 3), (2, 5), (4, 1)])
 def test_share_of_violations_is_as_asked(share: float, outputs: int, columns: int) -> None:
     job = Job(Case(200, 8, outputs, columns, "relu", share))
-    assert job.truth.share == pytest.approx(share, abs=0.02)
+    assert job.share == pytest.approx(share, abs=0.02)
 
 
 def test_a_rival_that_disagrees_gets_no_ratio() -> None:
@@ -194,7 +194,7 @@ def test_the_page_prefers_undisturbed_runs() -> None:
 @pytest.mark.parametrize("outputs", [1, 3])
 @pytest.mark.parametrize("name", ["tabular ResNet", "DCN-v2", "squeezed", "own forward"])
 def test_zoo_row_of_a_case(name: str, outputs: int) -> None:
-    row = zoo.measure(zoo.Case(name, 200, outputs, 2, width=8, share=0.25), 0.0)
+    row = zoo.measure(zoo.case_of(name, 200, outputs, 2, width=8, share=0.25), 0.0)
     assert row.keys() <= set(zoo.FIELDS)
     assert float(row["error"]) < 1e-5
     assert float(row["share"]) == pytest.approx(0.25, abs=0.02)
@@ -203,14 +203,14 @@ def test_zoo_row_of_a_case(name: str, outputs: int) -> None:
 
 def test_zoo_times_what_draws_masks_without_comparing_it() -> None:
     (name,) = zoo.ACTIVE
-    row = zoo.measure(zoo.Case(name, 64, 1, 1, width=8), 0.0)
+    row = zoo.measure(zoo.case_of(name, 64, 1, 1, width=8), 0.0)
     assert "error" not in row
     assert float(row["ratio"]) > 0
 
 
 def test_zoo_gives_no_ratio_to_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zoo.Job, "penalised", lambda job: 1.01 * zoo.Job.plain(job))
-    row = zoo.measure(zoo.Case("PReLU", 64, 1, 1, width=8), 0.0)
+    monkeypatch.setattr(rivals, "penalised_loss", lambda job, *_: 1.01 * rivals.plain_loss(job))
+    row = zoo.measure(zoo.case_of("PReLU", 64, 1, 1, width=8), 0.0)
     assert row["note"] == "disagrees with double backward"
     assert "ratio" not in row
 
