@@ -13,6 +13,8 @@ opens it.
 Environment: MONOKERNEL_NATIVE=0 builds without either, MONOKERNEL_CXXFLAGS adds flags to the
 library's (tests/native/sanitize.sh builds with the sanitizers that way), MONOKERNEL_PYTORCHES is
 a folder of folders with a PyTorch in each, for all of which the boundary is built (tools/wheel.py).
+
+The links of the package are those of the clone it is built from (tools/address.py).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import sys
@@ -173,4 +176,5 @@ setup(
         )
     ],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPython},
+    project_urls=runpy.run_path("tools/address.py")["links"](),
 )

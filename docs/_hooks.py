@@ -7,6 +7,7 @@ docs/ become text, for only the repository has their ends.
 """
 
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
@@ -75,6 +76,8 @@ def on_post_build(config: Any) -> None:
 
 def on_config(config: Any) -> Any:
     config["markdown_extensions"].append(Formulas())
+    config["repo_url"] = runpy.run_path("tools/address.py")["here"]()  # of the clone at hand
+    config["repo_name"] = "Source"
     return config
 
 
