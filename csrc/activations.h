@@ -4,7 +4,7 @@
 // compiler drops. The transcendental part is shared. Kinks and NaN are treated as PyTorch does.
 #pragma once
 
-#include "plan.h"
+#include "problem.h"
 #include "vmath.h"
 
 namespace {

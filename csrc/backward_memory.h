@@ -16,9 +16,9 @@ struct Errand {
 template <class T> struct ProgramBackwardWeights {
   Program<T> net;
 
-  ProgramBackwardWeights(const Plan& plan, const BackwardCall& call, const Errand& errand,
+  ProgramBackwardWeights(const Problem& problem, const BackwardCall& call, const Errand& errand,
                          Bump& memory)
-      : net(plan, call.params, call.sizes, memory) {
+      : net(problem, call.params, call.sizes, memory) {
     for (int64_t v = 1; v <= net.y; ++v) {
       const Way& way = call.way[v];
       if (!net.flow(v).used || !(way.wanted || way.dot || way.value)) continue;
@@ -74,7 +74,7 @@ template <class T> struct ProgramBackwardScratch {
                if (part == the_first) return way.first && needs_first(net.node(v));
                return way.value && !net.flow(v).saved && !net.is_view(v);
              }),
-        pairs(memory, *net.plan, errand.pairs ? capacity : 0) {
+        pairs(memory, *net.problem, errand.pairs ? capacity : 0) {
     const int64_t count = net.y + 1;
     Mat<T>** const lists[] = {&cotangent, &second, &dot, &chain};
     for (Mat<T>** list : lists) *list = memory.take<Mat<T>>(count);

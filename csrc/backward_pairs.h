@@ -9,7 +9,7 @@ namespace {
 // How many pairs of gJ there are.
 template <class T>
 inline int64_t ProgramBackward<T>::count(const T* gJ, int64_t candidates) const {
-  if (net.plan->adjoint && net.D == 1) {
+  if (net.problem->adjoint && net.D == 1) {
     int64_t n = 0;
     for (int64_t i = 0; i < candidates; ++i) {
       bool any = false;
@@ -19,7 +19,8 @@ inline int64_t ProgramBackward<T>::count(const T* gJ, int64_t candidates) const 
     return n;
   }
   int64_t n = 0;  // of several outputs the entries, which are as many or more
-  for (int64_t i = 0; i < candidates * (net.plan->adjoint ? net.k : net.D); ++i) n += gJ[i] != T(0);
+  for (int64_t i = 0; i < candidates * (net.problem->adjoint ? net.k : net.D); ++i)
+    n += gJ[i] != T(0);
   return n;
 }
 
@@ -93,7 +94,7 @@ inline void ProgramBackward<T>::tangents(const Pass& pass) const {
       T* x = scratch.dot[0].row(i);
       clear(x, net.whole(0));
       for (int64_t c = 0; c < net.k; ++c) {
-        x[net.plan->columns[c]] = scratch.pairs.dot[i * scratch.pairs.ld_dot + c];
+        x[net.problem->columns[c]] = scratch.pairs.dot[i * scratch.pairs.ld_dot + c];
       }
     }
   }

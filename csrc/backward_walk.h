@@ -24,19 +24,19 @@ template <class T> struct ProgramBackward {
   void run(const Scratch& scratch, int64_t block) const {
     const int64_t rows = blocks.rows(block), row0 = blocks.begin(block);
     const bool active =
-        errand.pairs && slope_gradients(*net.plan, call, scratch.slopes, rows, row0);
+        errand.pairs && slope_gradients(*net.problem, call, scratch.slopes, rows, row0);
     if (!active && !call.gy) return give_input(scratch, rows, row0, false);
-    const int64_t candidates = rows * (net.plan->adjoint ? net.D : net.k);
+    const int64_t candidates = rows * (net.problem->adjoint ? net.D : net.k);
     // σ'' is computed with σ' for every row where many are wanted, else for each pair by itself.
     const bool bends = active && 4 * count(scratch.slopes, candidates) > rows;
     begin(scratch, block, rows, row0);
     values(scratch, block, rows, row0, active, bends);
     int64_t next = active ? 0 : candidates;
     for (;;) {  // the last pairs go together with the rows
-      const int64_t m = next < candidates ? scratch.pairs.gather(*net.plan, scratch.slopes, rows,
+      const int64_t m = next < candidates ? scratch.pairs.gather(*net.problem, scratch.slopes, rows,
                                                                  blocks.capacity, &next)
                                           : 0;
-      const bool all = m == rows && net.plan->keeps_adjoint();
+      const bool all = m == rows && net.problem->keeps_adjoint();
       const Pass pass{scratch, rows, row0, m, all ? nullptr : scratch.pairs.row, bends};
       if (m) tangents(pass);
       walk(pass, next == candidates);
@@ -61,7 +61,7 @@ template <class T> struct ProgramBackward {
     const Run* begin() const { return first; }
     const Run* end() const { return last; }
   };
-  Runs runs() const { return {net.plan->runs, net.plan->runs + net.plan->run_count}; }
+  Runs runs() const { return {net.problem->runs, net.problem->runs + net.problem->run_count}; }
   const Way& way(int64_t v) const { return call.way[v]; }
   const Flow& flow(int64_t v) const { return net.flow(v); }
   bool wants(int64_t place) const { return call.grads[place] != nullptr; }

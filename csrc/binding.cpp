@@ -4,7 +4,7 @@
 // is given the address of `torch_parallel_for` (LibTorch's stable C interface, torch 2.10 and later),
 // so that one binary serves every PyTorch and every Python, and no second thread pool appears.
 #include "c_api.h"
-#include "plans.h"
+#include "problems.h"
 #include "pool.h"
 
 #include <cstdlib>
@@ -84,70 +84,70 @@ MK_EXPORT void mk_use_parallel_for(void* address) {
 
 MK_EXPORT const char* mk_node_names() { return node_names; }
 
-MK_EXPORT int64_t mk_plan_new(const int64_t* flags, int64_t d, int64_t k, const int64_t* columns,
-                              int64_t count, const int64_t* nodes, const double* numbers,
-                              const double* margin, const double* direction) {
-  OwnedPlan* owned = new (std::nothrow) OwnedPlan{};
+MK_EXPORT int64_t mk_problem_new(const int64_t* flags, int64_t d, int64_t k, const int64_t* columns,
+                                 int64_t count, const int64_t* nodes, const double* numbers,
+                                 const double* margin, const double* direction) {
+  OwnedProblem* owned = new (std::nothrow) OwnedProblem{};
   if (!owned) return 0;
   owned->kernels = flags[0] ? &chosen().float64 : &chosen().float32;
   describe(owned, flags, d, k, columns, count, nodes, numbers, margin, direction);
   Saved saved;
-  owned->kernels->saved(owned->plan, &saved);
+  owned->kernels->saved(owned->problem, &saved);
   static_assert(sizeof(saved.size) == sizeof(owned->shape.saved), "one number for each buffer");
   std::memcpy(owned->shape.saved, saved.size, sizeof(saved.size));
-  return Plans::plans().add(owned);
+  return Problems::problems().add(owned);
 }
 
-MK_EXPORT int64_t mk_plan_keep(int64_t plan) { return Plans::plans().keep(plan); }
-MK_EXPORT void mk_plan_drop(int64_t plan) { Plans::plans().drop(plan); }
+MK_EXPORT int64_t mk_problem_keep(int64_t problem) { return Problems::problems().keep(problem); }
+MK_EXPORT void mk_problem_drop(int64_t problem) { Problems::problems().drop(problem); }
 
-MK_EXPORT void mk_plan_shape(int64_t plan, mk_shape* shape) {
-  *shape = Plans::plans().find(plan)->shape;
+MK_EXPORT void mk_problem_shape(int64_t problem, mk_shape* shape) {
+  *shape = Problems::problems().find(problem)->shape;
 }
 
-MK_EXPORT int mk_forward(int64_t plan, int64_t N, int64_t threads, const void* x,
+MK_EXPORT int mk_forward(int64_t problem, int64_t N, int64_t threads, const void* x,
                          const void* weight, int64_t weight_per_row, const void* const* params,
                          const int64_t* sizes, void* y, void* out, void* const* saved) {
-  const OwnedPlan* owned = Plans::plans().find(plan);
+  const OwnedProblem* owned = Problems::problems().find(problem);
   const ForwardCall call{N,      int(threads), x, weight, weight_per_row != 0,
                          params, sizes,        y, out,    saved};
-  return owned->kernels->forward(owned->plan, call, runtime);
+  return owned->kernels->forward(owned->problem, call, runtime);
 }
 
-MK_EXPORT int mk_backward(int64_t plan, int64_t N, int64_t threads, const void* x,
+MK_EXPORT int mk_backward(int64_t problem, int64_t N, int64_t threads, const void* x,
                           const void* const* params, const int64_t* sizes, const void* gy,
                           const void* gout, void* const* saved, void* gx, void* const* grads) {
-  const OwnedPlan* owned = Plans::plans().find(plan);
-  const std::vector<Way> way = way_down(owned->plan, gx != nullptr, grads);
+  const OwnedProblem* owned = Problems::problems().find(problem);
+  const std::vector<Way> way = way_down(owned->problem, gx != nullptr, grads);
   const BackwardCall call{N,    int(threads), x,  params, sizes,     gy,
                           gout, saved,        gx, grads,  way.data()};
-  return owned->kernels->backward(owned->plan, call, runtime);
+  return owned->kernels->backward(owned->problem, call, runtime);
 }
 
-MK_EXPORT int mk_plan_box(int64_t plan, int64_t boxes, int64_t k, const double* ends,
-                          const int64_t* columns, const double* direction, const double* middle,
-                          double margin, const double* curves) {
-  OwnedPlan* owned = Plans::plans().find(plan);
+MK_EXPORT int mk_problem_box(int64_t problem, int64_t boxes, int64_t k, const double* ends,
+                             const int64_t* columns, const double* direction, const double* middle,
+                             double margin, const double* curves) {
+  OwnedProblem* owned = Problems::problems().find(problem);
   describe_box(owned, boxes, k, ends, columns, direction, middle, margin, curves);
   owned->shape.bounded = k;
-  owned->shape.bound = owned->kernels->bound_size(owned->plan, owned->box);
+  owned->shape.bound = owned->kernels->bound_size(owned->problem, owned->box);
   return owned->shape.bound != 0;
 }
 
-MK_EXPORT int mk_lift(int64_t plan, int64_t N, const void* x, const void* const* params,
+MK_EXPORT int mk_lift(int64_t problem, int64_t N, const void* x, const void* const* params,
                       const int64_t* sizes, void* y, void* bound, void* saved) {
-  const OwnedPlan* owned = Plans::plans().find(plan);
+  const OwnedProblem* owned = Problems::problems().find(problem);
   const LiftCall call{N, x, params, sizes, y, bound, static_cast<double*>(saved)};
-  return owned->kernels->lift_forward(owned->plan, owned->box, call, runtime);
+  return owned->kernels->lift_forward(owned->problem, owned->box, call, runtime);
 }
 
-MK_EXPORT int mk_lift_backward(int64_t plan, int64_t N, const void* x, const void* const* params,
+MK_EXPORT int mk_lift_backward(int64_t problem, int64_t N, const void* x, const void* const* params,
                                const int64_t* sizes, const void* saved, const void* gy,
                                const void* gbound, void* gx, void* const* grads) {
-  const OwnedPlan* owned = Plans::plans().find(plan);
+  const OwnedProblem* owned = Problems::problems().find(problem);
   const LiftBackwardCall call{N,  x,      params, sizes, static_cast<const double*>(saved),
                               gy, gbound, gx,     grads};
-  return owned->kernels->lift_backward(owned->plan, owned->box, call, runtime);
+  return owned->kernels->lift_backward(owned->problem, owned->box, call, runtime);
 }
 
 MK_EXPORT int mk_chain_slopes(int64_t layers, const mk_layer* chain, int64_t folded, int64_t boxes,

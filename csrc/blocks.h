@@ -2,7 +2,7 @@
 #pragma once
 
 #include "gemm.h"
-#include "plan.h"
+#include "problem.h"
 
 // Rows of a block, about. docs/native.md has what other sizes cost.
 #ifndef MK_BLOCK_ROWS

@@ -11,32 +11,32 @@
 namespace {
 
 // 0 where a node's kind has no rule here.
-template <class T> int64_t bound_size(const Plan& plan, const Box& box) {
-  for (int64_t i = 0; i < plan.count; ++i) {
-    switch (plan.nodes[i].kind) {
+template <class T> int64_t bound_size(const Problem& problem, const Box& box) {
+  for (int64_t i = 0; i < problem.count; ++i) {
+    switch (problem.nodes[i].kind) {
       case node_softmax:
       case node_log_softmax: return 0;
     }
   }
   Bump counting;
-  return Bounded<T>(plan, box, nullptr, nullptr, counting).saved_size;
+  return Bounded<T>(problem, box, nullptr, nullptr, counting).saved_size;
 }
 
 // The bound (D, k), and y (N, D) += Σ_c sign·lift·(x_c - middle).
 template <class T>
-Status lift_forward(const Plan& plan, const Box& box, const LiftCall& call,
+Status lift_forward(const Problem& problem, const Box& box, const LiftCall& call,
                     const Runtime& runtime) {
   Bump counting;
-  const Bounded<T> counted(plan, box, call.params, call.sizes, counting);
+  const Bounded<T> counted(problem, box, call.params, call.sizes, counting);
   counting.take<double>(counted.scratch_size());
   char* memory = static_cast<char*>(runtime.acquire(counting.lines()));
   if (!memory) return out_of_memory;
   Bump handing{memory, 0};
-  Bounded<T> net(plan, box, call.params, call.sizes, handing);
+  Bounded<T> net(problem, box, call.params, call.sizes, handing);
   net.saved = call.saved;
   net.forward(handing.take<double>(net.scratch_size()));
   net.bound(static_cast<T*>(call.bound));
-  const int64_t D = plan.D, d = plan.d;
+  const int64_t D = problem.D, d = problem.d;
   for (int64_t o = 0; o < D; ++o) {
     T* y = static_cast<T*>(call.y) + o;
     for (int64_t c = 0; c < box.k; ++c) {
@@ -57,8 +57,10 @@ template <class T> struct BoundedBackward {
   T* of_bound;
   double *products, *cotangents;
 
-  BoundedBackward(const Plan& plan, const Box& box, const LiftBackwardCall& call, Bump& memory)
-      : net(plan, box, call.params, call.sizes, memory), of_bound(memory.take<T>(plan.D * box.k)),
+  BoundedBackward(const Problem& problem, const Box& box, const LiftBackwardCall& call,
+                  Bump& memory)
+      : net(problem, box, call.params, call.sizes, memory),
+        of_bound(memory.take<T>(problem.D * box.k)),
         products(memory.take<double>(net.products_size())),
         cotangents(memory.take<double>(net.cotangents_size)) {
     net.saved = const_cast<double*>(call.saved);
@@ -80,15 +82,15 @@ MK_INLINE double moment(int64_t N, const T* g, int64_t D, const T* x, int64_t d,
 }
 
 template <class T>
-Status lift_backward(const Plan& plan, const Box& box, const LiftBackwardCall& call,
+Status lift_backward(const Problem& problem, const Box& box, const LiftBackwardCall& call,
                      const Runtime& runtime) {
   Bump counting;
-  const BoundedBackward<T> counted(plan, box, call, counting);
+  const BoundedBackward<T> counted(problem, box, call, counting);
   char* memory = static_cast<char*>(runtime.acquire(counting.lines()));
   if (!memory) return out_of_memory;
   Bump handing{memory, 0};
-  const BoundedBackward<T> pass(plan, box, call, handing);
-  const int64_t D = plan.D, d = plan.d;
+  const BoundedBackward<T> pass(problem, box, call, handing);
+  const int64_t D = problem.D, d = problem.d;
   bool any = false;
   for (int64_t o = 0; o < D; ++o) {
     const T* g = static_cast<const T*>(call.gy) + o;

@@ -14,7 +14,7 @@ inline void Bounded<T>::backward(const T* of_bound, double* cotangents, double* 
     double* from = cotangents + cotangent_at[v];
     return Pair{from, from + R * ld(v), ld(v)};
   };
-  for (int64_t o = 0; o < plan.D; ++o) {
+  for (int64_t o = 0; o < problem.D; ++o) {
     for (int64_t c = 0; c < box.k; ++c) {
       int64_t b;
       least(o, c, &b);

@@ -12,13 +12,13 @@ template <class T>
 inline void Bounded<T>::forward(double* scratch) const {
   const Pair x = ends(0);
   for (int64_t b = 0; b < B; ++b) {
-    for (int64_t j = 0; j < plan.d; ++j) {
-      const int64_t one = b * plan.d + j;
-      x.put(b, j, {box.ends[one], box.ends[B * plan.d + one]});
+    for (int64_t j = 0; j < problem.d; ++j) {
+      const int64_t one = b * problem.d + j;
+      x.put(b, j, {box.ends[one], box.ends[B * problem.d + one]});
     }
   }
   for (int64_t i = B; i < R; ++i) {
-    for (int64_t j = 0; j < plan.d; ++j) {
+    for (int64_t j = 0; j < problem.d; ++j) {
       const double unit = box.columns[i / B - 1] == j;
       x.put(i, j, {unit, unit});
     }

@@ -32,7 +32,7 @@ template <class T> T rounded_down(double exact) {
 
 template <class T>
 inline void Bounded<T>::bound(T* to) const {
-  for (int64_t o = 0; o < plan.D; ++o) {
+  for (int64_t o = 0; o < problem.D; ++o) {
     for (int64_t c = 0; c < box.k; ++c) {
       int64_t unused;
       const double exact = least(o, c, &unused);

@@ -16,7 +16,7 @@ namespace {
 // them go through a node together. `saved` is what forward leaves for backward: the bound as it was
 // given, then of each value its ends and what its node keeps.
 template <class T> struct Bounded {
-  const Plan& plan;
+  const Problem& problem;
   const Box& box;
   const void* const* params;
   const int64_t* sizes;
@@ -26,9 +26,9 @@ template <class T> struct Bounded {
   int64_t saved_size, cotangents_size = 0, widest = 0;
   double* saved = nullptr;
 
-  Bounded(const Plan& p, const Box& b, const void* const* given, const int64_t* elements,
+  Bounded(const Problem& p, const Box& b, const void* const* given, const int64_t* elements,
           Bump& memory)
-      : plan(p), box(b), params(given), sizes(elements), B(b.B), R((1 + b.k) * b.B), y(p.count) {
+      : problem(p), box(b), params(given), sizes(elements), B(b.B), R((1 + b.k) * b.B), y(p.count) {
     at = memory.take<int64_t>(y + 1);
     cotangent_at = memory.take<int64_t>(y + 1);
     saved_size = round_up(p.D * b.k, 8);
@@ -40,8 +40,8 @@ template <class T> struct Bounded {
     }
   }
 
-  const Node& node_of(int64_t v) const { return plan.nodes[v - 1]; }
-  int64_t width(int64_t v) const { return plan.width(v); }
+  const Node& node_of(int64_t v) const { return problem.nodes[v - 1]; }
+  int64_t width(int64_t v) const { return problem.width(v); }
   int64_t ld(int64_t v) const { return round_up(width(v), 8); }
   int64_t kept(int64_t v) const {
     if (v == 0) return 0;

@@ -2,7 +2,7 @@
 //
 // The only file that sees PyTorch's headers, so it is built for one version of PyTorch and is optional:
 // without it the Function in monokernel/boundary.py does the same in Python, 30 µs slower, and
-// intervals.py what a plan with a box is for. It links neither the kernels nor Python; `mk_connect`
+// intervals.py what a problem with a box is for. It links neither the kernels nor Python; `mk_connect`
 // gives it the addresses of the C interface.
 //
 // Everything that a kernel will read or write at is looked at first, in forward and again in backward
@@ -33,9 +33,9 @@ using torch::autograd::variable_list;
 // In the order of CALLS in backends/cpu.py.
 struct Kernel {
   decltype(&mk_node_names) node_names;
-  decltype(&mk_plan_shape) shape;
-  decltype(&mk_plan_keep) keep;
-  decltype(&mk_plan_drop) drop;
+  decltype(&mk_problem_shape) shape;
+  decltype(&mk_problem_keep) keep;
+  decltype(&mk_problem_drop) drop;
   decltype(&mk_take) take;
   decltype(&mk_give_back) give_back;
   decltype(&mk_forward) forward;
@@ -48,15 +48,16 @@ Kernel kernel;
 // From so many bytes on, what forward saves comes from the library's pool; malloc keeps the rest.
 constexpr int64_t pool_from = 1 << 18;
 
-// Keeps a plan alive.
-struct PlanReference {
-  explicit PlanReference(int64_t handle) : handle(handle) {
-    TORCH_CHECK_VALUE(kernel.keep(handle), "plan: expected the handle of a plan, got ", handle);
+// Keeps a problem alive.
+struct ProblemReference {
+  explicit ProblemReference(int64_t handle) : handle(handle) {
+    TORCH_CHECK_VALUE(kernel.keep(handle), "problem: expected the handle of a problem, got ",
+                      handle);
     kernel.shape(handle, &shape);
   }
-  PlanReference(const PlanReference&) = delete;
-  PlanReference& operator=(const PlanReference&) = delete;
-  ~PlanReference() { kernel.drop(handle); }
+  ProblemReference(const ProblemReference&) = delete;
+  ProblemReference& operator=(const ProblemReference&) = delete;
+  ~ProblemReference() { kernel.drop(handle); }
 
   int64_t D() const { return shape.D; }
   int64_t row_size() const { return shape.saved[0] + shape.saved[1] + shape.saved[2]; }
@@ -148,18 +149,19 @@ Tensor plain(const Tensor& given, at::IntArrayRef sizes, at::ScalarType dtype, c
   return t.contiguous();
 }
 
-// The same in the plan's dtype.
+// The same in the problem's dtype.
 template <class Name>
-Tensor operand(const PlanReference& plan, const Tensor& given, at::IntArrayRef sizes,
+Tensor operand(const ProblemReference& problem, const Tensor& given, at::IntArrayRef sizes,
                at::ScalarType dtype, const Name& name) {
-  return as_dtype(plain(given, sizes, dtype, name), plan.dtype());
+  return as_dtype(plain(given, sizes, dtype, name), problem.dtype());
 }
 
 // The network's dtype is that of x.
-Tensor inputs(const PlanReference& plan, const Tensor& x) {
+Tensor inputs(const ProblemReference& problem, const Tensor& x) {
   TORCH_CHECK(x.dim() == 2, "x1, x2: expected two dimensions, got ", x.dim());
-  const at::ScalarType network = plan.serves(x.scalar_type()) ? x.scalar_type() : plan.dtype();
-  return operand(plan, x, {x.size(0), plan.shape.d}, network, [] { return "x1, x2"; });
+  const at::ScalarType network =
+      problem.serves(x.scalar_type()) ? x.scalar_type() : problem.dtype();
+  return operand(problem, x, {x.size(0), problem.shape.d}, network, [] { return "x1, x2"; });
 }
 
 // Which of the parameters are there.
@@ -173,8 +175,8 @@ std::vector<int64_t> sizes_of(const variable_list& params) {
   return sizes;
 }
 
-std::string name_of(const PlanReference& plan, size_t place) {
-  const mk_parameter& p = plan.shape.parameters[place];
+std::string name_of(const ProblemReference& problem, size_t place) {
+  const mk_parameter& p = problem.shape.parameters[place];
   if (p.layer) {
     return c10::str("mlp: the ", p.dimensions == 2 ? "weight" : "bias", " of linear layer ",
                     p.layer);
@@ -186,31 +188,31 @@ std::string name_of(const PlanReference& plan, size_t place) {
 }
 
 // The parameters in their order, undefined where one is absent; `given` are those that are there.
-variable_list parameters(const PlanReference& plan, at::ScalarType network, const Present& present,
-                         const variable_list& given) {
-  TORCH_CHECK(int64_t(present.size()) == plan.shape.params, "params: expected ", plan.shape.params,
-              ", got ", present.size());
+variable_list parameters(const ProblemReference& problem, at::ScalarType network,
+                         const Present& present, const variable_list& given) {
+  TORCH_CHECK(int64_t(present.size()) == problem.shape.params, "params: expected ",
+              problem.shape.params, ", got ", present.size());
   variable_list params(present.size());
   size_t next = 0;
   for (size_t i = 0; i < present.size(); ++i) {
-    const mk_parameter& p = plan.shape.parameters[i];
-    TORCH_CHECK(present[i] || p.optional, name_of(plan, i), ": expected a tensor, got None");
+    const mk_parameter& p = problem.shape.parameters[i];
+    TORCH_CHECK(present[i] || p.optional, name_of(problem, i), ": expected a tensor, got None");
     if (!present[i]) continue;
     const Tensor& t = given[next++];
     const int64_t one[] = {1}, size[] = {p.rows, p.columns};
     const bool spread = p.one_for_all && t.sizes() == at::IntArrayRef(one);
     const at::IntArrayRef own(size + (2 - p.dimensions), size_t(p.dimensions));
     const at::IntArrayRef expected = spread ? at::IntArrayRef(one) : own;
-    params[i] = operand(plan, t, expected, network, [&] { return name_of(plan, i); });
+    params[i] = operand(problem, t, expected, network, [&] { return name_of(problem, i); });
   }
   return params;
 }
 
 // A gradient from outside, which may be undefined.
-Tensor cotangent(const PlanReference& plan, const Tensor& g, at::IntArrayRef sizes,
+Tensor cotangent(const ProblemReference& problem, const Tensor& g, at::IntArrayRef sizes,
                  at::ScalarType dtype, const char* name) {
   if (!g.defined()) return g;
-  return operand(plan, g, sizes, dtype, [&] { return name; });
+  return operand(problem, g, sizes, dtype, [&] { return name; });
 }
 
 // --- memory ---------------------------------------------------------------------------------------
@@ -243,55 +245,56 @@ struct Outputs {
   Tensor y, out, saved, bounds;  // bounds: what the bound saved
 };
 
-Outputs run(const PlanReference& plan, const Tensor& given, const std::optional<Tensor>& weight,
-            const Present& present, const variable_list& given_params, bool save) {
-  const mk_shape& shape = plan.shape;
-  const Tensor x = inputs(plan, given);
+Outputs run(const ProblemReference& problem, const Tensor& given,
+            const std::optional<Tensor>& weight, const Present& present,
+            const variable_list& given_params, bool save) {
+  const mk_shape& shape = problem.shape;
+  const Tensor x = inputs(problem, given);
   const at::ScalarType network = given.scalar_type();
-  const int64_t N = x.size(0), D = plan.D();
-  const variable_list params = parameters(plan, network, present, given_params);
+  const int64_t N = x.size(0), D = problem.D();
+  const variable_list params = parameters(problem, network, present, given_params);
   Tensor w;
   const bool per_row = weight && weight->dim() == 3;
   if (weight) {
     const int64_t size[] = {N, D, shape.k};
-    w = operand(plan, *weight, {size + !per_row, 2u + per_row}, plan.dtype(),
+    w = operand(problem, *weight, {size + !per_row, 2u + per_row}, problem.dtype(),
                 [] { return "weight"; });
   }
   Outputs o;
   o.y = at::empty({N, D}, x.options());
   o.out = at::empty(second_output(shape, N), x.options());
-  if (save && plan.row_size()) o.saved = buffer(N * plan.row_size(), plan.dtype());
+  if (save && problem.row_size()) o.saved = buffer(N * problem.row_size(), problem.dtype());
   std::vector<const void*> pointers;
   pointers.reserve(params.size());
   for (const Tensor& p : params) pointers.push_back(address(p));
   const std::array<void*, 3> at = places(shape, o.saved, N);
   const std::vector<int64_t> sizes = sizes_of(params);
-  check(kernel.forward(plan.handle, N, at::get_num_threads(), x.data_ptr(), address(w), per_row,
+  check(kernel.forward(problem.handle, N, at::get_num_threads(), x.data_ptr(), address(w), per_row,
                        pointers.data(), sizes.data(), o.y.data_ptr(), o.out.data_ptr(),
                        save ? at.data() : nullptr));
   if (shape.bound) {
     o.bounds = buffer(shape.bound, at::kDouble);
-    check(kernel.lift(plan.handle, N, x.data_ptr(), pointers.data(), sizes.data(), o.y.data_ptr(),
-                      o.out.data_ptr(), o.bounds.data_ptr()));
+    check(kernel.lift(problem.handle, N, x.data_ptr(), pointers.data(), sizes.data(),
+                      o.y.data_ptr(), o.out.data_ptr(), o.bounds.data_ptr()));
   }
   o.y = as_dtype(o.y, network);
   return o;
 }
 
-// What a plan with a box computes, by PyTorch's operations, with all derivatives: monokernel/monotone.py.
-std::tuple<Tensor, Tensor> by_pytorch(int64_t plan, const Tensor& x,
+// What a problem with a box computes, by PyTorch's operations, with all derivatives: monokernel/monotone.py.
+std::tuple<Tensor, Tensor> by_pytorch(int64_t problem, const Tensor& x,
                                       const c10::List<std::optional<Tensor>>& params) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("monokernel::lift_by_pytorch", "")
                              .typed<decltype(by_pytorch)>();
-  return op.call(plan, x, params);
+  return op.call(problem, x, params);
 }
 
-// What a backward has to know of its forward, and the plan for as long as one may come. As the memory of
+// What a backward has to know of its forward, and the problem for as long as one may come. As the memory of
 // a tensor, since of all that autograd keeps compiled autograd takes nothing else that owns something.
 struct Record {
   Record(int64_t handle, bool weighted, const Present& present)
-      : plan(handle), numbers{handle, weighted} {
+      : problem(handle), numbers{handle, weighted} {
     numbers.insert(numbers.end(), present.begin(), present.end());
   }
 
@@ -302,7 +305,7 @@ struct Record {
         owned->numbers.data(), {size}, [owned](void*) { delete owned; }, at::kLong);
   }
 
-  PlanReference plan;
+  ProblemReference problem;
   std::vector<int64_t> numbers;
 };
 
@@ -322,11 +325,11 @@ struct NoSecond : torch::autograd::Function<NoSecond> {
 };
 
 struct Step : torch::autograd::Function<Step> {
-  static variable_list forward(AutogradContext* ctx, int64_t plan, const Present& present,
+  static variable_list forward(AutogradContext* ctx, int64_t problem, const Present& present,
                                const std::optional<Tensor>& weight, const Tensor& x,
                                const at::TensorList& given) {
-    auto record = std::make_unique<Record>(plan, weight.has_value(), present);
-    const Outputs o = run(record->plan, x, weight, present, {given.begin(), given.end()}, true);
+    auto record = std::make_unique<Record>(problem, weight.has_value(), present);
+    const Outputs o = run(record->problem, x, weight, present, {given.begin(), given.end()}, true);
     variable_list saved{x};
     saved.insert(saved.end(), given.begin(), given.end());
     saved.push_back(o.saved);
@@ -340,18 +343,18 @@ struct Step : torch::autograd::Function<Step> {
   static variable_list backward(AutogradContext* ctx, const variable_list& outer) {
     const Tensor record = ctx->saved_data["record"].toTensor();
     const int64_t* numbers = record.const_data_ptr<int64_t>();
-    const PlanReference plan(numbers[0]);
+    const ProblemReference problem(numbers[0]);
     const bool weighted = numbers[1];
     const Present present(numbers + 2, numbers + record.numel());
     const variable_list saved = ctx->get_saved_variables();
     variable_list grads;
-    if (plan.shape.bound && (at::GradMode::is_enabled() || many(outer))) {
-      grads = differentiable(ctx, plan, present, saved, outer);
+    if (problem.shape.bound && (at::GradMode::is_enabled() || many(outer))) {
+      grads = differentiable(ctx, problem, present, saved, outer);
     } else {
-      grads = run_backward(ctx, plan, present, weighted, saved, outer);
+      grads = run_backward(ctx, problem, present, weighted, saved, outer);
       if (at::GradMode::is_enabled()) guard(grads, saved, outer);
     }
-    // For plan, present, weight, x and the parameters.
+    // For problem, present, weight, x and the parameters.
     variable_list all(2 + 1 + grads.size());
     std::move(grads.begin(), grads.end(), all.begin() + 3);
     return all;
@@ -359,24 +362,24 @@ struct Step : torch::autograd::Function<Step> {
 
  private:
   // Of x and the parameters that are there.
-  static variable_list run_backward(AutogradContext* ctx, const PlanReference& plan,
+  static variable_list run_backward(AutogradContext* ctx, const ProblemReference& problem,
                                     const Present& present, bool weighted,
                                     const variable_list& saved, const variable_list& outer) {
     const at::NoGradGuard no_grad;
-    const mk_shape& shape = plan.shape;
-    const Tensor x = inputs(plan, saved[0]);
+    const mk_shape& shape = problem.shape;
+    const Tensor x = inputs(problem, saved[0]);
     const at::ScalarType network = saved[0].scalar_type();
-    const int64_t N = x.size(0), D = plan.D();
+    const int64_t N = x.size(0), D = problem.D();
     const variable_list params =
-        parameters(plan, network, present, {saved.begin() + 1, saved.end() - 2});
+        parameters(problem, network, present, {saved.begin() + 1, saved.end() - 2});
     Tensor buffers = saved.end()[-2], bounds = saved.back();
     if (buffers.defined()) {
-      buffers = operand(plan, buffers, {N * plan.row_size()}, plan.dtype(),
+      buffers = operand(problem, buffers, {N * problem.row_size()}, problem.dtype(),
                         [] { return "a tensor saved for the backward"; });
     }
-    Tensor gy = cotangent(plan, outer[0], {N, D}, network, "gradient of y");
-    const Tensor gout =
-        cotangent(plan, outer[1], second_output(shape, N), plan.dtype(), "gradient of the penalty");
+    Tensor gy = cotangent(problem, outer[0], {N, D}, network, "gradient of y");
+    const Tensor gout = cotangent(problem, outer[1], second_output(shape, N), problem.dtype(),
+                                  "gradient of the penalty");
     if (shape.bound) {
       bounds = plain(bounds, {shape.bound}, at::kDouble,
                      [] { return "a tensor saved for the backward"; });
@@ -402,11 +405,11 @@ struct Step : torch::autograd::Function<Step> {
     }
     const std::array<void*, 3> at = places(shape, buffers, N);
     const std::vector<int64_t> sizes = sizes_of(params);
-    check(kernel.backward(plan.handle, N, at::get_num_threads(), x.data_ptr(), pointers.data(),
+    check(kernel.backward(problem.handle, N, at::get_num_threads(), x.data_ptr(), pointers.data(),
                           sizes.data(), address(gy), shape.bound ? nullptr : address(gout),
                           at.data(), address(grads[0]), to.data()));
     if (shape.bound) {
-      check(kernel.lift_backward(plan.handle, N, x.data_ptr(), pointers.data(), sizes.data(),
+      check(kernel.lift_backward(problem.handle, N, x.data_ptr(), pointers.data(), sizes.data(),
                                  bounds.data_ptr(), gy.data_ptr(), address(gout), address(grads[0]),
                                  to.data()));
     }
@@ -424,8 +427,8 @@ struct Step : torch::autograd::Function<Step> {
     return false;
   }
 
-  // The gradients of a plan with a box, for whoever differentiates them or has many at once.
-  static variable_list differentiable(AutogradContext* ctx, const PlanReference& plan,
+  // The gradients of a problem with a box, for whoever differentiates them or has many at once.
+  static variable_list differentiable(AutogradContext* ctx, const ProblemReference& problem,
                                       const Present& present, const variable_list& saved,
                                       const variable_list& outer) {
     const bool second = at::GradMode::is_enabled();
@@ -437,7 +440,7 @@ struct Step : torch::autograd::Function<Step> {
     for (const bool there : present) {
       params.push_back(there ? std::optional<Tensor>(given[next++]) : std::nullopt);
     }
-    const auto [y, bound] = by_pytorch(plan.handle, given[0], params);
+    const auto [y, bound] = by_pytorch(problem.handle, given[0], params);
     variable_list results, cotangents, wanted;
     for (const auto& [result, g] : {std::pair(y, outer[0]), std::pair(bound, outer[1])}) {
       if (!g.defined() || !result.requires_grad()) continue;
@@ -478,9 +481,9 @@ struct Step : torch::autograd::Function<Step> {
   }
 };
 
-// y (N, D) and the penalty, or J where there is no hinge; `plan` is the handle of a plan. Of one with a
+// y (N, D) and the penalty, or J where there is no hinge; `problem` is the handle of a problem. Of one with a
 // box y with the linear term, and the bound.
-std::tuple<Tensor, Tensor> cpu_step(int64_t plan, const Tensor& x,
+std::tuple<Tensor, Tensor> cpu_step(int64_t problem, const Tensor& x,
                                     const std::optional<Tensor>& weight,
                                     const c10::List<std::optional<Tensor>>& params) {
   Present present;
@@ -494,10 +497,10 @@ std::tuple<Tensor, Tensor> cpu_step(int64_t plan, const Tensor& x,
     given.push_back(*p);
   }
   if (tracked && at::GradMode::is_enabled()) {
-    const variable_list o = Step::apply(plan, present, weight, x, at::TensorList(given));
+    const variable_list o = Step::apply(problem, present, weight, x, at::TensorList(given));
     return {o[0], o[1]};
   }
-  const PlanReference reference(plan);
+  const ProblemReference reference(problem);
   const Outputs o = run(reference, x, weight, present, given, false);
   return {o.y, o.out};
 }
@@ -510,6 +513,7 @@ extern "C" __attribute__((visibility("default"))) void mk_connect(void* const* a
 }
 
 TORCH_LIBRARY_FRAGMENT(monokernel, library) {
-  library.def("cpu_step(int plan, Tensor x, Tensor? weight, Tensor?[] params) -> (Tensor, Tensor)",
-              &cpu_step);
+  library.def(
+      "cpu_step(int problem, Tensor x, Tensor? weight, Tensor?[] params) -> (Tensor, Tensor)",
+      &cpu_step);
 }

@@ -1,6 +1,6 @@
 // The C interface of the library: what boundary.cpp calls by address and backends/native.py with ctypes.
 //
-// A plan is named by its handle, an opaque number. Who calls may read and write at every pointer: the
+// A problem is named by its handle, an opaque number. Who calls may read and write at every pointer: the
 // library sees no sizes. Shapes are those of docs/mathematics.md and monokernel/nodes.py.
 #pragma once
 
@@ -8,7 +8,7 @@
 
 extern "C" {
 
-// What one parameter of a plan must be: (rows, columns), or (columns,) where it has one dimension.
+// What one parameter of a problem must be: (rows, columns), or (columns,) where it has one dimension.
 // `kind` is that of the node that reads it, the last if there are several, `layer` counts linear nodes
 // from 1 on.
 struct mk_parameter {
@@ -18,7 +18,7 @@ struct mk_parameter {
   int64_t drawn;        // it is no number to be trained
 };
 
-// What a caller must know of a plan; `parameters` lives as long as the plan.
+// What a caller must know of a problem; `parameters` lives as long as the problem.
 struct mk_shape {
   int64_t d, D, k, params;
   int64_t is_double, summed;  // summed: the second output is one number
@@ -28,7 +28,7 @@ struct mk_shape {
 };
 
 // One linear layer of a chain and its activation, by its kind; see monokernel/quadratic.py. `curves` are
-// σ, σ' and σ'' as in mk_plan_box, null where there is no activation; third and fourth bound |σ'''| and
+// σ, σ' and σ'' as in mk_problem_box, null where there is no activation; third and fourth bound |σ'''| and
 // |σ''''|. W (out, width) and b (out,) are double, as all of a chain is.
 struct mk_layer {
   int64_t width, out, kind;
@@ -52,14 +52,14 @@ const char* mk_node_names();
 // parameters; `numbers` are those of all nodes. `columns` (k,) are ascending; margin and direction are
 // (D, k), or null without a hinge. All is copied, none is checked. Returns the handle, 0 where there is
 // no memory.
-int64_t mk_plan_new(const int64_t* flags, int64_t d, int64_t k, const int64_t* columns,
-                    int64_t count, const int64_t* nodes, const double* numbers,
-                    const double* margin, const double* direction);
-// A plan has one owner at first. `keep` adds one, unless the number is no plan's handle: it returns
+int64_t mk_problem_new(const int64_t* flags, int64_t d, int64_t k, const int64_t* columns,
+                       int64_t count, const int64_t* nodes, const double* numbers,
+                       const double* margin, const double* direction);
+// A problem has one owner at first. `keep` adds one, unless the number is no problem's handle: it returns
 // 0 then, and 1 otherwise. Each owner drops it once.
-int64_t mk_plan_keep(int64_t plan);
-void mk_plan_drop(int64_t plan);
-void mk_plan_shape(int64_t plan, mk_shape* shape);
+int64_t mk_problem_keep(int64_t problem);
+void mk_problem_drop(int64_t problem);
+void mk_problem_shape(int64_t problem, mk_shape* shape);
 
 // Memory for what forward saves, from the library's pool; null where there is none.
 void* mk_take(int64_t bytes);
@@ -68,28 +68,29 @@ void mk_give_back(void* memory);
 // Both return 0, or 1 where there is no memory for scratch. `sizes` are the elements of each
 // parameter. Null may be: weight (all ones), saved (nothing is), an optional parameter; gy, gout, gx
 // and the gradients that are not wanted. The key of a dropout has no gradient.
-int mk_forward(int64_t plan, int64_t N, int64_t threads, const void* x, const void* weight,
+int mk_forward(int64_t problem, int64_t N, int64_t threads, const void* x, const void* weight,
                int64_t weight_per_row, const void* const* params, const int64_t* sizes, void* y,
                void* out, void* const* saved);
-int mk_backward(int64_t plan, int64_t N, int64_t threads, const void* x, const void* const* params,
-                const int64_t* sizes, const void* gy, const void* gout, void* const* saved,
-                void* gx, void* const* grads);
+int mk_backward(int64_t problem, int64_t N, int64_t threads, const void* x,
+                const void* const* params, const int64_t* sizes, const void* gy, const void* gout,
+                void* const* saved, void* gx, void* const* grads);
 
-// Gives a plan, before its first call, the `boxes` over which its slopes in k columns of x are bounded:
+// Gives a problem, before its first call, the `boxes` over which its slopes in k columns of x are bounded:
 // `ends` (2, boxes, d), lower and upper; direction (D, k); middle (k,), where the linear term is 0.
 // `curves` has for each elementwise node σ and then σ', and of each its limits at -∞ and ∞, its relative
 // and its absolute error, its period, how many turns it has, and their three numbers each
-// (monokernel/ranges.py). All is copied. Returns whether the bound knows all kinds of the plan's nodes.
-int mk_plan_box(int64_t plan, int64_t boxes, int64_t k, const double* ends, const int64_t* columns,
-                const double* direction, const double* middle, double margin, const double* curves);
+// (monokernel/ranges.py). All is copied. Returns whether the bound knows all kinds of the problem's nodes.
+int mk_problem_box(int64_t problem, int64_t boxes, int64_t k, const double* ends,
+                   const int64_t* columns, const double* direction, const double* middle,
+                   double margin, const double* curves);
 
 // bound (D, k) is the least slope in its direction over all boxes; to y (N, D) is added the linear term
 // that makes it the margin. `saved` has as many doubles as the shape says. backward adds to gx and to
 // grads. Null may be: gbound, gx and the gradients that are not wanted. Both return 0, or 1 where there
 // is no memory.
-int mk_lift(int64_t plan, int64_t N, const void* x, const void* const* params, const int64_t* sizes,
-            void* y, void* bound, void* saved);
-int mk_lift_backward(int64_t plan, int64_t N, const void* x, const void* const* params,
+int mk_lift(int64_t problem, int64_t N, const void* x, const void* const* params,
+            const int64_t* sizes, void* y, void* bound, void* saved);
+int mk_lift_backward(int64_t problem, int64_t N, const void* x, const void* const* params,
                      const int64_t* sizes, const void* saved, const void* gy, const void* gbound,
                      void* gx, void* const* grads);
 
@@ -128,7 +129,7 @@ int mk_search_run(void* search, int64_t most, double seconds, double* points, in
 void mk_search_drop(void* search);
 
 // For tests and benchmarks. σ, σ' and σ'' of n elements a; which ideas of the kernels are in use, for
-// every plan from the next call on.
+// every problem from the next call on.
 void mk_activation(int64_t is_double, int64_t kind, const double* numbers, int64_t n, const void* a,
                    void* h, void* s, void* c);
 void mk_switch(int64_t stacks, int64_t compacts);

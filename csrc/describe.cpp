@@ -1,4 +1,4 @@
-// What a program says of itself, once for each plan or each backward: plain loops over its nodes.
+// What a program says of itself, once for each problem or each backward: plain loops over its nodes.
 #include "describe.h"
 
 #include <algorithm>
@@ -34,9 +34,9 @@ Node traits(int64_t kind) {
 }
 
 // Whether x2 reaches a slice of x: all other columns stand still.
-bool reaches_x2(const Plan& plan, const Node& node) {
+bool reaches_x2(const Problem& problem, const Node& node) {
   const int64_t start = int64_t(node.numbers[0]), step = int64_t(node.numbers[1]);
-  return std::any_of(plan.columns, plan.columns + plan.k, [&](int64_t column) {
+  return std::any_of(problem.columns, problem.columns + problem.k, [&](int64_t column) {
     const int64_t i = column - start;
     return i >= 0 && i % step == 0 && i / step < node.width;
   });
@@ -54,12 +54,13 @@ void find_runs(const int64_t* columns, int64_t k, std::vector<Run>* runs) {
 
 // Views that make up a value, as a gate's two halves do: what comes down to each is written where it
 // belongs in what comes down to the whole.
-void find_parts(const Plan& plan, std::vector<Flow>* found) {
+void find_parts(const Problem& problem, std::vector<Flow>* found) {
   std::vector<Flow>& flow = *found;
-  std::vector<std::vector<std::pair<int64_t, int64_t>>> parts(plan.count + 1);  // start and width
-  std::vector<char> fits(plan.count + 1, true);
-  for (int64_t v = 1; v <= plan.count; ++v) {
-    const Node& node = plan.nodes[v - 1];
+  std::vector<std::vector<std::pair<int64_t, int64_t>>> parts(problem.count +
+                                                              1);  // start and width
+  std::vector<char> fits(problem.count + 1, true);
+  for (int64_t v = 1; v <= problem.count; ++v) {
+    const Node& node = problem.nodes[v - 1];
     if (!flow[v].used) continue;
     const bool view = node.kind == node_columns && node.numbers[1] == 1;
     for (int64_t q = 0; q < node.inputs; ++q) {
@@ -70,28 +71,28 @@ void find_parts(const Plan& plan, std::vector<Flow>* found) {
       if (view) parts[u].emplace_back(int64_t(node.numbers[0]), node.width);
     }
   }
-  for (int64_t u = 1; u <= plan.count; ++u) {
+  for (int64_t u = 1; u <= problem.count; ++u) {
     if (!fits[u] || parts[u].empty()) continue;
     std::sort(parts[u].begin(), parts[u].end());
     int64_t end = 0;
     for (const auto& [start, width] : parts[u]) end = start == end ? end + width : -1;
-    flow[u].parted = end == plan.width(u);
+    flow[u].parted = end == problem.width(u);
   }
-  for (int64_t v = 1; v <= plan.count; ++v) {
-    const Node& node = plan.nodes[v - 1];
+  for (int64_t v = 1; v <= problem.count; ++v) {
+    const Node& node = problem.nodes[v - 1];
     flow[v].part = flow[v].used && node.kind == node_columns && flow[node.input[0]].parted;
   }
 }
 
-void find_flow(const Plan& plan, std::vector<Flow>* found) {
-  const int64_t y = plan.count;
+void find_flow(const Problem& problem, std::vector<Flow>* found) {
+  const int64_t y = problem.count;
   std::vector<Flow>& flow = *found;
   flow.assign(y + 1, Flow{});
   std::vector<char> trains(y + 1, false);  // a parameter lies at the value or below it
   std::vector<char> near(y + 1, true);     // no product lies between x and the value
   flow[0].moving = flow[0].constant = true;
   for (int64_t v = 1; v <= y; ++v) {
-    const Node& node = plan.nodes[v - 1];
+    const Node& node = problem.nodes[v - 1];
     Flow& f = flow[v];
     f.constant = !node.varies && node.kind != node_dropout;
     trains[v] = node.params > 0;
@@ -102,33 +103,34 @@ void find_flow(const Plan& plan, std::vector<Flow>* found) {
       trains[v] |= trains[u];
       near[v] &= near[u] && node.kind != node_linear;
     }
-    if (node.kind == node_columns && node.input[0] == 0) f.moving = reaches_x2(plan, node);
+    if (node.kind == node_columns && node.input[0] == 0) f.moving = reaches_x2(problem, node);
   }
   for (Flow& f : flow) f.uniform = true;
   std::vector<int64_t> readers(y + 1, 0);
   flow[y].used = true;
   for (int64_t v = y; v > 0; --v) {
-    const Node& node = plan.nodes[v - 1];
+    const Node& node = problem.nodes[v - 1];
     Flow& f = flow[v];
     if (!f.used) continue;
     const bool linear = node.kind == node_linear;
     f.follows = node.kind < kinds && node.varies && node.input[0] == v - 1 && v > 1 &&
-                plan.nodes[v - 2].kind == node_linear;
+                problem.nodes[v - 2].kind == node_linear;
     f.viewed |= node.kind == node_concat;
-    f.kept = plan.keeps_adjoint() && (f.moving || trains[v]);
-    f.saved = linear && v < y && !(near[node.input[0]] && plan.width(node.input[0]) <= few_inputs);
+    f.kept = problem.keeps_adjoint() && (f.moving || trains[v]);
+    f.saved =
+        linear && v < y && !(near[node.input[0]] && problem.width(node.input[0]) <= few_inputs);
     for (int64_t q = 0; q < node.inputs; ++q) {
       const int64_t u = node.input[q];
       flow[u].used = true;
       ++readers[u];
       flow[u].uniform &= f.uniform && !node.varies && node.kind != node_dropout;
-      const bool kept = plan.keeps_adjoint() && u > 0 && (flow[u].moving || trains[u]);
+      const bool kept = problem.keeps_adjoint() && u > 0 && (flow[u].moving || trains[u]);
       if (linear && kept && !f.uniform) flow[u].pulled = true;
       if (node.kind == node_columns) flow[u].viewed = true;
     }
   }
   for (int64_t v = 0; v <= y; ++v) flow[v].once = readers[v] == 1;
-  find_parts(plan, found);
+  find_parts(problem, found);
 }
 
 // Makes of what one node expects of a parameter what fits another too: of several widths that is one
@@ -144,10 +146,10 @@ void fit(mk_parameter* parameter, const mk_parameter& other) {
 }
 
 // What every parameter must be; several nodes may read it, and it must fit them all.
-void find_parameters(OwnedPlan* owned) {
-  const Plan& plan = owned->plan;
-  owned->parameters.assign(plan.params, mk_parameter{});
-  std::vector<char> seen(plan.params, false);
+void find_parameters(OwnedProblem* owned) {
+  const Problem& problem = owned->problem;
+  owned->parameters.assign(problem.params, mk_parameter{});
+  std::vector<char> seen(problem.params, false);
   int64_t layer = 0;
   for (const Node& node : owned->nodes) {
     layer += node.kind == node_linear;
@@ -159,7 +161,7 @@ void find_parameters(OwnedPlan* owned) {
       parameter.layer = linear ? layer : 0;
       parameter.dimensions = weight ? 2 : 1;
       parameter.rows = weight ? node.width : 0;
-      parameter.columns = weight ? plan.width(node.input[0]) : dropout ? key_bytes : node.width;
+      parameter.columns = weight ? problem.width(node.input[0]) : dropout ? key_bytes : node.width;
       parameter.optional = linear && p == 1;
       parameter.one_for_all = !linear && !dropout;
       parameter.drawn = dropout;
@@ -173,9 +175,9 @@ void find_parameters(OwnedPlan* owned) {
 
 }  // namespace
 
-void describe(OwnedPlan* owned, const int64_t* flags, int64_t d, int64_t k, const int64_t* columns,
-              int64_t count, const int64_t* nodes, const double* numbers, const double* margin,
-              const double* direction) {
+void describe(OwnedProblem* owned, const int64_t* flags, int64_t d, int64_t k,
+              const int64_t* columns, int64_t count, const int64_t* nodes, const double* numbers,
+              const double* margin, const double* direction) {
   int64_t places = 0, all_numbers = 0, params = 0;
   const int64_t* at = nodes;
   for (int64_t i = 0; i < count; ++i) {
@@ -199,28 +201,28 @@ void describe(OwnedPlan* owned, const int64_t* flags, int64_t d, int64_t k, cons
     owned->nodes.push_back(node);
     at += 5 + node.inputs + node.params;
   }
-  Plan& plan = owned->plan;
-  plan = Plan{};
-  plan.d = d, plan.k = k, plan.count = count, plan.params = params;
-  plan.D = owned->nodes.back().width;
-  plan.nodes = owned->nodes.data();
-  plan.adjoint = flags[1], plan.hinge = flags[2], plan.squared = flags[3];
-  plan.elementwise = flags[4];
+  Problem& problem = owned->problem;
+  problem = Problem{};
+  problem.d = d, problem.k = k, problem.count = count, problem.params = params;
+  problem.D = owned->nodes.back().width;
+  problem.nodes = owned->nodes.data();
+  problem.adjoint = flags[1], problem.hinge = flags[2], problem.squared = flags[3];
+  problem.elementwise = flags[4];
   owned->constrained.assign(columns, columns + k);
   find_runs(columns, k, &owned->runs);
-  plan.columns = owned->constrained.data();
-  plan.runs = owned->runs.data(), plan.run_count = int64_t(owned->runs.size());
-  if (margin) owned->margin.assign(margin, margin + plan.D * k);
-  if (direction) owned->direction.assign(direction, direction + plan.D * k);
-  plan.margin = owned->margin.data();
-  plan.direction = owned->direction.data();
-  find_flow(plan, &owned->flow);
-  plan.flow = owned->flow.data();
+  problem.columns = owned->constrained.data();
+  problem.runs = owned->runs.data(), problem.run_count = int64_t(owned->runs.size());
+  if (margin) owned->margin.assign(margin, margin + problem.D * k);
+  if (direction) owned->direction.assign(direction, direction + problem.D * k);
+  problem.margin = owned->margin.data();
+  problem.direction = owned->direction.data();
+  find_flow(problem, &owned->flow);
+  problem.flow = owned->flow.data();
   find_parameters(owned);
   owned->shape = mk_shape{};
-  owned->shape.d = d, owned->shape.D = plan.D, owned->shape.k = k, owned->shape.params = params;
+  owned->shape.d = d, owned->shape.D = problem.D, owned->shape.k = k, owned->shape.params = params;
   owned->shape.is_double = flags[0] != 0;
-  owned->shape.summed = plan.hinge && !plan.elementwise;
+  owned->shape.summed = problem.hinge && !problem.elementwise;
   owned->shape.parameters = owned->parameters.data();
 }
 
@@ -232,28 +234,28 @@ static Curve curve_at(const double*& at) {
   return curve;
 }
 
-void describe_box(OwnedPlan* owned, int64_t boxes, int64_t k, const double* ends,
+void describe_box(OwnedProblem* owned, int64_t boxes, int64_t k, const double* ends,
                   const int64_t* columns, const double* direction, const double* middle,
                   double margin, const double* curves) {
-  const Plan& plan = owned->plan;
+  const Problem& problem = owned->problem;
   const double* end = curves;
-  for (int64_t i = 0; i < 2 * plan.count; ++i) {
-    if (plan.nodes[i / 2].kind < kinds) curve_at(end);
+  for (int64_t i = 0; i < 2 * problem.count; ++i) {
+    if (problem.nodes[i / 2].kind < kinds) curve_at(end);
   }
   std::vector<double>& numbers = owned->box_numbers;
   numbers.assign(curves, end);
-  numbers.insert(numbers.end(), ends, ends + 2 * boxes * plan.d);
-  numbers.insert(numbers.end(), direction, direction + plan.D * k);
+  numbers.insert(numbers.end(), ends, ends + 2 * boxes * problem.d);
+  numbers.insert(numbers.end(), direction, direction + problem.D * k);
   numbers.insert(numbers.end(), middle, middle + k);
   const double* own = numbers.data();
-  owned->curves.assign(2 * plan.count, Curve{});
-  for (int64_t i = 0; i < 2 * plan.count; ++i) {
-    if (plan.nodes[i / 2].kind < kinds) owned->curves[i] = curve_at(own);
+  owned->curves.assign(2 * problem.count, Curve{});
+  for (int64_t i = 0; i < 2 * problem.count; ++i) {
+    if (problem.nodes[i / 2].kind < kinds) owned->curves[i] = curve_at(own);
   }
   owned->columns.assign(columns, columns + k);
-  const double* signs = own + 2 * boxes * plan.d;
+  const double* signs = own + 2 * boxes * problem.d;
   owned->box = {
-      boxes, k, own, signs, signs + plan.D * k, owned->columns.data(), owned->curves.data(),
+      boxes, k, own, signs, signs + problem.D * k, owned->columns.data(), owned->curves.data(),
       margin};
 }
 
@@ -272,19 +274,19 @@ std::vector<ChainLayer> chain_of(int64_t layers, const mk_layer* chain) {
   return each;
 }
 
-std::vector<Way> way_down(const Plan& plan, bool input, const void* const* grads) {
-  const int64_t y = plan.count;
+std::vector<Way> way_down(const Problem& problem, bool input, const void* const* grads) {
+  const int64_t y = problem.count;
   std::vector<Way> way(y + 1, Way{});
   way[0].wanted = input;
   for (int64_t v = 1; v <= y; ++v) {
-    const Node& node = plan.nodes[v - 1];
+    const Node& node = problem.nodes[v - 1];
     for (int64_t p = 0; p < node.params; ++p) way[v].trained |= grads[node.place[p]] != nullptr;
     way[v].wanted = way[v].trained;
     for (int64_t q = 0; q < node.inputs; ++q) way[v].wanted |= way[node.input[q]].wanted;
   }
   for (int64_t v = y; v > 0; --v) {
-    const Node& node = plan.nodes[v - 1];
-    const Flow& flow = plan.flow[v];
+    const Node& node = problem.nodes[v - 1];
+    const Flow& flow = problem.flow[v];
     Way& w = way[v];
     if (!flow.used) continue;
     if (w.wanted && flow.moving && (w.trained || node.curved)) {

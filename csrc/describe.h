@@ -2,12 +2,12 @@
 #pragma once
 
 #include "c_api.h"
-#include "plan.h"
+#include "problem.h"
 
 #include <vector>
 
-struct OwnedPlan {
-  Plan plan;
+struct OwnedProblem {
+  Problem problem;
   const Kernels* kernels;
   std::vector<Node> nodes;
   std::vector<Flow> flow;
@@ -18,7 +18,7 @@ struct OwnedPlan {
   std::vector<mk_parameter> parameters;
   mk_shape shape;
   int64_t owners;
-  Box box;  // once a plan has one: of the next three
+  Box box;  // once a problem has one: of the next three
   std::vector<Curve> curves;
   std::vector<int64_t> columns;
   std::vector<double> box_numbers;
@@ -27,13 +27,13 @@ struct OwnedPlan {
 // The names of the kinds of nodes in the order of their codes, between spaces.
 extern const char* const node_names;
 
-// Fills in everything but kernels, shape.saved and owners from what mk_plan_new is given.
-void describe(OwnedPlan* owned, const int64_t* flags, int64_t d, int64_t k, const int64_t* columns,
-              int64_t count, const int64_t* nodes, const double* numbers, const double* margin,
-              const double* direction);
+// Fills in everything but kernels, shape.saved and owners from what mk_problem_new is given.
+void describe(OwnedProblem* owned, const int64_t* flags, int64_t d, int64_t k,
+              const int64_t* columns, int64_t count, const int64_t* nodes, const double* numbers,
+              const double* margin, const double* direction);
 
-// Fills in the box from what mk_plan_box is given.
-void describe_box(OwnedPlan* owned, int64_t boxes, int64_t k, const double* ends,
+// Fills in the box from what mk_problem_box is given.
+void describe_box(OwnedProblem* owned, int64_t boxes, int64_t k, const double* ends,
                   const int64_t* columns, const double* direction, const double* middle,
                   double margin, const double* curves);
 
@@ -41,4 +41,4 @@ void describe_box(OwnedPlan* owned, int64_t boxes, int64_t k, const double* ends
 std::vector<ChainLayer> chain_of(int64_t layers, const mk_layer* chain);
 
 // What a backward walks over; `grads` is null where a parameter's gradient is not wanted.
-std::vector<Way> way_down(const Plan& plan, bool input, const void* const* grads);
+std::vector<Way> way_down(const Problem& problem, bool input, const void* const* grads);

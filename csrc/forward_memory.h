@@ -26,7 +26,7 @@ template <class T> struct SlopeChain {
   SlopeChain(Bump& memory, const Program<T>& program, int64_t capacity) {
     const int64_t count = program.y + 1;
     x2 = count;
-    together = program.plan->adjoint ? 1 : min_of(program.k, most_together);
+    together = program.problem->adjoint ? 1 : min_of(program.k, most_together);
     at = memory.take<Mat<T>>(count + 1);
     apart = memory.take<int64_t>(count);
     begun = memory.take<bool>(count + 1);
@@ -36,12 +36,12 @@ template <class T> struct SlopeChain {
       if (v) most = max_of(most, program.node(v).inputs);
       widest = max_of(widest, program.width(v));
       const Flow& flow = program.flow(v);
-      if (program.plan->adjoint ? flow.part : program.is_view(v)) {
+      if (program.problem->adjoint ? flow.part : program.is_view(v)) {
         if (at) at[v] = program.view_of(at, v), apart[v] = apart[program.node(v).input[0]];
         continue;
       }
       if (scaled_in_place(program, v)) continue;
-      const bool one_row = program.plan->adjoint ? flow.uniform : flow.constant;
+      const bool one_row = program.problem->adjoint ? flow.uniform : flow.constant;
       const int64_t stride = scratch_ld<T>(program.width(v));
       const int64_t size = (one_row ? 1 : capacity) * stride;
       T* own = memory.take<T>(together * size);
@@ -49,7 +49,7 @@ template <class T> struct SlopeChain {
       at[v] = {own, one_row ? 0 : stride}, apart[v] = size;
       if (v && scaled_in_place(program, v - 1)) at[v - 1] = at[v], apart[v - 1] = size;
     }
-    if (program.plan->adjoint) {
+    if (program.problem->adjoint) {
       const bool one_row = program.flow(0).uniform;
       const int64_t stride = scratch_ld<T>(program.k);
       T* own = memory.take<T>((one_row ? 1 : capacity) * stride);
@@ -61,7 +61,7 @@ template <class T> struct SlopeChain {
   }
   // Whether the tangents of linear node v become those of the elementwise one after it where they lie.
   static bool scaled_in_place(const Program<T>& program, int64_t v) {
-    return !program.plan->adjoint && v > 0 && program.linear(v) && program.followed(v) &&
+    return !program.problem->adjoint && v > 0 && program.linear(v) && program.followed(v) &&
            program.flow(v).once && !program.flow(v).constant;
   }
   Mat<T> tangent(int64_t v, int64_t c) const { return {at[v].at + c * apart[v], at[v].ld}; }
@@ -73,14 +73,14 @@ template <class T> struct ProgramForwardWeights {
   Program<T> net;
   Hinge<T> hinge;
 
-  ProgramForwardWeights(const Plan& plan, const ForwardCall& call, Bump& memory)
-      : net(plan, call.params, call.sizes, memory), hinge(plan, call, memory) {
+  ProgramForwardWeights(const Problem& problem, const ForwardCall& call, Bump& memory)
+      : net(problem, call.params, call.sizes, memory), hinge(problem, call, memory) {
     for (int64_t v = 1; v <= net.y; ++v) {
       if (!net.flow(v).used) continue;
       net.pack_parameter(memory, v);
       if (!net.linear(v)) continue;
       net.pack_bias(memory, v);
-      if (net.by_dots(v) || (plan.adjoint && v == net.y)) net.pack_rows(memory, v);
+      if (net.by_dots(v) || (problem.adjoint && v == net.y)) net.pack_rows(memory, v);
       if (!net.by_dots(v)) net.pack_forward(memory, v);
       pack_for_slopes(memory, v, walked(net, call, v));
     }
@@ -89,7 +89,7 @@ template <class T> struct ProgramForwardWeights {
   // Whether the chain of slopes goes through value v.
   static bool walked(const Program<T>& net, const ForwardCall& call, int64_t v) {
     const Flow& flow = net.flow(v);
-    const bool keeps = call.saved && net.plan->keeps_adjoint();
+    const bool keeps = call.saved && net.problem->keeps_adjoint();
     return flow.used && (flow.moving || (keeps && flow.kept));
   }
 
@@ -97,7 +97,7 @@ template <class T> struct ProgramForwardWeights {
   void pack_for_slopes(Bump& memory, int64_t v, bool walked) {
     if (!walked) return;
     const bool of_x = net.below(v) == 0;
-    if (!net.plan->adjoint) {
+    if (!net.problem->adjoint) {
       if (of_x) net.pack_columns(memory, v);
     } else if (!of_x) {
       net.pack_back(memory, v);

@@ -18,25 +18,25 @@ template <class T> struct GradientLayout {
   Place* place;
   int64_t size;
 
-  GradientLayout(Bump& memory, const Plan& plan, const int64_t* sizes)
-      : place(memory.take<Place>(plan.params)), size(0) {
+  GradientLayout(Bump& memory, const Problem& problem, const int64_t* sizes)
+      : place(memory.take<Place>(problem.params)), size(0) {
     if (!place) return;
-    for (int64_t p = 0; p < plan.params; ++p) place[p] = Place{0, 0, 0, false};
-    for (int64_t i = 0; i < plan.count; ++i) {
-      const Node& node = plan.nodes[i];
+    for (int64_t p = 0; p < problem.params; ++p) place[p] = Place{0, 0, 0, false};
+    for (int64_t i = 0; i < problem.count; ++i) {
+      const Node& node = problem.nodes[i];
       for (int64_t nth = 0; nth < node.params; ++nth) {
         Place& to = place[node.place[nth]];
         if (node.kind != node_linear || nth == 1) {
           if (node.kind != node_dropout) to.in = sizes[node.place[nth]] == 1 ? 1 : node.width;
           continue;
         }
-        to.out = node.width, to.in = plan.width(node.input[0]);
+        to.out = node.width, to.in = problem.width(node.input[0]);
         const int64_t lanes = Simd<T>::lanes;
         to.transposed |= node.input[0] == 0 || to.in * ((to.out + lanes - 1) / lanes) <
                                                    to.out * ((to.in + lanes - 1) / lanes);
       }
     }
-    for (int64_t p = 0; p < plan.params; ++p) {
+    for (int64_t p = 0; p < problem.params; ++p) {
       place[p].at = size;
       size += place[p].rows() * place[p].ld();
     }

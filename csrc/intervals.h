@@ -5,7 +5,7 @@
 // their curves. What overflows becomes infinite or NaN, which bounds nothing.
 #pragma once
 
-#include "plan.h"
+#include "problem.h"
 #include "vmath.h"
 
 namespace {

@@ -8,10 +8,10 @@
 
 namespace {
 
-template <class T> void saved_sizes(const Plan& plan, Saved* out) {
+template <class T> void saved_sizes(const Problem& problem, Saved* out) {
   Bump counting;
-  const Program<T> program(plan, nullptr, nullptr, counting);
-  const int64_t derivative = plan.hinge ? plan.D * plan.k : 0;
+  const Program<T> program(problem, nullptr, nullptr, counting);
+  const int64_t derivative = problem.hinge ? problem.D * problem.k : 0;
   *out = {{program.saved_values, program.saved_cotangents, derivative}};
 }
 

@@ -1,7 +1,7 @@
 // The plain data between the binding and the kernels: what monokernel/problem.py is to the backends.
 //
-// A Plan holds every static fact of a problem; a call adds pointers. No tensor type appears: all
-// operands are contiguous, of the plan's dtype, and never null unless said so.
+// A Problem holds every static fact; a call adds pointers. No tensor type appears: all
+// operands are contiguous, of the problem's dtype, and never null unless said so.
 #pragma once
 
 #include <stddef.h>
@@ -76,7 +76,7 @@ struct Run {
 };
 
 // A program over x (N, d) with outputs y (N, D). x2 are k columns of x.
-struct Plan {
+struct Problem {
   int64_t d, D, k;
   int64_t count, params;  // nodes and parameters
   const Node* nodes;
@@ -151,8 +151,8 @@ struct Curve {
   const double* turn;  // place, least and greatest of each
 };
 
-// B boxes over which the slopes of a plan in k columns of x are bounded, and what the bound is for: a
-// linear term that makes every slope at least the margin in its direction. The plan's own k is 0 then.
+// B boxes over which the slopes of a problem in k columns of x are bounded, and what the bound is for: a
+// linear term that makes every slope at least the margin in its direction. The problem's own k is 0 then.
 struct Box {
   int64_t B, k;
   const double* ends;       // (2, B, d), lower and upper
@@ -223,12 +223,12 @@ enum Status { ok = 0, out_of_memory = 1 };
 
 // The kernels of one instruction set and one dtype.
 struct Kernels {
-  void (*saved)(const Plan&, Saved*);
-  Status (*forward)(const Plan&, const ForwardCall&, const Runtime&);
-  Status (*backward)(const Plan&, const BackwardCall&, const Runtime&);
-  int64_t (*bound_size)(const Plan&, const Box&);  // elements of what a bound saves
-  Status (*lift_forward)(const Plan&, const Box&, const LiftCall&, const Runtime&);
-  Status (*lift_backward)(const Plan&, const Box&, const LiftBackwardCall&, const Runtime&);
+  void (*saved)(const Problem&, Saved*);
+  Status (*forward)(const Problem&, const ForwardCall&, const Runtime&);
+  Status (*backward)(const Problem&, const BackwardCall&, const Runtime&);
+  int64_t (*bound_size)(const Problem&, const Box&);  // elements of what a bound saves
+  Status (*lift_forward)(const Problem&, const Box&, const LiftCall&, const Runtime&);
+  Status (*lift_backward)(const Problem&, const Box&, const LiftBackwardCall&, const Runtime&);
   void (*activation)(int kind, const double* numbers, int64_t n, const void* a, void* value,
                      void* first, void* second);
 };

@@ -1,4 +1,4 @@
-// Plans by handle.
+// Problems by handle.
 #pragma once
 
 #include "describe.h"
@@ -10,26 +10,27 @@
 
 namespace {
 
-// A number that is no plan's can be told, for an operator that takes one can be
+// A number that is no problem's can be told, for an operator that takes one can be
 // called by anybody. Handles are never used twice.
-class Plans {
+class Problems {
  public:
-  Plans() {
+  Problems() {
     // A fork while another thread holds the lock must not leave it held for ever.
-    pthread_atfork([] { plans().lock_.lock(); }, [] { plans().lock_.unlock(); },
-                   [] { plans().lock_.unlock(); });
+    pthread_atfork([] { problems().lock_.lock(); }, [] { problems().lock_.unlock(); },
+                   [] { problems().lock_.unlock(); });
   }
-  static Plans& plans() {
-    static Plans* const all = new Plans;  // never destroyed: the last plan may go after main
+  static Problems& problems() {
+    static Problems* const all =
+        new Problems;  // never destroyed: the last problem may go after main
     return *all;
   }
-  int64_t add(OwnedPlan* plan) {
+  int64_t add(OwnedProblem* problem) {
     const std::lock_guard<std::mutex> guard(lock_);
-    plan->owners = 1;
-    by_handle_.emplace(++last_, plan);
+    problem->owners = 1;
+    by_handle_.emplace(++last_, problem);
     return last_;
   }
-  OwnedPlan* find(int64_t handle) {
+  OwnedProblem* find(int64_t handle) {
     const std::lock_guard<std::mutex> guard(lock_);
     const auto found = by_handle_.find(handle);
     return found == by_handle_.end() ? nullptr : found->second;
@@ -42,7 +43,7 @@ class Plans {
     return true;
   }
   void drop(int64_t handle) {
-    OwnedPlan* unowned = nullptr;
+    OwnedProblem* unowned = nullptr;
     {
       const std::lock_guard<std::mutex> guard(lock_);
       const auto found = by_handle_.find(handle);
@@ -55,7 +56,7 @@ class Plans {
 
  private:
   std::mutex lock_;
-  std::unordered_map<int64_t, OwnedPlan*> by_handle_;
+  std::unordered_map<int64_t, OwnedProblem*> by_handle_;
   int64_t last_ = 0;
 };
 

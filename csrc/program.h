@@ -21,7 +21,7 @@ template <class T> struct Weights {
 };
 
 template <class T> struct Program {
-  const Plan* plan;
+  const Problem* problem;
   const void* const* params;
   const int64_t* sizes;
   int64_t d, D, k, y;                // y: the number of the last value
@@ -30,8 +30,8 @@ template <class T> struct Program {
   // Where a value and its P begin in what is saved of one row, and how much that is in all.
   int64_t *value_at, *cotangent_at, saved_values = 0, saved_cotangents = 0;
 
-  Program(const Plan& p, const void* const* given, const int64_t* elements, Bump& memory)
-      : plan(&p), params(given), sizes(elements), d(p.d), D(p.D), k(p.k), y(p.count) {
+  Program(const Problem& p, const void* const* given, const int64_t* elements, Bump& memory)
+      : problem(&p), params(given), sizes(elements), d(p.d), D(p.D), k(p.k), y(p.count) {
     weights = memory.take<Weights<T>>(p.count);
     value_at = memory.take<int64_t>(p.count + 1);
     cotangent_at = memory.take<int64_t>(p.count + 1);
@@ -49,9 +49,9 @@ template <class T> struct Program {
     }
   }
 
-  const Node& node(int64_t v) const { return plan->nodes[v - 1]; }  // that makes value v
-  const Flow& flow(int64_t v) const { return plan->flow[v]; }
-  int64_t width(int64_t v) const { return plan->width(v); }
+  const Node& node(int64_t v) const { return problem->nodes[v - 1]; }  // that makes value v
+  const Flow& flow(int64_t v) const { return problem->flow[v]; }
+  int64_t width(int64_t v) const { return problem->width(v); }
   int64_t whole(int64_t v) const { return whole_vectors<T>(width(v)); }
   int64_t saved_ld(int64_t v) const { return flow(v).viewed ? scratch_ld<T>(width(v)) : whole(v); }
   bool linear(int64_t v) const { return node(v).kind == node_linear; }
@@ -131,10 +131,10 @@ template <class T> struct Program {
   }
   void pack_slopes(Bump& memory, int64_t v) {
     const T* w = w_of(v);
-    const bool beside = plan->side_by_side();
-    const int64_t first = beside ? plan->columns[0] : 0;
+    const bool beside = problem->side_by_side();
+    const int64_t first = beside ? problem->columns[0] : 0;
     const Matrix<T> packed =
-        note(memory, w ? w + first : w, d, 1, width(v), k, beside ? nullptr : plan->columns);
+        note(memory, w ? w + first : w, d, 1, width(v), k, beside ? nullptr : problem->columns);
     if (weights) weights[v - 1].slopes = packed;
   }
   void pack_rows(Bump& memory, int64_t v) {
@@ -150,7 +150,7 @@ template <class T> struct Program {
     if (!to) return;
     for (int64_t c = 0; c < k; ++c) {
       for (int64_t j = 0; j < ld; ++j) {
-        to[c * ld + j] = j < out ? w_of(v)[j * d + plan->columns[c]] : T(0);
+        to[c * ld + j] = j < out ? w_of(v)[j * d + problem->columns[c]] : T(0);
       }
     }
     weights[v - 1].columns = to;

@@ -9,23 +9,23 @@
 namespace {
 
 template <class T>
-Status backward(const Plan& plan, const BackwardCall& call, const Runtime& runtime) {
+Status backward(const Problem& problem, const BackwardCall& call, const Runtime& runtime) {
   const Blocks blocks(call.N);
-  Errand errand{any_slope_gradient<T>(plan, call), false};
-  for (int64_t v = 1; v <= plan.count; ++v) {
-    errand.curved |= call.way[v].wanted && plan.flow[v].used && plan.nodes[v - 1].curved;
+  Errand errand{any_slope_gradient<T>(problem, call), false};
+  for (int64_t v = 1; v <= problem.count; ++v) {
+    errand.curved |= call.way[v].wanted && problem.flow[v].used && problem.nodes[v - 1].curved;
   }
   const int64_t threads = min_of<int64_t>(max_of(call.threads, 1), blocks.count);
   // The layout itself is in front of the sums that it lays out.
   Bump places;
-  GradientLayout<T>(places, plan, call.sizes);
+  GradientLayout<T>(places, problem, call.sizes);
   char* first = static_cast<char*>(runtime.acquire(places.lines() + 64));
   if (!first) return out_of_memory;
   Bump at{first, 0};
-  const GradientLayout<T> layout(at, plan, call.sizes);
+  const GradientLayout<T> layout(at, problem, call.sizes);
   const size_t sums_bytes = size_t(layout.size) * size_t(threads) * sizeof(T);
   const auto weights_in = [&](Bump& memory) {
-    return ProgramBackwardWeights<T>(plan, call, errand, memory);
+    return ProgramBackwardWeights<T>(problem, call, errand, memory);
   };
   const auto scratch_in = [&](Bump& memory, const Program<T>& net) {
     return ProgramBackwardScratch<T>(memory, net, call, errand, blocks.capacity);
@@ -45,7 +45,7 @@ Status backward(const Plan& plan, const BackwardCall& call, const Runtime& runti
     const int64_t end = first_block(blocks, threads, t + 1);
     for (int64_t b = first_block(blocks, threads, t); b < end; ++b) pass.run(scratch, b);
   });
-  ProgramReduction<T>{call, layout, sums, plan.params, threads}.run(runtime);
+  ProgramReduction<T>{call, layout, sums, problem.params, threads}.run(runtime);
   runtime.release(memory, crew.bytes());
   runtime.release(first, places.lines() + 64);
   return ok;

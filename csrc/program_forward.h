@@ -22,7 +22,7 @@ template <class T> struct ProgramForward {
     const Mat<T> last = scratch.values.value[net.y];
     for (int64_t i = 0; i < rows; ++i) copy_few(y + i * net.D, last.row(i), net.D);
     T* J = hinge.slopes(row0, scratch.slopes);
-    if (net.plan->adjoint) {
+    if (net.problem->adjoint) {
       for (int64_t d = 0; d < net.D; ++d) adjoint_slopes(scratch, block, rows, d, J + d * net.k);
     } else {
       const int64_t most = scratch.chain.together;
@@ -94,7 +94,7 @@ template <class T> struct ProgramForward {
         clear(J, net.k);
       }
       if (!P.begun[0]) continue;
-      for (int64_t c = 0; c < net.k; ++c) J[c] += x.row(i)[net.plan->columns[c]];
+      for (int64_t c = 0; c < net.k; ++c) J[c] += x.row(i)[net.problem->columns[c]];
     }
   }
 
@@ -127,7 +127,7 @@ template <class T> struct ProgramForward {
       if (u) {
         copy(side.at, row, columns);
       } else {
-        for (int64_t c = 0; c < columns; ++c) side.at[c] = row[net.plan->columns[c]];
+        for (int64_t c = 0; c < columns; ++c) side.at[c] = row[net.problem->columns[c]];
       }
     } else if (u > 0) {
       linear_pull<T>(net, v, given, from, side, false, Nothing{});
@@ -172,7 +172,7 @@ template <class T> struct ProgramForward {
     for (int64_t c = 0; c < some; ++c) {
       T* x = chain.tangent(0, c).at;
       clear(x, net.whole(0));
-      x[net.plan->columns[c0 + c]] = T(1);
+      x[net.problem->columns[c0 + c]] = T(1);
     }
     for (int64_t v = 1; v <= net.y; ++v) {
       if (!net.flow(v).used || !net.flow(v).moving || net.is_view(v)) continue;
@@ -245,9 +245,9 @@ template <class T> struct ProgramForward {
 };
 
 template <class T>
-Status forward(const Plan& plan, const ForwardCall& call, const Runtime& runtime) {
+Status forward(const Problem& problem, const ForwardCall& call, const Runtime& runtime) {
   const Blocks blocks(call.N);
-  const bool summed = plan.hinge && !plan.elementwise;
+  const bool summed = problem.hinge && !problem.elementwise;
   if (call.N == 0) {
     if (summed) *static_cast<T*>(call.out) = 0;
     return ok;
@@ -256,7 +256,7 @@ Status forward(const Plan& plan, const ForwardCall& call, const Runtime& runtime
   Bump front;
   front.take<double>(summed ? blocks.count : 0);
   const auto weights_in = [&](Bump& memory) {
-    return ProgramForwardWeights<T>(plan, call, memory);
+    return ProgramForwardWeights<T>(problem, call, memory);
   };
   const auto scratch_in = [&](Bump& memory, const Program<T>& net) {
     return ProgramForwardScratch<T>(memory, net, call, blocks.capacity, summed);

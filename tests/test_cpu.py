@@ -483,7 +483,7 @@ def test_the_operator_says_which_dtype_it_expected() -> None:
     ]:
         expected = f"x1, x2: expected {own} .* got {came} ".replace("torch.", "")
         with pytest.raises(RuntimeError, match=expected):
-            step(cpu._plan(p, own).handle, torch.ones(3, 5, dtype=came), None, parameters(p, own))
+            step(cpu._native(p, own).handle, torch.ones(3, 5, dtype=came), None, parameters(p, own))
 
 
 @BOUNDARY
@@ -492,7 +492,7 @@ def test_the_operator_keeps_what_backward_needs() -> None:
     x, params = torch.randn(40, 5), leaves(p)
     want = torch.autograd.grad(by_operator(p, x, None, params)[1], params)  # type: ignore[arg-type]
     y, penalty = by_operator(p, x, None, params)
-    cpu._plan.cache_clear()  # nobody else owns the plan now
+    cpu._native.cache_clear()  # nobody else owns it now
     gc.collect()
     assert all(map(torch.equal, torch.autograd.grad(penalty, params), want))  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):

@@ -92,7 +92,7 @@ def test_what_the_operator_calls() -> None:
 
 def test_what_is_saved() -> None:
     """Of each row of x: as many buffers in ``Saved`` as the shape tells the sizes of."""
-    (count,) = re.findall(r"max_saved = (\d+)", text_of("plan.h"))
+    (count,) = re.findall(r"max_saved = (\d+)", text_of("problem.h"))
     saved: Any = dict(native._Shape._fields_)["saved"]
     assert int(count) == saved._length_
 
@@ -105,6 +105,6 @@ def test_kinds_of_nodes() -> None:
     names = list(native.codes_of(library))
     assert names[: len(ACTIVATIONS)] == list(ACTIVATIONS)
     assert sorted(names) == sorted(RULES)
-    plan = text_of("plan.h")
-    (enum,) = re.findall(r"enum NodeKind : int64_t {(.*?)node_kinds", plan, re.DOTALL)
+    header = text_of("problem.h")
+    (enum,) = re.findall(r"enum NodeKind : int64_t {(.*?)node_kinds", header, re.DOTALL)
     assert re.findall(r"node_(\w+)", enum) == names[len(ACTIVATIONS) :]

@@ -691,22 +691,22 @@ def a_step_of_a_program(backend: str) -> None:
     step = getattr(torch.ops.monokernel, "cpu_step", None)
     if step is None or backend != "cpu":
         return
-    plan = cpu._plan(unpack(*PROGRAM), torch.float32)
+    own = cpu._native(unpack(*PROGRAM), torch.float32)
     for params, said in wrong_operands():
         with pytest.raises(RuntimeError, match=said):
-            step(plan.handle, torch.randn(4, 5), None, params)
-    twice = cpu._plan(unpack(*TWICE), torch.float32)
+            step(own.handle, torch.randn(4, 5), None, params)
+    twice = cpu._native(unpack(*TWICE), torch.float32)
     for params in wrong_numbers():
         with pytest.raises(RuntimeError, match=r"prelu: expected float32 of shape \(1,\)"):
             step(twice.handle, torch.randn(4, 5), None, params)
     good = [torch.randn(s) for s in SIZES]
     for few in (good[:-1], [*good, good[0]]):
         with pytest.raises(RuntimeError, match=f"params: expected 8, got {len(few)}"):
-            step(plan.handle, torch.randn(4, 5), None, few)
+            step(own.handle, torch.randn(4, 5), None, few)
     few = [*good[:5], good[5][:4], *good[6:]]
     with pytest.raises(RuntimeError, match=r"dropout: expected float32 of shape \(8,\)"):
-        step(plan.handle, torch.randn(3, 5), None, few)
-    y, _ = step(plan.handle, torch.randn(4, 5), None, [t.requires_grad_() for t in good])
+        step(own.handle, torch.randn(3, 5), None, few)
+    y, _ = step(own.handle, torch.randn(4, 5), None, [t.requires_grad_() for t in good])
     with pytest.raises(RuntimeError, match="a dropout that is drawn, got one to be trained"):
         y.sum().backward()
 
@@ -728,13 +728,13 @@ def a_backward_operator_with_few_needs(backend: str) -> None:
 
 @right
 def a_step_with_a_false_handle(backend: str) -> None:
-    """The C++ operator takes a plan by its handle, a number."""
+    """The C++ operator takes a problem by its handle, a number."""
     value_and_jacobian(network(), *data(), backend=backend)  # it is registered when first used
     step = getattr(torch.ops.monokernel, "cpu_step", None)
     if step is None:
         return
     for handle in (0, -1, 12_345_678, id(step)):
-        with pytest.raises(ValueError, match="plan: expected the handle of a plan"):
+        with pytest.raises(ValueError, match="problem: expected the handle of a problem"):
             step(handle, torch.randn(4, 5), None, [torch.randn(1, 5), None])
     with pytest.raises(RuntimeError, match="expected"):
         step(1, torch.randn(4, 3), None, [torch.randn(1, 3)])

@@ -75,33 +75,33 @@ def refuses(problem: Problem, x: Tensor) -> str | None:
 
 def saved_like(problem: Problem, x: Tensor) -> list[Tensor]:
     """One uninitialised buffer, flat: values, cotangents P and ∂penalty/∂J."""
-    plan = _plan(problem, x.dtype)
-    return [x.new_empty(x.shape[0] * plan.row_size, dtype=plan.dtype)] if plan.row_size else []
+    own = _native(problem, x.dtype)
+    return [x.new_empty(x.shape[0] * own.row_size, dtype=own.dtype)] if own.row_size else []
 
 
 def forward(
     problem: Problem, x: Tensor, weight: Tensor | None, params: Params, save: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """y (N, D), the penalty (or J where there is no hinge), and what the backward needs."""
-    plan = _plan(problem, x.dtype)
+    own = _native(problem, x.dtype)
     N, dtype = x.shape[0], x.dtype
-    x, params = plan.operand(x), plan.operands(params)
+    x, params = own.operand(x), own.operands(params)
     y = x.new_empty(N, problem.D)
-    out = x.new_empty(() if plan.summed else (N, problem.D, problem.k))
-    saved = plan.buffers(x) if save else []
+    out = x.new_empty(() if own.summed else (N, problem.D, problem.k))
+    saved = own.buffers(x) if save else []
     weight = None if weight is None else weight.contiguous()
-    status = plan.library.mk_forward(
-        plan.handle,
+    status = own.library.mk_forward(
+        own.handle,
         N,
         torch.get_num_threads(),
         x.data_ptr(),
         None if weight is None else weight.data_ptr(),
         weight is not None and weight.dim() == 3,
-        plan.pointers(params),
-        plan.sizes(params),
+        own.pointers(params),
+        own.sizes(params),
         y.data_ptr(),
         out.data_ptr(),
-        plan.places(saved, N) if save else None,
+        own.places(saved, N) if save else None,
     )
     check(status)
     return y.to(dtype), out, saved
@@ -117,37 +117,37 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients of x and of every parameter, None where ``needs`` is false."""
-    plan = _plan(problem, x.dtype)
-    if any(needs[1 + place] for place in plan.keys):
+    own = _native(problem, x.dtype)
+    if any(needs[1 + place] for place in own.keys):
         raise RuntimeError("mlp: expected a dropout that is drawn, got one to be trained")
     dtype = x.dtype
-    x, params = plan.operand(x), plan.operands(params)
+    x, params = own.operand(x), own.operands(params)
     saved = [t.contiguous() for t in saved]
     grads: list[Tensor | None] = [
         torch.empty_like(t) if need and t is not None else None
         for t, need in zip((x, *params), needs, strict=True)
     ]
-    gy = None if gy is None else plan.operand(gy)
+    gy = None if gy is None else own.operand(gy)
     gout = None if gout is None else gout.contiguous()
-    status = plan.library.mk_backward(
-        plan.handle,
+    status = own.library.mk_backward(
+        own.handle,
         x.shape[0],
         torch.get_num_threads(),
         x.data_ptr(),
-        plan.pointers(params),
-        plan.sizes(params),
+        own.pointers(params),
+        own.sizes(params),
         None if gy is None else gy.data_ptr(),
         None if gout is None else gout.data_ptr(),
-        plan.places(saved, x.shape[0]),
+        own.places(saved, x.shape[0]),
         None if grads[0] is None else grads[0].data_ptr(),
-        plan.pointers(grads[1:]),
+        own.pointers(grads[1:]),
     )
     check(status)
     return [None if g is None else g.to(dtype) for g in grads]
 
 
 @lru_cache(maxsize=1024)
-def _plan(problem: Problem, dtype: torch.dtype) -> NativeProblem:
+def _native(problem: Problem, dtype: torch.dtype) -> NativeProblem:
     return NativeProblem(required(), problem, dtype)
 
 
@@ -162,7 +162,7 @@ def step() -> Step | None:
     def run(
         problem: Problem, x: Tensor, weight: Tensor | None, params: Params
     ) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = operator(_plan(problem, x.dtype).handle, x, weight, params)
+        found: tuple[Tensor, Tensor] = operator(_native(problem, x.dtype).handle, x, weight, params)
         return found
 
     return run
@@ -192,7 +192,7 @@ def _connected() -> Any:
 
 # What the operators call, in the order of their ``Kernel``.
 CALLS = (
-    *("node_names", "plan_shape", "plan_keep", "plan_drop"),
+    *("node_names", "problem_shape", "problem_keep", "problem_drop"),
     *("take", "give_back", "forward", "backward", "lift", "lift_backward"),
 )
 
@@ -205,23 +205,23 @@ class Lift:
     """A program and the linear term that ``monotone.py`` adds to it, by one operator that autograd
     knows. Second derivatives are those of ``by_pytorch``."""
 
-    def __init__(self, plan: NativeProblem, operator: Any, by_pytorch: ByPyTorch | None) -> None:
-        self._plan, self._operator, self.by_pytorch = plan, operator, by_pytorch
-        _lifts[plan.handle] = self
+    def __init__(self, own: NativeProblem, operator: Any, by_pytorch: ByPyTorch | None) -> None:
+        self._native, self._operator, self.by_pytorch = own, operator, by_pytorch
+        _lifts[own.handle] = self
 
     def __call__(self, x: Tensor, params: Params) -> tuple[Tensor, Tensor]:
         """y (N, D) with the linear term for x (N, d), and the bound (D, k)."""
-        found: tuple[Tensor, Tensor] = self._operator(self._plan.handle, x, None, params)
+        found: tuple[Tensor, Tensor] = self._operator(self._native.handle, x, None, params)
         return found
 
 
-# By the handle of its plan.
+# By the handle of its problem.
 _lifts: WeakValueDictionary[int, Lift] = WeakValueDictionary()
 
 
-def _lift_by_pytorch(plan: int, x: Tensor, params: Params) -> tuple[Tensor, Tensor]:
+def _lift_by_pytorch(problem: int, x: Tensor, params: Params) -> tuple[Tensor, Tensor]:
     """What the operator calls for gradients that have gradients."""
-    lift = _lifts.get(plan)
+    lift = _lifts.get(problem)
     if lift is None or lift.by_pytorch is None:
         raise RuntimeError(
             "Monotone: a second derivative was asked for when the model was gone, expected it to "
@@ -231,7 +231,7 @@ def _lift_by_pytorch(plan: int, x: Tensor, params: Params) -> tuple[Tensor, Tens
 
 
 _fragment = torch.library.Library("monokernel", "FRAGMENT")
-_fragment.define("lift_by_pytorch(int plan, Tensor x, Tensor?[] params) -> (Tensor, Tensor)")
+_fragment.define("lift_by_pytorch(int problem, Tensor x, Tensor?[] params) -> (Tensor, Tensor)")
 _fragment.impl("lift_by_pytorch", _lift_by_pytorch, "CompositeImplicitAutograd")
 
 
@@ -260,7 +260,7 @@ def lift(
     operators, library = _operators(), native.library()
     if operators is None or isinstance(library, str):
         return None
-    plan = NativeProblem(library, Problem(d, nodes, (), "tangent", None), dtype)
+    own = NativeProblem(library, Problem(d, nodes, (), "tangent", None), dtype)
     ends = [end for side in zip(*boxes, strict=True) for row in side for end in row]
     signs = [sign for row in direction for sign in row]
     curves = [
@@ -269,8 +269,8 @@ def lift(
         if node.kind in ACTIVATIONS
         for number in described(Activation(node.kind, *node.numbers))
     ]
-    serves = library.mk_plan_box(
-        plan.handle,
+    serves = library.mk_problem_box(
+        own.handle,
         len(boxes),
         len(columns),
         (c_double * len(ends))(*ends),
@@ -280,7 +280,7 @@ def lift(
         margin,
         (c_double * len(curves))(*curves),
     )
-    return Lift(plan, operators.cpu_step.default, by_pytorch) if serves else None
+    return Lift(own, operators.cpu_step.default, by_pytorch) if serves else None
 
 
 class _Layer(ctypes.Structure):

@@ -99,18 +99,18 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "mk_isa": (c_char_p, ()),
     "mk_use_parallel_for": (None, (c_void_p,)),
     "mk_node_names": (c_char_p, ()),
-    "mk_plan_new": (
+    "mk_problem_new": (
         c_int64,
         (c_void_p, c_int64, c_int64, c_void_p, c_int64, *(c_void_p,) * 4),
     ),
-    "mk_plan_keep": (c_int64, (c_int64,)),
-    "mk_plan_drop": (None, (c_int64,)),
-    "mk_plan_shape": (None, (c_int64, c_void_p)),
+    "mk_problem_keep": (c_int64, (c_int64,)),
+    "mk_problem_drop": (None, (c_int64,)),
+    "mk_problem_shape": (None, (c_int64, c_void_p)),
     "mk_take": (c_void_p, (c_int64,)),
     "mk_give_back": (None, (c_void_p,)),
     "mk_forward": (c_int, (*(c_int64,) * 3, *(c_void_p,) * 2, c_int64, *(c_void_p,) * 5)),
     "mk_backward": (c_int, (*(c_int64,) * 3, *(c_void_p,) * 8)),
-    "mk_plan_box": (
+    "mk_problem_box": (
         c_int,
         (*(c_int64,) * 3, *(c_void_p,) * 4, c_double, c_void_p),
     ),
@@ -205,7 +205,7 @@ class NativeProblem:
             given = hinge.margin if isinstance(hinge.margin, tuple) else (hinge.margin,)
             margin = (c_double * (D * k))(*_entries(given, D, k))
             signs = (c_double * (D * k))(*_entries(hinge.direction, D, k))
-        self.handle = library.mk_plan_new(
+        self.handle = library.mk_problem_new(
             (c_int64 * len(flags))(*flags),
             problem.d,
             k,
@@ -219,7 +219,7 @@ class NativeProblem:
         if not self.handle:
             check(1)
         shape = _Shape()
-        library.mk_plan_shape(self.handle, ctypes.byref(shape))
+        library.mk_problem_shape(self.handle, ctypes.byref(shape))
         a, P, derivative = shape.saved
         self.summed, self.row_size = bool(shape.summed), a + P + derivative
         self.itemsize = self.dtype.itemsize
@@ -231,7 +231,7 @@ class NativeProblem:
 
     def __del__(self) -> None:
         if getattr(self, "handle", None):
-            self.library.mk_plan_drop(self.handle)
+            self.library.mk_problem_drop(self.handle)
 
     def operand(self, t: Tensor) -> Tensor:
         """The tensor as the kernel reads it: contiguous and of this dtype."""

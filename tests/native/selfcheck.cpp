@@ -88,11 +88,11 @@ struct Net {
 // y·gy + penalty, and, where grads is given, its gradient.
 double loss(const Net& net, const Numbers& gy, std::vector<Numbers>* grads) {
   const int64_t flags[] = {1, net.adjoint, 1, 1, 0};
-  const int64_t plan =
-      mk_plan_new(flags, net.d, net.k, net.columns.data(), net.count, net.nodes.data(),
-                  net.numbers.data(), net.margin.data(), net.direction.data());
+  const int64_t problem =
+      mk_problem_new(flags, net.d, net.k, net.columns.data(), net.count, net.nodes.data(),
+                     net.numbers.data(), net.margin.data(), net.direction.data());
   mk_shape shape;
-  mk_plan_shape(plan, &shape);
+  mk_problem_shape(problem, &shape);
   std::vector<Numbers> buffers;
   void* saved[3];
   for (int64_t row : shape.saved) buffers.emplace_back(static_cast<size_t>(row * N + 1), NAN);
@@ -106,7 +106,7 @@ double loss(const Net& net, const Numbers& gy, std::vector<Numbers>* grads) {
   Numbers y(gy.size(), NAN);
   double penalty = NAN;
   const double* x = net.operands[0].data();
-  mk_forward(plan, N, 1, x, nullptr, 0, params.data(), sizes.data(), y.data(), &penalty, saved);
+  mk_forward(problem, N, 1, x, nullptr, 0, params.data(), sizes.data(), y.data(), &penalty, saved);
   if (grads) {
     const double one = 1;
     *grads = net.operands;
@@ -114,10 +114,10 @@ double loss(const Net& net, const Numbers& gy, std::vector<Numbers>* grads) {
     for (size_t i = 1; i < grads->size(); ++i) {
       places.push_back(net.trained[i] ? (*grads)[i].data() : nullptr);
     }
-    mk_backward(plan, N, 1, x, params.data(), sizes.data(), gy.data(), &one, saved,
+    mk_backward(problem, N, 1, x, params.data(), sizes.data(), gy.data(), &one, saved,
                 (*grads)[0].data(), places.data());
   }
-  mk_plan_drop(plan);
+  mk_problem_drop(problem);
   double total = penalty;
   for (size_t i = 0; i < y.size(); ++i) total += y[i] * gy[i];
   return total;
