@@ -12,17 +12,15 @@ mode": tangent where ``auto`` takes adjoint, adjoint where it takes tangent.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
 from monokernel.backends import cpu
 
 from .cases import Case, Job
+from .options import add_timing, clock_of, parser_of
 from .rivals import BASE, Rival, Step, monokernel
 from .step import append, run_case, show
 from .tables import read_rows
@@ -93,20 +91,12 @@ def _case(row: dict[str, str]) -> Case:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks ablation",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = parser_of("ablation", __doc__)
     parser.add_argument("--table", action="store_true", help="only print the table")
-    parser.add_argument("--threads", type=int, help="default: PyTorch's")
-    parser.add_argument(
-        "--wait", type=float, default=0, help="seconds to wait, in each case, for a quiet machine"
-    )
+    add_timing(parser, "in each case")
     parser.add_argument("--csv", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    clock_of(options)
     if not options.table:
         for case in CASES:
             rows = run_case(case, "cpu", variants, SECONDS, False, options.wait)

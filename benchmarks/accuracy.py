@@ -11,7 +11,6 @@ busy machine does not show in them. Results go to a CSV and, as a table, into do
 
 from __future__ import annotations
 
-import argparse
 import csv
 import importlib.util
 import time
@@ -31,6 +30,7 @@ from torch.nn import functional as F
 from monokernel import Monotone, audit, fused_mono_penalty, sample_points
 
 from .measure import machine
+from .options import parser_of
 from .tables import write_between
 
 __all__ = ["main", "table"]
@@ -462,11 +462,7 @@ def _runs(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks accuracy",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = parser_of("accuracy", __doc__)
     parser.add_argument("--data", nargs="+", choices=SOURCES, default=list(SOURCES))
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--methods", nargs="+", choices=list(methods()), default=list(methods()))

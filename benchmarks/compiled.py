@@ -8,7 +8,6 @@ step are compared with the eager one's before it is timed.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -21,6 +20,7 @@ from tests.zoo import ACTIVE, ZOO
 from . import rivals
 from .cases import Case, Job
 from .measure import interleave
+from .options import parser_of
 from .zoo import WIDTH, case_of
 
 __all__ = ["main"]
@@ -55,11 +55,7 @@ def line(case: Case, seconds: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks compiled",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = parser_of("compiled", __doc__)
     parser.add_argument("--networks", nargs="+", choices=tuple(ZOO), default=NETWORKS)
     parser.add_argument("--rows", nargs="+", type=int, default=(8192,))
     parser.add_argument("--outputs", type=int, default=1)

@@ -9,7 +9,6 @@ the penalty today.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from .cases import Case, Job
 from .figures import pyplot, save
+from .options import parser_of
 from .rivals import BASE, Rival, ours, usual
 from .step import append, run_case, show
 from .tables import read_rows, write_between
@@ -168,11 +168,7 @@ def draw(path: Path, folder: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks grid",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = parser_of("grid", __doc__)
     parser.add_argument("--draw", action="store_true", help="only draw")
     parser.add_argument(
         "--wait", type=float, default=0, help="seconds to wait, at each point, for a quiet machine"

@@ -14,7 +14,6 @@ CSV with the machine's name.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import itertools
 import logging
@@ -32,6 +31,7 @@ from monokernel import certify, forms, fused_mono_penalty
 from monokernel.layers import Layers, layers_of
 
 from .measure import machine
+from .options import parser_of
 
 __all__ = ["main"]
 
@@ -364,11 +364,7 @@ COLUMNS = ("what", "network", "seed", "method", "seconds", "result", "value")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks peers",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = parser_of("peers", __doc__)
     parser.add_argument("--only", choices=PARTS)
     parser.add_argument("--csv", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)

@@ -10,18 +10,15 @@ measured; compaction switched off is the cost at v = 1, which every row would th
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .cases import Case, Job
 from .figures import pyplot, save
 from .measure import Clock
+from .options import add_timing, clock_of, parser_of
 from .rivals import BASE, Rival, ours, usual
 from .step import append, run_case, show
 from .tables import read_rows
@@ -153,30 +150,15 @@ def _panel(panel, axis: Axis, points: dict[tuple[str, float], dict[str, str]]) -
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks scaling",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = parser_of("scaling", __doc__)
     keys = [axis.key for axis in AXES]
     parser.add_argument("--draw", action="store_true", help="only draw")
     parser.add_argument("--axes", nargs="+", choices=keys, default=keys)
-    parser.add_argument(
-        "--processor-time", action="store_true", help="one thread, by its processor time"
-    )
-    parser.add_argument("--threads", type=int, help="default: PyTorch's")
-    parser.add_argument(
-        "--wait", type=float, default=0, help="seconds to wait, at each point, for a quiet machine"
-    )
+    add_timing(parser, "at each point", processor_time=True)
     parser.add_argument("--csv", type=Path, default=RESULTS)
     parser.add_argument("--figures", type=Path, default=FIGURES)
     options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    clock: Clock = time.perf_counter
-    if options.processor_time:
-        torch.set_num_threads(1)
-        clock = time.process_time
+    clock = clock_of(options)
     if not options.draw:
         measure(options.csv, [a for a in AXES if a.key in options.axes], options.wait, clock)
     draw(options.csv, options.figures)

@@ -24,7 +24,6 @@ does. A network is named by its seed: ``--seed S`` begins with S and counts up.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 import math
@@ -58,6 +57,7 @@ from monokernel.reading import read as read_program
 from monokernel.symbols import Param
 
 from . import digits
+from .options import parser_of
 
 __all__ = ["certified", "every_bound", "main", "programs", "trial"]
 
@@ -392,11 +392,7 @@ TRIALS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks soundness",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = parser_of("soundness", __doc__)
     parser.add_argument("--pairs", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--of", choices=TRIALS, default="intervals")

@@ -30,6 +30,7 @@ from .measure import (
     peak_bytes,
     spread,
 )
+from .options import add_timing, clock_of, parser_of
 from .rivals import PLAIN, Rival, Step, rivals
 from .tables import read_rows
 
@@ -248,12 +249,7 @@ def append(path: Path, rows: Sequence[Row]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    clock: Clock = time.perf_counter
-    if options.processor_time:
-        torch.set_num_threads(1)
-        clock = time.process_time
+    clock = clock_of(options)
     chosen = {axis: getattr(options, axis) for axis in GRID}
     if options.all or any(chosen.values()):
         axes = [chosen[axis] or values for axis, values in GRID.items()]
@@ -302,11 +298,7 @@ def _undisturbed(path: Path) -> set[Case]:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = parser_of("", __doc__)
     parser.add_argument("--all", action="store_true", help="the whole grid")
     parser.add_argument("--page", action="store_true", help="the sizes of docs/benchmarks.md")
     parser.add_argument(
@@ -316,18 +308,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         kind = type(values[-1])
         parser.add_argument(f"--{axis}", nargs="+", type=kind, help=f"of the grid's {values}")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, help="default: PyTorch's")
-    parser.add_argument(
-        "--processor-time",
-        action="store_true",
-        help="one thread, by its processor time: for a machine that is never quiet",
-    )
     parser.add_argument("--rivals", nargs="+", metavar="NAME", help="only these, and the base")
     parser.add_argument("--no-compiled", action="store_true", help="without torch.compile's rivals")
     parser.add_argument("--no-peers", action="store_true", help="without JAX and architectures")
     parser.add_argument("--no-memory", action="store_true", help="without the memory column")
-    parser.add_argument(
-        "--wait", type=float, default=0, help="seconds to wait, in each case, for a quiet machine"
-    )
+    add_timing(parser, "in each case", processor_time=True)
     parser.add_argument("--csv", type=Path, default=RESULTS / "step.csv")
     return parser.parse_args(arguments)

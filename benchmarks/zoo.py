@@ -10,14 +10,11 @@ gradient are compared with double backward in float64; one that disagrees gets n
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-
-import torch
 
 from monokernel import plan
 from tests.zoo import ACTIVE, ZOO
@@ -25,6 +22,7 @@ from tests.zoo import ACTIVE, ZOO
 from . import rivals
 from .cases import Case, Job
 from .measure import QUIET, append_rows, interleave, machine, peak_bytes, spread
+from .options import add_timing, clock_of, parser_of
 from .step import MEMORY_ROWS, TINY_ROWS, TINY_WIDTH
 from .tables import read_rows, write_between
 
@@ -143,11 +141,7 @@ def _cell(row: Row | None) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks zoo",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = parser_of("zoo", __doc__)
     parser.add_argument("--table", action="store_true", help="only write the table")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
@@ -155,15 +149,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--columns", nargs="+", type=int, default=COLUMNS)
     parser.add_argument("--width", type=int, default=WIDTH)
     parser.add_argument("--share", type=float, default=SHARE)
-    parser.add_argument("--threads", type=int, help="default: PyTorch's")
-    parser.add_argument(
-        "--wait", type=float, default=0, help="seconds to wait, in each case, for a quiet machine"
-    )
+    add_timing(parser, "in each case")
     parser.add_argument("--csv", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    clock_of(options)
     if not options.table:
         print(f"{'network':<24}{'N':>6}{'D':>3}{'k':>3}  {'served by':<10}", end="")
         print(f"{'plain ms':>9}{'ours ms':>9}{'ratio':>7}{'error':>9}{'others':>8}")

@@ -58,79 +58,6 @@ void add_cubic(const Work& w, const double* weight, int64_t stride, const Form& 
                       Init<double>{w.M, w.ld_M}, w.M, w.ld_M, Nothing{});
 }
 
-// What P, s and a say of some neurons, whichever slope is asked for.
-struct Met {
-  Doubles P, P_linear, P_bent, s_linear, s_bent;
-  Doubles a_linear,
-      a_beyond;  // twice what is linear in a; twice what is quadratic and what it is off
-  Doubles slope, bend, all, left, quartic, rest_of;
-};
-MK_INLINE Met met_of(const Layer& here, const Form& P, int64_t j) {
-  const Form &a = here.a, &s = here.s;
-  const Curved& f = here.first;
-  Met met;
-  met.P = load(P.c() + j), met.P_linear = load(P.linear() + j), met.P_bent = load(P.bent() + j);
-  met.s_linear = load(s.linear() + j), met.s_bent = load(s.bent() + j);
-  met.a_linear = 2.0 * load(a.linear() + j);
-  met.a_beyond = 2.0 * load(a.bent() + j) + load(a.e() + j);
-  met.slope = load(f.slope + j), met.bend = load(f.bend + j);
-  met.all = load(f.all + j), met.left = load(f.left + j);
-  met.quartic = met.P_bent * met.s_bent;
-  met.rest_of = met.P_linear * met.s_bent + met.P_bent * (met.s_linear + met.s_bent);
-  return met;
-}
-
-// How much the nth slope changes with a, and what is added to its error, for some neurons.
-MK_INLINE void meet_slope(const Work& w, const Layer& here, const Form& P, const Met& met,
-                          bool further, int64_t j, int64_t nth) {
-  const int64_t m = w.m;
-  const Form& a = here.a;
-  const Curved& v = here.value;
-  const bool constant = P.terms == 0;
-  const Doubles slope = met.slope, bend = met.bend;
-  const double* t_row = here.t.at(nth) + j;
-  const double* q_row = w.q_h.at(nth) + j;
-  double* to = w.q_a.at(nth) + j;
-  const Doubles t = load(t_row), t_rest = load(here.t.rest_of(nth) + j), by = t * met.P;
-  const Doubles bent = 2.0 * bend * by;
-  Doubles bends = bent, varies = t_rest, by_linear = Doubles{}, q_linear = Doubles{};
-  Doubles slope_v = Doubles{}, bent_v = Doubles{}, q_at = Doubles{};
-  if (further) {
-    q_at = load(q_row), slope_v = load(v.slope + j), bent_v = 2.0 * load(v.bend + j) * q_at;
-    bends += bent_v;
-  }
-  store(to, by * slope + q_at * slope_v);
-  for (int64_t i = 0; i < m; ++i) {
-    t_row += here.t.ld, q_row += w.q_h.ld, to += w.q_a.ld;
-    const Doubles g = load(t_row);
-    const Doubles by_i = constant ? g * met.P : t * load(P.G(i) + j) + g * met.P;
-    varies += size_of(g), by_linear += size_of(by_i);
-    Doubles sum = by_i * slope + bends * load(a.G(i) + j);
-    if (further) {
-      const Doubles q_i = load(q_row);
-      q_linear += size_of(q_i), sum += q_i * slope_v;
-    }
-    store(to, sum);
-  }
-  const Doubles by_rest =
-      size_of(t) * met.P_bent + varies * (met.P_linear + met.P_bent) + t_rest * size_of(met.P);
-  const Doubles by_varies = by_linear + by_rest;
-  Doubles error = size_of(t) * met.quartic + varies * met.rest_of + size_of(by) * met.left +
-                  by_varies * met.all;
-  Doubles rest =
-      by_rest * size_of(slope) +
-      size_of(bend) * (met.a_linear * by_varies + met.a_beyond * (size_of(by) + by_varies));
-  if (further) {
-    const Doubles q_rest = load(w.q_h.rest_of(nth) + j), q_varies = q_linear + q_rest;
-    error += size_of(q_at) * load(v.left + j) + q_varies * load(v.all + j);
-    rest += q_rest * size_of(slope_v) +
-            size_of(load(v.bend + j)) *
-                (met.a_linear * q_varies + met.a_beyond * (size_of(q_at) + q_varies));
-  }
-  store(w.q_a.rest_of(nth) + j, rest);
-  store(w.errors + nth * w.wide + j, error), store(w.weight + nth * w.wide + j, bends);
-}
-
 // Adds up the errors of each slope over the neurons, and which columns are to blame for them.
 void add_errors(const Work& w, const Form& a, int64_t H, int64_t count) {
   const int64_t m = w.m;
@@ -155,18 +82,69 @@ void add_errors(const Work& w, const Form& a, int64_t H, int64_t count) {
 // Where P and s = σ'(a) meet, and h = σ(a), on which the slopes depend if `further`: how much they change
 // with a, and what is added to their errors. What is of the third order goes into M.
 void meet(const Work& w, const Layer& here, const Form& P, bool further, int64_t H, int64_t count) {
+  const int64_t m = w.m;
   const Form &a = here.a, &s = here.s;
+  const Curved &f = here.first, &v = here.value;
+  const bool constant = P.terms == 0;
   for (int64_t j = 0; j < H; j += at_once) {
-    const Met met = met_of(here, P, j);
-    Doubles whole = load(here.t.whole(count) + j) * (size_of(met.P) + met.P_linear + met.P_bent) *
-                    load(here.first.steep + j);
-    if (further) whole += load(w.q_h.whole(count) + j) * load(here.value.steep + j);
+    const Doubles c = load(P.c() + j), P_linear = load(P.linear() + j), P_bent = load(P.bent() + j);
+    const Doubles s_linear = load(s.linear() + j), s_bent = load(s.bent() + j);
+    // Twice what is linear in a, and twice what is quadratic with what a is off.
+    const Doubles linear = 2.0 * load(a.linear() + j);
+    const Doubles beyond = 2.0 * load(a.bent() + j) + load(a.e() + j);
+    const Doubles slope = load(f.slope + j), bend = load(f.bend + j);
+    const Doubles all = load(f.all + j), left = load(f.left + j);
+    const Doubles quartic = P_bent * s_bent;
+    const Doubles rest_of = P_linear * s_bent + P_bent * (s_linear + s_bent);
+    Doubles whole =
+        load(here.t.whole(count) + j) * (size_of(c) + P_linear + P_bent) * load(f.steep + j);
+    if (further) whole += load(w.q_h.whole(count) + j) * load(v.steep + j);
     store(w.q_a.whole(count) + j, whole);
-    for (int64_t nth = 0; nth < count; ++nth) meet_slope(w, here, P, met, further, j, nth);
+    for (int64_t nth = 0; nth < count; ++nth) {
+      const double* t_row = here.t.at(nth) + j;
+      const double* q_row = w.q_h.at(nth) + j;
+      double* to = w.q_a.at(nth) + j;
+      const Doubles t = load(t_row), t_rest = load(here.t.rest_of(nth) + j), by = t * c;
+      const Doubles bent = 2.0 * bend * by;
+      Doubles bends = bent, varies = t_rest, by_linear = Doubles{}, q_linear = Doubles{};
+      Doubles slope_v = Doubles{}, bent_v = Doubles{}, q_at = Doubles{};
+      if (further) {
+        q_at = load(q_row), slope_v = load(v.slope + j), bent_v = 2.0 * load(v.bend + j) * q_at;
+        bends += bent_v;
+      }
+      store(to, by * slope + q_at * slope_v);
+      for (int64_t i = 0; i < m; ++i) {
+        t_row += here.t.ld, q_row += w.q_h.ld, to += w.q_a.ld;
+        const Doubles g = load(t_row), by_i = constant ? g * c : t * load(P.G(i) + j) + g * c;
+        varies += size_of(g), by_linear += size_of(by_i);
+        Doubles sum = by_i * slope + bends * load(a.G(i) + j);
+        if (further) {
+          const Doubles q_i = load(q_row);
+          q_linear += size_of(q_i), sum += q_i * slope_v;
+        }
+        store(to, sum);
+      }
+      const Doubles by_rest =
+          size_of(t) * P_bent + varies * (P_linear + P_bent) + t_rest * size_of(c);
+      const Doubles by_varies = by_linear + by_rest;
+      Doubles error =
+          size_of(t) * quartic + varies * rest_of + size_of(by) * left + by_varies * all;
+      Doubles rest = by_rest * size_of(slope) +
+                     size_of(bend) * (linear * by_varies + beyond * (size_of(by) + by_varies));
+      if (further) {
+        const Doubles q_rest = load(w.q_h.rest_of(nth) + j), q_varies = q_linear + q_rest;
+        error += size_of(q_at) * load(v.left + j) + q_varies * load(v.all + j);
+        rest +=
+            q_rest * size_of(slope_v) +
+            size_of(load(v.bend + j)) * (linear * q_varies + beyond * (size_of(q_at) + q_varies));
+      }
+      store(w.q_a.rest_of(nth) + j, rest);
+      store(w.errors + nth * w.wide + j, error), store(w.weight + nth * w.wide + j, bends);
+    }
   }
-  if (a.terms > w.m) add_cubic(w, w.weight, w.wide, a, a, H, count);
-  if (P.terms > 0) {
-    const int64_t stride = (1 + w.m) * here.t.ld;
+  if (a.terms > m) add_cubic(w, w.weight, w.wide, a, a, H, count);
+  if (!constant) {
+    const int64_t stride = (1 + m) * here.t.ld;
     add_cubic(w, here.t.rows, stride, s, P, H, count);
     add_cubic(w, here.t.rows, stride, P, s, H, count);
   }

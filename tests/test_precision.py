@@ -41,6 +41,19 @@ def results(net: nn.Module, x1: Tensor, x2: Tensor, J_of: object, seed: int) -> 
     return [y, J, *gradients(loss, *net.parameters())]
 
 
+def ours(net: nn.Module, x1: Tensor, x2: Tensor, mode: str, backend: str) -> list[Tensor]:
+    return results(net, x1, x2, lambda *a: value_and_jacobian(*a, mode=mode, backend=backend), 1)
+
+
+def close(got: list[Tensor], own: list[Tensor], truth: list[Tensor], dtype: torch.dtype) -> None:
+    """At most twice as far from the truth as PyTorch's own."""
+    # Of a bias gradient, one number, PyTorch's own error may be none: one unit is granted.
+    floor = torch.finfo(dtype).eps
+    for i, (g, o, t) in enumerate(zip(got, own, truth, strict=True)):
+        theirs, off = rms(o.double() - t) / rms(t), rms(g.double() - t) / rms(t)
+        assert off <= 2 * max(theirs, floor), f"tensor {i}: {off:.2e}, PyTorch {theirs:.2e}"
+
+
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.SiLU(), nn.Tanh()], ids=str)
 @pytest.mark.parametrize("mode", ["tangent", "adjoint"])
 @pytest.mark.parametrize(("D", "width"), [(1, 32), (3, 48)])
@@ -51,20 +64,10 @@ def test_error_is_at_most_twice_pytorchs(
     net = mlp(D1, K, D, (width, width), activation, dtype=dtype)
     x1, x2 = points(N, D1, K, dtype)
     own = results(net, x1, x2, oracle, 1)
-    got = results(
-        net,
-        x1,
-        x2,
-        lambda *a: value_and_jacobian(*a, mode=mode, backend=backend),
-        1,
-    )
+    got = ours(net, x1, x2, mode, backend)
     net, x1, x2 = net.double(), x1.double(), x2.double()
     truth = results(net, x1, x2, oracle, 1)
-    # Of a bias gradient, one number, PyTorch's own error may be none: one unit is granted.
-    floor = torch.finfo(dtype).eps
-    for i, (g, o, t) in enumerate(zip(got, own, truth, strict=True)):
-        theirs, ours = rms(o.double() - t) / rms(t), rms(g.double() - t) / rms(t)
-        assert ours <= 2 * max(theirs, floor), f"tensor {i}: {ours:.2e}, PyTorch {theirs:.2e}"
+    close(got, own, truth, dtype)
 
 
 @pytest.mark.parametrize("mode", ["tangent", "adjoint"])
@@ -76,19 +79,10 @@ def test_error_under_autocast(dtype: torch.dtype, backend: str, D: int, mode: st
     x1, x2 = points(N, D1, K, torch.float32)
     with torch.autocast("cpu", dtype=dtype):
         own = results(net, x1, x2, oracle, 1)
-        got = results(
-            net,
-            x1,
-            x2,
-            lambda *a: value_and_jacobian(*a, mode=mode, backend=backend),
-            1,
-        )
+        got = ours(net, x1, x2, mode, backend)
     net, x1, x2 = net.double(), x1.double(), x2.double()
     truth = results(net, x1, x2, oracle, 1)
-    floor = torch.finfo(dtype).eps
-    for i, (g, o, t) in enumerate(zip(got, own, truth, strict=True)):
-        theirs, ours = rms(o.double() - t) / rms(t), rms(g.double() - t) / rms(t)
-        assert ours <= 2 * max(theirs, floor), f"tensor {i}: {ours:.2e}, PyTorch {theirs:.2e}"
+    close(got, own, truth, dtype)
     if backend == "cpu":  # the slopes, in float32
         assert rms(got[1].double() - truth[1]) / rms(truth[1]) <= 8 * torch.finfo(torch.float32).eps
 
