@@ -11,24 +11,24 @@
 namespace {
 namespace quadratic {
 
-// Which slopes are asked for over a box, and how many.
-int64_t choose(Work& w, int64_t box) {
+// One function, and so is `meet`: cut in two, what is inlined where decides which of two products is
+// fused with their sum, and bounds change in the last place.
+void one_box(Work& w, int64_t box) {
+  const SlopesCall& call = w.call;
+  const int64_t L = w.L, d = w.chain.layer[0].in, m = w.m;
   int64_t count = 0;
   for (int64_t k = 0; k < w.K; ++k) {
-    if (!w.call.wanted || w.call.wanted[box * w.K + k]) w.wanted[count++] = k;
+    if (!call.wanted || call.wanted[box * w.K + k]) w.wanted[count++] = k;
   }
-  return count;
-}
-
-void forwards(Work& w, int64_t box, int64_t count) {
-  const int64_t L = w.L, d = w.in(0);
+  if (!count) return;
+  // Forwards: forms, and how much the slopes change with σ' ∘ P of each layer.
   start(w, count);
   for (int64_t l = 0; l < L; ++l) {
     Layer& here = w.layer[l];
     Form& a = here.a;
     const int64_t H = w.out(l);
     if (l == 0) {
-      first_layer(w, w.call.c + box * d, w.call.r + box * d, a);
+      first_layer(w, call.c + box * d, call.r + box * d, a);
     } else {
       rates_forward(w, l, count);
       through(w, w.bends(l - 1) ? w.h : w.layer[l - 1].a, l, a);
@@ -42,58 +42,44 @@ void forwards(Work& w, int64_t box, int64_t count) {
     along(w, a, here.first, H, here.s);
     if (l < L - 1) along(w, a, here.value, H, w.h);
   }
-}
-
-// What the slopes may be off by the rounding of layer l; `values`: they depend on its h, `further`: on its a.
-double rounding_at(const Work& w, int64_t l, int64_t count, bool values, bool further,
-                   double before) {
-  const Layer& here = w.layer[l];
-  const Form &a = here.a, &P = w.P;
-  const int64_t H = w.out(l);
-  const double off = rounding_of(w.chain, max_of(w.in(l), H), w.m), *b = w.bias(l);
-  const bool bends = w.bends(l);
-  const Rates& q = bends ? w.q_a : w.q_h;
-  double rounding = before;
-  for (int64_t j = 0; j < H; ++j) {
-    const double whole = size_of(P.c()[j]) + P.linear()[j] + P.bent()[j];
-    const double own = size_of(a.c()[j]);
-    double value = own + a.linear()[j] + a.bent()[j] + a.e()[j];
-    if (bends) value = here.value.whole[j];
-    rounding += 2 * off * here.t.whole(count)[j] * whole * (bends ? here.first.whole[j] : 1);
-    if (values) rounding += 2 * off * w.q_h.whole(count)[j] * value;
-    if (further) {
-      rounding += q.whole(count)[j] * (off * (own + size_of(b[j])) + (l ? 0 : a.e()[j]));
-    }
-  }
-  return rounding;
-}
-
-// P, and how much the slopes change with h of each layer, down to the slopes' own form. Returns what they
-// may be off by rounding.
-double backwards(Work& w, int64_t count, Form& slopes) {
-  const int64_t L = w.L, m = w.m;
+  // Backwards: P, and how much the slopes change with σ of each layer.
   w.P.terms = 0;
   clear(w.P.base, Form::before * w.P.ld);
   w.P.c()[0] = 1;
   clear(w.M, (w.terms - m) * w.ld_M), clear(w.blame, w.K * m), clear(w.third, w.K);
+  Form last{w.last, w.ld_last, 0};
   double rounding = 0;
   bool further = false;
   for (int64_t l = L - 1; l >= 0; --l) {
     const Layer& here = w.layer[l];
+    const Form &a = here.a, &P = w.P;
+    const int64_t H = w.out(l);
+    const double off = rounding_of(w.chain, max_of(w.in(l), H), m), *bias = w.bias(l);
     const bool bends = w.bends(l), values = further;
     if (bends) {
-      meet(w, here, w.P, further, w.out(l), count);
-      multiply(w, w.P, here.s, w.out(l), w.p);
+      meet(w, here, P, further, H, count);
+      multiply(w, P, here.s, H, w.p);
       further = true;
     }
-    rounding = rounding_at(w, l, count, values, further, rounding);
+    const Rates& q = bends ? w.q_a : w.q_h;
+    for (int64_t j = 0; j < H; ++j) {
+      const double whole = size_of(P.c()[j]) + P.linear()[j] + P.bent()[j];
+      const double own = size_of(a.c()[j]);
+      double value = own + a.linear()[j] + a.bent()[j] + a.e()[j];
+      if (bends) value = here.value.whole[j];
+      rounding += 2 * off * here.t.whole(count)[j] * whole * (bends ? here.first.whole[j] : 1);
+      if (values) rounding += 2 * off * w.q_h.whole(count)[j] * value;
+      if (further) {
+        rounding += q.whole(count)[j] * (off * (own + size_of(bias[j])) + (l ? 0 : a.e()[j]));
+      }
+    }
+    const Form& from = bends ? w.p : P;
+    Form& to = l ? w.h : last;
     if (further && l) {
       const Rates before = w.q_h;
-      through(w, bends ? w.q_a : w.q_h, w.backward[l], count, bends ? before : w.scratch);
+      through(w, q, w.backward[l], count, bends ? before : w.scratch);
       if (!bends) w.q_h = w.scratch, w.scratch = before;
     }
-    const Form& from = bends ? w.p : w.P;
-    Form& to = l ? w.h : slopes;
     product(1 + from.terms, from.c(), from.ld, w.backward[l].signed_.matrix(), to.c(), to.ld);
     to.terms = from.terms;
     if (l) {
@@ -102,19 +88,8 @@ double backwards(Work& w, int64_t count, Form& slopes) {
       w.P = w.h, w.h = before;
     }
   }
-  for (; slopes.terms < w.terms; ++slopes.terms) clear(slopes.G(slopes.terms), slopes.ld);
-  return rounding;
-}
-
-void one_box(Work& w, int64_t box) {
-  const int64_t count = choose(w, box);
-  if (!count) return;
-  forwards(w, box, count);
-  Form slopes{w.last, w.ld_last, 0};
-  const double rounding = backwards(w, count, slopes);
-  for (int64_t nth = 0; nth < count; ++nth) {
-    conclude(w, slopes, box, nth, w.third[nth] + rounding);
-  }
+  for (; last.terms < w.terms; ++last.terms) clear(last.G(last.terms), last.ld);
+  for (int64_t nth = 0; nth < count; ++nth) conclude(w, last, box, nth, w.third[nth] + rounding);
 }
 
 }  // namespace quadratic

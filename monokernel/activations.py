@@ -1,8 +1,8 @@
 """The activation table: σ, σ' and σ'' of every element-wise kind.
 
 This is the one place where PyTorch's modules are mapped to kinds. Each is spelled here in PyTorch
-and in ``csrc`` for the CPU, the 14 of ``KINDS`` also in ``backends/triton`` for the GPU, and tests
-hold the spellings equal. Conventions at a kink are PyTorch's: σ'(0) of ReLU is 0.
+and in ``csrc`` for the CPU and in ``backends/triton`` for the GPU, whose whole-network kernels know
+the 14 of ``KINDS`` alone, and tests hold the spellings equal. Conventions at a kink are PyTorch's: σ'(0) of ReLU is 0.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ def _by_first(g: Tensor, a: Tensor, s: Activation) -> Tensor:
 
 _aten = torch.ops.aten
 
-# What the compiled kernels know. The order is the code they switch on: append, never reorder.
+# What every kernel knows. The order is the code they switch on: append to the table, never reorder.
 _COMPILED: dict[str, Spelling] = {
     "identity": Spelling(
         lambda a, s: a, lambda a, s: torch.ones_like(a), _zero, lambda g, a, s: g, True
@@ -311,7 +311,7 @@ _COMPILED: dict[str, Spelling] = {
 }
 KINDS: tuple[str, ...] = tuple(_COMPILED)
 
-# What Triton's kernels do not know.
+# What Triton's kernels of programs know, and those of whole networks do not.
 _OTHERS: dict[str, Spelling] = {
     # PyTorch's own has no second derivative, and 1/6 in float32 whatever the dtype.
     "hardsigmoid": Spelling(

@@ -135,7 +135,9 @@ def test_the_worked_example_is_what_the_files_have() -> None:
     added = [re.findall(r"^\+(.*)$", body, re.M) for body in bodies]
     assert [i for i, lines in enumerate(added, 1) if not lines] == [10]
     for file, lines in zip(files, added, strict=True):
-        assert set(lines) <= set(text_of(file).splitlines()), file
+        # A row of a macro ends in a backslash unless it is the last.
+        present = {line.rstrip("\\ ") for line in text_of(file).splitlines()}
+        assert {line.rstrip("\\ ") for line in lines} <= present, file
 
 
 def test_no_exception_is_out_of_date() -> None:
