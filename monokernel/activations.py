@@ -2,7 +2,8 @@
 
 This is the one place where PyTorch's modules are mapped to kinds. Each is spelled here in PyTorch
 and in ``csrc`` for the CPU and in ``backends/triton`` for the GPU, whose whole-network kernels know
-the 14 of ``KINDS`` alone, and tests hold the spellings equal. Conventions at a kink are PyTorch's: σ'(0) of ReLU is 0.
+the 14 of ``KINDS`` alone, and tests hold the spellings equal. Conventions at a kink are PyTorch's:
+σ'(0) of ReLU is 0.
 """
 
 from __future__ import annotations
