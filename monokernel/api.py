@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+import weakref
 from typing import Any, Literal, overload
 
 import torch
@@ -11,6 +13,9 @@ from torch import Tensor, nn
 from . import capture
 from . import hinge as hinges
 from .arguments import (
+    BACKEND_CHOICES,
+    BATCH_STATS,
+    MODES,
     AskedBackend,
     AskedBatchStats,
     AskedHinge,
@@ -19,12 +24,15 @@ from .arguments import (
     Direction,
     Inputs,
     Names,
+    check_choice,
     check_chosen,
     check_constraints,
-    check_direction,
     check_hinge,
     check_inputs,
-    check_names,
+    check_module,
+    check_multiplier,
+    check_named,
+    check_penalty,
     check_weight,
     plain,
 )
@@ -33,7 +41,7 @@ from .boundary import evaluate, operand_dtype
 from .columns import take
 from .network import unwrap
 from .operands import check_saveable, has_memory, traced
-from .planning import Route, choose, twice
+from .planning import Route, choose, not_read, twice
 from .problem import Hinge, Problem, accumulate_dtype
 from .reading import Reading
 
@@ -145,11 +153,12 @@ def fused_mono_penalty(
             also for a backend asked for by name that cannot serve.
 
     Warns:
-        RuntimeWarning: once for each network on the general path, of constrained columns in which
-            every slope is exactly 0, of all outputs or of some: behind an embedding or a rounding
-            say, where no penalty can see whether y rises. It says whether y moves with them. Under
-            torch.compile once for each class of network, and of columns alone; not in a functorch
-            transform, where numbers cannot be read.
+        RuntimeWarning: once for each network, of constrained columns that its forward does not
+            use; and on the general path of those in which every slope is exactly 0, of all outputs
+            or of some: behind an embedding or a rounding say, where no penalty can see whether y
+            rises. It says whether y moves with them. Under torch.compile once for each class of
+            network on the general path, and of columns alone; not in a functorch transform, where
+            numbers cannot be read.
     """
     mlp = unwrap(mlp)
     inputs = check_inputs(x1, x2)
@@ -189,6 +198,8 @@ def value_and_jacobian(
     """
     mlp = unwrap(mlp)
     inputs, order = check_inputs(x1, x2), None
+    if columns is None and names is not None:
+        check_named(inputs, names)
     if columns is not None:
         inputs, order = check_chosen(inputs, columns, names)
     asked = inputs, None, Direction((1,), ()), None, mode, backend, batch_stats
@@ -230,18 +241,21 @@ class MonotonePenalty(nn.Module):
         batch_stats: AskedBatchStats = "error",
     ) -> None:
         super().__init__()
+        check_module(mlp)
         self.mlp = mlp
         self.direction, self.margin = plain(direction), plain(margin)
-        self.columns = columns
-        if columns is not None:
-            self.columns = check_names(columns, len(columns))
-            check_direction(self.direction, len(columns), self.columns)
+        self.columns = check_penalty(self.direction, columns, self.margin)
+        check_hinge((), 0.0, hinge, reduction)
+        check_choice("mode", mode, MODES)
+        check_choice("backend", backend, BACKEND_CHOICES)
+        check_choice("batch_stats", batch_stats, BATCH_STATS)
         self.hinge, self.reduction = hinge, reduction
         self.mode, self.backend, self.batch_stats = mode, backend, batch_stats
         if isinstance(weight, (int, float)):
             floating = (p.dtype for p in mlp.parameters() if p.is_floating_point())
             dtype = accumulate_dtype(next(floating, torch.get_default_dtype()))
             weight = torch.tensor(weight, dtype=dtype)
+        check_multiplier(weight)
         self.register_buffer("weight", weight)
 
     def forward(self, x1: Tensor, x2: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -271,8 +285,10 @@ class MonotonePenalty(nn.Module):
             batch_stats=self.batch_stats,
         )
 
-    def get_extra_state(self) -> dict[str, Any]:
+    def get_extra_state(self) -> Any:
         """What is constrained, as plain Python."""
+        if torch.onnx.is_in_onnx_export():  # by TorchScript, which takes tensors alone
+            return torch.empty(0)
         return {"direction": self.direction, "columns": self.columns, "margin": self.margin}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -324,6 +340,8 @@ def _serve(
         return capture.aside(_serve, route.broken, *asked)
     if route.captured:
         return capture.call(_serve, mlp, inputs, weight, signs, hinge, mode, backend, batch_stats)
+    if type(route.network) is Reading and id(mlp) not in _looked_at:
+        _look_at(mlp, inputs, route, signs)
     if hinge is None:
         return slopes(mlp, inputs, route)
     if route.network is None or route.backend == "reference":
@@ -335,6 +353,21 @@ def _serve(
     D = route.network.nodes[-1].width
     signs.for_network(D)
     return _fused(inputs, route, hinge, check_weight(weight, inputs.like, D, inputs.k))
+
+
+# Networks of which it was said, or needs not be, that they do not use a constrained column.
+_looked_at: dict[int, weakref.ref[nn.Module]] = {}
+
+
+def _look_at(mlp: nn.Module, inputs: Inputs, route: Route, signs: Direction) -> None:
+    """Warns, once for each network that is fused, of columns that it does not use."""
+    if type(mlp) is capture.Captured:
+        return
+    key = id(mlp)
+    _looked_at[key] = weakref.ref(mlp, lambda _: _looked_at.pop(key, None))
+    for said in not_read(mlp, inputs, route, signs):
+        name = inputs.argument(inputs.like)
+        warnings.warn(f"{name}: {said}", RuntimeWarning, stacklevel=5)  # who called the public one
 
 
 def slopes(

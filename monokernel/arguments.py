@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -33,6 +33,7 @@ __all__ = [
     "Direction",
     "Inputs",
     "Names",
+    "by_column",
     "check_box",
     "check_choice",
     "check_chosen",
@@ -44,12 +45,15 @@ __all__ = [
     "check_hinge",
     "check_inputs",
     "check_module",
+    "check_multiplier",
+    "check_named",
     "check_names",
     "check_number",
     "check_outputs",
     "check_parameter",
+    "check_penalty",
     "check_scaler",
-    "check_table",
+    "check_tables",
     "check_values",
     "check_weight",
     "is_mapping",
@@ -64,7 +68,11 @@ AskedReduction = Literal["sum", "mean", "none"]
 AskedBatchStats = Literal["error", "running"]
 MODES, BACKEND_CHOICES = get_args(AskedMode), get_args(AskedBackend)
 HINGES, REDUCTIONS = get_args(AskedHinge), get_args(AskedReduction)
+NUMBERS = "biuf"  # kinds of NumPy's dtypes
 BATCH_STATS = get_args(AskedBatchStats)
+
+
+Names = tuple[Any, ...]
 
 
 class Inputs(NamedTuple):
@@ -170,11 +178,13 @@ def check_parameter(t: Tensor, x: Tensor) -> None:
 
 class Direction(NamedTuple):
     """The signs as given: ``flat`` is row-major of ``shape`` (), (k,) or (D, k). ``margins`` is the
-    shape of the margins that go with them, likewise."""
+    shape of the margins that go with them, likewise; ``names`` are those of the k columns, if the
+    user gave any."""
 
     flat: tuple[int, ...]
     shape: tuple[int, ...]
     margins: tuple[int, ...] = ()
+    names: Names | None = None
 
     def for_network(self, D: int) -> tuple[int, ...]:
         """The 1, k or D·k signs of a network with D outputs."""
@@ -197,17 +207,16 @@ def _of_columns(flat: tuple[Any, ...], d: int, columns: Columns) -> tuple[Any, .
     return tuple([flat[row + c] for row in range(0, len(flat), d) for c in columns])
 
 
-Names = tuple[Any, ...]
-
-
 def check_names(columns: Any, n: int, what: str = "", argument: str = "columns") -> Names | None:
-    """The names of n columns, ``what`` says of what: a sequence, or the index of a DataFrame."""
+    """The names of n columns, or of any number where n is -1; ``what`` says of what: a sequence, or
+    the index of a DataFrame."""
     if columns is None:
         return None
-    if isinstance(columns, (str, bytes)) or not isinstance(columns, Iterable):
+    unordered = isinstance(columns, (set, frozenset))
+    if isinstance(columns, (str, bytes)) or not isinstance(columns, Iterable) or unordered:
         raise TypeError(f"{argument}: expected a sequence of names, got {type(columns).__name__}")
     names = tuple(_plain(name) for name in columns)
-    if len(names) != n:
+    if len(names) != n >= 0:
         raise ValueError(
             f"{argument}: expected {n} names, one for each column{what}, got {len(names)}"
         )
@@ -255,9 +264,7 @@ def check_column(argument: str, key: Any, n: int, names: Names | None) -> int:
     if names is not None:
         if key in names:
             return names.index(key)
-        near = difflib.get_close_matches(str(key), [str(name) for name in names], 1, 0.0)
-        nearest = f"; the nearest is {near[0]!r}" if near else ""
-        raise ValueError(f"{argument}: expected names of columns, got {key!r}{nearest}")
+        raise ValueError(f"{argument}: expected names of columns, got {key!r}{_hint(key, names)}")
     if isinstance(key, str):
         raise ValueError(
             f"{argument}: expected to be given the names of the {n} columns too, to know which is "
@@ -267,6 +274,42 @@ def check_column(argument: str, key: Any, n: int, names: Names | None) -> int:
     if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < n:
         raise ValueError(f"{argument}: expected columns 0 to {n - 1}, got {key!r}")
     return number
+
+
+def _hint(key: Any, names: Names) -> str:
+    """What is meant by a key that is no name: the nearest one, whatever its case, or that of the
+    column with such a number."""
+    number = _plain(key)
+    if isinstance(number, int) and 0 <= number < len(names):
+        return f"; column {number} is called {names[number]!r}"
+    lower = {str(name).lower(): name for name in names}
+    near = difflib.get_close_matches(str(key).lower(), list(lower), 1, 0.0)
+    return f"; the nearest is {lower[near[0]]!r}" if near else ""
+
+
+def by_column(argument: str, given: Any, n: int, names: Names | None) -> Any:
+    """A mapping from each of n columns to a number, or to a sequence of B (a dict, a Series, a
+    DataFrame), as the numbers (n,) or (B, n) in the order of the columns; anything else as it
+    is."""
+    if not is_mapping(given):
+        return given
+    found = {check_column(argument, key, n, names): value for key, value in given.items()}
+    for c in range(n):
+        if c not in found:
+            which = names[c] if names else c
+            raise ValueError(
+                f"{argument}: expected a number for each of the {n} columns, got none for {which!r}"
+            )
+    columns = [found[c] for c in range(n)]
+    columns = [c.tolist() if callable(getattr(c, "tolist", None)) else c for c in columns]
+    if not any(isinstance(c, (list, tuple)) for c in columns):
+        return columns
+    try:
+        return [list(row) for row in zip(*columns, strict=True)]
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{argument}: expected as many numbers in every column, got columns that differ"
+        ) from None
 
 
 def _table(argument: str, given: Any, n: int, names: Names | None) -> Any:
@@ -291,30 +334,71 @@ def _table(argument: str, given: Any, n: int, names: Names | None) -> Any:
 
 
 def check_table(argument: str, given: Any, mlp: Any) -> tuple[Any, Names | None]:
-    """A DataFrame as a tensor of the network's dtype, on its device, and the names of its columns;
-    anything else as it is."""
-    if not (hasattr(given, "columns") and callable(getattr(given, "to_numpy", None))):
+    """A DataFrame (or for x2 a Series, its one column) as a tensor of the network's dtype, on its
+    device, and the names of its columns; anything else as it is."""
+    if not callable(getattr(given, "to_numpy", None)):
         return given, None
     parameters = mlp.parameters() if isinstance(mlp, nn.Module) else ()
     like = next((p for p in parameters if p.is_floating_point()), torch.empty(0))
-    names = tuple(_plain(name) for name in given.columns)
-    try:
-        return torch.tensor(given.to_numpy(), dtype=like.dtype, device=like.device), names
-    except (TypeError, ValueError):
+    if hasattr(given, "columns"):
+        names = tuple(_plain(name) for name in given.columns)
+        array = given.to_numpy()
+        if array.dtype.kind in NUMBERS:
+            return torch.tensor(array, dtype=like.dtype, device=like.device), names
+        series = [given.iloc[:, i] if hasattr(given, "iloc") else given[name]
+                  for i, name in enumerate(names)]  # fmt: skip
+    elif argument == "x2" and hasattr(given, "name"):
+        names, series = (_plain(given.name),), [given]
+    else:
+        return given, None
+    table = torch.stack([_floats(argument, *of) for of in zip(names, series, strict=True)], 1)
+    return table.to(dtype=like.dtype, device=like.device), names
+
+
+def check_tables(
+    mlp: Any, x1: Any, x2: Any, columns: Any
+) -> tuple[Any, Any, Any, Sequence[Any] | None]:
+    """Both inputs, each of which may be a DataFrame, as tensors; the names of the columns that may
+    be constrained, as given or as the DataFrames have them; and those of all columns of x, where
+    they are known."""
+    (x1, names), (x2, own) = check_table("x1", x1, mlp), check_table("x2", x2, mlp)
+    if isinstance(columns, Iterator):
+        columns = tuple(columns)
+    if columns is None:
+        columns = names if x2 is None else own
+    if x2 is None:
+        return x1, x2, columns, columns
+    known = names is not None and columns is not None
+    return x1, x2, columns, (*names, *columns) if known else None  # type: ignore[misc]
+
+
+def _floats(argument: str, name: Any, column: Any) -> Tensor:
+    """A column of a DataFrame (N,) in float64, NaN where a number is missing. Bools are numbers;
+    what only reads as one, as text does, is none."""
+    kind = getattr(column.dtype, "kind", None)  # pandas', of extension types too
+    if kind is None:
+        array = column.to_numpy()
+    elif kind in NUMBERS:
+        array = column.to_numpy(dtype="float64", na_value=math.nan)
+    if kind not in (None, *NUMBERS) or array.dtype.kind not in NUMBERS:
         raise TypeError(
-            f"{argument}: expected numbers in every column, got a DataFrame with others"
-        ) from None
+            f"{argument}: expected numbers in every column, got {name!r} of dtype {column.dtype}"
+        )
+    return torch.from_numpy(array.astype("float64"))
 
 
-def check_direction(direction: Any, k: int, names: Names | None = None) -> Direction:
+def check_direction(
+    direction: Any, k: int, names: Names | None = None, letter: str = "k"
+) -> Direction:
     """``direction`` is a number, a nested sequence, a tensor (read to the host once) or a mapping
-    from columns to signs."""
+    from columns to signs. ``letter`` is what k is called: "d" where it is all columns of x."""
     if type(direction) is int and -1 <= direction <= 1:  # the usual case, at once
         return Direction((direction,), ())
-    values, shape = _entries("direction", direction, k, names)
+    values, shape = _read("direction", direction, k, names)
     for v in values:
         if isinstance(v, (complex, str)) or v not in (-1, 0, 1):
             raise ValueError(f"direction: expected entries in {{-1, 0, 1}}, got {v!r}")
+    _check_shape("direction", shape, k, letter)
     return Direction(tuple(int(v) for v in values), shape)
 
 
@@ -324,13 +408,13 @@ def check_constraints(
     """The inputs with the columns that are constrained, the signs and the margins of these, and
     their names: of x2, or without it of what any output constrains of all of x."""
     whole, n = len(inputs.blocks) == 1, inputs.k
-    if not whole and columns is None and type(margin) is float:  # the usual case, at once
+    if not whole and columns is None and type(margin) is float and math.isfinite(margin):
         return inputs, check_direction(direction, n), margin, None
     if not whole:
         names = check_names(columns, n, " of x2")
         signs = check_direction(direction, n, names)
         margin, shape = check_margin(margin, inputs.columns, n, names)
-        return inputs, signs._replace(margins=shape), margin, names
+        return inputs, signs._replace(margins=shape, names=names), margin, names
     if torch.compiler.is_compiling():
         chosen, signs, margin, names = _constraints(n, direction, columns, margin)
     else:
@@ -348,7 +432,7 @@ Constraints = tuple[Columns, Direction, float | tuple[float, ...], Names | None]
 def _constraints(n: int, direction: Any, columns: Any, margin: Any) -> Constraints:
     """Of all n columns of x: those that are constrained, and what is said of them."""
     names = check_names(columns, n)
-    signs = check_direction(direction, n, names)
+    signs = check_direction(direction, n, names, "d")
     if not signs.shape:
         raise ValueError(
             f"direction: expected a sign for each of the d = {n} columns of x1 where x2 is left "
@@ -360,7 +444,8 @@ def _constraints(n: int, direction: Any, columns: Any, margin: Any) -> Constrain
     margin, shape = check_margin(margin, chosen, n, names)
     if names is not None:
         names = tuple([names[c] for c in chosen])
-    return chosen, signs.of_columns(chosen)._replace(margins=shape), margin, names
+    signs = signs.of_columns(chosen)._replace(margins=shape, names=names)
+    return chosen, signs, margin, names
 
 
 class _Items(NamedTuple):
@@ -392,6 +477,29 @@ def _known_constraints(n: int, direction: Any, columns: Any, margin: Any) -> Con
     return _constraints(n, *map(thawed, (direction, columns, margin)))
 
 
+def check_penalty(direction: Any, columns: Any, margin: Any) -> Names | None:
+    """The names of the columns, and as much of what is said of them as can be checked before there
+    are any rows."""
+    if columns is None:
+        if not is_mapping(direction):
+            _, shape = _read("direction", direction, 0, None)
+            check_direction(direction, shape[-1] if shape else 1)
+        return None
+    names = check_names(tuple(columns) if isinstance(columns, Iterator) else columns, -1)
+    assert names is not None
+    check_direction(direction, len(names), names)
+    if is_mapping(margin):
+        check_margin(margin, tuple(range(len(names))), len(names), names)
+    return names
+
+
+def check_named(inputs: Inputs, names: Any) -> None:
+    """Names of all of x, where x2 is left out."""
+    if len(inputs.blocks) > 1:
+        raise ValueError("names: expected none beside x2, which says which columns are wanted")
+    check_names(names, inputs.d, argument="names")
+
+
 def check_chosen(inputs: Inputs, columns: Any, names: Any) -> tuple[Inputs, Columns | None]:
     """The inputs with the columns of x that are named; and these, unless they were named in the
     order of x, as places among them."""
@@ -415,8 +523,13 @@ def check_margin(
     shape. A mapping names some of these."""
     if isinstance(margin, (bool, str)) or margin is None:
         raise TypeError(f"margin: expected a number, got {type(margin).__name__}")
+    if isinstance(margin, Tensor) and margin.requires_grad:
+        raise TypeError(
+            "margin: expected numbers, got a tensor that wants a gradient, which would not reach "
+            "it; take relu(margin - slopes) of what value_and_jacobian gives"
+        )
     if isinstance(margin, (int, float)):
-        return float(margin), ()
+        return _finite(margin), ()
     k = len(chosen)
     if not is_mapping(margin):
         values, shape = _entries("margin", margin, k, None)
@@ -432,26 +545,45 @@ def check_margin(
         if isinstance(v, (bool, complex, str)):
             raise TypeError(f"margin: expected numbers, got {v!r}")
     if not shape:
-        return float(values[0]), ()
-    return tuple(float(v) for v in values), shape
+        return _finite(values[0]), ()
+    return tuple([_finite(v) for v in values]), shape
+
+
+def _finite(margin: float) -> float:
+    if not math.isfinite(margin):
+        raise ValueError(f"margin: expected finite numbers, got {margin}")
+    return float(margin)
 
 
 def _entries(
     argument: str, given: Any, k: int, names: Names | None
 ) -> tuple[list[Any], tuple[int, ...]]:
     """The numbers of an argument, row-major, and their shape: (), (k,) or (D, k)."""
+    values, shape = _read(argument, given, k, names)
+    _check_shape(argument, shape, k)
+    return values, shape
+
+
+def _read(
+    argument: str, given: Any, k: int, names: Names | None
+) -> tuple[list[Any], tuple[int, ...]]:
+    """The numbers of an argument, row-major, and their shape, whatever it is."""
     try:
-        values, shape = _numbers(_table(argument, given, k, names) if is_mapping(given) else given)
+        return _numbers(_table(argument, given, k, names) if is_mapping(given) else given)
     except (TypeError, RuntimeError):
         raise TypeError(
             f"{argument}: expected a number, a (nested) sequence of numbers, a tensor or a mapping "
             f"from columns to numbers, got {type(given).__name__}"
         ) from None
+
+
+def _check_shape(argument: str, shape: tuple[int, ...], k: int, letter: str = "k") -> None:
     if len(shape) > 2 or (shape and shape[-1] != k):
+        scalar = "a scalar, " if letter == "k" else ""
         raise ValueError(
-            f"{argument}: expected a scalar, (k,) = ({k},) or (D, k) = (D, {k}), got shape {shape}"
+            f"{argument}: expected {scalar}({letter},) = ({k},) or (D, {letter}) = (D, {k}), got "
+            f"shape {shape}"
         )
-    return values, shape
 
 
 def _numbers(direction: Any) -> tuple[list[Any], tuple[int, ...]]:
@@ -470,12 +602,16 @@ def _numbers(direction: Any) -> tuple[list[Any], tuple[int, ...]]:
     return [v for values, _ in rows for v in values], (len(rows), *inner)
 
 
-def check_box(lower: Any, upper: Any, d: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The ends of a box in d columns: numbers, which serve every column, or (d,)."""
+def check_box(
+    lower: Any, upper: Any, d: int, names: Names | None = None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The ends of a box in d columns: numbers, which serve every column, (d,), or a mapping from
+    every column to its number."""
     ends = []
     for name, end in (("lower", lower), ("upper", upper)):
         wanted = f"(d,) = ({d},), as direction has it"
-        kinds = "a number, a sequence of numbers or a tensor"
+        kinds = "a number, a sequence of numbers, a tensor or a mapping from columns to numbers"
+        end = by_column(name, end, d, names)
         ends.append(tuple(_numbers_of(name, end, d, kinds, wanted)))
     for c, (l, u) in enumerate(zip(*ends, strict=True)):
         for name, end in (("lower", l), ("upper", u)):
@@ -505,9 +641,9 @@ def check_number(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
-def check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{name}: expected a number of points >= 0, got {value!r}")
+def check_count(name: str, value: Any, least: int = 0, of: str = "points") -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected a number of {of} >= {least}, got {value!r}")
 
 
 def check_values(name: str, value: Any) -> None:
@@ -516,10 +652,11 @@ def check_values(name: str, value: Any) -> None:
 
 
 def check_scaler(
-    name: str, scaler: Any, n: int
+    name: str, scaler: Any, n: int, names: Any = None
 ) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """The means and scales of n columns that were standardised, as ``(own - mean) / scale``: given
-    as a pair, or what the ``inverse_transform`` of a fitted scaler makes of a few rows."""
+    as a pair, of mappings by ``names`` say, or what the ``inverse_transform`` of a fitted scaler
+    makes of a few rows."""
     if scaler is None:
         return None
     if callable(getattr(scaler, "inverse_transform", None)):
@@ -541,7 +678,10 @@ def check_scaler(
                 )
     elif isinstance(scaler, (tuple, list)) and len(scaler) == 2:
         kinds, wanted = "numbers as mean and scale", f"({n},)"
-        mean, scale = (_numbers_of(name, part, n, kinds, wanted) for part in scaler)
+        if any(map(is_mapping, scaler)):
+            names = check_names(names, n, argument="outputs" if name == "y_scaler" else "columns")
+        parts = [by_column(name, part, n, names) for part in scaler]
+        mean, scale = (_numbers_of(name, part, n, kinds, wanted) for part in parts)
     else:
         raise TypeError(
             f"{name}: expected a pair (mean, scale) or a fitted scaler, got {type(scaler).__name__}"
@@ -577,18 +717,15 @@ def check_weight(weight: Any, x: Tensor, D: int, k: int) -> Tensor | None:
     if weight is None:
         return None
     if isinstance(weight, (int, float)):
-        if weight < 0:
+        if not weight >= 0:
             raise ValueError(f"weight: expected none below 0, got {weight}")
         dtype = accumulate_dtype(x.dtype)
         if torch.compiler.is_compiling():  # a fill by a number is compiled for that number
             return x.new_ones((), dtype=dtype) * weight
         # A fill: a copy from the host would wait for the device.
         return torch.full((), weight, dtype=dtype, device=x.device)
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight: expected a number or a tensor, got {type(weight).__name__}")
-    if not weight.dtype.is_floating_point:
-        raise TypeError(f"weight: expected a floating-point tensor, got {_dtype(weight)}")
-    _check_dense("weight", weight)
+    check_multiplier(weight)
+    assert isinstance(weight, Tensor)
     if weight.device != x.device and weight.dim():
         raise ValueError(f"weight: expected on the device of x1, {x.device}, got {weight.device}")
     batch = x.shape[:-1]
@@ -606,15 +743,26 @@ def check_weight(weight: Any, x: Tensor, D: int, k: int) -> Tensor | None:
             f"weight: expected to know whether {tuple(weight.shape)} is one for each row or "
             f"broadcasts to (D, k) = ({D}, {k}); write weight[..., None, None] or weight[None]"
         )
-    _check_not_negative(weight)
     return weight[..., None, None] if by_row and not fits else weight
+
+
+def check_multiplier(weight: Any) -> None:
+    """A tensor of numbers none of which is below 0, whatever its shape; or None."""
+    if weight is None:
+        return
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a number or a tensor, got {type(weight).__name__}")
+    if not weight.dtype.is_floating_point:
+        raise TypeError(f"weight: expected a floating-point tensor, got {_dtype(weight)}")
+    _check_dense("weight", weight)
+    _check_not_negative(weight)
 
 
 def _check_not_negative(weight: Tensor) -> None:
     """Where that can be seen: on the CPU, since a device would have to be waited for."""
     if torch.compiler.is_compiling():
         if weight.device.type == "cpu" and not torch._C._are_functorch_transforms_active():
-            torch._assert_async((~(weight < 0)).all(), "weight: expected none below 0")
+            torch._assert_async((weight >= 0).all(), "weight: expected none below 0")
         return
     if (
         weight.device.type == "cpu"
@@ -623,7 +771,7 @@ def _check_not_negative(weight: Tensor) -> None:
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
         and holds(weight)
-        and bool((weight.detach() < 0).any())
+        and not bool((weight.detach() >= 0).all())
     ):
         raise ValueError(f"weight: expected none below 0, got {weight.min().item():g}")
 

@@ -20,7 +20,7 @@ from .arguments import (
     check_inputs,
     check_outputs,
     check_scaler,
-    check_table,
+    check_tables,
     check_values,
 )
 from .backends import general
@@ -70,7 +70,7 @@ def audit(
 
     Args:
         mlp, x1, x2, direction, columns, margin: as for ``fused_mono_penalty``. The inputs may be
-            DataFrames, which bring the names of their columns.
+            DataFrames of numbers (x2 also a Series), which bring the names of their columns.
         sample: also measure on this many points away from the data, drawn as
             ``sample_points`` does by ``strategy`` and ``generator``; they are in
             the report's ``.sampled``.
@@ -83,31 +83,32 @@ def audit(
         outputs: the D names of the outputs, which the report shows instead of numbers.
         x_scaler, y_scaler: what standardised the d inputs and the D outputs, for a report in the
             units before: a pair (mean, scale) of numbers or (d,) and (D,), where the network sees
-            ``(own - mean) / scale``, or a fitted scaler with an ``inverse_transform`` that does the
-            same, as scikit-learn's. ``margin`` stays in the units of the network.
+            ``(own - mean) / scale`` (also by name, as of a pandas Series), or a fitted scaler with
+            an ``inverse_transform`` that does the same, as scikit-learn's. ``margin`` stays in the
+            units of the network.
 
     Returns:
         An ``Audit``; print it, or see its ``to_dict``, ``to_frame``, ``to_html``, ``to_csv``.
     """
-    (x1, names), (x2, names2) = check_table("x1", x1, mlp), check_table("x2", x2, mlp)
-    if columns is None:
-        columns = names if x2 is None else names2
+    x1, x2, columns, every = check_tables(mlp, x1, x2, columns)
     inputs = check_inputs(x1, x2)
-    inputs, signs, margin, columns = check_constraints(inputs, direction, columns, margin)
+    inputs, signs, margin, names = check_constraints(inputs, direction, columns, margin)
     check_count("sample", sample)
     check_flag("attack", attack)
     check_values("steps", steps)
     x = inputs.joined().reshape(-1, inputs.d)
-    units = check_scaler("x_scaler", x_scaler, inputs.d)
-    asked = _Asked(inputs.columns, columns or inputs.numbers, signs, margin, steps, x)
+    units = check_scaler("x_scaler", x_scaler, inputs.d, every)
+    if sample and len(x) and x.isnan().any(1).all():
+        raise ValueError("sample: expected a row of x1 without NaN to draw from, got none")
+    asked = _Asked(inputs.columns, names or inputs.numbers, signs, margin, steps, x)
     with evaluating(mlp):
         report = _measure(mlp, x, asked)
         with untouched(mlp, x.device):
             said, mixing = doubts(mlp, x)
         report = replace(report, doubts=said)
         D = len(report.direction)
-        named = check_outputs(outputs, D)
-        heights = check_scaler("y_scaler", y_scaler, D)
+        called = check_outputs(outputs, D)
+        heights = check_scaler("y_scaler", y_scaler, D, outputs)
         sampled = attacked = None
         if sample:
             points = sample_points(without_nan(x), sample, strategy, generator=generator)
@@ -118,7 +119,7 @@ def audit(
                 attacked = _measure(mlp, points, asked._replace(steps=0))
 
     def shown(part: Audit) -> Audit:
-        part = replace(part, outputs=named, mixing=mixing)
+        part = replace(part, outputs=called, mixing=mixing)
         return part.in_units(units, heights) if units or heights else part
 
     own, others = shown(report), [part and shown(part) for part in (sampled, attacked)]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
@@ -15,11 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from . import attack, branching, forms, network, ranges, switches
-from .arguments import Names, check_direction, check_module, check_names, check_number
+from .api import MonotonePenalty
+from .arguments import (
+    Names,
+    by_column,
+    check_column,
+    check_direction,
+    check_module,
+    check_names,
+    check_number,
+    is_mapping,
+)
 from .audit import slopes_in_direction
 from .branching import Boxes, Constraints
 from .forms import INTERVALS
-from .layers import Layers, Straight, layers_of
+from .layers import Layers, Straight, layers_of, width_of
+from .monotone import Monotone
 from .probing import evaluating
 from .signs import direction_table
 
@@ -130,8 +142,8 @@ class Certificate:
         Raises:
             ValueError: one sentence, where it is not.
         """
-        check_module(mlp)
-        layers, dtype = _read(network.unwrap(mlp), self.lower.shape[-1])
+        mlp = _network(mlp)
+        layers, dtype = _read(mlp, self.lower.shape[-1])
         if dtype != self.dtype:
             raise ValueError(f"mlp: expected a network of dtype {self.dtype}, got {dtype}")
         found = layers.digest(dtype)
@@ -233,7 +245,7 @@ def certify(
     columns: Any = None,
     margin: float = 0.0,
     seconds: float = 60.0,
-    one_hot: Sequence[Sequence[int]] = (),
+    one_hot: Sequence[Sequence[Any]] = (),
     seed: int = 0,
     progress: bool = True,
 ) -> Certificate:
@@ -250,16 +262,18 @@ def certify(
             Other programs whose nodes all have a range are bounded by intervals alone, which
             decides small boxes and what is monotone by construction.
         lower, upper: the box: (d,), numbers for all columns alike, or (B, d) for B boxes with a
-            verdict each, over the columns of ``mlp``'s input. Both ends may be equal: a box without
-            extent in all columns but one is one row along the whole range of that column. Ends may
-            be infinite: there intervals alone bound, and what they leave open is cut further.
+            verdict each, over the columns of ``mlp``'s input; or a mapping from every column to its
+            number or its B numbers (a dict, a Series, a DataFrame). Both ends may be equal: a box
+            without extent in all columns but one is one row along the whole range of that column.
+            Ends may be infinite: there intervals alone bound, and what they leave open is cut
+            further.
         direction: +1 rising, -1 falling, 0 free, as a scalar, (d,) or (D, d), for every column; or
             a mapping from columns to signs, 0 for what it does not name.
         columns: the names of the d columns, for such a mapping, the table and the certificate.
         margin: the slope, in its direction, that is to be proved; units of y per unit of x.
         seconds: after so much time what is not decided is "unknown".
-        one_hot: groups of columns of which exactly one is 1 and the others are 0, so that no
-            impossible row is asked about; they must be free.
+        one_hot: groups of columns, by number or name, of which exactly one is 1 and the others are
+            0, so that no impossible row is asked about; they must be free.
         seed: of the random starts; the same call gives the same certificate, time permitting.
         progress: a line on the standard error while it runs.
 
@@ -270,11 +284,14 @@ def certify(
         ValueError, TypeError: one sentence naming the argument, what was expected and what came.
     """
     begin = time.monotonic()
-    check_module(mlp)
-    mlp = network.unwrap(mlp)
+    mlp = _network(mlp)
     check_number("margin", margin)
     check_number("seconds", seconds)
-    low, high, batched = _box(mlp, lower, upper)
+    if not math.isfinite(margin):
+        raise ValueError(f"margin: expected a finite number, got {margin}")
+    if not seconds >= 0:
+        raise ValueError(f"seconds: expected a number >= 0, got {seconds}")
+    low, high, batched = _box(mlp, lower, upper, direction, columns)
     B, d = low.shape
     place = _place(mlp)
     layers, dtype = _read(mlp, d)
@@ -283,7 +300,9 @@ def certify(
     names = check_names(columns, d)
     signs = check_direction(direction, d, names)
     table = direction_table(signs.for_network(D), D, d, torch.float64, low.device)
-    rows = _rows(low, high, _groups(one_hot, table, low, high))
+    if not table.any():
+        raise ValueError("direction: expected +1 or -1 for at least one column, got none")
+    rows = _rows(low, high, _groups(one_hot, names, table, low))
     outputs, places = (table != 0).nonzero(as_tuple=True)
     constraints = Constraints(outputs, places, table[outputs, places], float(margin))
     probe = _Probe(mlp, layers, constraints, table, dtype, low, high)
@@ -340,37 +359,33 @@ def _search(
 # --- arguments -----------------------------------------------------------------------------------
 
 
-def _box(mlp: nn.Module, lower: Any, upper: Any) -> tuple[Tensor, Tensor, bool]:
+def _network(mlp: Any) -> nn.Module:
+    """The network that is asked about, and no module that only holds it."""
+    check_module(mlp)
+    mlp = network.unwrap(mlp)
+    assert isinstance(mlp, nn.Module)
+    if isinstance(mlp, MonotonePenalty):
+        raise ValueError("mlp: expected the network itself, got a MonotonePenalty; give its .mlp")
+    if isinstance(mlp, Monotone):
+        raise ValueError("mlp: expected what is deployed, got a Monotone; give its frozen()")
+    return mlp
+
+
+def _box(
+    mlp: nn.Module, lower: Any, upper: Any, direction: Any, columns: Any
+) -> tuple[Tensor, Tensor, bool]:
     """Both ends (B, d) in float64, and whether there is a B."""
+    d = _width(mlp, lower, upper, direction, columns)
+    names = check_names(columns, d)
     ends = []
     for name, value in (("lower", lower), ("upper", upper)):
-        try:
-            end = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"{name}: expected numbers, got {type(value).__name__}") from None
-        if end.dim() > 2:
-            raise ValueError(f"{name}: expected shape (d,) or (B, d), got {tuple(end.shape)}")
-        if end.isnan().any():
-            raise ValueError(f"{name}: expected numbers, got NaN")
-        if (end == (torch.inf if name == "lower" else -torch.inf)).any():
-            wrong = "inf" if name == "lower" else "-inf"
-            raise ValueError(
-                f"{name}: expected numbers or {'-' * (wrong == 'inf')}inf, got {wrong}"
-            )
-        ends.append(end)
-    chain = network.read(mlp)
-    d = chain.widths[0] if isinstance(chain, network.Chain) else None
-    shapes = {end.shape[-1] for end in ends if end.dim()}
-    if d is None and shapes:
-        d = max(shapes)
-    if d is None:
-        raise ValueError("lower: expected shape (d,), got a number for a network of unknown width")
-    for name, end in zip(("lower", "upper"), ends, strict=True):
+        end = _end(name, by_column(name, value, d, names))
         if end.dim() and end.shape[-1] != d:
             raise ValueError(
                 f"{name}: expected shape ({d},) or (B, {d}) for a network of {d} columns, got "
                 f"{tuple(end.shape)}"
             )
+        ends.append(end)
     batched = any(end.dim() == 2 for end in ends)
     B = max([len(end) for end in ends if end.dim() == 2], default=1)
     for name, end in zip(("lower", "upper"), ends, strict=True):
@@ -385,6 +400,49 @@ def _box(mlp: nn.Module, lower: Any, upper: Any) -> tuple[Tensor, Tensor, bool]:
             + (f" of box {box}" if batched else "")
         )
     return low, high, batched
+
+
+def _end(name: str, value: Any) -> Tensor:
+    """One end (), (d,) or (B, d) in float64."""
+    try:
+        value = value.detach().cpu() if isinstance(value, Tensor) else value
+        end = torch.tensor(value, dtype=torch.float64) if not isinstance(value, Tensor) else value
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name}: expected numbers, got {type(value).__name__}") from None
+    if end.dim() > 2:
+        raise ValueError(f"{name}: expected shape (d,) or (B, d), got {tuple(end.shape)}")
+    if end.isnan().any():
+        raise ValueError(f"{name}: expected numbers, got NaN")
+    if (end == (torch.inf if name == "lower" else -torch.inf)).any():
+        wrong = "inf" if name == "lower" else "-inf"
+        raise ValueError(f"{name}: expected numbers or {'-' * (wrong == 'inf')}inf, got {wrong}")
+    return end.to(torch.float64)
+
+
+def _width(mlp: nn.Module, lower: Any, upper: Any, direction: Any, columns: Any) -> int:
+    """How many columns the network takes: as its first layer says, or as many as there are names,
+    ends or signs, or as its linear layers say."""
+    chain = network.read(mlp)
+    if isinstance(chain, network.Chain):
+        return chain.widths[0]
+    if isinstance(columns, Sized) and not isinstance(columns, (str, bytes)):
+        return len(columns)
+    for given in (lower, upper, direction):
+        if (given is lower or given is upper) and is_mapping(given):
+            return len(list(given.keys()))
+        try:
+            shape = torch.as_tensor(given).shape
+        except (TypeError, ValueError, RuntimeError):
+            continue  # what is wrong with it is said where it is read
+        if shape:
+            return shape[-1]
+    d = width_of(mlp)
+    if d is None:
+        raise ValueError(
+            "lower: expected (d,) numbers, since how many columns mlp takes is not known, got one "
+            "for all"
+        )
+    return d
 
 
 def _place(mlp: nn.Module) -> torch.device:
@@ -404,14 +462,18 @@ def _read(mlp: nn.Module, d: int) -> tuple[Layers | Straight, str]:
 
 
 def _groups(
-    one_hot: Sequence[Sequence[int]], table: Tensor, low: Tensor, high: Tensor
+    one_hot: Sequence[Sequence[Any]], names: Names | None, table: Tensor, low: Tensor
 ) -> list[list[int]]:
     d, seen = table.shape[1], set[int]()
     groups = []
     for group in one_hot:
-        columns = [int(c) for c in group]
+        if isinstance(group, (str, bytes)) or not isinstance(group, Iterable):
+            raise TypeError(f"one_hot: expected groups of columns, as [[0, 1]], got {one_hot!r}")
+        columns = [
+            check_column("one_hot", c, d, names if isinstance(c, str) else None) for c in group
+        ]
         for c in columns:
-            if not 0 <= c < d or c in seen:
+            if c in seen:
                 raise ValueError(
                     f"one_hot: expected columns 0 to {d - 1}, each in one group, got {c}"
                 )

@@ -18,7 +18,7 @@ from .intervals import without_range
 from .nodes import rule
 from .program import Node, nodes_of
 
-__all__ = ["Layers", "Straight", "layers_of"]
+__all__ = ["Layers", "Straight", "layers_of", "width_of"]
 
 FOLDED = 8  # roundings in a weight that a scale, a shift or a norm was folded into
 
@@ -166,6 +166,16 @@ def layers_of(mlp: nn.Module, d: int) -> tuple[Layers | Straight, str] | str:
         for W_l, p in zip(W, params[1::2], strict=True)
     ]
     return Layers(W, tuple(b), activations, moved, folded), dtypes.pop()
+
+
+def width_of(mlp: nn.Module) -> int | None:
+    """How many columns the network takes: as its first layer says, or else the first of its linear
+    layers' widths with which it can be read; None where there is none."""
+    chain = network.read(mlp)
+    if isinstance(chain, network.Chain):
+        return chain.widths[0]
+    widths = dict.fromkeys(m.in_features for m in mlp.modules() if isinstance(m, nn.Linear))
+    return next((d for d in widths if not isinstance(layers_of(mlp, d), str)), None)
 
 
 def _activations(nodes: tuple[Node, ...]) -> tuple[Activation, ...] | None:

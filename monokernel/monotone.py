@@ -30,6 +30,7 @@ from .arguments import (
 from .backends import reference
 from .boundary import operand_dtype, traced, transformed
 from .intervals import ENDS, Interval, jacobian, without_range
+from .layers import width_of
 from .operands import PLAIN
 from .problem import accumulate_dtype
 from .program import Node
@@ -39,6 +40,11 @@ if TYPE_CHECKING:
     from .backends import cpu
 
 __all__ = ["Monotone"]
+
+TO_EXPORT = (
+    "Monotone: expected its frozen() to be exported or traced, got the module that bounds its "
+    "weights anew in every call"
+)
 
 
 Boxes = list[tuple[tuple[float, ...], tuple[float, ...]]]  # (lower, upper) of each
@@ -86,8 +92,9 @@ class Monotone(nn.Module):
             ``.mlp``. Every operation in it must be a row-wise node of which the range over an
             interval is known: linear layers, the element-wise activations, PReLU, dropout, scales
             and shifts, sums, products, concatenations, LayerNorm, RMSNorm, softmax.
-        lower, upper: the box, in the units of x: numbers, or (d,) sequences or tensors, which are
-            read to the host. -inf and inf are allowed.
+        lower, upper: the box, in the units of x: numbers, (d,) sequences or tensors, which are read
+            to the host, or mappings from every column to its number (a dict, a Series). -inf and
+            inf are allowed.
         direction: for each column of x +1 (no output decreases in it), -1 (none increases) or 0
             (free): (d,), or (D, d) with signs of each output's own; or a mapping from columns to
             signs, 0 for what it does not name.
@@ -121,12 +128,12 @@ class Monotone(nn.Module):
             raise ValueError(f"parts: expected a number of parts >= 1, got {parts!r}")
         self.mlp = mlp
         self.margin, self.parts = float(margin), parts
-        d = _columns(direction, columns, lower, upper)
+        d = _columns(mlp, direction, columns, lower, upper)
         self.names = check_names(columns, d)
-        signs = check_direction(direction, d, self.names)
+        signs = check_direction(direction, d, self.names, "d")
         if not signs.shape:
             raise ValueError("direction: expected (d,) or (D, d) signs, got a single number")
-        self.lower, self.upper = check_box(lower, upper, d)
+        self.lower, self.upper = check_box(lower, upper, d, self.names)
         self._constants: dict[tuple[torch.dtype, torch.device], Constants] = {}
         # What serves a program on operands of a dtype in the native library, where it does.
         self._lifts: dict[tuple[tuple[Node, ...], torch.dtype, float], cpu.Lift | None] = {}
@@ -154,8 +161,14 @@ class Monotone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., D), or as ``mlp`` squeezes it, for x (..., d)."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
         if not self.columns:
             return self.mlp(x)  # type: ignore[no-any-return]
+        if torch._C._get_tracing_state() is not None:
+            raise ValueError(TO_EXPORT)
+        if x.shape[-1:] != (len(self.lower),):
+            raise ValueError(f"x: expected shape (..., {len(self.lower)}), got {tuple(x.shape)}")
         if torch.compiler.is_dynamo_compiling():
             mlp = network.unwrap(self.mlp)
             inputs = check_inputs(x)
@@ -350,10 +363,7 @@ class Monotone(nn.Module):
                     f"mlp: expected fully_shard around the Monotone as a whole, got {part}"
                 )
             elif torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
-                raise ValueError(
-                    "Monotone: expected its frozen() to be exported or traced, got the module that "
-                    "bounds its weights anew in every call"
-                )
+                raise ValueError(TO_EXPORT)
             elif not torch.compiler.is_compiling():
                 found = reading.read(mlp, check_inputs(like), rehearsal=True, fold=False)
             if isinstance(found, str):
@@ -375,8 +385,9 @@ class Monotone(nn.Module):
         params = list(self.mlp.parameters())
         if any(p.is_meta or isinstance(p, FakeTensor) for p in params):
             return
-        if not all(p.isfinite().all() for p in params):
-            return
+        with torch.no_grad():
+            if not all(p.isfinite().all() for p in params):
+                return
         with torch.no_grad(), _full_precision(x.device.type):
             bound = self._bound(x)
             own = self._constants_for(bound.dtype, bound.device)
@@ -633,16 +644,18 @@ def _away_from_zero(W: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(t.to(W.dtype).abs() < W.abs(), torch.nextafter(t, ends), t)
 
 
-def _columns(direction: Any, names: Any, lower: Any, upper: Any) -> int:
-    """How many columns it speaks of; a mapping leaves that to their names, or to the box."""
+def _columns(mlp: nn.Module, direction: Any, names: Any, lower: Any, upper: Any) -> int:
+    """How many columns it speaks of; a mapping leaves that to their names, to the box, or to the
+    network."""
     if is_mapping(direction):
         sized = [given for given in (names, lower, upper) if hasattr(given, "__len__")]
-        if not sized:
+        d = len(sized[0]) if sized else width_of(network.unwrap(mlp))
+        if d is None:
             raise ValueError(
                 "columns: expected the names of all columns to go with a direction by columns, got "
                 "none"
             )
-        return len(sized[0])
+        return d
     try:
         shape = direction.shape if isinstance(direction, Tensor) else _shape(direction)
         return int(shape[-1])

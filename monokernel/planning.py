@@ -34,10 +34,10 @@ from .boundary import operand_dtype, traced, transformed
 from .columns import Columns
 from .operands import has_memory
 from .problem import Mode, Problem, cheaper_mode
-from .program import Node
+from .program import Node, unread
 from .signs import direction_table
 
-__all__ = ["Plan", "Route", "choose", "plan", "twice"]
+__all__ = ["Plan", "Route", "choose", "not_read", "plan", "twice"]
 
 T = TypeVar("T")
 
@@ -75,8 +75,9 @@ class Plan:
             below that), by measurements of double backward where it is not; None where it is not
             known.
         advice: what to change, a sentence each.
-        doubts: what the penalty would not see, a sentence each: activations that jump, and on the
-            general path columns in which every slope is 0 and rows that influence each other.
+        doubts: what the penalty would not see, a sentence each: activations that jump, columns
+            that a forward does not use, and on the general path columns in which every slope is 0
+            and rows that influence each other.
         error: the sentence with which the call would raise, "" if it would not.
     """
 
@@ -162,7 +163,8 @@ def plan(
         except Exception as error:  # whatever a module of one's own says
             failed = _sentence(error)
     else:
-        D, doubts = route.network.nodes[-1].width, _jumps(route.network.nodes)
+        D = route.network.nodes[-1].width
+        doubts = [*_jumps(route.network.nodes), *not_read(mlp, inputs, route, signs)]
         try:
             (signs or Direction((1,), ())).for_network(D)
         except ValueError as error:
@@ -192,10 +194,11 @@ def _looked_at(
             said += probing.doubts(mlp, x)[0]
     D, k = J.shape[-2:]
     wanted = torch.ones(D, k, dtype=torch.bool, device=J.device)
+    labels = (signs and signs.names) or inputs.numbers
     if signs is not None:
         wanted = direction_table(signs.for_network(D), D, k, J.dtype, J.device) != 0
     if J.numel() and len(inputs.batch) == 1:
-        said += probing.without_slope(mlp, x, J, wanted, inputs.columns, inputs.numbers)
+        said += probing.without_slope(mlp, x, J, wanted, inputs.columns, labels)
     return D, said
 
 
@@ -212,6 +215,21 @@ def _jumps(nodes: tuple[Node, ...]) -> list[str]:
     return [
         f"y may jump at its {' and '.join(kinds)}, and no slope shows by how much or in which "
         "direction; audit() compares finite steps"
+    ]
+
+
+def not_read(mlp: nn.Module, inputs: Inputs, route: Route, signs: Direction | None) -> list[str]:
+    """A sentence on the constrained columns that a program never looks at, if there are any."""
+    if route.network is None or isinstance(route.network, network.Chain):
+        return []
+    blank = unread(inputs.d, route.network.nodes)
+    labels = (signs and signs.names) or inputs.numbers
+    found = [labels[i] for i, c in enumerate(inputs.columns) if c in blank]
+    if not found:
+        return []
+    return [
+        f"{probing.named(found)} every slope of mlp ({type(network.unwrap(mlp)).__name__}) is "
+        "exactly 0, since its forward does not use what is there: nothing is constrained there"
     ]
 
 

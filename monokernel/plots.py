@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from .arguments import (
     check_constraints,
+    check_count,
     check_inputs,
     check_outputs,
     check_scaler,
-    check_table,
+    check_tables,
 )
 from .audit import audit, slopes_in_direction, without_nan
 from .probing import evaluating
@@ -68,9 +69,9 @@ def plot_audit(
     """
     from matplotlib.figure import Figure
 
-    (x1, names), (x2, own) = check_table("x1", x1, mlp), check_table("x2", x2, mlp)
-    if columns is None:
-        columns = names if x2 is None else own
+    check_count("most", most, 1, "constraints")
+    check_count("curves", curves, 1, "curves")
+    x1, x2, columns, every = check_tables(mlp, x1, x2, columns)
     inputs, signs, margins, named = check_constraints(
         check_inputs(x1, x2), direction, columns, margin
     )
@@ -84,12 +85,12 @@ def plot_audit(
         hidden = audit(mlp, *parts, direction=direction, columns=columns, steps=0).blind
     (D, k), label = report.direction.shape, "x" if x2 is None else "x2"
     outputs = None if outputs is None else check_outputs(outputs, D)
-    xs = _units("x_scaler", x_scaler, inputs.d)
-    ys = _units("y_scaler", y_scaler, D)
+    xs = _units("x_scaler", x_scaler, inputs.d, every)
+    ys = _units("y_scaler", y_scaler, D, outputs)
     chosen = report.entries()[:most]
-    if not chosen or not report.rows:
+    if not chosen or not len(whole):
         raise ValueError(
-            "plot_audit: expected at least one row and one constrained slope, got none"
+            "plot_audit: expected at least one row without NaN and one constrained slope, got none"
         )
 
     def slopes(rows: Tensor, d: int, c: int) -> Tensor:
@@ -136,9 +137,9 @@ class _Axes(NamedTuple):
     y_scale: float
 
 
-def _units(name: str, scaler: Any, n: int) -> list[tuple[float, float]]:
+def _units(name: str, scaler: Any, n: int, names: Any) -> list[tuple[float, float]]:
     """The mean and the scale of each of n columns."""
-    found = check_scaler(name, scaler, n)
+    found = check_scaler(name, scaler, n, names)
     return [(0.0, 1.0)] * n if found is None else list(zip(*found, strict=True))
 
 

@@ -18,8 +18,8 @@ from .network import ending, parts, uncompiled, unwrap, where
 from .reading import State
 
 __all__ = [
-    *("WITHOUT_DERIVATIVE", "doubts", "evaluating", "hidden", "output", "rounding", "spread"),
-    *("untouched", "without_slope"),
+    *("WITHOUT_DERIVATIVE", "doubts", "evaluating", "hidden", "named", "output", "rounding"),
+    *("spread", "untouched", "without_slope"),
 ]
 
 WITHOUT_DERIVATIVE = "an embedding, a rounding, a step, detach, no_grad or a quantised layer"
@@ -138,6 +138,10 @@ def without_slope(
 
 def _named(places: Sequence[int], labels: Sequence[Any]) -> str:
     return f"column{'s' * (len(places) > 1)} {_listed([labels[c] for c in places])}"
+
+
+def named(labels: Sequence[Any]) -> str:
+    return f"in column{'s' * (len(labels) > 1)} {_listed(labels)}"
 
 
 def _listed(entries: Sequence[Any]) -> str:

@@ -7,12 +7,14 @@ through a registered operator. A chain of linear layers is the simplest program.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Iterable
+from functools import lru_cache, reduce
+from operator import or_
 from typing import NamedTuple
 
-from .activations import IDENTITY, KINDS, Activation
+from .activations import ACTIVATIONS, IDENTITY, KINDS, Activation
 
-__all__ = ["Chain", "Node", "chain_of", "nodes_of"]
+__all__ = ["Chain", "Node", "chain_of", "nodes_of", "unread"]
 
 
 class Node(NamedTuple):
@@ -68,3 +70,30 @@ def chain_of(d: int, nodes: tuple[Node, ...]) -> Chain | None:
         else:
             return None
     return Chain(tuple(widths), tuple(activations)) if activations else None
+
+
+def unread(d: int, nodes: tuple[Node, ...]) -> tuple[int, ...]:
+    """The columns of x that y does not depend on, whatever the numbers: they were sliced away."""
+    reach = [[1 << c for c in range(d)]]  # for each column of a value the columns of x behind it
+    for node in nodes:
+        u = [reach[i] for i in node.inputs]
+        if node.kind == "columns":
+            start, step = map(int, node.numbers)
+            v = u[0][start :: max(1, step)][: node.width]
+        elif node.kind == "concat":
+            v = [mask for part in u for mask in part]
+        elif node.kind in BY_COLUMN:
+            v = [_union(masks) for masks in zip(*u, strict=True)]
+        else:
+            v = [_union(mask for part in u for mask in part)] * node.width
+        reach.append(v)
+    read = _union(reach[-1])
+    return tuple([c for c in range(d) if not read >> c & 1])
+
+
+# Of which a column comes from the same column of what is read; the others mix them.
+BY_COLUMN = {"prelu", "scale", "shift", "line", "dropout", "sum", "product", *ACTIVATIONS}
+
+
+def _union(masks: Iterable[int]) -> int:
+    return reduce(or_, masks, 0)

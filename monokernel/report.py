@@ -283,7 +283,8 @@ class Audit:
             lines = [
                 unknown,
                 *doubts,
-                f"In {blind} the derivative is 0 in every row, yet y changes with the column.",
+                f"In {blind}{self._outputs_where(self.blind)} the derivative is 0 in every row, "
+                "yet y changes with the column.",
                 f"It says nothing of rise or fall, as behind {WITHOUT_DERIVATIVE}.",
                 *([f"Elsewhere {counted}"] if known.any() else []),
             ]
@@ -300,15 +301,20 @@ class Audit:
         if len(steps.refused) > 1:
             lines[0] += f"; and {len(steps.refused) - 1} more"
         if not math.isnan(steps.violation_rate):
+            deepest = f"deepest by {steps.worst:.4g}"
+            if math.isnan(steps.worst):
+                row = steps.worst_row[steps.worst_drop.isnan() & ~steps.rate.isnan()][0].item()
+                deepest = f"y becomes NaN, in row {row} first"
             lines.append(
                 f"{steps.rows} of them moved along each column: {_share(steps.violation_rate)} "
-                f"fall on the way, deepest by {steps.worst:.4g}"
+                f"fall on the way, {deepest}"
             )
         unseen = (self.rate == 0) & (steps.rate > 0)
         if unseen.any():
             lines.append(
-                f"STEPS DISAGREE WITH SLOPES: in {self._columns(unseen)} no slope violates and y "
-                "falls all the same, between the rows or where it has no derivative."
+                f"STEPS DISAGREE WITH SLOPES: in {self._columns(unseen)}"
+                f"{self._outputs_where(unseen)} no slope violates and y falls all the same, "
+                "between the rows or where it has no derivative."
             )
         return lines
 

@@ -426,8 +426,13 @@ def test_plot_of_slopes_that_are_all_equal_or_nan() -> None:
 
 def test_plot_of_nothing_says_so() -> None:
     pytest.importorskip("matplotlib")
-    with pytest.raises(ValueError, match="at least one row and one constrained slope"):
+    with pytest.raises(ValueError, match="at least one row without NaN and one constrained"):
         plot_audit(nn.Linear(3, 1), X1, X2, direction=0)
+    with pytest.raises(ValueError, match="at least one row without NaN and one constrained"):
+        plot_audit(nn.Linear(3, 1), X1 * math.nan, X2)
+    for options in ({"most": 0}, {"curves": 0}, {"most": -1}):
+        with pytest.raises(ValueError, match=r"^(most|curves): expected a number of .* >= 1, got"):
+            plot_audit(nn.Linear(3, 1), X1, X2, **options)
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.SiLU(), nn.Hardtanh()])
@@ -789,11 +794,56 @@ def test_the_report_is_in_the_user_s_own_units() -> None:
         ({"outputs": ["price"]}, "outputs: expected 2 names, one for each output, got 1"),
         ({"steps": 1}, "steps: expected a number of values >= 2, or 0 for none, got 1"),
         ({"steps": True}, "steps: expected a number of values >= 2, or 0 for none, got True"),
+        ({"x_scaler": ({0: 0, 2: 1}, 1)}, "x_scaler: expected a number for each of the 3 columns"),
+        ({"x_scaler": ({"a": 0}, 1)}, "x_scaler: expected to be given the names of the 3 columns"),
+        (
+            {"y_scaler": ({"prise": 0, "rent": 1}, 1), "outputs": ["price", "rent"]},
+            "y_scaler: expected names of columns, got 'prise'; the nearest is 'price'",
+        ),
     ],
 )
 def test_what_an_audit_is_not_asked_for(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises((TypeError, ValueError), match=f"^{sentence}"):
         audit(Slopes(), X1, X2, **options)
+
+
+def test_a_scaler_by_name_is_in_no_order() -> None:
+    """As the means of a DataFrame's columns are, which may be in any."""
+    x, names, outputs = torch.cat([X1, X2], -1), ["a", "b", "c"], ["price", "rent"]
+    asked: dict[str, Any] = {"direction": [0, 1, 1], "columns": names, "outputs": outputs}
+    want = audit(Slopes(), x, x_scaler=([1, 2, 3], [4, 5, 6]), y_scaler=([7, 8], [9, 10]), **asked)
+    mean, scale = {"c": 3, "a": 1, "b": 2}, {"b": 5, "a": 4, "c": 6}
+    heights = {"rent": 8, "price": 7}, {"price": 9, "rent": 10}
+    got = audit(Slopes(), x, x_scaler=(mean, scale), y_scaler=heights, **asked)
+    assert got.to_dict() == want.to_dict()
+
+
+def test_what_is_so_of_some_outputs_is_said_of_these() -> None:
+    """Output 1 falls between the rows alone, output 0 is seen to fall by its slope, too."""
+
+    class Falls(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([-x[:, 0], x[:, 0] - 3 * (x[:, 0] > 0.5), x[:, 0].round()], 1)
+
+    report = audit(Falls(), torch.tensor([[0.0], [1.0]]), direction=[1], outputs=["a", "b", "c"])
+    said = " ".join(str(report).split())
+    assert "in column 0 (output b) no slope violates and y falls all the same" in said
+    assert "In column 0 (output c) the derivative is 0 in every row, yet y changes" in said
+
+
+def test_a_y_that_becomes_nan_is_said_with_its_row() -> None:
+    x = torch.tensor([[0.5, 1.0], [math.inf, 2.0], [0.1, 3.0]])
+    said = str(
+        audit(nn.Sequential(nn.Linear(2, 4), nn.SiLU(), nn.Linear(4, 1)), x, direction=[0, 1])
+    )
+    assert "fall on the way, y becomes NaN, in row 1 first" in said
+
+
+def test_nothing_can_be_drawn_from_rows_with_nan() -> None:
+    x = torch.full((4, 3), math.nan)
+    with pytest.raises(ValueError, match=r"^sample: expected a row of x1 without NaN"):
+        audit(Slopes(), x, direction=[0, 1, 1], sample=5)
+    assert audit(Slopes(), x, direction=[0, 1, 1]).nan_rows == 4
 
 
 def test_a_scaler_that_is_no_scale_of_each_column() -> None:

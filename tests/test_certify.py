@@ -20,6 +20,7 @@ from benchmarks.soundness import certified, every_bound
 from monokernel import (
     Certificate,
     Monotone,
+    MonotonePenalty,
     audit,
     branching,
     certify,
@@ -590,6 +591,56 @@ def test_a_batch_has_a_verdict_for_each() -> None:
     assert falling.verdicts == ("violated", "violated", "violated", "proved")
 
 
+class Behind(nn.Module):
+    """A forward of one's own, of 3 columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp(2, 1, 1, (4,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.net(x) + x[:, 2:].square()
+        return y
+
+
+@pytest.mark.parametrize("kind", ["chain", "forward", "frozen"])
+def test_a_box_in_numbers_for_all_columns(kind: str) -> None:
+    """The network says how many there are."""
+    net: nn.Module = Behind() if kind == "forward" else mlp(2, 1, 1, (4,))
+    if kind == "frozen":
+        net = Monotone(net, -1.0, 1.0, direction=[0, 0, 1], margin=0.1).frozen()
+    for direction in ([0, 0, 1], {2: 1}, 1):
+        given = {"direction": direction, "progress": False, "seconds": 5}
+        found = certify(net, -1.0, 1.0, **given)
+        want = certify(net, [-1.0] * 3, torch.ones(3), **given)
+        assert found.lower.tolist() == [-1.0] * 3
+        assert found.status == want.status
+        torch.testing.assert_close(found.lower_bound, want.lower_bound, equal_nan=True)
+    if kind == "frozen":
+        assert certify(net, -1, 1, direction=[0, 0, 1], progress=False).status == "proved"
+
+
+def test_boxes_by_name() -> None:
+    """As the lowest and highest of a table's columns, in any order, and boxes as a table."""
+    net, names = mlp(2, 1, 1, (4,)), ["a", "b", "c"]
+    asked: dict[str, Any] = {"direction": {"c": 1}, "columns": names, "progress": False}
+    asked |= {"seconds": 5}
+    found = certify(net, {"c": -3, "a": -1, "b": -2}, {"a": 1, "b": 2, "c": 3}, **asked)
+    assert found.lower.tolist() == [-1, -2, -3]
+    assert found.upper.tolist() == [1, 2, 3]
+    rows = {"c": torch.tensor([0.0, 1.0]), "a": [0.5, 0.5], "b": (0, 0)}
+    assert certify(net, rows, 2.0, **asked).lower.tolist() == [[0.5, 0, 0], [0.5, 0, 1]]
+    sure = Monotone(net, {"c": -3, "a": -1, "b": -2}, 4, direction={"c": 1}, columns=names)
+    assert sure.lower == (-1, -2, -3)
+    with pytest.raises(ValueError, match=r"^lower: .* got 'd'; the nearest is"):
+        Monotone(net, {"d": 1}, 4, direction={"c": 1}, columns=names)
+    with pytest.raises(ValueError, match=r"^upper: expected a number for each .* none for 'b'"):
+        Monotone(net, -1, {"a": 1}, direction={"c": 1}, columns=names)
+    groups = certify(net, 0, 1, one_hot=[["a", "b"]], **asked)
+    assert groups.status == certify(net, 0, 1, one_hot=[[0, 1]], **asked).status
+    assert groups.witness[0, 2, :2].sum() == 1
+
+
 def test_one_hot_rows_alone_are_asked_about() -> None:
     """Rises in x_2 where exactly one of x_0, x_1 is 1, and falls where none is."""
     net = nn.Sequential(nn.Linear(3, 1), nn.Softplus(), nn.Linear(1, 1)).double()
@@ -709,7 +760,21 @@ def test_a_step_that_rounding_cannot_hide() -> None:
         ({"direction": [1, 1]}, ValueError, "direction: expected a scalar"),
         ({"direction": 2}, ValueError, "direction: expected entries"),
         ({"margin": "0"}, TypeError, "margin: expected a number"),
+        ({"margin": math.nan}, ValueError, "margin: expected a finite number, got nan"),
         ({"seconds": "1"}, TypeError, "seconds: expected a number"),
+        ({"seconds": math.nan}, ValueError, "seconds: expected a number >= 0, got nan"),
+        ({"direction": 0}, ValueError, r"direction: expected \+1 or -1 for at least one column"),
+        ({"one_hot": [0, 1]}, TypeError, r"one_hot: expected groups of columns, as \[\[0, 1\]\]"),
+        ({"one_hot": [["a"]]}, ValueError, "one_hot: expected to be given the names of the 3"),
+        ({"lower": {0: 1.0}}, ValueError, "lower: expected a number for each of the 3 columns"),
+        ({"lower": {0: 0, 1: (0, 1), 2: (0,)}}, ValueError, "lower: expected as many numbers in"),
+        ({"mlp": nn.Tanh(), "direction": 1}, ValueError, "lower: expected \\(d,\\) numbers"),
+        ({"mlp": MonotonePenalty(nn.Linear(3, 1))}, ValueError, "mlp: .* give its .mlp"),
+        (
+            {"mlp": Monotone(nn.Linear(3, 1), 0, 1, direction=[0, 0, 1])},
+            ValueError,
+            r"mlp: .* give its frozen\(\)",
+        ),
         ({"one_hot": [[0, 3]]}, ValueError, "one_hot: expected columns 0 to 2"),
         ({"one_hot": [[0, 1]], "direction": 1}, ValueError, "one_hot: expected free columns"),
         ({"one_hot": [[0, 1]], "upper": 0.5}, ValueError, "one_hot: expected boxes with a row"),

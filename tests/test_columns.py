@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+import warnings
 from typing import Any
 from unittest import mock
 
@@ -203,8 +205,8 @@ NET, X = mlp(6, 0, 2), torch.randn(5, 6, dtype=torch.float64)
         ({}, "direction: expected a sign for each of the d = 6 columns of x1 where x2 is left out"),
         ({"direction": (0,) * 6}, r"direction: expected \+1 or -1 for at least one column"),
         ({"direction": {}}, r"direction: expected \+1 or -1 for at least one column"),
-        ({"direction": (0, 1)}, r"direction: expected a scalar, \(k,\) = \(6,\)"),
-        ({"direction": ["up", "down"]}, r"direction: expected a scalar"),
+        ({"direction": (0, 1)}, r"direction: expected \(d,\) = \(6,\) or \(D, d\) = \(D, 6\), got"),
+        ({"direction": ["up", "down"]}, r"expected entries in \{-1, 0, 1\}, got 'up'"),
         ({"direction": ["up"] * 6}, r"expected entries in \{-1, 0, 1\}, got 'up'"),
         ({"direction": "up"}, r"expected entries in \{-1, 0, 1\}, got 'up'"),
         ({"direction": {"income": 1}}, "expected to be given the names of the 6 columns too"),
@@ -217,7 +219,18 @@ NET, X = mlp(6, 0, 2), torch.randn(5, 6, dtype=torch.float64)
             {"direction": {"incme": 1}, "columns": NAMES},
             "direction: expected names of columns, got 'incme'; the nearest is 'income'",
         ),
-        ({"direction": {3: 1}, "columns": NAMES}, "expected names of columns, got 3"),
+        (
+            {"direction": {3: 1}, "columns": NAMES},
+            "expected names of columns, got 3; column 3 is called 'years'",
+        ),
+        ({"direction": {"INCOME": 1}, "columns": NAMES}, "got 'INCOME'; the nearest is 'income'"),
+        ({"direction": {3: 1}, "columns": set(NAMES)}, "a sequence of names, got set"),
+        ({"direction": {3: 1}, "margin": math.nan}, "margin: expected finite numbers, got nan"),
+        ({"direction": {3: 1}, "margin": {3: math.inf}}, "margin: expected finite numbers"),
+        (
+            {"direction": {3: 1}, "margin": torch.zeros(1, requires_grad=True)},
+            "margin: expected numbers, got a tensor that wants a gradient",
+        ),
         ({"direction": {3: 1}, "columns": NAMES[:5]}, "columns: expected 6 names.*got 5"),
         ({"direction": {3: 1}, "columns": ("a",) * 6}, "each name once, got 'a' twice"),
         ({"direction": {3: 1}, "columns": "abcdef"}, "a sequence of names, got str"),
@@ -248,6 +261,8 @@ def test_sentences(options: dict[str, Any], sentence: str, backend: str) -> None
         ({"columns": ["income"]}, "the names of the 6 columns too"),
         ({"columns": ["yers"], "names": NAMES}, "the nearest is 'years'"),
         ({"columns": [1], "names": NAMES[:2]}, "names: expected 6 names"),
+        ({"names": NAMES[:2]}, "names: expected 6 names"),
+        ({"names": NAMES[:1], "x2": X[:, :1]}, "names: expected none beside x2"),
         ({"columns": [1], "x2": X[:, :1]}, "columns: expected none beside x2"),
     ],
 )
@@ -355,7 +370,41 @@ def test_the_general_path_compacts_scattered_columns(D: int) -> None:
     assert_same(got, want)
 
 
-def test_a_column_without_a_derivative_is_named_by_its_number() -> None:
+class Sliced(nn.Module):
+    """A program that leaves the columns 0 and 3 alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.near, self.far = nn.Linear(2, 3), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, rest = x[:, 0:4:3].tanh(), x[:, 1:3]  # the gate goes nowhere
+        h = torch.cat([self.near(rest), gate], 1)
+        y: Tensor = self.far(h[:, :3]) + x[:, 4:].sum(1, keepdim=True)
+        return y
+
+
+def test_a_column_that_a_program_does_not_use_is_said() -> None:
+    net, names = Sliced().double(), list("abcdef")
+    asked: dict[str, Any] = {"direction": dict.fromkeys("abdf", 1), "columns": names}
+    sentence = "in columns a, d every slope of mlp (Sliced) is exactly 0, since its forward does"
+    assert plan(net, X, **asked).backend == "cpu"
+    assert [sentence in said for said in plan(net, X, **asked).doubts] == [True]
+    with pytest.warns(RuntimeWarning, match="^x1: " + re.escape(sentence)) as caught:
+        fused_mono_penalty(net, X, **asked)
+    assert caught[0].filename == __file__
+    assert not plan(net, X, direction={1: 1, 4: -1}).doubts
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MonotonePenalty(net, **asked)(X)  # said once
+        fused_mono_penalty(Sliced().double(), X, direction={1: 1, 4: -1})
+    x = X.clone().requires_grad_()
+    (g,) = torch.autograd.grad(net(x).sum(), x)
+    assert [c for c in range(6) if not g[:, c].any()] == [0, 3]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_column_without_a_derivative_is_named(compiled: bool) -> None:
     class Rounds(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -365,8 +414,17 @@ def test_a_column_without_a_derivative_is_named_by_its_number() -> None:
             y: Tensor = self.linear(torch.cat([x[:, :2], x[:, 2:3].round(), x[:, 3:]], 1))
             return y if y.sum() < 1e9 else -y
 
+    def penalty(net: nn.Module, **asked: Any) -> Tensor:
+        found: Tensor = fused_mono_penalty(net, X[:, :4], **asked)
+        return found
+
+    if compiled:
+        torch._dynamo.reset()
+        penalty = torch.compile(penalty, backend="aot_eager")
     with pytest.warns(RuntimeWarning, match="x1: in column 2 every slope"):
-        fused_mono_penalty(Rounds(), X[:, :4], direction=(0, 1, 1, 0))
+        penalty(Rounds(), direction=(0, 1, 1, 0))
+    with pytest.warns(RuntimeWarning, match="x1: in column debt every slope"):
+        penalty(Rounds(), direction={"debt": 1}, columns=("age", "income", "debt", "years"))
 
 
 # --- modules, reports and proofs ------------------------------------------------------------------
@@ -393,6 +451,30 @@ def test_what_is_constrained_travels_with_the_module() -> None:
     assert_same(third(X), (y, penalty), 0)
     whole = nn.Sequential(nn.Identity(), module)
     whole.load_state_dict(whole.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"direction": "up"}, "direction: expected entries in"),
+        ({"direction": {"incme": 1}, "columns": NAMES}, "direction: .*nearest is 'income'"),
+        (
+            {"direction": {"debt": 1}, "columns": NAMES, "margin": {"dept": 1}},
+            "margin: .*nearest is 'debt'",
+        ),
+        ({"hinge": "cubic"}, "hinge: expected one of"),
+        ({"reduction": "average"}, "reduction: expected one of"),
+        ({"mode": "forward"}, "mode: expected one of"),
+        ({"backend": "cuda"}, "backend: expected one of"),
+        ({"batch_stats": True}, "batch_stats: expected one of"),
+        ({"weight": [1.0, 2.0]}, "weight: expected a number or a tensor, got list"),
+        ({"weight": -1.0}, "weight: expected none below 0, got -1"),
+        ({"mlp": None}, "mlp: expected an nn.Module, got NoneType"),
+    ],
+)
+def test_a_module_says_at_once_what_is_wrong(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=f"^{sentence}"):
+        MonotonePenalty(**({"mlp": NET} | options))
 
 
 def test_the_state_can_be_loaded_as_weights_alone(tmp_path: Any) -> None:
@@ -431,13 +513,24 @@ def test_the_audit_speaks_of_names() -> None:
     assert numbers.labels == (1, 4)
     assert numbers.attacked is not None
     assert (numbers.attacked.worst_slope <= numbers.worst_slope + 1e-4).all()
-    with pytest.raises(TypeError, match="x1: expected numbers in every column"):
-        audit(net, Frame(Words(), NAMES), **asked)  # type: ignore[arg-type]
 
 
-class Words:
-    def numpy(self) -> Any:
-        return [["a"] * 6]
+def test_tables_as_pandas_has_them() -> None:
+    """Bools are numbers, a missing one is NaN, and what is none is named; x2 may be a Series."""
+    pd = pytest.importorskip("pandas")
+    net, table = mlp(6, 0, 2, dtype=torch.float32), pd.DataFrame(X.numpy(), columns=NAMES)
+    table["age"] = table["age"] > 0
+    table["debt"] = pd.array([None, 1, 2, 3, 4], dtype="Int64")
+    asked: dict[str, Any] = {"direction": {"income": 1}, "steps": 0}
+    x = torch.tensor(table.astype(float).to_numpy(), dtype=torch.float32)
+    assert audit(net, table, **asked).to_dict() == audit(net, x, columns=NAMES, **asked).to_dict()
+    assert audit(net, table, **asked).nan_row == 0
+    with pytest.raises(TypeError, match=r"^x1: expected numbers in every column, got 'rooms' of"):
+        audit(net, table.assign(rooms="3"), **asked)
+    series = audit(net, table[list(NAMES[:5])], table["size"], direction=1, steps=0)
+    assert series.labels == ("size",)
+    with pytest.raises(TypeError, match="x1: expected a tensor, got Series"):
+        audit(net, table["size"], direction=1)
 
 
 def test_the_audit_names_the_first_row_with_nan() -> None:
@@ -487,8 +580,9 @@ def test_proofs_speak_of_names(tmp_path: Any) -> None:
         MonotoneNet(net, -1.0, 1.0, direction={"debts": 1}, columns=names)
     with pytest.raises(ValueError, match="the nearest is 'debt'"):
         certify(net, -1.0, 1.0, direction={"debts": 1}, columns=names)
+    assert MonotoneNet(net, -1.0, 1.0, direction={2: 1}).direction == model.direction
     with pytest.raises(ValueError, match="columns: expected the names of all columns"):
-        MonotoneNet(net, -1.0, 1.0, direction={2: 1})
+        MonotoneNet(nn.Tanh(), -1.0, 1.0, direction={2: 1})
 
 
 # --- under other regimes --------------------------------------------------------------------------

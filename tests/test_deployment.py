@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -116,6 +117,32 @@ def test_onnx(name: str, how: Callable[[nn.Module], nn.Module], tmp_path: Path) 
         part = [t[:n] for t in inputs]
         (y,) = session.run(None, dict(zip(names, (t.numpy() for t in part), strict=True)))
         torch.testing.assert_close(torch.from_numpy(y), model(*part), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(("name", "how"), WAYS)
+def test_onnx_by_torchscript(
+    name: str, how: Callable[[nn.Module], nn.Module], tmp_path: Path
+) -> None:
+    """The exporter that was the default before PyTorch 2.9 takes no state but tensors."""
+    onnx = pytest.importorskip("onnx")
+    model, inputs = made(name, how)
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(model, inputs, str(path), dynamo=False)
+    names = {t.name for t in onnx.load(path).graph.initializer}
+    assert not any("extra_state" in name for name in names)
+    runtime = pytest.importorskip("onnxruntime")
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    given = zip(session.get_inputs(), inputs, strict=True)
+    (y,) = session.run(None, {of.name: t.numpy() for of, t in given})
+    torch.testing.assert_close(torch.from_numpy(y), model(*inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_the_state_is_tensors_alone_while_torchscript_exports() -> None:
+    model = penalised(mlp(D1, K, 1))
+    with mock.patch("torch.onnx.is_in_onnx_export", return_value=True):
+        assert all(isinstance(t, Tensor) for t in model.state_dict().values())
+    assert isinstance(model.state_dict()["_extra_state"], dict)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -81,6 +82,14 @@ X1, X2 = points(5, 3, 2, torch.float32)
         ),
         ((X1, X2), {"margin": "0"}, "margin: expected a number, got str"),
         ((X1, X2), {"margin": True}, "margin: expected a number, got bool"),
+        ((X1, X2), {"margin": math.nan}, "margin: expected finite numbers, got nan"),
+        ((X1, X2), {"margin": [0.0, math.inf]}, "margin: expected finite numbers, got inf"),
+        ((X1, X2), {"weight": math.nan}, "weight: expected none below 0, got nan"),
+        (
+            (X1, X2),
+            {"weight": torch.tensor([1.0, math.nan])},
+            "weight: expected none below 0, got nan",
+        ),
         ((X1, X2), {"hinge": "cubic"}, "hinge: expected one of 'linear', 'squared', got 'cubic'"),
         (
             (X1, X2),

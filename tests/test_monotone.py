@@ -10,6 +10,7 @@ import math
 import pickle
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -1185,10 +1186,19 @@ def test_without_a_constraint_it_is_the_network() -> None:
 
 
 def test_who_exports_or_traces_it_is_told_of_the_frozen_network() -> None:
-    m, x = model(zoo.network("wide and deep", D, 2, 8)), sampled(-1, 2, 4)
-    for write in (lambda: torch.export.export(m, (x,)), lambda: torch.jit.trace(m, x)):
-        with pytest.raises(ValueError, match=r"Monotone: expected its frozen\(\) to be exported"):
-            write()
+    x = sampled(-1, 2, 4)
+    for m in (model(), model(zoo.network("wide and deep", D, 2, 8))):
+        for write in (partial(torch.export.export, m, (x,)), partial(torch.jit.trace, m, x)):
+            with pytest.raises(ValueError, match=r"Monotone: expected its frozen\(\) to be export"):
+                write()
+
+
+def test_rows_that_are_none_of_its_box() -> None:
+    m = model()
+    with pytest.raises(ValueError, match=r"^x: expected shape \(..., 5\), got \(3, 4\)$"):
+        m(torch.zeros(3, 4))
+    with pytest.raises(TypeError, match=r"^x: expected a tensor, got list$"):
+        m([[0.0] * 5])
 
 
 def test_made_where_tensors_are_fake() -> None:

@@ -14,6 +14,7 @@ pytest.importorskip("sklearn")
 pd = pytest.importorskip("pandas")
 
 from sklearn.base import clone  # noqa: E402
+from sklearn.exceptions import NotFittedError  # noqa: E402
 from sklearn.utils.estimator_checks import parametrize_with_checks  # noqa: E402
 
 from monokernel.sklearn import MonotoneClassifier, MonotoneRegressor  # noqa: E402
@@ -139,6 +140,36 @@ def test_what_is_refused_is_named(credit: Frame) -> None:
     for quantile in (None, 1.5, [0.9, 0.1]):
         with pytest.raises(ValueError, match="quantile: expected"):
             MonotoneRegressor(loss="quantile", quantile=quantile).fit(*falling())
+
+
+def test_what_else_goes_wrong_is_one_sentence(credit: Frame) -> None:
+    table, bad = credit
+    words = table[["duration", "purpose"]].to_numpy()
+    model = MonotoneClassifier({"duration": 1}, random_state=0, **QUICK | {"max_iter": 5})
+    fitted = clone(model).fit(table[["duration", "purpose"]], bad)
+    with pytest.raises(ValueError, match=r"^X: expected an array of numbers, .* in a DataFrame$"):
+        fitted.predict(words)
+    with pytest.raises(ValueError, match=r"^X: expected an array of numbers, .* in a DataFrame$"):
+        MonotoneClassifier().fit(words, bad)
+    with pytest.raises(NotFittedError):
+        model.certify()
+    free = MonotoneClassifier(random_state=0, **QUICK | {"max_iter": 5}).fit(table, bad)
+    with pytest.raises(ValueError, match=r"^monotonic_cst: expected a constraint to certify"):
+        free.certify(progress=False)
+    with pytest.raises(ValueError, match="got 1; column 1 is called 'duration'"):
+        MonotoneClassifier({1: 1}).fit(table, bad)
+    with pytest.raises(ValueError, match=r"^monotonic_cst: expected \(d,\) = \(16,\)"):
+        MonotoneClassifier([1, 0]).fit(table, bad)
+    with pytest.raises(ValueError, match=r"numbers of dtype object by pandas.to_numeric"):
+        clone(model).fit(table.astype({"duration": object}), bad)
+    with pytest.raises(ValueError, match=r"one class, 1$"):
+        clone(model).fit(table, bad * 0 + 1)
+    with pytest.raises(ValueError, match=r"^y: expected numbers, got 'good'$"):
+        MonotoneRegressor().fit(table, np.where(bad, "bad", "good"))
+    with pytest.raises(ValueError, match=r"^batch_size: expected two rows at least"):
+        MonotoneRegressor(batch_norm=True, batch_size=1).fit(*falling())
+    with pytest.raises(ValueError, match=r"^batch_norm: expected False for a fit of one row"):
+        MonotoneRegressor(batch_norm=True).fit([[1.0, 2.0]], [1.0])
 
 
 def test_missing_values_and_categories(sure: MonotoneClassifier, credit: Frame) -> None:

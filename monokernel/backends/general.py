@@ -199,8 +199,9 @@ def _judge(
     _judged[key] = weakref.ref(mlp, lambda _: _judged.pop(key, None))
     if not dead.any():
         return
+    labels = (signs and signs.names) or inputs.numbers
     name, x = inputs.argument(inputs.like), inputs.joined().detach().reshape(-1, inputs.d)
-    for said in without_slope(mlp, x, J, wanted, inputs.columns, inputs.numbers):
+    for said in without_slope(mlp, x, J, wanted, inputs.columns, labels):
         warnings.warn(
             f"{name}: {said}",
             RuntimeWarning,
@@ -274,14 +275,15 @@ def by_operators(mlp: nn.Module, inputs: Inputs, running: bool) -> tuple[Tensor,
 
 
 # The numbers of a compiled graph can be read as it runs. Which network it was of is not known then.
-_library.define("look(Tensor J, Tensor y, str name, int[] labels, bool[] wanted) -> Tensor")
+_library.define("look(Tensor J, Tensor y, str name, str labels, bool[] wanted) -> Tensor")
 _looked: set[tuple[Any, ...]] = set()
 
 
-def _look(J: Tensor, y: Tensor, name: str, labels: list[int], wanted: list[bool]) -> Tensor:
-    """A copy of the slopes J (*batch, D, k). Warns, once for each class of network, of columns in
-    which every one that is wanted (D·k) is 0, as soon as that can be judged."""
-    key = name, *labels, *wanted
+def _look(J: Tensor, y: Tensor, name: str, labels: str, wanted: list[bool]) -> Tensor:
+    """A copy of the slopes J (*batch, D, k), of which each line of ``labels`` calls a column.
+    Warns, once for each class of network, of columns in which every one that is wanted (D·k) is 0,
+    as soon as that can be judged."""
+    key = name, labels, *wanted
     D, k = J.shape[-2:]
     if key not in _looked and J.numel() and readable(y, J):
         dead = (J == 0).reshape(-1, D, k).all(0)
@@ -292,7 +294,8 @@ def _look(J: Tensor, y: Tensor, name: str, labels: list[int], wanted: list[bool]
             _looked.add(key)
             if columns:
                 s = "s" * (len(columns) > 1)
-                which = ", ".join(str(labels[c]) for c in columns)
+                called = labels.split("\n")
+                which = ", ".join(called[c] for c in columns)
                 warnings.warn(
                     f"{name.format(f'column{s} {which}')} is exactly 0. If y moves with it all the "
                     f"same, as behind {WITHOUT_DERIVATIVE}, no penalty can see that, and 0 is no "
@@ -319,7 +322,9 @@ def _looked_at(
     wanted = [s != 0 for s in flat] * (D * k // len(flat))
     argument = "x1" if len(inputs.blocks) == 1 else "x2"
     name = f"{argument}: in {{}} every slope of mlp ({type(mlp).__name__})"
-    return _LOOK(J, y.detach(), name, inputs.numbers, wanted)  # type: ignore[no-any-return]
+    called = (signs and signs.names) or inputs.numbers
+    labels = "\n".join([str(label).replace("\n", " ") for label in called])
+    return _LOOK(J, y.detach(), name, labels, wanted)  # type: ignore[no-any-return]
 
 
 def _in_one_graph() -> AbstractContextManager[Any]:

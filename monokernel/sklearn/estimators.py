@@ -4,7 +4,8 @@ the columns that must be, with scikit-learn's interface."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -222,7 +223,7 @@ class _Estimator(BaseEstimator):
         names = getattr(self, "feature_names_in_", None)
         given = plain(self.monotonic_cst)
         try:
-            direction = check_direction(given, d, None if names is None else tuple(names))
+            direction = check_direction(given, d, None if names is None else tuple(names), "d")
         except (ValueError, TypeError) as error:
             raise type(error)(str(error).replace("direction", "monotonic_cst", 1)) from None
         if direction.shape != (d,):
@@ -235,6 +236,8 @@ class _Estimator(BaseEstimator):
                 raise ValueError(
                     f"monotonic_cst: expected 0 for the categories {column.name!r}, which have no "
                     f"order, got {direction.flat[i]}; give their ranks as numbers if they have one"
+                    + ", and numbers of dtype object by pandas.to_numeric"
+                    * column.numeric
                 )
         return [direction.flat[i] for i in table.numbers]
 
@@ -242,7 +245,13 @@ class _Estimator(BaseEstimator):
         """The rows to fit and those to stop early on."""
         n = len(rows)
         held = round(n * self.validation_fraction)
-        if not self.early_stopping or not 0 < held < n:
+        stops = self.early_stopping and 0 < held < n
+        if self.batch_norm and n - held * stops < 2:
+            raise ValueError(
+                "batch_norm: expected False for a fit of one row, whose spread is not known, got "
+                "True"
+            )
+        if not stops:
             return rows, None
         try:
             fit, valid = train_test_split(
@@ -260,7 +269,8 @@ class _Estimator(BaseEstimator):
             if not len(X):
                 raise ValueError("X: expected at least one row, got none")
         else:
-            X, y = validate_data(self, X, y, dtype=np.float64, ensure_all_finite="allow-nan")
+            with _words():
+                X, y = validate_data(self, X, y, dtype=np.float64, ensure_all_finite="allow-nan")
         return X, self._check_target(y)
 
     # --- afterwards -------------------------------------------------------------------------------
@@ -277,7 +287,10 @@ class _Estimator(BaseEstimator):
         if is_frame(X):
             validate_data(self, X, reset=False, skip_check_array=True)
         else:
-            X = validate_data(self, X, reset=False, dtype=np.float64, ensure_all_finite="allow-nan")
+            with _words():
+                X = validate_data(
+                    self, X, reset=False, dtype=np.float64, ensure_all_finite="allow-nan"
+                )
         return X
 
     def _encoded(self, X: Any) -> tuple[Tensor, Tensor]:
@@ -323,6 +336,9 @@ class _Estimator(BaseEstimator):
                 ``guarantee=True`` it is one box that holds every row there can be.
             options: ``seconds``, ``seed`` and ``progress``.
         """
+        check_is_fitted(self)
+        if not any(self.direction_):
+            raise ValueError("monotonic_cst: expected a constraint to certify, got none")
         lower, upper = self._boxes(X)
         return certify(
             self.network_[1],
@@ -382,6 +398,11 @@ class _Estimator(BaseEstimator):
             )
         for width in self.hidden_layer_sizes:
             _check_range("hidden_layer_sizes", width, 1, integer=True)
+        if self.batch_norm and self.batch_size < 2:
+            raise ValueError(
+                "batch_size: expected two rows at least with batch_norm=True, got "
+                f"{self.batch_size}"
+            )
         if self.guarantee and self.batch_norm:
             raise ValueError(
                 "batch_norm: expected False with guarantee=True, whose bound no batch may move, "
@@ -527,7 +548,10 @@ class MonotoneRegressor(RegressorMixin, _Estimator):
             )
 
     def _check_target(self, y: Any) -> NDArray[Any]:
-        target: Floats = np.asarray(y, dtype=np.float64)
+        try:
+            target: Floats = np.asarray(y, dtype=np.float64)
+        except ValueError:
+            raise ValueError(f"y: expected numbers, got {y.tolist()[0]!r}") from None
         assert_all_finite(target, input_name="y")
         return target
 
@@ -627,7 +651,7 @@ class MonotoneClassifier(ClassifierMixin, _Estimator):
         self.classes_, code = np.unique(y, return_inverse=True)
         K = len(self.classes_)
         if K < 2:
-            raise ValueError(f"y: expected two classes at least, got one class, {y[0]!r}")
+            raise ValueError(f"y: expected two classes at least, got one class, {y.tolist()[0]!r}")
         if K > 2 and constrained:
             raise ValueError(
                 f"monotonic_cst: expected a target of two classes, got {K}: the probabilities of "
@@ -648,6 +672,20 @@ class MonotoneClassifier(ClassifierMixin, _Estimator):
             return F.binary_cross_entropy_with_logits(y.squeeze(1) + odds, t, reduction="none")
 
         return _Task(torch.from_numpy(code).to(FLOAT), 1, of_two, shift=odds)
+
+
+@contextmanager
+def _words() -> Iterator[None]:
+    """Of an array that holds words: what is told is not a number alone, but what to do."""
+    try:
+        yield
+    except ValueError as error:
+        if "could not convert string" not in str(error):
+            raise
+        raise ValueError(
+            f"X: expected an array of numbers, got one with words ({error}); categories come in a "
+            "DataFrame"
+        ) from None
 
 
 def _at(X: Any, rows: NDArray[np.int64]) -> Any:

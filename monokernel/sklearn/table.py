@@ -37,6 +37,11 @@ class Categories:
     name: str
     codes: dict[Any, int]
 
+    @property
+    def numeric(self) -> bool:
+        """Whether all of them are numbers, of a column whose dtype does not say so."""
+        return all(isinstance(v, (int, float)) for v in self.codes)
+
 
 def is_frame(X: Any) -> bool:
     """A DataFrame as pandas has it."""
