@@ -421,8 +421,9 @@ def test_a_column_without_a_derivative_is_named(compiled: bool) -> None:
     if compiled:
         torch._dynamo.reset()
         penalty = torch.compile(penalty, backend="aot_eager")
-    with pytest.warns(RuntimeWarning, match="x1: in column 2 every slope"):
+    with pytest.warns(RuntimeWarning, match="x1: in column 2 every slope") as caught:
         penalty(Rounds(), direction=(0, 1, 1, 0))
+    assert compiled or caught[0].filename == __file__
     with pytest.warns(RuntimeWarning, match="x1: in column debt every slope"):
         penalty(Rounds(), direction={"debt": 1}, columns=("age", "income", "debt", "years"))
 

@@ -142,6 +142,7 @@ def test_what_is_refused_is_named(credit: Frame) -> None:
             MonotoneRegressor(loss="quantile", quantile=quantile).fit(*falling())
 
 
+@pytest.mark.filterwarnings("ignore:X does not have valid feature names")
 def test_what_else_goes_wrong_is_one_sentence(credit: Frame) -> None:
     table, bad = credit
     words = table[["duration", "purpose"]].to_numpy()

@@ -205,7 +205,7 @@ def _judge(
         warnings.warn(
             f"{name}: {said}",
             RuntimeWarning,
-            stacklevel=7,  # where the public function was called
+            stacklevel=8,  # where the public function was called
         )
 
 
