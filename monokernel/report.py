@@ -274,6 +274,8 @@ class Audit:
             s = "s" * (self.nan_rows > 1)
             doubts.append(f"{self.nan_rows} row{s} with NaN among the inputs, first row "
                           f"{self.nan_row}")  # fmt: skip
+        if self.rows == 1:
+            what = what.replace("rows", "row").replace("points", "point")
         unknown = f"{self.rows} {what}: UNKNOWN how many of the constrained slopes violate"
         if self.mixing and not blind:
             lines = [unknown, *doubts, f"Taken for themselves {counted}"]

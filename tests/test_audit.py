@@ -831,6 +831,11 @@ def test_what_is_so_of_some_outputs_is_said_of_these() -> None:
     assert "In column 0 (output c) the derivative is 0 in every row, yet y changes" in said
 
 
+def test_one_row_is_one() -> None:
+    assert str(audit(Slopes(), X1[:1], X2[:1])).startswith("1 row: ")
+    assert "\n\n1 sampled point: " in str(audit(Slopes(), X1, X2, sample=1))
+
+
 def test_a_y_that_becomes_nan_is_said_with_its_row() -> None:
     x = torch.tensor([[0.5, 1.0], [math.inf, 2.0], [0.1, 3.0]])
     said = str(
