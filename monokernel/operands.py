@@ -71,11 +71,22 @@ def check_forward(
         raise RuntimeError(f"params: expected {len(expected)}, got {len(params)}")
     operands: list[Tensor | None] = []
     for t, (name, sizes, optional, layer) in zip(params, expected, strict=True):
-        if t is not None:
-            size = sizes[-1] if t.shape == sizes[-1] else sizes[0]
-            t = _operand(name, t, size, linear if layer else dtype, device)
-        elif not optional:
-            raise RuntimeError(f"{name}: expected a tensor, got None")
+        own = linear if layer else dtype
+        if t is None:
+            if not optional:
+                raise RuntimeError(f"{name}: expected a tensor, got None")
+        elif not (  # ``_operand`` of the usual case, without its calls: there are many
+            type(t) in PLAIN
+            and t.dtype is own
+            and t.shape in sizes
+            and t.device == device
+            and not t.is_neg()
+            and t.is_contiguous()
+            and t.storage_offset() == 0
+            and t.untyped_storage().nbytes() >= t.nbytes
+            and t.data_ptr() != 0
+        ):
+            t = _operand(name, t, sizes[-1] if t.shape == sizes[-1] else sizes[0], own, device)
         operands.append(t)
     return x, weight, operands
 

@@ -13,7 +13,11 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
+import shutil
+import subprocess
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +35,7 @@ from monokernel import MonotonePenalty, audit, fused_mono_penalty, value_and_jac
 from tests.support import mlp, points
 from tests.zoo import network
 
-__all__ = ["CALLS", "main"]
+__all__ = ["CALLS", "build", "main", "stub_device"]
 
 Call = Callable[[int, float], None]  # N rows, a margin
 # The rows and the margin of the first call, and of those that must find everything compiled. Triton
@@ -65,6 +69,7 @@ def _step(
     slopes: bool = True,
     dx: bool = False,
     frozen: bool = False,
+    shifted: bool = False,
     zoo: str = "",
     autocast: bool = False,
     weight: Callable[[int], Tensor | float] | None = None,
@@ -72,10 +77,20 @@ def _step(
     **options: Any,
 ) -> Call:
     """Forward and backward. ``task`` and ``slopes`` say which of y and the penalty has a gradient,
-    ``dx`` whether the inputs have one, ``frozen`` that the first layer has none; ``zoo`` names the
-    network if it is no chain of layers."""
+    ``dx`` whether the inputs have one, ``frozen`` that the first layer has none; ``shifted`` that a
+    weight lies at a multiple of 16 bytes and at none in turn; ``zoo`` names the network if it is no
+    chain of layers."""
 
     def step(N: int, margin: float) -> None:
+        once(N, margin)
+        if shifted:
+            weight = net[0].weight
+            aligned, memory = weight.data, weight.data.new_zeros(weight.numel() + 1)
+            weight.data = memory[1:].view(weight.shape)
+            once(N, margin)
+            weight.data = aligned
+
+    def once(N: int, margin: float) -> None:
         x1, x2 = points(N, d1, k, dtype)
         if dx:
             x1.requires_grad_()
@@ -127,6 +142,7 @@ call("several outputs in adjoint mode", D=2, k=1, mode="adjoint", σ=nn.ReLU())
 call("one linear layer", hidden=())
 call("bfloat16", dtype=torch.bfloat16, hidden=(24,))
 call("autocast", dtype=torch.float32, autocast=True, hidden=(24,))
+call("memory at any address", shifted=True)
 call("TF32", dtype=torch.float32, precision="high")
 call("Jacobian", of=value_and_jacobian)
 call("Jacobian in tangent mode", D=2, k=1, of=value_and_jacobian)
@@ -203,6 +219,26 @@ CALLS |= {"module": module, "audit": audited, "drawn": drawn}
 
 # --- the device that is none --------------------------------------------------------------------
 
+SOURCE = Path(__file__).parent / "native" / "cuda_stub.c"
+
+
+def build(folder: Path) -> Path:
+    """The stub, compiled as Triton would compile its launcher. Raises a RuntimeError that says what
+    is missing."""
+    import triton
+
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise RuntimeError("no C compiler, which Triton needs for its launcher too")
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        raise RuntimeError("no Python.h, which Triton needs for its launcher")
+    built = folder / "libcuda.so.1"
+    flags = ["-shared", "-fPIC", f"-Wl,-soname,{built.name}", "-Wall", "-Wextra", "-Werror"]
+    headers = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    places = ["-isystem", str(headers), "-o", str(built)]
+    subprocess.run([compiler, *flags, *places, str(SOURCE)], check=True)
+    return built
+
 
 @contextmanager
 def stub_device(library: Path, target: str) -> Iterator[ctypes.CDLL]:
@@ -221,17 +257,26 @@ def stub_device(library: Path, target: str) -> Iterator[ctypes.CDLL]:
     driver.stub_card(card.gpu.arch, card.shared, 132)
     knobs.nvidia.libcuda_path = str(library.parent)
     with (
-        mock.patch.object(torch.cuda, "current_device", return_value=0),
-        mock.patch.object(torch.cuda, "get_device_capability", return_value=capability),
-        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", create=True, return_value=0),
+        mock.patch.object(torch.cuda, "current_device", _always(0)),
+        mock.patch.object(torch.cuda, "get_device_capability", _always(capability)),
+        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", _always(0), create=True),
         assumed(card.products),
-        mock.patch.object(backends.load("triton"), "interpreting", return_value=True),
+        mock.patch.object(backends.load("triton"), "interpreting", _always(True)),
         mock.patch.dict(
             backends.BACKENDS, {"triton": backends.BACKENDS["triton"]._replace(device="cpu")}
         ),
     ):
         triton.runtime.driver.set_active(CudaDriver())
         yield driver
+
+
+def _always(value: Any) -> Callable[..., Any]:
+    """A function and no mock, a call of which takes longer than a launch."""
+
+    def give(*_: object) -> Any:
+        return value
+
+    return give
 
 
 class FromTheHost(TorchDispatchMode):
@@ -264,7 +309,7 @@ def report(driver: ctypes.CDLL, name: str) -> dict[str, Any]:
         compiled.append(fn.name)
 
     knobs.runtime.jit_post_compile_hook = note
-    for turn, calls in (("first", FIRST), ("again", AGAIN)):
+    for turn, calls in (("first", FIRST), ("again", AGAIN), ("same", FIRST)):
         before = driver.stub_launches()
         compiled.clear()
         error = ""
@@ -281,7 +326,79 @@ def report(driver: ctypes.CDLL, name: str) -> dict[str, Any]:
             "compiled": list(compiled),
             "host": host.seen,
         }
+    found["launcher"] = by_both_ways(name)
     return found
+
+
+class Launcher:
+    """Meanwhile, what reaches Triton's launcher in the first call again: which compiled kernel, its
+    grid, stream and arguments; and how often Triton was asked for a kernel."""
+
+    STREAM = 7
+
+    def __init__(self, name: str) -> None:
+        from triton import JITFunction
+        from triton.backends.nvidia.driver import CudaLauncher
+        from triton.runtime import driver
+
+        self.asked, self.calls = 0, list[tuple[Any, ...]]()
+        find, start = JITFunction.run, CudaLauncher.__call__
+
+        def asked(*args: Any, **options: Any) -> Any:
+            self.asked += 1
+            return find(*args, **options)
+
+        def called(launcher: Any, *given: Any) -> None:
+            place = (*given[:4], given[5])  # without the function, of which the stub has one
+            self.calls.append((id(launcher), place, _shape_of(given[9:])))
+            start(launcher, *given)
+
+        with (
+            mock.patch.object(JITFunction, "run", asked),
+            mock.patch.object(CudaLauncher, "__call__", called),
+            mock.patch.object(driver.active, "get_current_stream", _always(self.STREAM)),
+        ):
+            for N, margin in FIRST:
+                CALLS[name](N, margin)
+
+
+def _shape_of(value: Any) -> Any:
+    """An argument, of a tensor what a kernel could be compiled for."""
+    if isinstance(value, tuple):
+        return tuple(map(_shape_of, value))
+    if isinstance(value, Tensor):
+        return value.dtype, value.shape, value.stride(), value.data_ptr() % 16
+    return value
+
+
+def by_both_ways(name: str) -> dict[str, Any]:
+    """What is launched directly beside what Triton launches when it is asked each time, and when a
+    hook looks on."""
+    from triton import knobs
+
+    from monokernel.backends.triton import launch
+
+    own = Launcher(name)
+    with mock.patch.object(launch, "specialised", None):
+        tritons = Launcher(name)
+    seen: list[str] = []
+
+    def hook(metadata: Any) -> None:
+        seen.append(metadata.get()["name"])
+
+    knobs.runtime.launch_enter_hook.add(hook)
+    hooked = Launcher(name)
+    knobs.runtime.launch_enter_hook.remove(hook)
+    return {
+        "asked": [own.asked, tritons.asked, hooked.asked],
+        "launches": [len(own.calls), len(tritons.calls), len(hooked.calls), len(seen)],
+        "differ": [
+            [repr(a[1:]), repr(b[1:])]
+            for a, b in zip(own.calls, tritons.calls, strict=False)
+            if a != b
+        ],
+        "streams": sorted({place[3] for _, place, _ in own.calls}),
+    }
 
 
 def _told(failure: BaseException | None) -> str:

@@ -11,10 +11,8 @@ import ctypes
 import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,17 +22,14 @@ import pytest
 
 pytest.importorskip("triton")
 
-import triton
-
 import monokernel
-from tests.stub_device import CALLS
+from monokernel.backends.triton.launch import direct
+from tests.stub_device import CALLS, build
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
 
 ROOT = Path(__file__).parent.parent
 KERNELS = Path(monokernel.__file__).parent / "backends" / "triton"
-SOURCE = ROOT / "tests" / "native" / "cuda_stub.c"
-INCLUDE = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
 # sm_80 multiplies in another way than sm_90: the kernels are others, the host code is the same.
 CASES = [("sm_90", name) for name in CALLS]
 CASES += [("sm_80", name) for name in ("gradients of the inputs", "Jacobian in tangent mode")]
@@ -46,17 +41,10 @@ Reports = dict[tuple[str, str], dict[str, Turn]]
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The stub, compiled as Triton would compile its launcher."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        pytest.skip("no C compiler, which Triton needs for its launcher too")
-    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
-        pytest.skip("no Python.h, which Triton needs for its launcher")
-    built = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
-    flags = ["-shared", "-fPIC", f"-Wl,-soname,{built.name}", "-Wall", "-Wextra", "-Werror"]
-    places = ["-isystem", str(INCLUDE), "-o", str(built)]
-    subprocess.run([compiler, *flags, *places, str(SOURCE)], check=True)
-    return built
+    try:
+        return build(tmp_path_factory.mktemp("driver"))
+    except RuntimeError as missing:
+        pytest.skip(str(missing))
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +88,22 @@ every_call = pytest.mark.parametrize("case", CASES, ids="-".join)
 
 @every_call
 def test_compiles_and_launches(case: tuple[str, str], reports: Reports) -> None:
-    for turn in reports[case].values():
+    for name in ("first", "again", "same"):
+        turn = reports[case][name]
         assert not turn["error"], turn["error"]
         assert turn["launches"] > 0
+    assert reports[case]["same"]["launches"] == reports[case]["first"]["launches"]
+
+
+@every_call
+def test_triton_is_asked_once_for_a_kind_of_launch(case: tuple[str, str], reports: Reports) -> None:
+    """From then on the launcher gets what Triton would give it."""
+    found = reports[case]["launcher"]
+    assert found["differ"] == []
+    ours, tritons, hooked, seen = found["launches"]
+    assert ours == tritons == hooked == seen > 0
+    assert found["asked"] == [0 if direct() else ours, ours, ours]
+    assert found["streams"] == [7]
 
 
 @every_call

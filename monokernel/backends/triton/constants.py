@@ -12,7 +12,7 @@ import torch
 import triton.language as tl
 
 from ...activations import ACTIVATIONS, Activation
-from ...problem import Problem, accumulate_dtype
+from ...problem import Hinge, Problem, accumulate_dtype
 from .target import approximate
 
 __all__ = [
@@ -67,10 +67,12 @@ def output_code(problem: Problem) -> int:
 
 
 def as_compiled(problem: Problem) -> Problem:
-    """The problem without the numbers that are arguments of a kernel."""
-    if problem.hinge is None:
+    """The problem without the numbers that are arguments of a kernel: what may be kept by it stays
+    found while a margin moves."""
+    d, nodes, columns, mode, hinge, cast = problem
+    if hinge is None:
         return problem
-    return problem._replace(hinge=problem.hinge._replace(direction=(), margin=0.0))
+    return Problem(d, nodes, columns, mode, Hinge((), 0.0, hinge.squared, hinge.elementwise), cast)
 
 
 def power_of_two(n: int, least: int = 1) -> int:

@@ -1,15 +1,25 @@
-"""The one place where kernels are launched."""
+"""The one place where kernels are launched.
+
+Triton finds the compiled kernel of a launch anew each time, by its arguments and constants, and
+looks at every global that the kernel's source reads: 50 µs for one with many. Here it is asked once
+for each kind of launch, and what it answered is called from then on.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
+from triton import knobs
+from triton.compiler.compiler import make_backend
+from triton.runtime import driver
 
-__all__ = ["Launch", "launch", "recorded"]
+__all__ = ["Launch", "direct", "launch", "recorded"]
 
 
 class Launch(NamedTuple):
@@ -42,7 +52,81 @@ def launch(
     """Runs ``kernel`` on the grid ``programs``, on the device of ``on``."""
     if _records:
         _records[-1].append(Launch(kernel, programs, args, options))
-        return
-    elsewhere = on.is_cuda and on.device.index != torch.cuda.current_device()
-    with torch.cuda.device(on.device) if elsewhere else nullcontext():
+    elif on.is_cuda and on.device.index != torch.cuda.current_device():
+        with torch.cuda.device(on.device):
+            _run(kernel, programs, args, options)
+    else:
+        _run(kernel, programs, args, options)
+
+
+# --- what Triton compiled before ------------------------------------------------------------------
+
+
+class _Compiled(NamedTuple):
+    """A compiled kernel, its launcher, and what stands for its constants in the arguments."""
+
+    kernel: Any
+    run: Any
+    function: Any
+    packed_metadata: Any
+    constants: tuple[object, ...]
+
+
+_compiled: dict[tuple[object, ...], _Compiled] = {}
+
+
+def direct() -> bool:
+    """Whether this Triton is one of those whose launcher is known: of any other each launch is its
+    own."""
+    return (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
+
+
+if direct():
+    from triton._C.libtriton import native_specialize_impl as specialised
+else:
+    specialised = None
+
+
+@lru_cache
+def _target(device: int) -> Any:
+    """Triton's description of how the current device, which is this one, is compiled for."""
+    return make_backend(driver.active.get_current_target())
+
+
+def _hooked(kernel: Any) -> bool:
+    """Whether somebody looks on, a profiler say: hooks are Triton's business."""
+    before, after = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(before, "calls", before) or getattr(after, "calls", after)) or bool(
+        kernel.pre_run_hooks
+    )
+
+
+def _run(
+    kernel: Any, programs: tuple[int, ...], args: tuple[object, ...], options: dict[str, Any]
+) -> None:
+    """``kernel[programs](*args, **options)`` on the current device and stream.
+
+    A kind of launch is what Triton itself takes for one: which arguments are there, their types,
+    what is a multiple of 16 or 1, and every constant. (Of arguments that a kernel is not to be
+    specialised on it is finer.)
+    """
+    if specialised is None or not isinstance(kernel, triton.JITFunction) or _hooked(kernel):
         kernel[programs](*args, **options)
+        return
+    active = driver.active
+    device = active.get_current_device()
+    kind = specialised(_target(device), args, False, True, True)
+    key = (id(kernel), device, kind, *options, *options.values())
+    found = _compiled.get(key)
+    if found is None:
+        made = kernel[programs](*args, **options)
+        constants = tuple([options[name] for name in kernel.arg_names[len(args) :]])
+        own = made.run, made.function, made.packed_metadata
+        _compiled[key] = _Compiled(made, *own, constants)
+        return
+    x, y, z = (*programs, 1, 1)[:3]
+    stream = active.get_current_stream(device)
+    found.run(
+        x, y, z, stream, found.function, found.packed_metadata, None, None, None,
+        *args, *found.constants,
+    )  # fmt: skip

@@ -41,7 +41,7 @@ def tuned(
 
 def enabled(device: torch.device) -> bool:
     """Whether calls on the device are tuned: never inside a CUDA graph's capture."""
-    if os.environ.get("MONOKERNEL_AUTOTUNE") != "1" or device.type != "cuda":
+    if device.type != "cuda" or os.environ.get("MONOKERNEL_AUTOTUNE") != "1":
         return False
     return not capturing(device)
 

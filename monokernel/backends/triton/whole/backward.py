@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import triton
@@ -34,7 +35,7 @@ from ..constants import as_compiled
 from ..device.hinge import PENALTY_SUM, slope_cotangent
 from ..launch import launch
 from ..reduce import reduce_gradients
-from ..target import compute_dtype, processors, products, register_limit
+from ..target import approximate, compute_dtype, processors, products, register_limit
 from ..tuning import tuned
 from .config import (
     WholeConfig,
@@ -66,16 +67,22 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients of x and of every parameter, None where ``needs`` is false."""
-    shape = shape_of(problem, x.dtype)
-    rule = backward_config(
-        max(shape["H"], shape["PD"]),
-        x.element_size(),
-        products(x.device),
-        precision_of(x.dtype) == "tf32x3",
-        few=problem.depth <= 4 and max(problem.d, problem.D) <= INPUTS_AT_A_TIME and not needs[0],
-    )
+    known = as_compiled(problem)
+    rule = _rule(known, x.dtype, products(x.device), precision_of(x.dtype), needs[0])
     run = partial(launch_backward, problem, gy, gout, x, params, saved, needs)
-    return tuned(rule, candidates, ("backward", as_compiled(problem), tuple(needs)), x, run)
+    return tuned(rule, candidates, ("backward", known, tuple(needs)), x, run)
+
+
+@lru_cache(maxsize=256)
+def _rule(problem: Problem, dtype: torch.dtype, way: str, precision: str, dx: bool) -> WholeConfig:
+    shape = shape_of(problem, dtype)
+    return backward_config(
+        max(shape["H"], shape["PD"]),
+        dtype.itemsize,
+        way,
+        precision == "tf32x3",
+        few=problem.depth <= 4 and max(problem.d, problem.D) <= INPUTS_AT_A_TIME and not dx,
+    )
 
 
 def launch_backward(
@@ -90,34 +97,32 @@ def launch_backward(
 ) -> list[Tensor | None]:
     N = x.shape[0]
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
-    wanted = tuple(n and p is not None for n, p in zip(needs[1:], params, strict=True))
     grads = tuple(
-        torch.empty_like(p, memory_format=torch.contiguous_format)
-        if p is not None and want
-        else None
-        for p, want in zip(params, wanted, strict=True)
+        [
+            torch.empty_like(p, memory_format=torch.contiguous_format)
+            if p is not None and need
+            else None
+            for p, need in zip(params, needs[1:], strict=True)
+        ]
     )
+    wanted = tuple([g is not None for g in grads])
     if N == 0 or (gy is None and gout is None):
         return [None if g is None else g.zero_() for g in (dx, *grads)]
-    shape = shape_of(problem, x.dtype)
-    BM = config.rows
-    tiles = -(-N // BM)
+    ws, bs = split(params)
+    bias, types = tuple([b is not None for b in bs]), (approximate(x.dtype), precision_of(x.dtype))
+    constants = _constants(as_compiled(problem), x.dtype, types, bias, wanted, config)
+    tiles = -(-N // config.rows)
     P = min(tiles, processors(x.device) * config.per_processor)
-    offsets = _offsets(problem)
-    size = P * (4 * problem.depth + 1) * (config.active_rows or BM) * max(shape["H"], shape["PD"])
+    offsets, wide = constants["OFFSETS"], max(constants["H"], constants["PD"])
+    size = P * (4 * len(ws) + 1) * constants["ACTIVE_ROWS"] * wide
     scratch = x.new_empty(size, dtype=compute_dtype(x.dtype))
     partials = x.new_empty(P * offsets[-1], dtype=accumulate_dtype(x.dtype))
-    rows = None if gout is None else x.new_empty(tiles * BM, dtype=torch.int32)
-    ws, bs = split(params)
+    rows = None if gout is None else x.new_empty(tiles * config.rows, dtype=torch.int32)
     launch(
         whole_backward, (P,), x, x.contiguous(),
         None if gy is None else gy.contiguous(), None if gout is None else gout.contiguous(),
         saved[0] if saved else None, ws, bs, dx, partials, rows, scratch, N,
-        **shape, **dtypes_of(x.dtype), BIAS=tuple(b is not None for b in bs), NEEDS=wanted,
-        OFFSETS=offsets, BK=INPUTS_AT_A_TIME, INNER=config.inner, BM=BM, SCAN=max(BM, 256),
-        ACTIVE_ROWS=config.active_rows or BM, IN_REGISTERS=config.in_registers,
-        CHUNK=min(config.chunk, shape["H"]),
-        **register_limit(x.device), num_warps=config.warps, num_stages=config.stages,
+        **constants, **register_limit(x.device),
     )  # fmt: skip
     if any(wanted):
         block = 64
@@ -129,6 +134,25 @@ def launch_backward(
 
 
 @lru_cache(maxsize=256)
+def _constants(
+    problem: Problem,
+    dtype: torch.dtype,
+    types: tuple[int, str],  # what ``approximate`` and ``precision_of`` say of the dtype now
+    bias: tuple[bool, ...],
+    needs: tuple[bool, ...],
+    config: WholeConfig,
+) -> dict[str, Any]:
+    """What the kernel is compiled for."""
+    shape, BM = shape_of(problem, dtype), config.rows
+    return {
+        **shape, **dtypes_of(dtype), "BIAS": bias, "NEEDS": needs, "OFFSETS": _offsets(problem),
+        "BK": INPUTS_AT_A_TIME, "INNER": config.inner, "BM": BM, "SCAN": max(BM, 256),
+        "ACTIVE_ROWS": config.active_rows or BM, "IN_REGISTERS": config.in_registers,
+        "CHUNK": min(config.chunk, shape["H"]),
+        "num_warps": config.warps, "num_stages": config.stages,
+    }  # fmt: skip
+
+
 def _offsets(problem: Problem) -> tuple[int, ...]:
     """Where W_1, b_1, W_2, … begin in a program's slice of the partial sums, and its size."""
     offsets = [0]

@@ -6,8 +6,10 @@ backward will need it) goes to memory; the penalties leave as one partial sum pe
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
+from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,7 +23,7 @@ from ..device.hinge import PENALTY_SUM, hinge_epilogue
 from ..launch import launch
 from ..reduce import reduce_sum
 from ..slopes import direction_of, margins_of, output_like
-from ..target import compute_dtype, processors, products, register_limit
+from ..target import approximate, compute_dtype, processors, products, register_limit
 from ..tuning import tuned
 from .config import (
     WholeConfig,
@@ -60,15 +62,17 @@ def forward(
     problem: Problem, x: Tensor, weight: Tensor | None, params: Params, save: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """y (N, D), the penalty or J, and the saved tensors (none unless ``save``)."""
-    shape = shape_of(problem, x.dtype)
-    rule = forward_config(
-        max(shape["H"], shape["PD"]),
-        shape["ADJOINT"],
-        products(x.device),
-        precision_of(x.dtype) == "tf32x3",
-    )
+    known = as_compiled(problem)
+    rule = _rule(known, x.dtype, products(x.device), precision_of(x.dtype))
     run = partial(launch_forward, problem, x, weight, params, save)
-    return tuned(rule, candidates, ("forward", as_compiled(problem), save), x, run)
+    return tuned(rule, candidates, ("forward", known, save), x, run)
+
+
+@lru_cache(maxsize=256)
+def _rule(problem: Problem, dtype: torch.dtype, way: str, precision: str) -> WholeConfig:
+    shape = shape_of(problem, dtype)
+    width = max(shape["H"], shape["PD"])
+    return forward_config(width, shape["ADJOINT"], way, precision == "tf32x3")
 
 
 def launch_forward(
@@ -79,35 +83,52 @@ def launch_forward(
     save: bool,
     config: WholeConfig,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    N, D, k, hinge = x.shape[0], problem.D, problem.k, problem.hinge
+    N, D, hinge = x.shape[0], problem.D, problem.hinge
     saved = saved_like(problem, x) if save else []
     y = x.new_empty(N, D)
     out = output_like(problem, y)
     if N == 0:
         return y, out.zero_(), saved
-    shape = shape_of(problem, x.dtype)
+    ws, bs = split(params)
+    bias, types = tuple([b is not None for b in bs]), (approximate(x.dtype), precision_of(x.dtype))
+    constants = _constants(as_compiled(problem), x.dtype, types, bias, bool(saved), config)
     tiles = -(-N // config.rows)
     P = min(tiles, processors(x.device) * config.per_processor)
     summed = hinge is not None and not hinge.elementwise
     sums = out.new_empty(P) if summed else None
     scratch = None
     if not config.in_registers:
-        size = P * (problem.depth + 1) * config.rows * max(shape["H"], shape["PD"])
+        size = P * (len(ws) + 1) * config.rows * max(constants["H"], constants["PD"])
         scratch = x.new_empty(size, dtype=compute_dtype(x.dtype))
-    ws, bs = split(params)
     launch(
         whole_forward, (P,), x, x.contiguous(), weight, direction_of(problem, out), ws, bs, y,
         None if summed else out, saved[0] if saved else None, sums, scratch, N,
-        D * k if weight is not None and weight.dim() == 3 else 0,
-        *margins_of(problem, out),
-        **shape, **dtypes_of(x.dtype), BIAS=tuple(b is not None for b in bs),
-        SQUARED=hinge is not None and hinge.squared, SAVE=bool(saved),
-        PK=padded(k), BK=min(padded(problem.d), config.chunk), INNER=config.inner, BM=config.rows,
-        **register_limit(x.device), num_warps=config.warps, num_stages=config.stages,
+        D * problem.k if weight is not None and weight.dim() == 3 else 0,
+        *margins_of(problem, out), **constants, **register_limit(x.device),
     )  # fmt: skip
     if sums is not None:
         launch(reduce_sum, (1,), x, sums, out, P, BLOCK=1024)
     return y, out, saved
+
+
+@lru_cache(maxsize=256)
+def _constants(
+    problem: Problem,
+    dtype: torch.dtype,
+    types: tuple[int, str],  # what ``approximate`` and ``precision_of`` say of the dtype now
+    bias: tuple[bool, ...],
+    save: bool,
+    config: WholeConfig,
+) -> dict[str, Any]:
+    """What the kernel is compiled for."""
+    hinge = problem.hinge
+    return {
+        **shape_of(problem, dtype), **dtypes_of(dtype), "BIAS": bias,
+        "SQUARED": hinge is not None and hinge.squared, "SAVE": save,
+        "PK": padded(problem.k), "BK": min(padded(problem.d), config.chunk),
+        "INNER": config.inner, "BM": config.rows,
+        "num_warps": config.warps, "num_stages": config.stages,
+    }  # fmt: skip
 
 
 @triton.constexpr_function
