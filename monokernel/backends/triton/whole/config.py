@@ -74,9 +74,11 @@ def forward_config(width: int, adjoint: bool, products: str, split: bool) -> Who
 
     ``split``: three TF32 products for one. What the adjoint keeps of each layer goes to scratch: in
     registers it spilled 24 to 136 bytes at widths 32 and 64 on sm_90 (168 registers without).
+    In Triton 3.6 whole products of 128 ask for 512 columns of tensor memory at three hidden layers
+    and for 720 at five.
     """
     shared = products in ("wgmma", "tcgen05")
-    if split or (not shared and width > 32):
+    if split or (not shared and width > 32) or (products == "tcgen05" and width > 64):
         return in_steps(width, products, split)
     if width > 64:
         return WholeConfig(64, 8, 2, inner=width)
@@ -152,6 +154,8 @@ def precision_of(dtype: torch.dtype) -> str:
 
     Triton has none such for AMD.
     """
+    if dtype != torch.float32:
+        return dot_precision(dtype)
     wanted = "ieee" if torch.version.hip else os.environ.get("MONOKERNEL_FP32", "ieee")
     return dot_precision(dtype, highest=wanted)
 
@@ -166,6 +170,6 @@ def dtypes_of(dtype: torch.dtype) -> dict[str, Any]:
 
 def split(params: Params) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
     """(W_1, …) and (b_1, …), contiguous."""
-    ws = tuple(W.contiguous() for W in params[::2] if W is not None)
-    bs = tuple(None if b is None else b.contiguous() for b in params[1::2])
+    ws = tuple([W.contiguous() for W in params[::2] if W is not None])
+    bs = tuple([None if b is None else b.contiguous() for b in params[1::2]])
     return ws, bs

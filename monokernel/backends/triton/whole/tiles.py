@@ -222,7 +222,7 @@ def recall(
 ):  # fmt: skip
     """The tile that was kept as ``number``, or in a slot of the scratch if there is one."""
     if scratch is None:
-        return unpacked(kept[number], C, HOW).to(A)
+        return widened(kept[number], C, HOW).to(A)
     else:
         return get(scratch, slot, BM, WIDTH, WIDE, 0).to(A)
 
@@ -270,6 +270,18 @@ def unpacked(tile, C: tl.constexpr, HOW: tl.constexpr):
         return tl.reshape(tl.join(low, high), (tile.shape[0], tile.shape[1] * 2))
     else:
         return tile
+
+
+@triton.jit
+def widened(tile, C: tl.constexpr, HOW: tl.constexpr):
+    """What was packed, to compute with: a bfloat16 is the upper half of a float32, which Triton
+    before 3.9 does not find by itself."""
+    if HOW == APPROXIMATE and C.is_bf16():
+        low = (tile << 16).to(tl.float32, bitcast=True)
+        high = (tile & 0xFFFF0000).to(tl.float32, bitcast=True)
+        return tl.reshape(tl.join(low, high), (tile.shape[0], tile.shape[1] * 2))
+    else:
+        return unpacked(tile, C, HOW)
 
 
 @triton.jit
