@@ -28,6 +28,7 @@ from monokernel.backends.triton import layered, whole
 from monokernel.backends.triton.constants import activation_code
 from monokernel.backends.triton.device.activations import activation as device_activation
 from monokernel.backends.triton.launch import recorded
+from monokernel.backends.triton.layered import config as layered_config
 from monokernel.backends.triton.slopes import hinge_slopes
 from monokernel.backends.triton.target import assumed, interpreting
 from monokernel.problem import Hinge, Mode, Problem
@@ -183,6 +184,29 @@ def test_only_what_is_needed(path: ModuleType) -> None:
     y, out, saved = path.forward(p, x, None, params, False)
     assert saved == []
     assert_same([y, out], run(handwritten, p, x, params)[:2])
+
+
+@pytest.mark.parametrize("mode", ["tangent", "adjoint"])
+@pytest.mark.parametrize("σ", ["silu", "relu"])
+@pytest.mark.parametrize("elementwise", [True, False])
+@pytest.mark.parametrize("task", [True, False])
+def test_pairs_of_a_block_of_rows_at_once(
+    mode: Mode, σ: str, elementwise: bool, task: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where there is no room for those of all rows: the last block is shorter, and one has no
+    active pair."""
+    p = problem((5, 12, 9, 3), σ, 2, mode, Hinge(margin=0.2, elementwise=elementwise), "softplus")
+    x, params = inputs(p, 300)
+    violating = torch.arange(300) < 200 if elementwise else None
+    monkeypatch.setattr(layered_config, "ROOM", 64)
+    with recorded() as launched:
+        run(layered, p, x, params, task=task)
+    lists = [call for call in launched if call.kernel.fn.__name__ == "list_pairs"]
+    assert len(lists) == (2 if mode == "tangent" else 3)
+    for needs in (None, [False] * 3 + [True] * 4, [True] + [False] * 6):
+        asked: dict[str, Any] = {"task": task, "violating": violating, "needs": needs}
+        got = run(layered, p, x, params, **asked)
+        assert_same(got, run(handwritten, p, x, params, **asked))
 
 
 @pytest.mark.parametrize("mode", ["tangent", "adjoint"])

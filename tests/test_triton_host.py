@@ -7,21 +7,24 @@ to read, and kernels are written down in place of running.
 
 from __future__ import annotations
 
+import weakref
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton")
 
 import monokernel
 from monokernel import signs
-from monokernel.backends.triton import layered, programs, tuning, whole
+from monokernel.backends.triton import launch, layered, programs, tuning, whole
 from monokernel.backends.triton.launch import Launch, recorded
 from monokernel.backends.triton.target import interpreting
 from monokernel.columns import last_columns
@@ -267,6 +270,62 @@ def test_layer_by_layer_takes_fewer_launches_than_node_by_node(mode: Mode) -> No
             path.backward(p, y, out, x, params, saved, [False, *(t is not None for t in params)])
         found.append((len(up), len(down)))
     assert found == ([(6, 19), (8, 38)] if mode == "adjoint" else [(5, 20), (5, 34)])
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made meanwhile held at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.most = 0
+        self.known: dict[int, int] = {}
+
+    def _drop(self, storage: int) -> None:
+        self.held -= self.known.pop(storage)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and (storage := t.untyped_storage())._cdata not in self.known:
+                own = storage._cdata
+                self.known[own] = storage.nbytes()
+                weakref.finalize(storage, self._drop, own)
+                self.held += storage.nbytes()
+                self.most = max(self.most, self.held)
+        return out
+
+
+class Forgotten(list[Launch]):
+    """Of launches: kept, they would hold their tensors."""
+
+    def append(self, _: Launch) -> None:
+        pass
+
+
+def backward_bytes(D: int, k: int, mode: Mode, rows: int, width: int) -> tuple[int, int]:
+    """What a backward layer by layer holds at the most beside what it is given, and what the
+    hidden layers' values take."""
+    p = problem((9, *(width,) * 3, D), "silu", k, mode, Hinge())
+    x, params = inputs(p, 1, torch.bfloat16)
+    x, params = (
+        x.to(META).expand(rows, -1).contiguous(),
+        [t if t is None else t.to(META) for t in params],
+    )
+    with mock.patch.object(launch, "_records", [Forgotten()]):
+        y, out, saved = layered.forward(p, x, None, params, True)
+        with Peak() as peak:
+            layered.backward(p, y, out, x, params, saved, [False, *(t is not None for t in params)])
+    return peak.most, 3 * rows * width * x.element_size()
+
+
+@MODES
+def test_the_memory_of_a_backward_does_not_follow_the_number_of_pairs(mode: Mode) -> None:
+    """docs/triton.md has the numbers at 65,536 x 1024."""
+    one, values = backward_bytes(8, 1, "tangent", 65_536, 1024)
+    for D, k in ((8, 8), (16, 9)):
+        several, _ = backward_bytes(D, k, mode, 65_536, 1024)
+        assert several < 1.1 * one
+    assert one < 5 * values
 
 
 # --- what is compiled -----------------------------------------------------------------------------

@@ -19,7 +19,15 @@ from ..device.tiles import bias_row, input_tile, input_weights, of_rows
 from ..launch import launch
 from ..target import products, register_limit
 from ..tuning import tuned
-from .config import Values, kept_chain, reads_input, slices_of, tiles_of, weight_of
+from .config import (
+    Values,
+    kept_chain,
+    reads_input,
+    rows_at_once,
+    slices_of,
+    tiles_of,
+    weight_of,
+)
 from .gradients import Gradients, Sums
 from .pairs import Pairs
 
@@ -56,20 +64,20 @@ def _backward(
     """Where y has a gradient, what the pairs' curvatures give to a layer's g joins it in their
     rows: the products over all rows then serve both, and the pairs take 3 of their own, else up to
     5."""
-    x, L, dx = x.contiguous(), problem.depth, None
+    x, gout = x.contiguous(), None if gout is None else gout.contiguous()
+    L, dx = problem.depth, None
     grads = Gradients(params, [n and p is not None for n, p in zip(needs[1:], params, strict=True)])
     lowest = 0 if needs[0] else grads.lowest
+    some = x.shape[0] > 0 and lowest < L
+    at_once = rows_at_once(problem, x)
     rows = pairs = None
-    if x.shape[0] and lowest < L:
-        if gout is not None:
-            pairs = Pairs(problem, gout.contiguous(), x, params, saved, config, grads, gy is None)
-        if gy is not None:
-            rows = _Rows(problem, x, params, saved, gy.contiguous(), grads, needs[0], pairs)
+    if some and gout is not None and at_once >= x.shape[0]:
+        pairs = Pairs(problem, gout, x, params, saved, config, grads, gy is None)
+    if some and gy is not None:
+        rows = _Rows(problem, x, params, saved, gy.contiguous(), grads, needs[0], pairs)
     for l in range(L - 1, lowest - 1, -1):
         if pairs is not None:
-            pairs.weight(l)
-            if l > lowest:
-                pairs.down(l)
+            pairs.layer(l, l > lowest)
         if rows is not None:
             rows.layer(l, l > lowest)
     if rows is not None:
@@ -80,8 +88,44 @@ def _backward(
         assert rows.g is not None
         dx = torch.mm(rows.g, weight_of(params, 0))
     elif needs[0]:
-        dx = torch.zeros_like(x) if pairs is None else pairs.inputs()
+        dx = torch.zeros_like(x) if gout is None or not some else torch.empty_like(x)
+    if pairs is not None and dx is not None and rows is None:
+        pairs.inputs(dx, fresh=True)
+    if some and gout is not None and pairs is None:
+        asked = problem, gout, x, params, saved, config, grads, lowest, dx, rows is None
+        _in_blocks(at_once, *asked)
     return [dx, *grads.result()]
+
+
+def _in_blocks(
+    at_once: int,
+    problem: Problem,
+    gout: Tensor,
+    x: Tensor,
+    params: Params,
+    saved: Sequence[Tensor],
+    config: ProductConfig,
+    grads: Gradients,
+    lowest: int,
+    dx: Tensor | None,
+    fresh: bool,
+) -> None:
+    """What the pairs give to the gradients, where those of some rows ``at_once`` are all that there
+    is room for: they are alone, and take up to 5 products. Begins the gradients if ``fresh``."""
+    sums = None
+    for begin in range(0, len(x), at_once):
+        own = slice(begin, begin + at_once)
+        of_rows = gout[own] if gout.dim() else gout
+        kept = [t[own] for t in saved]
+        pairs = Pairs(problem, of_rows, x[own], params, kept, config, grads, True, sums)
+        for l in range(problem.depth - 1, lowest - 1, -1):
+            pairs.layer(l, l > lowest)
+        if dx is not None:
+            pairs.inputs(dx[own], fresh)
+        sums = pairs.sums
+        del pairs  # before the next ones take as much memory
+    assert sums is not None
+    sums.add_up(add=not fresh)
 
 
 class _Rows:

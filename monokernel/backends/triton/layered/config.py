@@ -17,6 +17,7 @@ __all__ = [
     "kept_layers",
     "reads_input",
     "row_tile",
+    "rows_at_once",
     "saved_like",
     "slices_of",
     "tiles_of",
@@ -25,6 +26,7 @@ __all__ = [
 ]
 
 ROWS = 64  # rows of an element-wise tile of 32 columns: 2048 elements for 4 warps
+ROOM = 1 << 26  # numbers: 128 MiB in half precision
 FEW = 64  # inputs with which the first layer's product is cheaper made again than read
 
 
@@ -47,6 +49,17 @@ def values_like(problem: Problem, x: Tensor) -> list[Tensor]:
     """Of those the a_l."""
     held = problem.widths[1 + reads_input(problem) : kept_layers(problem) + 1]
     return [x.new_empty(x.shape[0], H) for H in held]
+
+
+def rows_at_once(problem: Problem, x: Tensor) -> int:
+    """Of how many rows the active pairs are in memory at once: of all, but where each has several
+    and so a layer's tangents could be ROOM numbers and more than the values of all rows."""
+    pairs = problem.D if problem.mode == "adjoint" else problem.k
+    N, widest = max(x.shape[0], 1), max(problem.widths[1:])
+    if pairs == 1 or N * pairs * widest <= ROOM:
+        return N
+    rows = max(ROOM // (pairs * widest), -(-N // pairs))
+    return -(-rows // 64) * 64  # so that blocks begin at multiples of 16 bytes, as the whole does
 
 
 def reads_input(problem: Problem) -> bool:

@@ -32,7 +32,7 @@ class Pairs:
 
     Unless they are ``alone``, what q gives to the cotangent g of all rows goes there, and q's part
     in the gradients with it. Then q goes on by itself only where the adjoint chain of all rows is
-    kept, which g is made of.
+    kept, which g is made of. Those of a block of rows go on with the ``sums`` of the blocks before.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class Pairs:
         config: ProductConfig,
         grads: Gradients,
         alone: bool,
+        sums: Sums | None = None,
     ) -> None:
         self.problem, self.x, self.params = problem, x, params
         self.config, self.alone = config, alone
@@ -57,7 +58,8 @@ class Pairs:
         self.p = self.seed
         weights = [2 * l for l in range(problem.depth)]
         places = [p for place in weights for p in (place, place + 1)] if alone else weights
-        self.sums = Sums(grads, places, self._slices(), 4, x)
+        self.fresh = sums is None
+        self.sums = Sums(grads, places, self._slices(), 4, x) if sums is None else sums
 
     @property
     def most(self) -> int:
@@ -143,6 +145,12 @@ class Pairs:
         )  # fmt: skip
         return p, q
 
+    def layer(self, l: int, further: bool) -> None:
+        """What layer l's gradients have of them; and down to the layer below."""
+        self.weight(l)
+        if further:
+            self.down(l)
+
     def joining(self, l: int) -> Tensor | None:
         """q of layer l, which they are at and whose g it joins. It goes on with that, but where g
         of the layer below is no product of it: of a_L alone, times the kept chain."""
@@ -189,25 +197,26 @@ class Pairs:
             self.active.rows, self.active.total, dW, db,
             OUTPUTS=O, INPUTS=I, RUNS=((0, 0, I),) if l else runs_of(self.problem.columns),
             TANGENTS=I if l else self.problem.k, BELOW_ROW=I,
-            ACT=self.table[l - 1] if l else IDENTITY, FRESH=True, SIZE=self.sums.offsets[-1],
+            ACT=self.table[l - 1] if l else IDENTITY, FRESH=self.fresh, SIZE=self.sums.offsets[-1],
             **(self.a.inputs(l - 1) if l else NO_INPUTS), BM=tile.rows, BN=tile.columns,
             BR=tile.inner, **product_options(self.x.dtype, tile),
         )  # fmt: skip
 
-    def inputs(self) -> Tensor:
-        """dx, of the curvatures alone."""
-        dx, q, d = torch.empty_like(self.x), self.q, self.problem.d
+    def inputs(self, dx: Tensor, fresh: bool) -> None:
+        """Adds to dx what it has of the curvatures; to nothing if ``fresh``."""
+        q, d = self.q, self.problem.d
         if q is None:  # every σ'' is zero
-            return dx.zero_()
+            if fresh:
+                dx.zero_()
+            return
         part = self._below(q, 0)
         grid, tile = tiles_of(len(dx), d)
         launch(
             gather_inputs, grid, self.x, dx, part, self.active.place, len(dx),
             d=d, ROW=d, COLUMN=1,
             T=self.problem.D if self.problem.mode == "adjoint" else self.problem.k,
-            FRESH=True, **tile, A=accumulator(self.x.dtype),
+            FRESH=fresh, **tile, A=accumulator(self.x.dtype),
         )  # fmt: skip
-        return dx
 
 
 @triton.jit
