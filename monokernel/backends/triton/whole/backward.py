@@ -50,7 +50,7 @@ from .passes import down_pass, seed_pass, slots, tangent_pass, up_pass
 from .sums import fresh_sums, leave_sums, zero_fill
 from .tiles import barrier
 
-__all__ = ["backward", "launch_backward", "whole_backward"]
+__all__ = ["backward", "launch_backward", "offsets_of", "whole_backward"]
 
 # With 32 input columns at a time, 40 inputs with dx at width 64 spill up to 424 bytes in Triton
 # 3.6.
@@ -145,7 +145,7 @@ def _constants(
     """What the kernel is compiled for."""
     shape, BM = shape_of(problem, dtype), config.rows
     return {
-        **shape, **dtypes_of(dtype), "BIAS": bias, "NEEDS": needs, "OFFSETS": _offsets(problem),
+        **shape, **dtypes_of(dtype), "BIAS": bias, "NEEDS": needs, "OFFSETS": offsets_of(problem),
         "BK": INPUTS_AT_A_TIME, "INNER": config.inner, "BM": BM, "SCAN": max(BM, 256),
         "ACTIVE_ROWS": config.active_rows or BM, "IN_REGISTERS": config.in_registers,
         "CHUNK": min(config.chunk, shape["H"]),
@@ -153,7 +153,8 @@ def _constants(
     }  # fmt: skip
 
 
-def _offsets(problem: Problem) -> tuple[int, ...]:
+@lru_cache(maxsize=256)
+def offsets_of(problem: Problem) -> tuple[int, ...]:
     """Where W_1, b_1, W_2, … begin in a program's slice of the partial sums, and its size."""
     offsets = [0]
     for rows, columns in zip(problem.widths[1:], problem.widths, strict=False):

@@ -36,9 +36,9 @@ from .config import (
     split,
 )
 from .tiles import (
+    affine_up,
     first_layer,
     keep,
-    layer_up,
     matmul,
     padded_width,
     product_down,
@@ -239,7 +239,7 @@ def tangent_tile(
     for l in tl.static_range(1, L):
         h = through(scratch, 0, h.to(C), WIDE, INNER)
         h_dot = through(scratch, 1, h_dot.to(C), WIDE, INNER)
-        a = layer_up(h, scratch, 0, ws, bs, l, WIDTHS, BIAS, H, PD, INNER, C, A, PRECISION)
+        a = affine_up(h, scratch, 0, ws, bs, l, WIDTHS, BIAS, H, PD, INNER, C, A, PRECISION)
         a_dot = product_up(h_dot, scratch, 1, ws, l, WIDTHS, H, PD, INNER, C, A, PRECISION)
         if INNER:
             tl.debug_barrier()  # the slots are read by all before they are written again
@@ -276,7 +276,7 @@ def adjoint_tile(
         h, slope, _curvature = activation_of(a, ACTS, l - 1)
         kept = keep(kept, slope, scratch, l + 1, WIDE, C, ACTS[0][4])
         h = through(scratch, 0, h.to(C), WIDE, INNER)
-        a = layer_up(h, scratch, 0, ws, bs, l, WIDTHS, BIAS, H, PD, INNER, C, A, PRECISION)
+        a = affine_up(h, scratch, 0, ws, bs, l, WIDTHS, BIAS, H, PD, INNER, C, A, PRECISION)
         if scratch is not None:
             tl.debug_barrier()  # the slots are read by all before they are written again
     h, last_slope, _curvature = activation_of(a, ACTS, L - 1)

@@ -19,13 +19,13 @@ from ..device.hinge import slope_cotangent
 from ..device.tiles import weight_tile
 from .sums import gather, gather_bias, inner_gradient, unchanged
 from .tiles import (
+    affine_up,
     after,
     as_operand,
     barrier,
     first_layer,
     get,
     keep,
-    layer_up,
     matmul,
     padded_width,
     product_down,
@@ -86,7 +86,7 @@ def up_pass(
             if INNER == 0:
                 hs = as_operand(hs, h, scratch, H_SLOT * L + l, WIDE)
             h = through(scratch, H_SLOT * L + l, h, WIDE, INNER)
-            a = layer_up(
+            a = affine_up(
                 h, scratch, H_SLOT * L + l, ws, bs, l + 1,
                 WIDTHS, BIAS, H, PD, INNER, C, A, PRECISION,
             )  # fmt: skip

@@ -17,6 +17,7 @@ from ..device.activations import APPROXIMATE
 from ..device.tiles import bias_row, weight_tile
 
 __all__ = [
+    "affine_up",
     "after",
     "as_operand",
     "barrier",
@@ -24,7 +25,6 @@ __all__ = [
     "get",
     "get_rows",
     "keep",
-    "layer_up",
     "matmul",
     "padded_width",
     "product_down",
@@ -191,7 +191,7 @@ def product_down(
 
 
 @triton.jit
-def layer_up(
+def affine_up(
     h, scratch, slot: tl.constexpr, ws, bs, l: tl.constexpr, WIDTHS: tl.constexpr,
     BIAS: tl.constexpr, H: tl.constexpr, PD: tl.constexpr, INNER: tl.constexpr,
     C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
