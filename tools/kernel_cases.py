@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from monokernel.activations import Activation
-from monokernel.backends.triton import layered, programs, whole
+from monokernel.backends.triton import layered, narrow, path_of, programs, whole
 from monokernel.backends.triton.launch import Launch, recorded
 from monokernel.backends.triton.programs.config import WIDEST_ROW
 from monokernel.backends.triton.target import assumed
@@ -56,7 +56,12 @@ TARGETS = {
 
 
 LINEAR = Hinge()
-PATHS: dict[str, Any] = {"whole": whole, "layered": layered, "programs": programs}
+PATHS: dict[str, Any] = {
+    "whole": whole,
+    "narrow": narrow,
+    "layered": layered,
+    "programs": programs,
+}
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Case:
     mode: Mode
     dtype: torch.dtype
     precision: str = "highest"
-    path: str = "whole"
+    path: str = "whole"  # or "served", the one that the target serves it by
     hinge: Hinge | None = LINEAR
     cotangents: str = "both"  # of y and the second output, or of "y" or the "slopes" alone
     dx: bool = False
@@ -300,7 +305,7 @@ def _step(case: Case) -> None:
         params.append(torch.zeros(shapes[0], dtype=dtype) if given else None)
     x = torch.empty(N, problem.d, dtype=case.dtype)
     weight = torch.empty(N, problem.D, problem.k) if case.row_weight else None
-    path = PATHS[case.path]
+    path = path_of(problem, x) if case.path == "served" else PATHS[case.path]
     if path.refuses(problem, x) is not None:
         return
     y, out, saved = path.forward(problem, x, weight, params, True)

@@ -66,15 +66,18 @@ class Spent(NamedTuple):
 
 
 def case_of(width: int, N: int = 1024) -> Case:
-    path = "whole" if width <= 128 else "layered"
     widths = (8, width, width, width, 1)
-    return Case(widths, "silu", 1, "adjoint", torch.bfloat16, path=path, N=N)
+    return Case(widths, "silu", 1, "adjoint", torch.bfloat16, path="served", N=N)
 
 
 # --- one launch -----------------------------------------------------------------------------------
 
 # Scratch and partial sums are sized to stay in the cache, so that they are its bytes alone.
 IN_CACHE = ("scratch", "partials")
+# Kernels of a whole network, whose programs walk over tiles of rows.
+BY_TILE = ("whole_forward", "whole_backward", "narrow_forward", "narrow_gradients")
+# Of one that goes over the rows and over the pairs, what is of the pairs.
+OF_PAIRS = ("rows", "x_dot", "p", "q", "h", "h_dot")
 
 
 def seconds_of(kernel: Kernel, call: Launch, card: Card, share: float) -> Spent:
@@ -108,15 +111,19 @@ def _moved(size: float, card: Card) -> float:
 def _bytes(call: Launch, share: float) -> float:
     """Of every tensor of the call once; of the pairs' those that are active."""
     name, found, total = call.kernel.__name__, dict[int, Tensor](), 0.0
+    of_pairs = set[int]()
     for key, value in zip(call.kernel.arg_names, call.args, strict=False):
         if key not in IN_CACHE or name.startswith("reduce"):
             for t in value if isinstance(value, tuple) else (value,):
                 if isinstance(t, Tensor):
                     found[id(t)] = t
+                    if name == "narrow_gradients" and key in OF_PAIRS:
+                        of_pairs.add(id(t))
     rows = max((t.shape[0] for t in found.values() if t.dim()), default=0)
-    by_pairs = name.startswith("pairs_") or name == "gather_inputs"
-    for t in found.values():
-        part = share if by_pairs and t.dim() and t.shape[0] == rows else 1.0
+    by_pairs = name.startswith("pairs_") or name in ("gather_inputs", "narrow_pairs")
+    for at, t in found.items():
+        listed = by_pairs or at in of_pairs
+        part = share if listed and t.dim() and t.shape[0] == rows else 1.0
         total += part * t.numel() * t.element_size()
     return total - _unread(call, share)
 
@@ -135,7 +142,7 @@ def _work(kernel: Kernel, call: Launch, share: float) -> tuple[int, list[float]]
     programs = prod(call.programs)
     heavy: list[float] = [1.0]  # of the outermost loops that multiply, or all there are
     light: list[float] = [1.0]  # of those that do not, beside such
-    if name in ("whole_forward", "whole_backward", "hinge_slopes"):
+    if name in (*BY_TILE, "hinge_slopes"):
         tiles = ceil(ceil(given["N"] / own["BM"]) / programs)
         heavy = [tiles]
     if name == "whole_backward":
@@ -143,6 +150,10 @@ def _work(kernel: Kernel, call: Launch, share: float) -> tuple[int, list[float]]
         active = ceil(share * rows / some)
         heavy = [active, ceil((rows - active * some) / own["BM"])]
         light = [own["OFFSETS"][-1] / 1024, ceil(tiles * own["BM"] / own["SCAN"])]
+    elif name == "narrow_gradients":
+        heavy = [tiles, ceil(ceil(share * given["N"] / own["BM"]) / programs)]
+    elif name == "narrow_pairs":
+        programs = ceil(share * given["rows"].shape[0] / own["BM"])
     elif name == "chain_down":
         heavy = [ceil(own["H"] / own["BN"])]
     elif name == "layer_back":
@@ -424,7 +435,7 @@ def table(known: Known) -> str:
 
 
 def tiles(known: Known) -> str:
-    """What the whole-network kernels execute for a row and layer of a tile, in Markdown."""
+    """What the kernels of a whole network execute for a row and layer of a tile, in Markdown."""
     lines = [
         "| kernel, width | target | registers | shared, KB | special | arithmetic | integer | all "
         "| bytes | barriers |",
@@ -433,7 +444,7 @@ def tiles(known: Known) -> str:
     for (width, target), kernels in known.items():
         card = next(card for card in CARDS.values() if card.target == target)
         for kernel, call in zip(kernels, launches(case_of(width), target), strict=True):
-            if not kernel.name.startswith("whole"):
+            if kernel.name not in BY_TILE:
                 continue
             _, trips = _work(kernel, call, 0.0)
             total = defaultdict[str, float](float)

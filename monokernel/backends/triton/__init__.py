@@ -1,10 +1,11 @@
 """The Triton kernels: the tangent beside the activations, on the GPU.
 
-Three paths, each with the four functions of the backend protocol: ``whole`` (narrow chains of
-layers, the network is one kernel), ``layered`` (every other chain) and ``programs`` (every other
-program). This module only chooses. What the paths share lies beside them: ``device`` (functions
-that kernels call), ``active`` (the active pairs and products over them), ``slopes`` and ``reduce``
-(kernels), ``target`` (what the card is), ``launch``, ``constants`` and ``tuning``.
+Four paths, each with the four functions of the backend protocol: ``whole`` (narrow chains of
+layers, the network is one kernel), ``narrow`` (those of them whose sums one kernel cannot hold),
+``layered`` (every other chain) and ``programs`` (every other program). This module only chooses.
+What the paths share lies beside them: ``device`` (functions that kernels call), ``active`` (the
+active pairs and products over them), ``slopes`` and ``reduce`` (kernels), ``target`` (what the card
+is), ``launch``, ``constants`` and ``tuning``.
 """
 
 from __future__ import annotations
@@ -17,10 +18,14 @@ from torch import Tensor
 
 from ...problem import Problem
 from .. import Params
-from . import layered, programs, whole
+from . import layered, narrow, programs, whole
 from .target import interpreting
 
-__all__ = ["backward", "forward", "refuses", "saved_like", "step"]
+__all__ = ["backward", "forward", "path_of", "refuses", "saved_like", "step"]
+
+# Units of a hidden layer up to which the sums of the weights' gradients, and what a tile keeps, fit
+# the registers of one kernel.
+IN_ONE = 64
 
 
 def refuses(problem: Problem, x: Tensor) -> str | None:
@@ -38,13 +43,16 @@ def refuses(problem: Problem, x: Tensor) -> str | None:
     return None if whole.refuses(problem, x) is None else layered.refuses(problem, x)
 
 
-def _path(problem: Problem, x: Tensor, saved: Sequence[Tensor] | None = None) -> ModuleType:
-    """Of a chain the whole network in one kernel where it fits, else layer by layer.
+def path_of(problem: Problem, x: Tensor, saved: Sequence[Tensor] | None = None) -> ModuleType:
+    """Of a chain the whole network in one kernel where it fits, else layer by layer; where both do,
+    by the model of docs/predictions.md.
 
     In the backward what was saved decides, should the float32 precision have been changed since.
     """
     if _is_program(problem):
         return programs
+    if max(problem.widths[1:]) > IN_ONE and narrow.refuses(problem, x) is None:
+        return narrow
     if saved is not None and len(saved) != len(whole.saved_like(problem, x[:0])):
         return layered
     return whole if whole.refuses(problem, x) is None else layered
@@ -61,7 +69,7 @@ def step() -> None:
 
 def saved_like(problem: Problem, x: Tensor) -> list[Tensor]:
     """Uninitialised buffers for what the backward needs again."""
-    saved: list[Tensor] = _path(problem, x).saved_like(problem, x)
+    saved: list[Tensor] = path_of(problem, x).saved_like(problem, x)
     return saved
 
 
@@ -69,7 +77,7 @@ def forward(
     problem: Problem, x: Tensor, weight: Tensor | None, params: Params, save: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """y (N, D), the penalty or J, and the saved tensors (none unless ``save``)."""
-    result: tuple[Tensor, Tensor, list[Tensor]] = _path(problem, x).forward(
+    result: tuple[Tensor, Tensor, list[Tensor]] = path_of(problem, x).forward(
         problem, x, weight, params, save
     )
     return result
@@ -85,7 +93,7 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients of x and of every parameter, None where ``needs`` is false."""
-    grads: list[Tensor | None] = _path(problem, x, saved).backward(
+    grads: list[Tensor | None] = path_of(problem, x, saved).backward(
         problem, gy, gout, x, params, saved, needs
     )
     return grads

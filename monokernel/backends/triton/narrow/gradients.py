@@ -1,0 +1,180 @@
+"""The gradients of a narrow chain's parameters: sums over the rows, and over the active pairs.
+
+Each program has a share of the rows and of the pairs, and carries its sums in registers through
+both; what products take lies in shared memory, where the compiler puts it. With the kept chain the
+cotangent of a row is gy·σ'∘P, so that no product is left but those of the sums themselves.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..device.activations import activation_of
+from ..device.columns import place_of
+from ..device.tiles import bias_row, input_tile, input_weights, of_rows
+from ..whole.sums import put_bias, put_weight
+from ..whole.tiles import matmul
+
+__all__ = ["narrow_gradients"]
+
+ONES = tl.constexpr(8)
+
+
+@triton.jit(do_not_specialize=["N"])
+def narrow_gradients(
+    x, W, b, last, a, chain, gy, rows, total, x_dot, p, q, h, h_dot, partials, N,
+    WIDTHS: tl.constexpr, ACTS: tl.constexpr, NEEDS: tl.constexpr, OFFSETS: tl.constexpr,
+    RUNS: tl.constexpr, K: tl.constexpr, H: tl.constexpr, FAN_TILE: tl.constexpr,
+    BM: tl.constexpr, C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``last`` is the row of W_L. Of the pairs, of which there are ``total``, p, q, h and ḣ of the
+    hidden layers are in the order of their list."""
+    partials = partials + tl.program_id(0).to(tl.int64) * OFFSETS[len(OFFSETS) - 1]
+    sums = no_sums(WIDTHS, H, FAN_TILE, A)
+    output = tl.zeros((BM,), A)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(N, BM), tl.num_programs(0), disable_licm=True):
+        start = tile * tl.full((), BM, tl.int64)
+        n = tl.arange(0, BM)
+        ok = n < N - tile * BM
+        sums = of_tile(
+            sums, start, n, ok, x, W, b, last, a, chain, gy, WIDTHS, ACTS, NEEDS, H, FAN_TILE, C, A,
+            PRECISION,
+        )  # fmt: skip
+        if NEEDS[len(NEEDS) - 1]:
+            output += tl.load(gy + start + n, mask=ok, other=0.0).to(A)
+    if total is not None:
+        count = tl.load(total)
+        for tile in tl.range(
+            tl.program_id(0), tl.cdiv(count, BM), tl.num_programs(0), disable_licm=True
+        ):
+            i = tile * BM + tl.arange(0, BM)
+            sums = of_pairs(
+                sums, i.to(tl.int64), i < count, x, rows, x_dot, p, q, h, h_dot, WIDTHS, NEEDS,
+                RUNS, K, H, FAN_TILE, C, A, PRECISION,
+            )  # fmt: skip
+    leave_sums(sums, output, partials, WIDTHS, NEEDS, OFFSETS)
+
+
+@triton.jit
+def no_sums(WIDTHS: tl.constexpr, H: tl.constexpr, FAN_TILE: tl.constexpr, A: tl.constexpr):
+    """Zeros for dW and db of the hidden layers, and last for dW of the output. Of a bias all
+    columns are the same."""
+    sums = ()
+    for l in tl.static_range(len(WIDTHS) - 2):
+        weight = tl.zeros((H, H if l else FAN_TILE), A)
+        sums = sums + (weight, tl.zeros((H, ONES), A))  # type: ignore[assignment] # noqa: RUF005
+    return sums + (tl.zeros((H, ONES), A),)  # noqa: RUF005 (Triton unpacks no tuples)
+
+
+@triton.jit
+def of_tile(
+    sums, start, n, ok, x, W, b, last, a, chain, gy, WIDTHS: tl.constexpr, ACTS: tl.constexpr,
+    NEEDS: tl.constexpr, H: tl.constexpr, FAN_TILE: tl.constexpr, C: tl.constexpr, A: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The sums with what some rows give."""
+    L: tl.constexpr = len(ACTS)
+    unit = tl.arange(0, H)
+    below = input_tile(x + start * WIDTHS[0], n, ok, WIDTHS[0], FAN_TILE, C)
+    factor = of_rows(gy + start, n, ok, A)
+    w, bias = input_weights(W, b, unit, WIDTHS[1], WIDTHS[0], FAN_TILE, C, A)
+    own = tl.dot(below, w, input_precision=PRECISION).to(A) + bias
+    found = ()
+    for l in tl.static_range(L - 1):
+        if l > 0:
+            own = rows_of(a[l - 1], start, n, ok, unit, WIDTHS[l + 1], A)
+        value, slope, _curvature = activation_of(own, ACTS, l)
+        if l == L - 2:
+            above = bias_row(last, unit, WIDTHS[L - 1], A)
+        else:
+            above = rows_of(chain[l], start, n, ok, unit, WIDTHS[l + 1], A)
+        g = (slope * above * factor).to(C)
+        found = found + added(
+            sums[2 * l], sums[2 * l + 1], g, below, NEEDS[2 * l], NEEDS[2 * l + 1], C, PRECISION
+        )  # fmt: skip
+        below = value.to(C)
+    output = sums[2 * L - 2]
+    if NEEDS[2 * L - 2]:
+        every = tl.broadcast_to(factor.to(C), (n.shape[0], ONES))
+        output += matmul(tl.trans(below), every, C, PRECISION)
+    return found + (output,)  # noqa: RUF005 (Triton unpacks no tuples)
+
+
+@triton.jit
+def rows_of(t, start, n, ok, unit, WIDTH: tl.constexpr, A: tl.constexpr):
+    """The rows start + n of a tensor of WIDTH columns."""
+    at = n[:, None] * WIDTH + unit[None, :]
+    mask = ok[:, None] & (unit[None, :] < WIDTH)
+    return tl.load(t + start * WIDTH + at, mask=mask, other=0.0).to(A)
+
+
+@triton.jit
+def added(
+    weight, bias, left, right, WEIGHT: tl.constexpr, BIAS: tl.constexpr, C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(dW, db) with leftᵀ right and the sum of left over the rows."""
+    if WEIGHT:
+        weight += matmul(tl.trans(left), right, C, PRECISION)
+    if BIAS:
+        ones = tl.full((left.shape[0], ONES), 1, C)
+        bias += matmul(tl.trans(left), ones, C, PRECISION)
+    return (weight, bias)
+
+
+@triton.jit
+def of_pairs(
+    sums, i, ok, x, rows, x_dot, p, q, h, h_dot, WIDTHS: tl.constexpr, NEEDS: tl.constexpr,
+    RUNS: tl.constexpr, K: tl.constexpr, H: tl.constexpr, FAN_TILE: tl.constexpr,
+    C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The sums with what some pairs give: pᵀ ḣ + qᵀ h, and q."""
+    L: tl.constexpr = len(WIDTHS) - 1
+    unit = tl.arange(0, H)
+    n = tl.load(rows + i, mask=ok, other=0).to(tl.int64)
+    below = input_tile(x, n, ok, WIDTHS[0], FAN_TILE, C)
+    place = place_of(tl.arange(0, FAN_TILE), RUNS)
+    inside = ok[:, None] & ((place >= 0) & (place < K))[None, :]
+    below_dot = tl.load(x_dot + i[:, None] * K + place[None, :], mask=inside, other=0.0).to(C)
+    found = ()
+    for l in tl.static_range(L - 1):
+        at = i[:, None] * WIDTHS[l + 1] + unit[None, :]
+        mask = ok[:, None] & (unit[None, :] < WIDTHS[l + 1])
+        weight = sums[2 * l]
+        if NEEDS[2 * l]:
+            left = tl.load(p[l] + at, mask=mask, other=0.0)
+            weight += matmul(tl.trans(left), below_dot, C, PRECISION)
+        left = tl.load(q[l] + at, mask=mask, other=0.0).to(C)
+        found = found + added(
+            weight, sums[2 * l + 1], left, below, NEEDS[2 * l], NEEDS[2 * l + 1], C, PRECISION
+        )  # fmt: skip
+        below_dot = tl.load(h_dot[l] + at, mask=mask, other=0.0).to(C)
+        if l < L - 2:
+            below = tl.load(h[l] + at, mask=mask, other=0.0).to(C)
+    output = sums[2 * L - 2]
+    if NEEDS[2 * L - 2]:
+        ones = tl.full((n.shape[0], ONES), 1, C)
+        output += matmul(tl.trans(below_dot), ones, C, PRECISION)
+    return found + (output,)  # noqa: RUF005 (Triton unpacks no tuples)
+
+
+@triton.jit
+def leave_sums(
+    sums, output, partials, WIDTHS: tl.constexpr, NEEDS: tl.constexpr, OFFSETS: tl.constexpr
+):
+    """The sums become the program's slice."""
+    L: tl.constexpr = len(WIDTHS) - 1
+    for l in tl.static_range(L - 1):
+        if NEEDS[2 * l]:
+            column = tl.arange(0, sums[2 * l].shape[1])
+            at = partials + OFFSETS[2 * l]
+            put_weight(sums[2 * l], column, at, WIDTHS[l + 1], WIDTHS[l], False)
+        if NEEDS[2 * l + 1]:
+            at = partials + OFFSETS[2 * l + 1]
+            put_bias(tl.sum(sums[2 * l + 1], 1) * (1 / ONES), at, WIDTHS[l + 1], False)
+    if NEEDS[2 * L - 2]:
+        at = partials + OFFSETS[2 * L - 2]
+        put_bias(tl.sum(sums[2 * L - 2], 1) * (1 / ONES), at, WIDTHS[L - 1], False)
+    if NEEDS[2 * L - 1]:
+        tl.store(partials + OFFSETS[2 * L - 1], tl.sum(output))
