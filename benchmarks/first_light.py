@@ -29,7 +29,7 @@ from torch import Tensor
 from benchmarks.cases import PRECISIONS, Case, Job
 from benchmarks.rivals import BASE, MONOKERNEL
 from monokernel.backends import handwritten
-from monokernel.backends.triton import layered, whole
+from monokernel.backends.triton import layered, narrow, whole
 from monokernel.backends.triton.target import interpreting, products
 from monokernel.backends.triton.whole.backward import launch_backward
 from monokernel.backends.triton.whole.config import WholeConfig, backward_config, forward_config
@@ -39,7 +39,7 @@ from tests.problems import errors, inputs, problem, run
 
 __all__ = ["main"]
 
-PATHS: dict[str, ModuleType] = {"whole": whole, "layered": layered}
+PATHS: dict[str, ModuleType] = {"whole": whole, "narrow": narrow, "layered": layered}
 LINEAR = Hinge()
 PATIENCE = 300.0  # seconds for one trial in a process of its own
 
@@ -66,13 +66,18 @@ class Trial:
     def dtype(self) -> torch.dtype:
         return PRECISIONS[self.precision][0]
 
+    @property
+    def needs(self) -> list[bool]:
+        """All gradients, but on the narrow path that of x, for which it has no kernel."""
+        return [self.path != "narrow"] + [True] * (2 * self.problem.depth)
+
     def run(self, N: int, device: str) -> list[Tensor] | None:
         """y, out and the gradients; None where the path does not serve the problem."""
         torch.set_float32_matmul_precision(PRECISIONS[self.precision][1])
         x, params = inputs(self.problem, N, self.dtype, device)
         if PATHS[self.path].refuses(self.problem, x) is not None:
             return None
-        return run(PATHS[self.path], self.problem, x, params)
+        return run(PATHS[self.path], self.problem, x, params, needs=self.needs)
 
     def __str__(self) -> str:
         hinge = "Jacobian" if self.hinge is None else f"margin {self.hinge.margin:g}"
@@ -91,11 +96,12 @@ WORST = {"fp16": 5e-3, "bf16": 4e-2, "tf32": 5e-3, "fp32": 1e-5}
 
 
 def trials() -> Iterator[Trial]:
-    """Both paths in every precision, with and without a hinge, of 1 row and of many."""
+    """Each path in every precision, with and without a hinge, of 1 row and of many."""
     hinges = (None, Hinge(margin=9.0), Hinge(margin=0.1, squared=True, elementwise=True))
     shapes: tuple[tuple[int, int, int, Mode], ...] = (
         (64, 1, 1, "adjoint"),
         (64, 1, 4, "adjoint"),
+        (128, 1, 1, "adjoint"),
         (32, 8, 1, "tangent"),
         (128, 3, 2, "tangent"),
     )
@@ -139,7 +145,8 @@ def _check(trial: Trial, device: str) -> tuple[list[str], bool]:
             # above every slope is compared.
             if trial.hinge is None or trial.hinge.margin > 1:
                 p = trial.problem
-                error = max(errors(got, run(handwritten, p, *inputs(p, N))))
+                want = run(handwritten, p, *inputs(p, N), needs=trial.needs)
+                error = max(errors(got, want))
             good = finite and error < WORST[trial.precision]
             told = f"error {error:.1e}{'' if finite else ', not finite'}"
         except Exception as failure:
@@ -179,6 +186,7 @@ STRESSED = [
     Trial("whole", "bf16", 128, rows=(9001,)),
     Trial("whole", "fp16", 128, rows=(131_072,)),
     Trial("layered", "bf16", 256, rows=(9001,)),
+    Trial("narrow", "bf16", 128, rows=(9001,)),
 ]
 
 
@@ -200,6 +208,7 @@ def stress(options: argparse.Namespace) -> bool:
 ONE = [
     Trial("whole", "bf16", 64, rows=(130,)),
     Trial("whole", "bf16", 128, rows=(130,)),
+    Trial("narrow", "bf16", 128, rows=(130,)),
     Trial("layered", "bf16", 256, rows=(130,)),
 ]
 

@@ -147,6 +147,12 @@ call("TF32", dtype=torch.float32, precision="high")
 call("Jacobian", of=value_and_jacobian)
 call("Jacobian in tangent mode", D=2, k=1, of=value_and_jacobian)
 
+# All layers in one kernel, their sums in another.
+call("up to 128 units, one output", hidden=(72, 100, 72), hinge="squared")
+call("up to 128 units, each penalty", hidden=(72, 72), k=1, reduction="none", bias=False)
+call("up to 128 units, Jacobian", hidden=(72,), of=value_and_jacobian)
+call("up to 128 units, penalty alone", hidden=(72, 72), task=False)
+
 # Layer by layer.
 call("strict float32", dtype=torch.float32, hidden=(16, 16))
 call("strict float32, tangent mode", dtype=torch.float32, D=2, k=1, σ=nn.ReLU(), reduction="none")

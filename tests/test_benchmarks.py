@@ -403,8 +403,8 @@ def two_trials(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
     if not first_light.interpreting():
         pytest.skip("runs under TRITON_INTERPRET=1")
-    two = [first_light.Trial(path, "fp16", 64, k=4, rows=(1, 70)) for path in first_light.PATHS]
-    monkeypatch.setattr(first_light, "trials", lambda: iter(two))
+    few = [first_light.Trial(path, "fp16", 64, k=4, rows=(1, 70)) for path in first_light.PATHS]
+    monkeypatch.setattr(first_light, "trials", lambda: iter(few))
     return first_light
 
 
@@ -415,8 +415,8 @@ def test_first_light_smoke(
     asked = ["smoke", "--device", "cpu", "--processes", str(processes)]
     assert two_trials.main(asked) == 0
     lines = capsys.readouterr().out.splitlines()
-    whole, layered = ["ok", "whole"], ["ok", "layered"]
-    assert [line.split()[:2] for line in lines] == [whole, whole, layered, layered]
+    wanted = [["ok", path] for path in ("whole", "narrow", "layered") for _ in range(2)]
+    assert [line.split()[:2] for line in lines] == wanted
 
 
 def test_first_light_tells_a_wrong_kernel(

@@ -148,7 +148,30 @@ def test_the_products_of_a_tile_are_those_of_the_mathematics() -> None:
                 # Warps that have no columns of a narrow product to themselves repeat each other's.
                 assert 0.999 <= done * kernel.warps / ideal <= 1.4, (width, target, share)
                 checked += 1
-    assert checked == 24
+    assert checked == 20
+
+
+def test_the_products_of_a_narrow_chain_are_those_of_the_mathematics() -> None:
+    """Of 1024 rows, all with an active pair or none: of hidden layers, and of 16 columns."""
+    kernels, hidden, narrow = committed()[128, "sm_90"], 128 * 128, 16 * 128
+    wanted = {
+        "narrow_forward": (4 * hidden + narrow,) * 2,  # up and down; the slope is a sum
+        # a_1, and the sums: two of hidden layers, the first's, and three biases' and the output's
+        # with 8 columns each. Of a pair the same sums, those of weights twice.
+        "narrow_gradients": (2 * hidden + 4 * narrow, 6 * hidden + 8 * narrow),
+        "narrow_pairs": (0, 4 * hidden + 2 * narrow),
+    }
+    for kernel, call in zip(kernels, launches(case_of(128), "sm_90"), strict=True):
+        if kernel.name not in wanted:
+            continue
+        for share, ideal in zip((0.0, 1.0), wanted.pop(kernel.name), strict=True):
+            programs, trips = _work(kernel, call, share)
+            done = sum(s.counts["tensor"] * n for s, n in zip(kernel.sections, trips, strict=True))
+            if not ideal:
+                assert programs == 0
+            else:
+                assert 0.999 <= done * kernel.warps * programs / (2 * 1024 * ideal) <= 1.01
+    assert not wanted
 
 
 def test_the_products_and_bytes_of_a_wide_layer_are_those_of_the_mathematics() -> None:
@@ -196,7 +219,7 @@ def test_nothing_is_worse_than_itself() -> None:
     assert worse(committed(), committed()) == []
 
 
-@pytest.mark.parametrize("name", ["whole_forward", "whole_backward", "chain_down", "layer_back"])
+@pytest.mark.parametrize("name", ["whole_forward", "narrow_gradients", "chain_down", "layer_back"])
 def test_another_pass_over_memory_is_worse(name: str) -> None:
     """Bytes and instructions of every load and store once more."""
     known = committed()

@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 
 from triton.runtime import interpreter
 
-from monokernel.backends.triton import layered, programs, whole
+from monokernel.backends.triton import layered, narrow, programs, whole
 from monokernel.backends.triton.target import assumed, interpreting
 from monokernel.columns import last_columns
 from monokernel.problem import Hinge, Mode, Problem
@@ -124,6 +124,18 @@ def test_no_race_in_one_kernel(mode: Mode, width: int, way: str) -> None:
 @pytest.mark.parametrize("mode", ["tangent", "adjoint"])
 def test_no_race_layer_by_layer(mode: Mode) -> None:
     _assert_no_race(layered, (6, 20, 20, 2), mode)
+
+
+@pytest.mark.parametrize("hinge", [None, Hinge(margin=0.2)], ids=["jacobian", "hinge"])
+def test_no_race_where_sums_have_a_kernel_of_their_own(hinge: Hinge | None) -> None:
+    p = problem((6, 20, 20, 1), "silu", 2, "adjoint", hinge)
+    x, params = inputs(p, 300, torch.float16)  # 3 tiles for 2 programs
+    with recorded() as ledger:
+        run(
+            narrow, p, x, params, needs=[False] + [True] * 6,
+            violating=torch.rand(300) < 0.3 if hinge is None else None,
+        )  # fmt: skip
+    assert ledger.races == set()
 
 
 @pytest.mark.parametrize("mode", ["tangent", "adjoint"])

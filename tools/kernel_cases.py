@@ -167,6 +167,18 @@ def whole_cases() -> Iterator[Case]:
         yield Case((40, 128, 128, 128, D), "silu", k, mode, half, dx=True)
 
 
+def narrow_cases() -> Iterator[Case]:
+    """One output above the widths whose sums one kernel holds."""
+    half, brain = torch.float16, torch.bfloat16
+    hidden = (8, 128, 128, 128)
+    yield Case((*hidden, 1), "silu", 1, "adjoint", brain, path="narrow")
+    yield Case((*hidden, 1), "mish", 8, "adjoint", brain, path="narrow")
+    yield Case((16, 100, 128, 72, 1), "gelu", 4, "adjoint", half, path="narrow")
+    yield Case((8, 128, 128, 1), "relu", 1, "adjoint", half, path="narrow")
+    yield Case((8, 128, 1), "silu", 2, "adjoint", half, path="narrow")
+    yield from Case((*hidden, 1), "silu", 4, "adjoint", half, path="narrow").variants()
+
+
 def layered_cases() -> Iterator[Case]:
     """Wide networks in each precision, and the strict float32 that narrow ones take too."""
     half, brain, single = torch.float16, torch.bfloat16, torch.float32
@@ -274,6 +286,7 @@ def quick_cases() -> Iterator[Case]:
 def every_case() -> Iterator[Case]:
     """What ``make kernels`` compiles."""
     yield from whole_cases()
+    yield from narrow_cases()
     yield from layered_cases()
     yield from program_cases()
 

@@ -32,7 +32,7 @@ def refuses(problem: Problem, x: Tensor) -> str | None:
         return f"not of 2 to {DEEPEST} layers of up to {WIDEST} units"
     if problem.d > INPUTS:
         return f"more than {INPUTS} inputs"
-    if (x.element_size() > 2 or products(x.device) != "wgmma") and not interpreting():
+    if products(x.device) != "wgmma" or (x.element_size() > 2 and not interpreting()):
         return "no half precision on a card of Hopper's kind"
     if x.shape[0] >= 2**31 - 2**16:
         return f"N = {x.shape[0]} rows; the kernels count to 2^31"

@@ -14,7 +14,7 @@ from ..device.activations import activation_of
 from ..device.columns import place_of
 from ..device.tiles import bias_row, input_tile, input_weights, of_rows
 from ..whole.sums import put_bias, put_weight
-from ..whole.tiles import matmul
+from ..whole.tiles import matmul, packed, unpacked
 
 __all__ = ["narrow_gradients"]
 
@@ -33,12 +33,14 @@ def narrow_gradients(
     partials = partials + tl.program_id(0).to(tl.int64) * OFFSETS[len(OFFSETS) - 1]
     sums = no_sums(WIDTHS, H, FAN_TILE, A)
     output = tl.zeros((BM,), A)
+    unit = tl.arange(0, H)
+    w, _bias = input_weights(W, None, unit, WIDTHS[1], WIDTHS[0], FAN_TILE, C, A)
     for tile in tl.range(tl.program_id(0), tl.cdiv(N, BM), tl.num_programs(0), disable_licm=True):
         start = tile * tl.full((), BM, tl.int64)
         n = tl.arange(0, BM)
         ok = n < N - tile * BM
         sums = of_tile(
-            sums, start, n, ok, x, W, b, last, a, chain, gy, WIDTHS, ACTS, NEEDS, H, FAN_TILE, C, A,
+            sums, start, n, ok, x, w, b, last, a, chain, gy, WIDTHS, ACTS, NEEDS, H, FAN_TILE, C, A,
             PRECISION,
         )  # fmt: skip
         if NEEDS[len(NEEDS) - 1]:
@@ -69,22 +71,27 @@ def no_sums(WIDTHS: tl.constexpr, H: tl.constexpr, FAN_TILE: tl.constexpr, A: tl
 
 @triton.jit
 def of_tile(
-    sums, start, n, ok, x, W, b, last, a, chain, gy, WIDTHS: tl.constexpr, ACTS: tl.constexpr,
+    sums, start, n, ok, x, w, b, last, a, chain, gy, WIDTHS: tl.constexpr, ACTS: tl.constexpr,
     NEEDS: tl.constexpr, H: tl.constexpr, FAN_TILE: tl.constexpr, C: tl.constexpr, A: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The sums with what some rows give."""
     L: tl.constexpr = len(ACTS)
+    HOW: tl.constexpr = ACTS[0][4]
     unit = tl.arange(0, H)
     below = input_tile(x + start * WIDTHS[0], n, ok, WIDTHS[0], FAN_TILE, C)
     factor = of_rows(gy + start, n, ok, A)
-    w, bias = input_weights(W, b, unit, WIDTHS[1], WIDTHS[0], FAN_TILE, C, A)
-    own = tl.dot(below, w, input_precision=PRECISION).to(A) + bias
+    own = tl.dot(below, w, input_precision=PRECISION).to(A)
+    if b is not None:
+        own += bias_row(b, unit, WIDTHS[1], A)
     found = ()
     for l in tl.static_range(L - 1):
         if l > 0:
             own = rows_of(a[l - 1], start, n, ok, unit, WIDTHS[l + 1], A)
         value, slope, _curvature = activation_of(own, ACTS, l)
+        if 0 < l and l < L - 2:
+            # Else the compiler takes σ and σ' of a_l in two layouts, each by itself.
+            slope = unpacked(packed(slope, C, HOW), C, HOW).to(A)
         if l == L - 2:
             above = bias_row(last, unit, WIDTHS[L - 1], A)
         else:
