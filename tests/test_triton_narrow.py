@@ -178,6 +178,9 @@ def test_who_is_served() -> None:
     assert served(128, 1, last="softplus") is served(*[128] * 4, 1) is whole
     assert served(129, 128, 1) is layered
     assert served(128, 128, 1, x=torch.empty(40, 17, dtype=torch.bfloat16)) is whole
+    assert (
+        path_of(problem((6, 128, 1), "gelu"), x) is path_of(problem((6, 128, 1), k=5), x) is whole
+    )
     assert served(128, 128, 1, way="warp") is served(128, 128, 1, way="tcgen05") is whole
 
 

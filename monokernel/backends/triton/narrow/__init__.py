@@ -18,7 +18,7 @@ from .. import layered
 from ..layered import saved_like
 from ..target import interpreting, products
 from .backward import gradients
-from .config import DEEPEST, INPUTS, WIDEST
+from .config import COLUMNS, DEEPEST, INPUTS, SERVED, WIDEST
 from .forward import forward
 
 __all__ = ["backward", "forward", "refuses", "saved_like"]
@@ -30,8 +30,11 @@ def refuses(problem: Problem, x: Tensor) -> str | None:
         return "more than one linear output in adjoint mode"
     if not 2 <= problem.depth <= DEEPEST or max(problem.widths) > WIDEST:
         return f"not of 2 to {DEEPEST} layers of up to {WIDEST} units"
-    if problem.d > INPUTS:
-        return f"more than {INPUTS} inputs"
+    kinds = {σ.kind for σ in problem.activations[:-1]} - set(SERVED)
+    if kinds:
+        return f"{' and '.join(sorted(kinds))}, with which a kernel spills"
+    if problem.d > INPUTS or problem.k > COLUMNS:
+        return f"more than {INPUTS} inputs, or {COLUMNS} constrained columns"
     if products(x.device) != "wgmma" or (x.element_size() > 2 and not interpreting()):
         return "no half precision on a card of Hopper's kind"
     if x.shape[0] >= 2**31 - 2**16:

@@ -16,19 +16,24 @@ from ..active.config import product_types
 from ..constants import activation_table, power_of_two
 
 __all__ = [
+    "COLUMNS",
     "DEEPEST",
     "FORWARD",
     "GRADIENTS",
     "INPUTS",
-    "PAIRS",
+    "SERVED",
     "WIDEST",
     "NarrowConfig",
+    "pairs_config",
     "shape_of",
 ]
 
-# Hidden units that a tile holds, linear layers of which a program's registers hold the sums, and
-# inputs that one product takes.
-WIDEST, DEEPEST, INPUTS = 128, 4, 16
+# Hidden units that a tile holds, linear layers of which a program's registers hold the sums, inputs
+# that one product takes, and constrained columns whose slopes are found one by one.
+WIDEST, DEEPEST, INPUTS, COLUMNS = 128, 4, 16, 4
+# Others spill: 8 bytes with GELU's tanh form, 96 in the forward with tanh, 256 with GELU, 1048 with
+# Mish.
+SERVED = ("relu", "leaky_relu", "hardtanh", "silu")
 
 
 class NarrowConfig(NamedTuple):
@@ -40,7 +45,13 @@ class NarrowConfig(NamedTuple):
 
 FORWARD = NarrowConfig(128, 8)
 PAIRS = NarrowConfig(32, 8)
+PADDED_PAIRS = NarrowConfig(16, 8)
 GRADIENTS = NarrowConfig(32, 8)
+
+
+def pairs_config(problem: Problem) -> NarrowConfig:
+    """With masks for the columns of a padded layer 32 pairs spill 112 bytes."""
+    return PAIRS if set(problem.widths[1:-1]) == {WIDEST} else PADDED_PAIRS
 
 
 def shape_of(problem: Problem, x: Tensor) -> dict[str, Any]:

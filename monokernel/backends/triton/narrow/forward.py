@@ -5,6 +5,8 @@ memory all the while, where each serves the way up and the way down; a_l runs up
 registers, and what is kept of either leaves from there.
 """
 
+# ruff: noqa: RET505 (see ``device/__init__.py``)
+
 from __future__ import annotations
 
 import triton
@@ -13,7 +15,6 @@ from torch import Tensor
 
 from ....problem import Problem
 from ... import Params
-from ..constants import power_of_two
 from ..device.activations import APPROXIMATE, activation_of
 from ..device.columns import column_of
 from ..device.hinge import PENALTY_SUM, hinge_epilogue
@@ -45,10 +46,8 @@ def forward(
         narrow_forward, (P,), x, x.contiguous(), ws, bs, y,
         tuple(saved[: problem.depth - 2]) or None,
         (tuple(kept_chain(problem, saved)) or None) if save else None, *hinge.args, N,
-        BIAS=tuple(b is not None for b in bs),
-        K_TILE=power_of_two(problem.k, 16) if problem.k > 1 else 1, **hinge.options,
-        BM=FORWARD.rows, **shape_of(problem, x), **register_limit(x.device),
-        num_warps=FORWARD.warps, num_stages=1,
+        BIAS=tuple(b is not None for b in bs), **hinge.options, BM=FORWARD.rows,
+        **shape_of(problem, x), **register_limit(x.device), num_warps=FORWARD.warps, num_stages=1,
     )  # fmt: skip
     return y, hinge.total(y), saved
 
@@ -58,14 +57,13 @@ def narrow_forward(
     x, ws, bs, y, a_out, P_out, direction, weight, weight_row, margin, margins, out, slopes, sums,
     N,
     WIDTHS: tl.constexpr, ACTS: tl.constexpr, BIAS: tl.constexpr, K: tl.constexpr,
-    K_TILE: tl.constexpr, RUNS: tl.constexpr, OUT: tl.constexpr, SQUARED: tl.constexpr,
+    RUNS: tl.constexpr, OUT: tl.constexpr, SQUARED: tl.constexpr,
     SAVE: tl.constexpr, H: tl.constexpr, FAN_TILE: tl.constexpr, BM: tl.constexpr,
     C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of a_l what is stored in ``a_out`` begins with the second layer's, in ``P_out`` ∂y/∂h_l of
     all hidden layers but the last."""
     d: tl.constexpr = WIDTHS[0]
-    unit = tl.arange(0, H)
     weights = hidden_weights(ws, WIDTHS, H, C)
     zero = N >> 31  # see ``after`` in whole/tiles.py
     total = tl.zeros((BM,), A)
@@ -88,13 +86,24 @@ def narrow_forward(
         slopes_ = slopes
         if slopes is not None:
             slopes_ = slopes + start * K
-        c = tl.arange(0, K_TILE)
-        J = slopes_of(p, ws[0], unit, c, WIDTHS[1], d, K, RUNS, C, A, PRECISION)
-        penalty = hinge_epilogue(
-            J, value[:, None] + tl.zeros_like(J), n, ok, c, c < K, direction, weight_, weight_row,
-            margin, margins, out_, slopes_, K, OUT, SQUARED, SAVE,
-        )  # fmt: skip
-        total += tl.sum(penalty, 1)
+        weight_ = weight
+        if weight is not None:
+            weight_ = weight + start * weight_row
+        out_ = out
+        if out is not None:
+            out_ = out + start * K
+        slopes_ = slopes
+        if slopes is not None:
+            slopes_ = slopes + start * K
+        # One slope at a time: a tile of four spilled 64 bytes.
+        for c in tl.static_range(K):
+            J = slope_of(p, ws[0], c, WIDTHS[1], d, RUNS, A)
+            one = c + tl.arange(0, 1)
+            penalty = hinge_epilogue(
+                J, value[:, None], n, ok, one, one < K, direction, weight_, weight_row, margin,
+                margins, out_, slopes_, K, OUT, SQUARED, SAVE,
+            )  # fmt: skip
+            total += tl.sum(penalty, 1)
     if OUT == PENALTY_SUM:
         tl.store(sums + tl.program_id(0), tl.sum(total))
 
@@ -164,7 +173,8 @@ def later(kept, tile, zero, C: tl.constexpr, HOW: tl.constexpr):
     hold two registers for each."""
     if HOW == APPROXIMATE:
         return unpacked(kept | (packed(tile, C, HOW) & zero.to(tl.uint32)), C, HOW)
-    return kept
+    else:
+        return kept
 
 
 @triton.jit
@@ -172,25 +182,19 @@ def leave(out, tile, start, n, ok, WIDTH: tl.constexpr):
     """The tile as rows start + n of a tensor of WIDTH columns."""
     j = tl.arange(0, tile.shape[1])
     at = n[:, None] * WIDTH + j[None, :]
-    tl.store(
-        out + start * WIDTH + at,
-        tile.to(out.dtype.element_ty),
-        mask=ok[:, None] & (j[None, :] < WIDTH),
-    )
+    mask = ok[:, None] & (j[None, :] < WIDTH)
+    tl.store(out + start * WIDTH + at, tile.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def slopes_of(
-    p, W, unit, c, ROWS: tl.constexpr, d: tl.constexpr, K: tl.constexpr, RUNS: tl.constexpr,
-    C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
+def slope_of(
+    p, W, c: tl.constexpr, ROWS: tl.constexpr, d: tl.constexpr, RUNS: tl.constexpr,
+    A: tl.constexpr,
 ):  # fmt: skip
-    """p W of the constrained columns: by sums where a product would be of zeros alone."""
-    if K == 1:
-        w = tl.load(
-            W + unit * d + column_of(0, RUNS), mask=unit < ROWS, other=0.0,
-            eviction_policy="evict_last",
-        ).to(A)  # fmt: skip
-        return tl.sum(within(p * w[None, :], ROWS), 1)[:, None]
-    inside = (unit[:, None] < ROWS) & (c[None, :] < K)
-    w = tl.load(W + unit[:, None] * d + column_of(c, RUNS)[None, :], mask=inside, other=0.0)
-    return matmul(within(p, ROWS), w, C, PRECISION)
+    """p W of the constrained column c: a sum, where a product would be of 16 columns."""
+    unit = tl.arange(0, p.shape[1])
+    w = tl.load(
+        W + unit * d + column_of(c, RUNS), mask=unit < ROWS, other=0.0,
+        eviction_policy="evict_last",
+    ).to(A)  # fmt: skip
+    return tl.sum(within(p * w[None, :], ROWS), 1)[:, None]

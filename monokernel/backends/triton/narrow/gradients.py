@@ -50,10 +50,11 @@ def narrow_gradients(
         for tile in tl.range(
             tl.program_id(0), tl.cdiv(count, BM), tl.num_programs(0), disable_licm=True
         ):
-            i = tile * BM + tl.arange(0, BM)
+            start = tile * tl.full((), BM, tl.int64)
+            i = tl.arange(0, BM)
             sums = of_pairs(
-                sums, i.to(tl.int64), i < count, x, rows, x_dot, p, q, h, h_dot, WIDTHS, NEEDS,
-                RUNS, K, H, FAN_TILE, C, A, PRECISION,
+                sums, start, i, i < count - tile * BM, x, rows, x_dot, p, q, h, h_dot, WIDTHS,
+                NEEDS, RUNS, K, H, FAN_TILE, C, A, PRECISION,
             )  # fmt: skip
     leave_sums(sums, output, partials, WIDTHS, NEEDS, OFFSETS)
 
@@ -89,7 +90,7 @@ def of_tile(
         if l > 0:
             own = rows_of(a[l - 1], start, n, ok, unit, WIDTHS[l + 1], A)
         value, slope, _curvature = activation_of(own, ACTS, l)
-        if 0 < l and l < L - 2:
+        if l > 0 and l < L - 2:
             # Else the compiler takes σ and σ' of a_l in two layouts, each by itself.
             slope = unpacked(packed(slope, C, HOW), C, HOW).to(A)
         if l == L - 2:
@@ -109,11 +110,11 @@ def of_tile(
 
 
 @triton.jit
-def rows_of(t, start, n, ok, unit, WIDTH: tl.constexpr, A: tl.constexpr):
+def rows_of(t, start, n, ok, unit, WIDTH: tl.constexpr, DTYPE: tl.constexpr):
     """The rows start + n of a tensor of WIDTH columns."""
     at = n[:, None] * WIDTH + unit[None, :]
     mask = ok[:, None] & (unit[None, :] < WIDTH)
-    return tl.load(t + start * WIDTH + at, mask=mask, other=0.0).to(A)
+    return tl.load(t + start * WIDTH + at, mask=mask, other=0.0).to(DTYPE)
 
 
 @triton.jit
@@ -132,33 +133,32 @@ def added(
 
 @triton.jit
 def of_pairs(
-    sums, i, ok, x, rows, x_dot, p, q, h, h_dot, WIDTHS: tl.constexpr, NEEDS: tl.constexpr,
-    RUNS: tl.constexpr, K: tl.constexpr, H: tl.constexpr, FAN_TILE: tl.constexpr,
-    C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
+    sums, start, i, ok, x, rows, x_dot, p, q, h, h_dot, WIDTHS: tl.constexpr,
+    NEEDS: tl.constexpr, RUNS: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
+    FAN_TILE: tl.constexpr, C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The sums with what some pairs give: pᵀ ḣ + qᵀ h, and q."""
     L: tl.constexpr = len(WIDTHS) - 1
     unit = tl.arange(0, H)
-    n = tl.load(rows + i, mask=ok, other=0).to(tl.int64)
+    n = tl.load(rows + start + i, mask=ok, other=0).to(tl.int64)
     below = input_tile(x, n, ok, WIDTHS[0], FAN_TILE, C)
     place = place_of(tl.arange(0, FAN_TILE), RUNS)
     inside = ok[:, None] & ((place >= 0) & (place < K))[None, :]
-    below_dot = tl.load(x_dot + i[:, None] * K + place[None, :], mask=inside, other=0.0).to(C)
+    at = i[:, None] * K + place[None, :]
+    below_dot = tl.load(x_dot + start * K + at, mask=inside, other=0.0).to(C)
     found = ()
     for l in tl.static_range(L - 1):
-        at = i[:, None] * WIDTHS[l + 1] + unit[None, :]
-        mask = ok[:, None] & (unit[None, :] < WIDTHS[l + 1])
         weight = sums[2 * l]
         if NEEDS[2 * l]:
-            left = tl.load(p[l] + at, mask=mask, other=0.0)
+            left = rows_of(p[l], start, i, ok, unit, WIDTHS[l + 1], C)
             weight += matmul(tl.trans(left), below_dot, C, PRECISION)
-        left = tl.load(q[l] + at, mask=mask, other=0.0).to(C)
+        left = rows_of(q[l], start, i, ok, unit, WIDTHS[l + 1], C)
         found = found + added(
             weight, sums[2 * l + 1], left, below, NEEDS[2 * l], NEEDS[2 * l + 1], C, PRECISION
         )  # fmt: skip
-        below_dot = tl.load(h_dot[l] + at, mask=mask, other=0.0).to(C)
+        below_dot = rows_of(h_dot[l], start, i, ok, unit, WIDTHS[l + 1], C)
         if l < L - 2:
-            below = tl.load(h[l] + at, mask=mask, other=0.0).to(C)
+            below = rows_of(h[l], start, i, ok, unit, WIDTHS[l + 1], C)
     output = sums[2 * L - 2]
     if NEEDS[2 * L - 2]:
         ones = tl.full((n.shape[0], ONES), 1, C)

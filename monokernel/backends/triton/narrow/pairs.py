@@ -21,7 +21,7 @@ from ..device.tiles import bias_row, input_tile, input_weights, weight_tile
 from ..launch import launch
 from ..target import register_limit
 from ..whole.tiles import matmul, within
-from .config import PAIRS
+from .config import pairs_config
 from .forward import leave
 
 __all__ = ["narrow_pairs", "walk"]
@@ -38,13 +38,13 @@ def walk(
     active = list_active(
         problem, gout.contiguous(), None if problem.hinge is None else saved[-1], x
     )
-    M, hidden = len(active.rows), problem.widths[1:-1]
+    M, hidden, config = len(active.rows), problem.widths[1:-1], pairs_config(problem)
     p, q, h_dot = (tuple(x.new_empty(M, H) for H in hidden) for _ in range(3))
     h = tuple(x.new_empty(M, H) for H in hidden[:-1]) or None
     launch(
-        narrow_pairs, (-(-M // PAIRS.rows),), x, x, tuple(ws), b, a, chain, active.rows,
-        active.total, active.x_dot, p, q, h, h_dot, BM=PAIRS.rows, **shape,
-        **register_limit(x.device), num_warps=PAIRS.warps, num_stages=1,
+        narrow_pairs, (-(-M // config.rows),), x, x, tuple(ws), b, a, chain, active.rows,
+        active.total, active.x_dot, p, q, h, h_dot, BM=config.rows, **shape,
+        **register_limit(x.device), num_warps=config.warps, num_stages=1,
     )  # fmt: skip
     return active.rows, active.total, active.x_dot, p, q, h, h_dot
 
