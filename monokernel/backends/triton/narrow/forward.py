@@ -130,7 +130,7 @@ def up(
     HOW: tl.constexpr = ACTS[0][4]
     unit = tl.arange(0, H)
     w, bias = input_weights(ws[0], bs[0], unit, WIDTHS[1], WIDTHS[0], FAN_TILE, C, A)
-    a = tl.dot(inputs, w, input_precision=PRECISION).to(A) + bias
+    a = within(tl.dot(inputs, w, input_precision=PRECISION).to(A), WIDTHS[1]) + bias
     h, slope, _curvature = activation_of(a, ACTS, 0)
     kept = ()
     for l in tl.static_range(1, L - 1):

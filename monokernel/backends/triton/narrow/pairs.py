@@ -91,7 +91,7 @@ def pairs_up(
     unit = tl.arange(0, H)
     w, bias = input_weights(ws[0], b, unit, WIDTHS[1], WIDTHS[0], FAN_TILE, C, A)
     inputs = input_tile(x, n, ok, WIDTHS[0], FAN_TILE, C)
-    own = tl.dot(inputs, w, input_precision=PRECISION).to(A) + bias
+    own = within(tl.dot(inputs, w, input_precision=PRECISION).to(A), WIDTHS[1]) + bias
     place = place_of(tl.arange(0, FAN_TILE), RUNS)
     inside = ok[:, None] & ((place >= 0) & (place < K))[None, :]
     at = i[:, None] * K + place[None, :]
