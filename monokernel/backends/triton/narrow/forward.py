@@ -86,15 +86,6 @@ def narrow_forward(
         slopes_ = slopes
         if slopes is not None:
             slopes_ = slopes + start * K
-        weight_ = weight
-        if weight is not None:
-            weight_ = weight + start * weight_row
-        out_ = out
-        if out is not None:
-            out_ = out + start * K
-        slopes_ = slopes
-        if slopes is not None:
-            slopes_ = slopes + start * K
         # One slope at a time: a tile of four spilled 64 bytes.
         for c in tl.static_range(K):
             J = slope_of(p, ws[0], c, WIDTHS[1], d, RUNS, A)
