@@ -408,7 +408,7 @@ def check_constraints(
     """The inputs with the columns that are constrained, the signs and the margins of these, and
     their names: of x2, or without it of what any output constrains of all of x."""
     whole, n = len(inputs.blocks) == 1, inputs.k
-    if not whole and columns is None and type(margin) is float and math.isfinite(margin):
+    if not whole and columns is None and type(margin) is float and _is_finite(margin):
         return inputs, check_direction(direction, n), margin, None
     if not whole:
         names = check_names(columns, n, " of x2")
@@ -550,9 +550,14 @@ def check_margin(
 
 
 def _finite(margin: float) -> float:
-    if not math.isfinite(margin):
+    if not _is_finite(margin):
         raise ValueError(f"margin: expected finite numbers, got {margin}")
     return float(margin)
+
+
+def _is_finite(number: float) -> bool:
+    """Not looked at under torch.compile, where a number of a dynamic graph may be a symbol."""
+    return torch.compiler.is_compiling() or math.isfinite(number)
 
 
 def _entries(
