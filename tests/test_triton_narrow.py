@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
+from monokernel import fused_mono_penalty
 from monokernel.activations import KINDS
 from monokernel.backends import handwritten
 from monokernel.backends.triton import layered, narrow, path_of, whole
@@ -24,7 +25,7 @@ from monokernel.backends.triton.launch import recorded
 from monokernel.backends.triton.target import assumed, interpreting
 from monokernel.problem import Hinge, Problem
 from tests.problems import assert_as_precise_as_pytorch, inputs, problem, run
-from tests.support import assert_same
+from tests.support import assert_same, mlp, points
 
 needs_interpreter = pytest.mark.skipif(not interpreting(), reason="runs under TRITON_INTERPRET=1")
 HINGES = st.one_of(
@@ -121,6 +122,21 @@ def test_only_what_is_needed() -> None:
     assert saved == []
     assert_same([y, out], run(handwritten, p, x, params)[:2])
     assert narrow.backward(p, y, out, x, params, saved, [False] * 9) == [None] * 9
+
+
+@needs_interpreter
+def test_the_public_call() -> None:
+    x1, x2 = points(150, 3, 2)
+    found = []
+    for backend in ("triton", "reference"):
+        torch.manual_seed(0)
+        net = mlp(3, 2, 1, (66, 70))
+        y, penalty = fused_mono_penalty(
+            net, x1, x2, margin=0.2, return_output=True, backend=backend
+        )  # fmt: skip
+        (y.square().sum() + penalty).backward()
+        found.append([y, penalty, *(p.grad for p in net.parameters())])
+    assert_same(*found)
 
 
 @needs_interpreter
