@@ -97,7 +97,7 @@ def _box(bounds: Bounds, x: Tensor) -> tuple[Tensor, Tensor]:
         try:
             box.append(torch.as_tensor(b, dtype=x.dtype, device=x.device).expand(d))
         except (TypeError, ValueError, RuntimeError):
-            came = tuple(b.shape) if isinstance(b, Tensor) else type(b).__name__
+            came = tuple(b.shape) if isinstance(b, Tensor) else repr(b)
             raise ValueError(f"bounds: expected numbers or shape ({d},), got {came}") from None
     low, high = box
     if not x.is_meta and not (low <= high).all():

@@ -87,8 +87,8 @@ X1, X2 = points(5, 3, 2, torch.float32)
         ((X1, X2), {"weight": math.nan}, "weight: expected none below 0, got nan"),
         (
             (X1, X2),
-            {"weight": torch.tensor([1.0, math.nan])},
-            "weight: expected none below 0, got nan",
+            {"weight": torch.tensor([-1.0, math.nan])},
+            "weight: expected none below 0, got -1",
         ),
         ((X1, X2), {"hinge": "cubic"}, "hinge: expected one of 'linear', 'squared', got 'cubic'"),
         (
