@@ -366,9 +366,11 @@ def twice(serve: Callable[..., T], mlp: nn.Module, *asked: Any) -> T:
 def _remember(mlp: nn.Module, inputs: Inputs, asked: tuple[Any, ...], route: Route) -> None:
     found = route.network
     assert found is not None
-    chain = network.known(mlp, found) if isinstance(found, network.Chain) else None
-    if chain is None and isinstance(found, network.Chain):
-        return
+    chain = None
+    if isinstance(found, network.Chain):
+        chain = network.known(mlp, found)
+        if chain is None:
+            return
     forget = partial(_served.pop, id(mlp), None)
     own = weakref.ref(mlp, lambda _: forget())
     asked = (*asked, *_like(inputs))

@@ -39,6 +39,7 @@ from tests.problems import (
     problem,
     run,
 )
+from tests.strategies import HINGES
 from tests.support import assert_same, gradients, mlp, oracle, points
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="runs under TRITON_INTERPRET=1")
@@ -82,16 +83,6 @@ SHAPES = st.tuples(
     st.integers(1, 4),  # k
     st.integers(0, 3),  # d1
     st.integers(0, 150),  # N
-)
-HINGES = st.one_of(
-    st.none(),
-    st.builds(
-        Hinge,
-        direction=st.sampled_from([(1,), (-1,)]),
-        margin=st.sampled_from([0.0, 0.3]),
-        squared=st.booleans(),
-        elementwise=st.booleans(),
-    ),
 )
 
 

@@ -25,19 +25,10 @@ from monokernel.backends.triton.launch import recorded
 from monokernel.backends.triton.target import assumed, interpreting
 from monokernel.problem import Hinge, Problem
 from tests.problems import assert_as_precise_as_pytorch, inputs, problem, run
+from tests.strategies import HINGES
 from tests.support import assert_same, mlp, points
 
 needs_interpreter = pytest.mark.skipif(not interpreting(), reason="runs under TRITON_INTERPRET=1")
-HINGES = st.one_of(
-    st.none(),
-    st.builds(
-        Hinge,
-        direction=st.sampled_from([(1,), (-1,)]),
-        margin=st.sampled_from([0.0, 0.3]),
-        squared=st.booleans(),
-        elementwise=st.booleans(),
-    ),
-)
 
 
 @contextmanager

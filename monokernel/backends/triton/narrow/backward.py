@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ....problem import Problem, accumulate_dtype
@@ -13,7 +12,7 @@ from ..launch import launch
 from ..layered.config import kept_chain
 from ..reduce import reduce_gradients
 from ..target import processors, register_limit
-from ..whole.backward import offsets_of
+from ..whole.backward import gradients_like, offsets_of
 from ..whole.config import split
 from .config import GRADIENTS, shape_of
 from .gradients import narrow_gradients
@@ -35,13 +34,8 @@ def gradients(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """None for x, and the gradients of every parameter, None where ``needs`` is false."""
-    wanted = tuple(n and p is not None for n, p in zip(needs, params, strict=True))
-    grads = tuple(
-        torch.empty_like(p, memory_format=torch.contiguous_format)
-        if p is not None and want
-        else None
-        for p, want in zip(params, wanted, strict=True)
-    )
+    grads = gradients_like(params, needs)
+    wanted = tuple([g is not None for g in grads])
     if not any(wanted):
         return [None, *grads]
     N, x, gy = len(x), x.contiguous(), gy.contiguous()

@@ -50,7 +50,7 @@ from .passes import down_pass, seed_pass, slots, tangent_pass, up_pass
 from .sums import fresh_sums, leave_sums, zero_fill
 from .tiles import barrier
 
-__all__ = ["backward", "launch_backward", "offsets_of", "whole_backward"]
+__all__ = ["backward", "gradients_like", "launch_backward", "offsets_of", "whole_backward"]
 
 # With 32 input columns at a time, 40 inputs with dx at width 64 spill up to 424 bytes in Triton
 # 3.6.
@@ -97,14 +97,7 @@ def launch_backward(
 ) -> list[Tensor | None]:
     N = x.shape[0]
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
-    grads = tuple(
-        [
-            torch.empty_like(p, memory_format=torch.contiguous_format)
-            if p is not None and need
-            else None
-            for p, need in zip(params, needs[1:], strict=True)
-        ]
-    )
+    grads = gradients_like(params, needs[1:])
     wanted = tuple([g is not None for g in grads])
     if N == 0 or (gy is None and gout is None):
         return [None if g is None else g.zero_() for g in (dx, *grads)]
@@ -131,6 +124,18 @@ def launch_backward(
             OFFSETS=offsets, ADD=False, BLOCK=block, SLICES=32,
         )  # fmt: skip
     return [dx, *grads]
+
+
+def gradients_like(params: Params, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Uninitialised memory for the gradients of the parameters, None for those not needed."""
+    return tuple(
+        [
+            torch.empty_like(p, memory_format=torch.contiguous_format)
+            if p is not None and need
+            else None
+            for p, need in zip(params, needs, strict=True)
+        ]
+    )
 
 
 @lru_cache(maxsize=256)
