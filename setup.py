@@ -6,9 +6,9 @@ compiler with GCC's vector extensions (GCC, Clang) and neither PyTorch nor Pytho
 instruction set has a source file of its own with its own flags, and the library chooses among them
 at run time, so a wheel runs on every processor of its architecture and with every Python 3.
 
-Where PyTorch can be imported while building (``--no-build-isolation``), ``csrc/boundary.cpp`` is
-built too, for that version of PyTorch: small steps on the CPU are faster with it. No other version
-opens it.
+Where PyTorch can be imported while building (``--no-build-isolation``), ``csrc/boundary.cpp`` and
+``csrc/replay.cpp`` are built too, for that version of PyTorch: small steps are faster with them. No
+other version opens them.
 
 Environment: MONOKERNEL_NATIVE=0 builds without either, MONOKERNEL_CXXFLAGS adds flags to the
 library's (tests/native/sanitize.sh builds with the sanitizers that way), MONOKERNEL_PYTORCHES is
@@ -36,6 +36,7 @@ from setuptools.command.build_ext import build_ext
 LIBRARY = "_native.so"  # opened with ctypes, so the same name on every system
 BUILD_LOG = "_native_build.txt"
 BOUNDARY = "_boundary_{}_{}.so"  # of PyTorch's major and minor version, as in backends/cpu.py
+WITH_PYTORCH = ["csrc/boundary.cpp", "csrc/replay.cpp"]
 HEADERS = sorted(str(p) for p in Path("csrc").glob("*.h"))
 
 FLAGS = [
@@ -129,12 +130,17 @@ class BuildNative(build_ext):
             raise RuntimeError(f"{torch / 'version.py'} does not say PyTorch's version")
         name = BOUNDARY.format(*version.groups())
         include = torch / "include"
-        objects = self.compiler.compile(
-            ["csrc/boundary.cpp"],
-            output_dir=str(Path(self.build_temp, name)),
-            include_dirs=[str(include), str(include / "torch" / "csrc" / "api" / "include")],
-            extra_postargs=["-std=c++20", "-O2", "-g0", "-fvisibility=hidden", "-w"],
-        )
+
+        def compile_one(source: str) -> list[str]:
+            return self.compiler.compile(
+                [source],
+                output_dir=str(Path(self.build_temp, name)),
+                include_dirs=[str(include), str(include / "torch" / "csrc" / "api" / "include")],
+                extra_postargs=["-std=c++20", "-O2", "-g0", "-fvisibility=hidden", "-w"],
+            )
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [o for found in pool.map(compile_one, WITH_PYTORCH) for o in found]
         self.compiler.link_shared_object(
             objects,
             str(folder / name),

@@ -1,12 +1,13 @@
 // One operator for a whole step on the CPU, autograd included: `monokernel::cpu_step`.
 //
-// The only file that sees PyTorch's headers, so it is built for one version of PyTorch and is optional:
+// One of the two files that see PyTorch's headers, so it is built for one version of PyTorch and is optional:
 // without it the Function in monokernel/boundary.py does the same in Python, 30 µs slower, and
 // intervals.py what a problem with a box is for. It links neither the kernels nor Python; `mk_connect`
 // gives it the addresses of the C interface.
 //
 // Everything that a kernel will read or write at is looked at first, in forward and again in backward
 // (see monokernel/operands.py for why): anybody may call the operator, with anything.
+#include "autograd.h"
 #include "c_api.h"
 
 #include <ATen/Parallel.h>
@@ -14,8 +15,6 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/from_blob.h>
-#include <torch/csrc/autograd/autograd.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <array>
@@ -25,10 +24,6 @@
 #include <vector>
 
 namespace {
-
-using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 // In the order of CALLS in backends/cpu.py.
 struct Kernel {
@@ -79,26 +74,6 @@ void check(int status) {
 
 // --- operands -------------------------------------------------------------------------------------
 
-// Tensors that are no plain memory: subclasses that decide themselves what an operation does,
-// functorch's and functionalization's wrappers. And those whose memory is not their value: views to
-// be negated when they are read, zeros without any.
-constexpr c10::DispatchKeySet wrapped({c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
-                                       c10::DispatchKey::FuncTorchBatched,
-                                       c10::DispatchKey::FuncTorchGradWrapper,
-                                       c10::DispatchKey::Batched});
-constexpr c10::DispatchKeySet lazy({c10::DispatchKey::Negative, c10::DispatchKey::Conjugate,
-                                    c10::DispatchKey::ZeroTensor});
-
-// One past its last element, in its storage.
-int64_t extent(const Tensor& t) {
-  int64_t last = t.storage_offset() + t.numel();
-  if (!t.is_contiguous() && t.numel()) {
-    last = t.storage_offset() + 1;
-    for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
-  }
-  return last;
-}
-
 // As Python prints them.
 std::string dtype_name(at::ScalarType dtype) {
   return std::string(c10::getDtypeNames(dtype).first);
@@ -128,10 +103,7 @@ std::string describe(const Tensor& t) {
 
 bool readable(const Tensor& t, at::IntArrayRef sizes, at::ScalarType dtype) {
   if (!t.device().is_cpu() || t.layout() != at::kStrided || t.scalar_type() != dtype) return false;
-  if (t.key_set().has_any(wrapped) || t.sizes() != sizes) return false;
-  if (t.numel() == 0) return true;
-  return t.storage().data() &&
-         extent(t) * int64_t(t.element_size()) <= int64_t(t.storage().nbytes());
+  return !t.key_set().has_any(wrapped) && t.sizes() == sizes && holds(t);
 }
 
 // As PyTorch's own ``to``, which asks its dispatcher before it sees that there is nothing to do.
@@ -309,21 +281,6 @@ struct Record {
   std::vector<int64_t> numbers;
 };
 
-constexpr const char* second_derivative =
-    "fused_mono_penalty: its backward is written by hand and first-order; a second derivative was "
-    "asked for, which backend='reference' supports";
-// Identity on the first `count` tensors; its backward raises.
-struct NoSecond : torch::autograd::Function<NoSecond> {
-  static variable_list forward(AutogradContext*, int64_t count, const at::TensorList& tensors) {
-    variable_list same;
-    for (int64_t i = 0; i < count; ++i) same.push_back(tensors[i].view_as(tensors[i]));
-    return same;
-  }
-  static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK(false, second_derivative);
-  }
-};
-
 struct Step : torch::autograd::Function<Step> {
   static variable_list forward(AutogradContext* ctx, int64_t problem, const Present& present,
                                const std::optional<Tensor>& weight, const Tensor& x,
@@ -459,25 +416,6 @@ struct Step : torch::autograd::Function<Step> {
       if (ctx->needs_input_grad(i)) grads[i] = found[next++];
     }
     return grads;
-  }
-
-  // The same gradients, so tied to what they depend on that differentiating them raises.
-  static void guard(variable_list& grads, const variable_list& saved, const variable_list& outer) {
-    variable_list tied;
-    for (const Tensor& g : grads) {
-      if (g.defined()) tied.push_back(g);
-    }
-    const int64_t count = int64_t(tied.size());
-    for (const variable_list* causes : {&outer, &saved}) {
-      for (const Tensor& t : *causes) {
-        if (t.defined()) tied.push_back(t);
-      }
-    }
-    const variable_list found = NoSecond::apply(count, at::TensorList(tied));
-    size_t next = 0;
-    for (Tensor& g : grads) {
-      if (g.defined()) g = found[next++];
-    }
   }
 };
 

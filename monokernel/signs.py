@@ -12,7 +12,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-__all__ = ["capturing", "direction_table", "shared_direction_table"]
+__all__ = ["capturing", "direction_table", "shared_direction_table", "shared_tables"]
 
 
 def direction_table(
@@ -58,6 +58,11 @@ def shared_direction_table(
     # inference mode, fake tensors, the memory pool in which torch.compile warms up its CUDA graphs.
     with ThreadPoolExecutor(1) as thread:
         return _shared_tables.setdefault(key, thread.submit(make).result())
+
+
+def shared_tables() -> list[Tensor]:
+    """All that there are."""
+    return list(_shared_tables.values())
 
 
 def capturing(device: torch.device) -> bool:

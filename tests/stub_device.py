@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import json
 import os
 import shutil
@@ -333,6 +334,7 @@ def report(driver: ctypes.CDLL, name: str) -> dict[str, Any]:
             "host": host.seen,
         }
     found["launcher"] = by_both_ways(name)
+    found["replayed"] = replayed(driver, name)
     return found
 
 
@@ -377,9 +379,80 @@ def _shape_of(value: Any) -> Any:
     return value
 
 
+def replayed(driver: ctypes.CDLL, name: str) -> dict[str, Any]:
+    """What reaches the driver when Triton launches, beside when ``csrc/replay.cpp`` does; and of
+    the step by that what it asked of Python, and why it has no plan."""
+    from monokernel.backends import operators
+    from monokernel.backends.triton import launch, replay
+    from monokernel.backends.triton.recording import Recorder
+
+    if operators.opened() is None:
+        return {}
+    asked, reasons = list[str](), list[str]()
+    written, plan = replay._written, Recorder.plan
+
+    def ask(*given: Any) -> Any:
+        asked.append(given[0].__qualname__.split(".")[0])
+        return written(*given)
+
+    def say(recorder: Any, outputs: Any) -> Any:
+        found = plan(recorder, outputs)
+        reasons.extend([recorder.why] if recorder.why else [])
+        return found
+
+    def run() -> None:
+        asked.clear()
+        for N, margin in FIRST:
+            CALLS[name](N, margin)
+
+    with (
+        mock.patch.object(replay, "_written", ask),
+        mock.patch.object(Recorder, "plan", say),
+    ):
+        with mock.patch.object(launch, "watched", _always(True)):
+            tritons = _logged(driver, run)
+        for _ in range(2):
+            run()
+        own = _logged(driver, run)
+    return {"tritons": tritons, "own": own, "asked": asked, "why": reasons}
+
+
+def _logged(driver: ctypes.CDLL, run: Callable[[], None]) -> list[list[Any]]:
+    """The driver's log: of each launch which kernel, its grid, block, shared memory and stream, and
+    its parameters. In place of an address of a parameter of a network stands which, of any other
+    memory what a kernel could be compiled for."""
+    driver.stub_log.restype = ctypes.POINTER(ctypes.c_uint64)
+    size = ctypes.c_long()
+    driver.stub_forget()
+    run()
+    numbers = iter(driver.stub_log(ctypes.byref(size))[: size.value])
+    parameters = {
+        t.data_ptr(): f"parameter {i}"
+        for i, t in enumerate(t for t in gc.get_objects() if type(t) is nn.Parameter)
+    }
+
+    def named(value: int) -> Any:
+        if value < 1 << 36:  # a number, or a float32's bits
+            return value
+        return parameters.get(value, f"memory at {value % 16}")
+
+    found = []
+    for kernel in numbers:
+        place = [next(numbers) for _ in range(6)]
+        found.append([kernel, place, [named(next(numbers)) for _ in range(next(numbers))]])
+    return found
+
+
 def by_both_ways(name: str) -> dict[str, Any]:
     """What is launched directly beside what Triton launches when it is asked each time, and when a
     hook looks on."""
+    from monokernel.backends.triton import launch
+
+    with mock.patch.object(launch, "watched", _always(True)):  # by Python
+        return _by_both_ways(name)
+
+
+def _by_both_ways(name: str) -> dict[str, Any]:
     from triton import knobs
 
     from monokernel.backends.triton import launch

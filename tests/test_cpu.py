@@ -21,7 +21,7 @@ from torch import Tensor
 
 from monokernel import boundary, fused_mono_penalty, plan, value_and_jacobian
 from monokernel.activations import ACTIVATIONS, Activation
-from monokernel.backends import cpu, handwritten, native
+from monokernel.backends import cpu, handwritten, native, operators
 from monokernel.backends.cpu import Params
 from monokernel.boundary import FusedMonoPenalty
 from monokernel.problem import Hinge, Mode, Problem
@@ -432,7 +432,7 @@ def leaves(
 @pytest.mark.skipif(not (ROOT / ".venv" / ".ready").exists(), reason="not built by the Makefile")
 def test_the_boundary_was_built() -> None:
     """Where the kernel was built against this PyTorch its operator was too, or fails to compile."""
-    assert (native.PACKAGE / cpu.BOUNDARY.format(*torch.__version__.split(".")[:2])).exists()
+    assert (native.PACKAGE / operators.BOUNDARY.format(*torch.__version__.split(".")[:2])).exists()
 
 
 @BOUNDARY

@@ -107,6 +107,17 @@ def test_triton_is_asked_once_for_a_kind_of_launch(case: tuple[str, str], report
 
 
 @every_call
+def test_the_third_call_asks_nothing_of_python(case: tuple[str, str], reports: Reports) -> None:
+    """And the driver gets what Triton would give it, in every bit that is not an address."""
+    found = reports[case]["replayed"]
+    if not found:
+        pytest.skip("the operators were not built")
+    assert found["why"] == found["asked"] == []
+    assert found["own"] == found["tritons"]
+    assert all(len(parameters) > 2 for _, _, parameters in found["own"])
+
+
+@every_call
 def test_other_rows_and_another_margin_compile_nothing(
     case: tuple[str, str], reports: Reports
 ) -> None:
@@ -174,6 +185,7 @@ def test_the_stub_refuses_what_a_driver_refuses(
     assert driver.cuModuleGetFunction(ctypes.byref(function), module, b"kernel") == 0
     config = LaunchConfig(**{"x": 1, "y": 1, "z": 1, "bx": 128, "by": 1, "bz": 1} | wrong)
     params = (ctypes.c_void_p * 1)()
+    driver.stub_forget()
     before = driver.stub_launches()
     result = driver.cuLaunchKernelEx(ctypes.byref(config), function, params, None)
     assert (result != 0) == refused

@@ -12,7 +12,6 @@ measurements behind these choices.
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable, Sequence
 from ctypes import c_double, c_int64, c_void_p
 from functools import cache, lru_cache
@@ -27,8 +26,8 @@ from ..enclosures import Slopes
 from ..problem import Problem
 from ..program import Node
 from ..ranges import THIRD, described
-from . import Step, native
-from .native import PACKAGE, NativeProblem, check, codes_of, isa, missing, required
+from . import Step, native, operators
+from .native import NativeProblem, check, codes_of, isa, missing, required
 
 if TYPE_CHECKING:
     from ..layers import Layers
@@ -51,8 +50,6 @@ __all__ = [
 ]
 
 Params = Sequence[Tensor | None]
-
-BOUNDARY = "_boundary_{}_{}.so"  # for PyTorch's major and minor version
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -154,10 +151,10 @@ def _native(problem: Problem, dtype: torch.dtype) -> NativeProblem:
 def step() -> Step | None:
     """y and the penalty or J by one operator that autograd knows, if there is one for this PyTorch
     (and MONOKERNEL_BOUNDARY is not 0). ``boundary.py`` asks once."""
-    operators = _operators()
-    if operators is None:
+    connected = _operators()
+    if connected is None:
         return None
-    operator: Any = operators.cpu_step.default
+    operator: Any = connected.cpu_step.default
 
     def run(
         problem: Problem, x: Tensor, weight: Tensor | None, params: Params
@@ -169,24 +166,18 @@ def step() -> Step | None:
 
 
 def _operators() -> Any:
-    """The operators of ``csrc/boundary.cpp``, or None where they were not built or not wanted."""
-    return None if os.environ.get("MONOKERNEL_BOUNDARY") == "0" else _connected()
+    """The operators in C++, or None where they were not built or not wanted."""
+    opened = operators.opened()
+    return None if opened is None else _connected(opened)
 
 
 @cache
-def _connected() -> Any:
+def _connected(opened: ctypes.CDLL) -> Any:
     """The operators, which are told of the library once."""
     library = native.library()
-    built = PACKAGE / BOUNDARY.format(*torch.__version__.split(".")[:2])
-    if isinstance(library, str) or not built.exists():
+    if isinstance(library, str):
         return None
-    try:
-        torch.ops.load_library(built)
-    except OSError:  # another build of the same version
-        return None
-    calls = [getattr(library, f"mk_{name}") for name in CALLS]
-    connect = ctypes.CDLL(str(built)).mk_connect
-    connect((c_void_p * len(calls))(*(ctypes.cast(call, c_void_p).value for call in calls)))
+    opened.mk_connect(operators.addresses_of([getattr(library, f"mk_{name}") for name in CALLS]))
     return torch.ops.monokernel
 
 
@@ -257,8 +248,8 @@ def lift(
         margin: what the term makes of every slope, at least.
         by_pytorch: the same in PyTorch's operations, for derivatives of any order.
     """
-    operators, library = _operators(), native.library()
-    if operators is None or isinstance(library, str):
+    connected, library = _operators(), native.library()
+    if connected is None or isinstance(library, str):
         return None
     own = NativeProblem(library, Problem(d, nodes, (), "tangent", None), dtype)
     ends = [end for side in zip(*boxes, strict=True) for row in side for end in row]
@@ -280,7 +271,7 @@ def lift(
         margin,
         (c_double * len(curves))(*curves),
     )
-    return Lift(own, operators.cpu_step.default, by_pytorch) if serves else None
+    return Lift(own, connected.cpu_step.default, by_pytorch) if serves else None
 
 
 class _Layer(ctypes.Structure):
@@ -472,15 +463,5 @@ def switch(stacks: bool = True, compacts: bool = True) -> None:
 
 
 def boundary() -> str:
-    """Whether eager steps go through the operator of ``csrc/boundary.cpp``, in words."""
-    name = BOUNDARY.format(*torch.__version__.split(".")[:2])
-    if missing():
-        return "none without the native kernel"
-    if _operators() is not None:
-        return name
-    if os.environ.get("MONOKERNEL_BOUNDARY") == "0":
-        return "not wanted (MONOKERNEL_BOUNDARY=0)"
-    if not (PACKAGE / name).exists():
-        built = ", ".join(sorted(p.name for p in PACKAGE.glob(BOUNDARY.format("*", "*"))))
-        return f"{name} is missing, {built or 'none'} was built"
-    return f"{name} could not be opened"
+    """Whether eager steps on the CPU go through the operator of ``csrc/boundary.cpp``, in words."""
+    return "none without the native kernel" if missing() else operators.in_words()

@@ -2,19 +2,31 @@
 //
 // Nothing is loaded, copied or run. What a driver would refuse is refused all the same: an image that
 // is no machine code for the card, a grid, a block or shared memory beyond the card's limits, an
-// unknown attribute. The card is what `stub_card` was told; `stub_launches` counts.
+// unknown attribute. The card is what `stub_card` was told; `stub_launches` counts, and `stub_log` has what
+// each launch was given.
 #include <cuda.h>
 #include <elf.h>
 #include <stdint.h>
 #include <string.h>
 
 enum { machine_cuda = 190, largest_grid_y = 65535, largest_block = 1024 };
+enum { most_kernels = 4096, most_parameters = 256, log_size = 1 << 16 };
 
 static struct {
   int capability, shared, processors;
 } card;
 static long launches;
-static int context, function;  // their addresses are handles
+static int context;  // its address is a handle, as is a kernel's
+
+// The bytes of each parameter.
+static struct kernel {
+  int count;
+  unsigned char size[most_parameters];
+} kernels[most_kernels];
+static int known;
+
+static uint64_t logged[log_size];
+static long log_end;
 
 void stub_card(int capability, int shared, int processors) {
   card.capability = capability;
@@ -23,6 +35,15 @@ void stub_card(int capability, int shared, int processors) {
 }
 
 long stub_launches(void) { return launches; }
+
+// Since stub_forget, of each launch: which kernel, the grid, the block, shared memory, the stream, how many
+// parameters, and their bytes, each in a number of its own.
+const uint64_t* stub_log(long* size) {
+  *size = log_end;
+  return logged;
+}
+
+void stub_forget(void) { log_end = 0; }
 
 // --- device and context ---------------------------------------------------------------------------
 
@@ -122,36 +143,86 @@ CUresult cuModuleUnload(CUmodule module) {
   return module ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
+// What the machine code says of a kernel's parameters: in .nv.info.NAME, attributes of 4 bytes (format,
+// number, and 2 of value or of the size of what follows); 0x17 is a parameter's.
+static void read_parameters(struct kernel* k, const char* image, const char* name) {
+  const Elf64_Ehdr* head = (const Elf64_Ehdr*)image;
+  const Elf64_Shdr* sections = (const Elf64_Shdr*)(image + head->e_shoff);
+  const char prefix[] = ".nv.info.";
+  for (int i = 0; i < head->e_shnum; ++i) {
+    const char* own = image + sections[head->e_shstrndx].sh_offset + sections[i].sh_name;
+    if (strncmp(own, prefix, sizeof prefix - 1) || strcmp(own + sizeof prefix - 1, name)) continue;
+    const unsigned char* at = (const unsigned char*)image + sections[i].sh_offset;
+    const unsigned char* end = at + sections[i].sh_size;
+    while (at < end) {
+      const int sized = at[0] == 4, attribute = at[1];
+      const unsigned size = sized ? at[2] | at[3] << 8 : 0;
+      if (sized && attribute == 0x17) {
+        const int ordinal = at[8] | at[9] << 8;
+        const uint32_t packed = at[12] | at[13] << 8 | at[14] << 16 | (uint32_t)at[15] << 24;
+        if (ordinal < most_parameters) {
+          k->size[ordinal] = packed >> 18;
+          if (ordinal >= k->count) k->count = ordinal + 1;
+        }
+      }
+      at += 4 + size;
+    }
+  }
+}
+
 CUresult cuModuleGetFunction(CUfunction* found, CUmodule module, const char* name) {
-  *found = (CUfunction)&function;
-  return module && *name ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
+  if (!module || !*name || known == most_kernels) return CUDA_ERROR_NOT_FOUND;
+  struct kernel* k = &kernels[known++];
+  read_parameters(k, (const char*)module, name);
+  *found = (CUfunction)k;
+  return CUDA_SUCCESS;
+}
+
+static int is_kernel(CUfunction given) {
+  const struct kernel* k = (const struct kernel*)given;
+  return k >= kernels && k < kernels + known;
 }
 
 CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfunction given) {
   *value = attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? largest_block : 0;
-  return given == (CUfunction)&function ? CUDA_SUCCESS : CUDA_ERROR_INVALID_HANDLE;
+  return is_kernel(given) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_HANDLE;
 }
 
 CUresult cuFuncSetAttribute(CUfunction given, CUfunction_attribute attribute, int value) {
-  if (given != (CUfunction)&function) return CUDA_ERROR_INVALID_HANDLE;
+  if (!is_kernel(given)) return CUDA_ERROR_INVALID_HANDLE;
   int size = attribute == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
   return size && value > card.shared ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
 }
 
 CUresult cuFuncSetCacheConfig(CUfunction given, CUfunc_cache config) {
   (void)config;
-  return given == (CUfunction)&function ? CUDA_SUCCESS : CUDA_ERROR_INVALID_HANDLE;
+  return is_kernel(given) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_HANDLE;
+}
+
+CUresult cuLaunchKernel(CUfunction given, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
+                        unsigned by, unsigned bz, unsigned shared, CUstream stream, void** params,
+                        void** extra) {
+  if (!is_kernel(given)) return CUDA_ERROR_INVALID_HANDLE;
+  uint64_t threads = (uint64_t)bx * by * bz;
+  int grid = gx && gx <= INT32_MAX && gy && gz && gy <= largest_grid_y && gz <= largest_grid_y;
+  int block = threads && threads <= largest_block && shared <= (unsigned)card.shared;
+  if (!grid || !block || !params || extra) return CUDA_ERROR_INVALID_VALUE;
+  ++launches;
+  const struct kernel* k = (const struct kernel*)given;
+  if (log_end + 8 + k->count > log_size) return CUDA_SUCCESS;
+  const uint64_t place[] = {k - kernels, gx, gy, gz, bx, shared, (uint64_t)stream, k->count};
+  memcpy(logged + log_end, place, sizeof place);
+  log_end += 8;
+  for (int i = 0; i < k->count; ++i, ++log_end) {
+    logged[log_end] = 0;
+    memcpy(logged + log_end, params[i], k->size[i]);
+  }
+  return CUDA_SUCCESS;
 }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction given, void** params, void** extra) {
-  if (given != (CUfunction)&function) return CUDA_ERROR_INVALID_HANDLE;
-  uint64_t threads = (uint64_t)c->blockDimX * c->blockDimY * c->blockDimZ;
-  int grid = c->gridDimX && c->gridDimX <= INT32_MAX && c->gridDimY && c->gridDimZ &&
-             c->gridDimY <= largest_grid_y && c->gridDimZ <= largest_grid_y;
-  int block = threads && threads <= largest_block && c->sharedMemBytes <= (unsigned)card.shared;
-  if (!grid || !block || !params || extra) return CUDA_ERROR_INVALID_VALUE;
-  ++launches;
-  return CUDA_SUCCESS;
+  return cuLaunchKernel(given, c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX, c->blockDimY,
+                        c->blockDimZ, c->sharedMemBytes, c->hStream, params, extra);
 }
 
 // The tensors lie where PyTorch put them: a pointer is its own address on the device.

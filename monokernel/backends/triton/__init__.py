@@ -5,7 +5,7 @@ layers, the network is one kernel), ``narrow`` (those of them whose sums one ker
 ``layered`` (every other chain) and ``programs`` (every other program). This module only chooses.
 What the paths share lies beside them: ``device`` (functions that kernels call), ``active`` (the
 active pairs and products over them), ``slopes`` and ``reduce`` (kernels), ``target`` (what the card
-is), ``launch``, ``constants`` and ``tuning``.
+is), ``launch``, ``replay`` (steps without Python), ``constants`` and ``tuning``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from ...problem import Problem
 from .. import Params
 from . import layered, narrow, programs, whole
+from .replay import step
 from .target import interpreting
 
 __all__ = ["backward", "forward", "path_of", "refuses", "saved_like", "step"]
@@ -61,10 +62,6 @@ def path_of(problem: Problem, x: Tensor, saved: Sequence[Tensor] | None = None) 
 def _is_program(problem: Problem) -> bool:
     """Whether it goes node by node: of a chain all operands have one dtype."""
     return problem.chain is None or problem.cast is not None
-
-
-def step() -> None:
-    """It has no operator for a whole step of its own."""
 
 
 def saved_like(problem: Problem, x: Tensor) -> list[Tensor]:

@@ -7,7 +7,8 @@ for each kind of launch, and what it answered is called from then on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from triton import knobs
 from triton.compiler.compiler import make_backend
 from triton.runtime import driver
 
-__all__ = ["Launch", "direct", "launch", "recorded"]
+__all__ = ["Compiled", "Launch", "direct", "launch", "noted", "recorded", "watched"]
 
 
 class Launch(NamedTuple):
@@ -52,17 +53,41 @@ def launch(
     """Runs ``kernel`` on the grid ``programs``, on the device of ``on``."""
     if _records:
         _records[-1].append(Launch(kernel, programs, args, options))
-    elif on.is_cuda and on.device.index != torch.cuda.current_device():
+        return
+    if on.is_cuda and on.device.index != torch.cuda.current_device():
         with torch.cuda.device(on.device):
-            _run(kernel, programs, args, options)
+            compiled = _run(kernel, programs, args, options)
     else:
-        _run(kernel, programs, args, options)
+        compiled = _run(kernel, programs, args, options)
+    note = getattr(_notes, "note", None)
+    if note is not None:
+        note(kernel, compiled, programs, args, options)
+
+
+_notes = threading.local()
+
+
+@contextmanager
+def noted(note: Callable[..., None] | None) -> Iterator[None]:
+    """Each launch of this thread is told meanwhile, once it is made: the kernel, what Triton
+    compiled (None where that is not known), grid, arguments and options. With None none is."""
+    before = getattr(_notes, "note", None)
+    _notes.note = note
+    try:
+        yield
+    finally:
+        _notes.note = before
+
+
+def watched() -> bool:
+    """Whether somebody wants to see the launches: a profiler by Triton's hooks, or ``recorded``."""
+    return bool(_records) or _hooks()
 
 
 # --- what Triton compiled before ------------------------------------------------------------------
 
 
-class _Compiled(NamedTuple):
+class Compiled(NamedTuple):
     """A compiled kernel, its launcher, and what stands for its constants in the arguments."""
 
     kernel: Any
@@ -72,7 +97,7 @@ class _Compiled(NamedTuple):
     constants: tuple[object, ...]
 
 
-_compiled: dict[tuple[object, ...], _Compiled] = {}
+_compiled: dict[tuple[object, ...], Compiled] = {}
 
 
 def direct() -> bool:
@@ -93,26 +118,26 @@ def _target(device: int) -> Any:
     return make_backend(driver.active.get_current_target())
 
 
-def _hooked(kernel: Any) -> bool:
+def _hooks() -> bool:
     """Whether somebody looks on, a profiler say: hooks are Triton's business."""
     before, after = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return bool(getattr(before, "calls", before) or getattr(after, "calls", after)) or bool(
-        kernel.pre_run_hooks
-    )
+    return bool(getattr(before, "calls", before) or getattr(after, "calls", after))
 
 
 def _run(
     kernel: Any, programs: tuple[int, ...], args: tuple[object, ...], options: dict[str, Any]
-) -> None:
-    """``kernel[programs](*args, **options)`` on the current device and stream.
+) -> Compiled | None:
+    """``kernel[programs](*args, **options)`` on the current device and stream, and what was
+    launched if that is known.
 
     A kind of launch is what Triton itself takes for one: which arguments are there, their types,
     what is a multiple of 16 or 1, and every constant. (Of arguments that a kernel is not to be
     specialised on it is finer.)
     """
-    if specialised is None or not isinstance(kernel, triton.JITFunction) or _hooked(kernel):
+    own = isinstance(kernel, triton.JITFunction) and not kernel.pre_run_hooks
+    if specialised is None or not own or _hooks():
         kernel[programs](*args, **options)
-        return
+        return None
     active = driver.active
     device = active.get_current_device()
     kind = specialised(_target(device), args, False, True, True)
@@ -121,12 +146,13 @@ def _run(
     if found is None:
         made = kernel[programs](*args, **options)
         constants = tuple([options[name] for name in kernel.arg_names[len(args) :]])
-        own = made.run, made.function, made.packed_metadata
-        _compiled[key] = _Compiled(made, *own, constants)
-        return
+        found = Compiled(made, made.run, made.function, made.packed_metadata, constants)
+        _compiled[key] = found
+        return found
     x, y, z = (*programs, 1, 1)[:3]
     stream = active.get_current_stream(device)
     found.run(
         x, y, z, stream, found.function, found.packed_metadata, None, None, None,
         *args, *found.constants,
     )  # fmt: skip
+    return found

@@ -15,6 +15,7 @@ import triton
 __all__ = [
     "approximate",
     "assumed",
+    "assumption",
     "compute_dtype",
     "dot_precision",
     "interpreting",
@@ -46,6 +47,11 @@ def assumed(way: str, count: int = 2) -> Iterator[None]:
         yield
     finally:
         _assumed.pop()
+
+
+def assumption() -> tuple[str, int] | None:
+    """What is assumed now."""
+    return _assumed[-1] if _assumed else None
 
 
 def products(device: torch.device) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...signs import capturing
+from .launch import noted
 
 __all__ = ["choose", "enabled", "tuned"]
 
@@ -55,7 +56,8 @@ def choose(
     """The quickest candidate for ``key``, found once; ``run`` does the whole call with one."""
     if key not in _chosen:
         clock = seconds or _seconds
-        times = [clock(lambda c=config: run(c)) for config in candidates]  # type: ignore[misc]
+        with noted(None):
+            times = [clock(lambda c=config: run(c)) for config in candidates]  # type: ignore[misc]
         _chosen[key] = candidates[times.index(min(times))]
     found: Config = _chosen[key]  # type: ignore[assignment]
     return found
