@@ -1,10 +1,10 @@
 """``python -m benchmarks.host``: the host's part of a step of the Triton kernels, without a device.
 
-Triton's own launcher runs above a stub of the CUDA driver (``tests/stub_device.py``): all of a step
-is there but what a driver does in a launch, and the kernels. Beside it, in turns: the same step
-where Triton is asked for each kernel anew; an autograd.Function that makes and keeps as many
-tensors and does nothing else; and the plain step of one row, by PyTorch's operations on the CPU.
-Needs a C compiler and no TRITON_INTERPRET.
+The package runs above a stub of the CUDA driver (``tests/stub_device.py``): all of a step is there
+but what a driver does in a launch, and the kernels. Beside it, in turns: the same step launched by
+Python, and where Triton is asked for each kernel anew; an autograd.Function that makes and keeps as
+many tensors and does nothing else; and the plain step of one row, by PyTorch's operations on the
+CPU. Needs a C compiler and no TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -75,12 +75,17 @@ def steps() -> dict[str, Step]:
 
     ours = step(lambda: fused_mono_penalty(net, x1, x2, return_output=True))
 
+    def by_python() -> None:
+        with mock.patch.object(launch, "watched", lambda: True):
+            ours()
+
     def asked() -> None:
         with mock.patch.object(launch, "specialised", None):
-            ours()
+            by_python()
 
     return {
         "penalised": ours,
+        "penalised, launched by Python": by_python,
         "penalised, Triton asked at each launch": asked,
         "an empty Function": step(lambda: Nothing.apply(torch.cat([x1, x2], -1), *params)),
         "plain, of one row": step(lambda: (net(torch.cat(one, -1)),), (of_one,)),

@@ -10,14 +10,12 @@
 // again in each pass, since anybody may have changed it (monokernel/operands.py).
 #include "autograd.h"
 
-#include <ATen/Context.h>
 #include <ATen/ScalarOps.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
 #include <ATen/ops/empty_strided.h>
 #include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
 #include <memory>
@@ -39,6 +37,7 @@ using Parameters = c10::List<std::optional<Tensor>>;
 struct Driver {
   int (*launch)(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
                 unsigned shared, void* stream, void** parameters, void** extra);
+  int (*stream)(int device, void** found);  // PyTorch's current one
   int (*device)(int* found, int ordinal);
   int (*retain)(void** context, int device);
   int (*enter)(void* context);
@@ -249,15 +248,14 @@ struct Run {
   }
 };
 
-void* stream_of(at::Device device) {
-  const c10::impl::VirtualGuardImpl implementation(device.type());
-  return implementation.getStreamNativeHandle(implementation.getStream(device));
-}
-
 variable_list replay(const Plan& plan, variable_list operands, at::Device device, double margin) {
   const at::AutoDispatchBelowADInplaceOrView below;
   const c10::OptionalDeviceGuard current(device.is_cpu() ? std::nullopt : std::optional(device));
-  void* stream = device.is_cpu() ? nullptr : stream_of(device);
+  void* stream = nullptr;
+  if (!device.is_cpu()) {
+    TORCH_CHECK(driver.stream && driver.stream(device.index(), &stream) == 0,
+                "monokernel: PyTorch does not say on which stream of ", device, " it is");
+  }
   Run run{std::move(operands), device, stream, float(margin)};
   for (const Step& step : plan.steps) {
     std::visit(run, step.what);
@@ -388,10 +386,9 @@ struct DeviceStep : torch::autograd::Function<DeviceStep> {
     const variable_list found = run(asked, operands, true);
     const bool weighted = operands[1].defined();
     operands.erase(operands.begin() + 1);
+    // Numbers, the only things that compiled autograd lifts out of here; few, since each has a name.
     ctx->saved_data["problem"] = asked.problem;
-    ctx->saved_data["replays"] = asked.replays;
-    ctx->saved_data["weighted"] = weighted;
-    ctx->saved_data["operands"] = int64_t(operands.size());
+    ctx->saved_data["kind"] = int64_t(operands.size()) << 2 | weighted << 1 | asked.replays;
     operands.insert(operands.end(), found.begin() + 2, found.end());
     ctx->save_for_backward(std::move(operands));
     ctx->set_materialize_grads(false);
@@ -400,15 +397,16 @@ struct DeviceStep : torch::autograd::Function<DeviceStep> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& outer) {
     const variable_list saved = ctx->get_saved_variables();
-    const auto count = size_t(ctx->saved_data["operands"].toInt());
-    const bool weighted = ctx->saved_data["weighted"].toBool();
+    const int64_t kind = ctx->saved_data["kind"].toInt();
+    const auto count = size_t(kind >> 2);
+    const bool weighted = kind & 2, replays = kind & 1;
     c10::List<bool> needs;
     size_t next = 0;  // among the inputs that are tensors
     for (size_t i = 0; i < count; ++i) {
       needs.push_back(saved[i].defined() && ctx->needs_input_grad(next));
       next += saved[i].defined() + (i == 0 && weighted);
     }
-    variable_list grads = run_backward(ctx, outer, saved, count, needs);
+    variable_list grads = run_backward(ctx, outer, saved, count, needs, replays);
     if (at::GradMode::is_enabled()) guard(grads, {saved.begin(), saved.begin() + count}, outer);
     variable_list all(2);  // for what is asked, and what is present
     for (size_t i = 0; i < count; ++i) {
@@ -421,7 +419,7 @@ struct DeviceStep : torch::autograd::Function<DeviceStep> {
  private:
   static variable_list run_backward(AutogradContext* ctx, const variable_list& outer,
                                     const variable_list& saved, size_t count,
-                                    const c10::List<bool>& needs) {
+                                    const c10::List<bool>& needs, bool replays) {
     const at::NoGradGuard no_grad;
     const at::AutoDispatchBelowADInplaceOrView below;
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
@@ -431,7 +429,7 @@ struct DeviceStep : torch::autograd::Function<DeviceStep> {
     const at::Device device = saved[0].device();
     Key key{problem, 2, device.index()};
     for (size_t i = 0; i < count; ++i) key.push_back(needs[i]);
-    const bool plain = ctx->saved_data["replays"].toBool() && describe(key, operands, device);
+    const bool plain = replays && describe(key, operands, device);
     const Found kind = plain ? find(key) : Found();
     const variable_list found =
         kind.plan ? replay(*kind.plan, std::move(operands), device, 0)
@@ -481,7 +479,7 @@ std::tuple<Tensor, Tensor> device_step(int64_t problem, bool replays, at::ArrayR
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
 EXPORTED void mk_device_connect(void* const* addresses) {
-  static_assert(sizeof(Driver) == 4 * sizeof(void*), "one address for each function");
+  static_assert(sizeof(Driver) == 5 * sizeof(void*), "one address for each function");
   std::memcpy(&driver, addresses, sizeof driver);
 }
 
@@ -504,16 +502,6 @@ EXPORTED int64_t mk_dtype_code(const char* name) {
     if (c10::getDtypeNames(at::ScalarType(code)).first == name) return code;
   }
   return -1;
-}
-
-// The stream on which a device's kernels are launched now, as the driver has it; -1 where PyTorch does not
-// say.
-EXPORTED int64_t mk_device_stream(int64_t index) {
-  try {
-    return reinterpret_cast<int64_t>(stream_of(at::Device(at::kCUDA, at::DeviceIndex(index))));
-  } catch (const c10::Error&) {
-    return -1;
-  }
 }
 
 TORCH_LIBRARY_FRAGMENT(monokernel, library) {

@@ -213,7 +213,7 @@ CHAINS = st.fixed_dictionaries(
 def drawn(N: int, margin: float) -> None:
     """Chains drawn at random, the same in every call. Each takes some seconds to compile."""
 
-    @settings(max_examples=4, derandomize=True, database=None, deadline=None)
+    @settings(max_examples=2, derandomize=True, database=None, deadline=None)
     @given(CHAINS)
     def call(options: dict[str, Any]) -> None:
         _step(**options, backend="triton")(N, margin)

@@ -123,7 +123,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     callback = kind(called)
     library = operators.opened()
     assert library is not None
-    monkeypatch.setattr(replay, "driver_functions", lambda: [callback, None, None, None])
+    monkeypatch.setattr(replay, "driver_functions", lambda: [callback, None, None, None, None])
     monkeypatch.setattr(recording, "driver_call", made.call)
     run = launch._run
 
@@ -171,20 +171,18 @@ def both(step: Step) -> tuple[list[Tensor | None], list[Tensor | None]]:
 
 
 def assert_replays(driver: Driver, step: Step) -> None:
-    """The third call of a kind and all later ones ask nothing of Python, and give the same bits."""
-    for turn in range(4):
-        torch.manual_seed(turn)
-        before = driver.asked
-        state = torch.get_rng_state()
-        ours = step()
-        asked = driver.asked - before
-        torch.set_rng_state(state)
-        with by_python():
-            truth = step()
-        assert driver.error is None
-        assert asked == (0 if turn >= 2 else asked)
-        assert turn < 2 or driver.launches > 0
-        assert_bits(ours, truth)
+    """The third call of a kind asks nothing of Python, and gives the same bits."""
+    for _ in range(2):
+        step()
+    before = driver.asked
+    state = torch.get_rng_state()
+    ours = step()
+    assert driver.error is None
+    assert driver.asked == before
+    assert driver.launches > 0
+    torch.set_rng_state(state)
+    with by_python():
+        assert_bits(ours, step())
 
 
 def assert_bits(ours: list[Tensor | None], truth: list[Tensor | None]) -> None:

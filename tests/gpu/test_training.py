@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,10 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
+from benchmarks.measure import captured
 from monokernel import fused_mono_penalty, plan
+from monokernel.backends import operators
+from monokernel.backends.triton import launch, replay
 from tests.support import gradients, mlp, points
 from tests.zoo import network
 
@@ -91,6 +95,44 @@ def test_a_stream_of_its_own(name: int | str) -> None:
         late2.copy_(x2)
         found = step(net, late1, late2)
     side.synchronize()
+    for a, b in zip(found, alone, strict=True):
+        assert torch.equal(a, b)
+
+
+@PATHS
+def test_a_step_without_python(name: int | str) -> None:
+    """The third call of a kind is launched by ``csrc/replay.cpp``: the same bits as by Python, on
+    the caller's stream, on a card that is not the current one, and in a graph's capture."""
+    if operators.opened() is None:
+        pytest.skip("the operators were not built")
+    for card in range(min(torch.cuda.device_count(), 2)):
+        net = network_of(name, torch.float16, f"cuda:{card}")
+        x1, x2 = placed(f"cuda:{card}", torch.float16)
+        with mock.patch.object(launch, "watched", return_value=True):
+            alone = step(net, x1, x2)
+        for _ in range(2):
+            step(net, x1, x2)
+        side = torch.cuda.Stream(card)
+        late1, late2 = torch.zeros_like(x1), torch.zeros_like(x2)
+        torch.cuda.synchronize(card)
+        unasked = mock.patch.object(replay, "_written", side_effect=AssertionError("Python asked"))
+        with unasked, torch.cuda.stream(side):
+            torch.cuda._sleep(20_000_000)
+            late1.copy_(x1)
+            late2.copy_(x2)
+            found = step(net, late1, late2)
+        side.synchronize()
+        for a, b in zip(found, alone, strict=True):
+            assert torch.equal(a, b)
+        assert torch.cuda.current_device() == 0
+    with unasked:
+        net, (x1, x2) = network_of(name, torch.float16), placed("cuda", torch.float16)
+        alone = step(net, x1, x2)
+        graph, found = captured(lambda: step(net, x1, x2))
+        x1.neg_()
+        graph.replay()
+        x1.neg_()
+        graph.replay()
     for a, b in zip(found, alone, strict=True):
         assert torch.equal(a, b)
 

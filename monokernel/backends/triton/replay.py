@@ -16,6 +16,7 @@ import itertools
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -88,7 +89,7 @@ def step() -> Step | None:
         if hinge is not None and hinge.margin != 0.0:
             margin = hinge.margin if isinstance(hinge.margin, tuple) else (float(hinge.margin),)
             problem = problem._replace(hinge=hinge._replace(margin=0.0))
-        replays = not launch.watched() and (x.device.type != "cuda" or _same_stream(x.device.index))
+        replays = not launch.watched() and (not x.is_cuda or _streams_agree(x.get_device()))
         dtype = x.dtype
         number = _number(Asked(problem, dtype, _settings(dtype)))
         found: tuple[Tensor, Tensor] = operator(number, replays, margin, x, weight, params)
@@ -105,36 +106,46 @@ def _connected() -> bool:
     if library is None or functions is None:
         return False
     library.mk_device_connect(operators.addresses_of(functions))
-    library.mk_device_stream.restype = library.mk_dtype_code.restype = ctypes.c_int64
+    library.mk_dtype_code.restype = ctypes.c_int64
     return True
 
 
 def driver_functions() -> list[Any] | None:
-    """What launches a compiled kernel, and what enters a device's context, which HIP has no need
-    of; None where there is no driver."""
+    """What launches a compiled kernel, what PyTorch says of its stream, and what enters a device's
+    context, which HIP has no need of; None where there is no driver."""
     if interpreting() or not launch.direct():
         return None
     try:
         if torch.version.hip is None:
             cuda = ctypes.CDLL("libcuda.so.1")
             own = cuda.cuDeviceGet, cuda.cuDevicePrimaryCtxRetain, cuda.cuCtxSetCurrent
-            return [cuda.cuLaunchKernel, *own]
+            return [cuda.cuLaunchKernel, _current_stream(), *own]
         from triton.backends.amd import driver
 
         hip = ctypes.CDLL(driver._get_path_to_hip_runtime_dylib())
-        return [hip.hipModuleLaunchKernel, None, None, None]
+        return [hip.hipModuleLaunchKernel, _current_stream(), None, None, None]
     except (OSError, AttributeError, ImportError, RuntimeError):
         return None
 
 
 @cache
-def _same_stream(index: int) -> bool:
-    """Whether PyTorch in C++ names the stream as Triton launches on it."""
-    library = operators.opened()
-    assert library is not None
+def _current_stream() -> Any:
+    """PyTorch's C function for its current stream; None in a PyTorch for CPUs."""
+    name = "libtorch_cuda.so" if torch.version.hip is None else "libtorch_hip.so"
+    library = Path(torch.__file__).parent / "lib" / name
+    if not library.exists():
+        return None
+    return ctypes.CDLL(str(library)).aoti_torch_get_current_cuda_stream
+
+
+@cache
+def _streams_agree(index: int) -> bool:
+    """Whether that is the stream on which Triton launches."""
+    own, stream = ctypes.c_void_p(), _current_stream()
     with torch.cuda.device(index):
-        found: int = library.mk_device_stream(ctypes.c_int64(index))
-        return found == int(torch._C._cuda_getCurrentRawStream(index))
+        if stream is None or stream(ctypes.c_int32(index), ctypes.byref(own)) != 0:
+            return False
+        return (own.value or 0) == int(torch._C._cuda_getCurrentRawStream(index))
 
 
 # --- what the operator asks of Python -------------------------------------------------------------
