@@ -75,8 +75,11 @@ def steps() -> dict[str, Step]:
 
     ours = step(lambda: fused_mono_penalty(net, x1, x2, return_output=True))
 
+    def yes() -> bool:  # a mock would take longer than what it stands for
+        return True
+
     def by_python() -> None:
-        with mock.patch.object(launch, "watched", lambda: True):
+        with mock.patch.object(launch, "watched", yes):
             ours()
 
     def asked() -> None:
