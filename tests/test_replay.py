@@ -19,13 +19,14 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _disable_current_modes
 
 pytest.importorskip("triton")
 
 from monokernel import MonotonePenalty, boundary, fused_mono_penalty, value_and_jacobian
 from monokernel.backends import operators
-from monokernel.backends.triton import launch, recording, replay
+from monokernel.backends.triton import launch, recording, replay, whole
 from monokernel.backends.triton.target import interpreting
 from tests.support import mlp, points
 from tests.zoo import network
@@ -443,6 +444,44 @@ def test_a_weight_that_is_a_part_of_another_goes_by_python(driver: Driver) -> No
     assert driver.asked > before
 
 
+def test_float32_precision_that_is_set_before_the_backward(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which path a backward takes follows from what was saved, as it does without the operator."""
+    monkeypatch.setattr(whole, "interpreting", lambda: False)  # strict float32 is none of it then
+    net = mlp(3, 2, 1, (16, 16), dtype=SINGLE)
+    before = torch.get_float32_matmul_precision()
+    try:
+        for earlier, later in (("highest", "high"), ("high", "highest")) * 3:
+            torch.set_float32_matmul_precision(earlier)
+            y, penalty = fused_mono_penalty(
+                net, *points(19, 3, 2, SINGLE), return_output=True, backend="triton"
+            )
+            parameters = list(net.parameters())
+            truth = torch.autograd.grad(y.sum() + penalty, parameters, retain_graph=True)
+            torch.set_float32_matmul_precision(later)
+            found = torch.autograd.grad(y.sum() + penalty, parameters)
+            torch.testing.assert_close(found, truth)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_backward_comes_when_there_are_too_many_problems(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those the older ones are forgotten alone."""
+    monkeypatch.setattr(replay, "KEPT", 4)
+    net = mlp(3, 2, 1, (8,))
+    before = None
+    for first in (-1, 0, 1):
+        for second in (-1, 1):
+            x1, x2 = points(4, 3, 2, torch.float64)
+            penalty = fused_mono_penalty(net, x1, x2, direction=(first, second), backend="triton")
+            if before is not None:
+                before.backward()
+            before = penalty
+
+
 def test_a_number_that_nobody_was_given(driver: Driver) -> None:
     stepping(mlp(3, 2, 1, (16,)))()
     operator = torch.ops.monokernel.device_step.default
@@ -461,6 +500,23 @@ def test_a_driver_that_refuses(driver: Driver) -> None:
     driver.kernels.clear()
     with pytest.raises(RuntimeError, match="the driver refused to launch a kernel, with error 1"):
         step()
+
+
+def test_what_a_recorder_saw_is_freed() -> None:
+    """As without one: a pass that is written down takes no more memory than any other."""
+    x = torch.ones(1000)
+    recorder = recording.Recorder([x])
+    with recorder:
+        y = x + 1
+        storages = [StorageWeakRef(y.untyped_storage())]
+        y = y.exp()
+        storages.append(StorageWeakRef(y.untyped_storage()))
+        for _ in range(3):  # might lie where the first did
+            y = y[:500] * 2
+            y = torch.cat([y, y])
+    assert [s.expired() for s in storages] == [True, True]
+    recorder.plan([y])
+    assert recorder.why is None
 
 
 def test_what_cannot_be_written_down() -> None:

@@ -54,8 +54,10 @@ def path_of(problem: Problem, x: Tensor, saved: Sequence[Tensor] | None = None) 
         return programs
     if max(problem.widths[1:]) > IN_ONE and narrow.refuses(problem, x) is None:
         return narrow
-    if saved is not None and len(saved) != len(whole.saved_like(problem, x[:0])):
-        return layered
+    if saved is not None:
+        of_whole, of_layered = (len(p.saved_like(problem, x[:0])) for p in (whole, layered))
+        if of_whole != of_layered:
+            return whole if len(saved) == of_whole else layered
     return whole if whole.refuses(problem, x) is None else layered
 
 
@@ -64,10 +66,11 @@ def _is_program(problem: Problem) -> bool:
     return problem.chain is None or problem.cast is not None
 
 
-def saved_like(problem: Problem, x: Tensor) -> list[Tensor]:
-    """Uninitialised buffers for what the backward needs again."""
-    saved: list[Tensor] = path_of(problem, x).saved_like(problem, x)
-    return saved
+def saved_like(problem: Problem, x: Tensor, saved: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """Uninitialised buffers for what the backward needs again; with ``saved`` like those that it
+    was given."""
+    like: list[Tensor] = path_of(problem, x, saved).saved_like(problem, x)
+    return like
 
 
 def forward(

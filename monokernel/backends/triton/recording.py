@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...signs import shared_tables
@@ -65,12 +66,14 @@ class Recorder(TorchDispatchMode):
         self.why: str | None = None
         self._device = next(t.device for t in operands if t is not None)
         self._operands = len(operands)
-        # All are kept: what is freed may give its address to another.
-        self._tensors = list(operands)
+        self._count = len(operands)
+        # Of each storage that was met the address alone stays, so that none is another's: not its
+        # memory, of which a pass has more in all than at once.
+        self._met = list[StorageWeakRef]()
         self._steps: list[Written] = []
         self._names: list[str] = []
         self._by_layout: dict[tuple[object, ...], int] = {}
-        self._by_storage: dict[int, int] = {}
+        self._by_storage: dict[int, tuple[int, int]] = {}  # the first with it, and where it begins
         # Where operands lie; of one that is given twice the first.
         first = dict[tuple[int, int], int]()
         for i, t in enumerate(operands):
@@ -179,10 +182,13 @@ class Recorder(TorchDispatchMode):
         self._steps.append(Written(code, reads, [], True))
 
     def _made(self, t: Tensor) -> int:
-        number = Number(len(self._tensors))
-        self._tensors.append(t)
+        number = Number(self._count)
+        self._count += 1
+        storage = t.untyped_storage()
+        if storage._cdata not in self._by_storage:
+            self._met.append(StorageWeakRef(storage))
+            self._by_storage[storage._cdata] = number, t.data_ptr()
         self._by_layout.setdefault(_layout(t), number)
-        self._by_storage.setdefault(t.untyped_storage()._cdata, number)
         return number
 
     def _read(self, t: Tensor, reads: set[int]) -> Number:
@@ -201,10 +207,9 @@ class Recorder(TorchDispatchMode):
                 return [Number(number), at - begin]
         made = self._by_storage.get(t.untyped_storage()._cdata)
         if made is not None:
-            reads.add(made)
-            first = self._tensors[made]
-            assert first is not None
-            return [Number(made), at - first.data_ptr()]
+            number, begin = made
+            reads.add(number)
+            return [Number(number), at - begin]
         if at == 0 or any(t is table for table in shared_tables()):
             return [NUMBER, at]
         raise NotReplayableError("a kernel is given a tensor that is neither given nor made")

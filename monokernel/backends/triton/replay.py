@@ -66,8 +66,10 @@ def _number(asked: Asked) -> int:
     found = _numbers.get(asked)
     if found is None:
         if len(_asked) >= KEPT:
-            _numbers.clear()
-            _asked.clear()
+            for older in list(_asked)[: KEPT // 2]:  # a backward may come for the newer ones
+                gone = _asked.pop(older, None)
+                if gone is not None:
+                    _numbers.pop(gone, None)
         found = next(_next)
         _asked[found] = asked
         _numbers[asked] = found
@@ -199,7 +201,9 @@ def _backward(
     problem, backend = asked.problem, load(BACKEND)
     x, _, params = check_forward(problem, x, None, params)
     gy, gout = check_gradients(problem, x, gy, gout)
-    like = backend.saved_like(problem, x.new_empty(x.shape, device="meta"))
+    # The path that it was saved by may be another now, since the float32 precision may be set.
+    saved_like: Any = backend.saved_like
+    like = saved_like(problem, x.new_empty(x.shape, device="meta"), saved)
     check_saved(saved, shapes_of(like), x.device)
 
     def run() -> list[Tensor]:
