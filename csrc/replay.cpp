@@ -486,7 +486,11 @@ EXPORTED void mk_device_connect(void* const* addresses) {
 // The plan for a kind of call; one without outputs says that there can be none.
 EXPORTED void mk_device_plan(const int64_t* key, int64_t size, const int64_t* code,
                              const char* const* names) {
-  auto plan = std::make_shared<const Plan>(plan_of({code}, names));
+  auto plan = std::make_shared<Plan>();
+  try {
+    *plan = plan_of({code}, names);
+  } catch (const c10::Error&) {  // of an operation that this PyTorch does not have
+  }
   const std::lock_guard<std::mutex> locked(lock);
   plans[Key(key, key + size)] = std::move(plan);
 }

@@ -134,12 +134,12 @@ class Recorder(TorchDispatchMode):
                 kind = str(argument.type)
                 if kind == "Tensor" and isinstance(value, (int, float)):  # as in t + 1
                     code.append(SCALAR)
-                code += self._value(value, "Tensor" in kind, reads)
+                code += self._value(value, kind, reads)
         writes = any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments)
         self._steps.append(Written(code, reads, [self._made(t) for t in made], writes))
 
-    def _value(self, value: Any, of_tensors: bool, reads: set[int]) -> list[int]:
-        """An operation's argument."""
+    def _value(self, value: Any, kind: str, reads: set[int]) -> list[int]:
+        """An operation's argument of that kind."""
         if value is None:
             return [NONE]
         if isinstance(value, Tensor):
@@ -157,9 +157,9 @@ class Recorder(TorchDispatchMode):
         if isinstance(value, (torch.memory_format, torch.layout)) and value in CODES:
             return [INTEGER, CODES[value]]
         if isinstance(value, (list, tuple)):
-            if of_tensors and all(isinstance(v, Tensor) for v in value):
+            if kind == "List[Tensor]":
                 return [TENSORS, *_sized([self._read(v, reads) for v in value])]
-            if not of_tensors and all(isinstance(v, int) for v in value):
+            if "List[int]" in kind:
                 return [INTEGERS, *_sized(value)]
         raise NotReplayableError(f"an operation is given {value!r}")
 

@@ -7,21 +7,41 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ....problem import accumulate_dtype
 from ...schedule import Params
-from .operands import Factor, On, Operand, converted, flattened, given
+from ..launch import launch
+from ..reduce import reduce_gradients
+from ..target import processors
+from .operands import Factor, On, Operand, converted, flattened, given, tensor_of
 
 __all__ = ["Gradients"]
 
 
+FEWEST_ROWS = 32  # of a part of the sums over rows
+
+
 class Gradients:
-    """The sums of the gradients. Those of rows of parameters are parts until the end."""
+    """The sums of the gradients. Those of rows of parameters are parts until the end, when one
+    launch adds up all of them."""
 
     def __init__(self, x: Tensor, params: Params, needs: Sequence[bool]) -> None:
         self.x, self.params, self.wants_dx = x, params, needs[0]
         self.wanted = [n and p is not None for n, p in zip(needs[1:], params, strict=True)]
         self.dx: Tensor | None = None
         self.weights: dict[int, Tensor] = {}
-        self.parts: dict[int, list[Tensor]] = {}
+        # Parts (parts, H) of the rows of parameters side by side, and of one number that serves
+        # nodes of several widths those of each.
+        self.offsets = [0]
+        self.places = [
+            place
+            for place, (θ, wanted) in enumerate(zip(params, self.wanted, strict=True))
+            if wanted and given(θ).dim() == 1
+        ]
+        for place in self.places:
+            self.offsets.append(self.offsets[-1] + given(params[place]).numel())
+        self.partials: Tensor | None = None
+        self.begun: set[int] = set()
+        self.numbers: dict[int, list[Tensor]] = {}
 
     def inputs(self, rows: slice, g: Tensor | None, own: bool) -> Tensor:
         """dx of a block of rows, that begins with g (none is zeros): in the memory of g if that is
@@ -54,29 +74,50 @@ class Gradients:
 
     def rows(self, place: int, on: On, P: Operand, factor: Factor | None = None) -> None:
         """dθ += factor ∘ P summed over the rows."""
-        self.parts.setdefault(place, []).append(on.sums(P, factor))
+        H, i = given(tensor_of(P)).shape[-1], self.places.index(place)
+        begin, end = self.offsets[i], self.offsets[i + 1]
+        if end - begin != H:
+            out = self._parts(H)
+            self.numbers.setdefault(place, []).append(out)
+            on.sums(out, P, factor, False)
+            return
+        if self.partials is None:
+            self.partials = self._parts(self.offsets[-1])
+        on.sums(self.partials[:, begin:end], P, factor, place in self.begun)
+        self.begun.add(place)
+
+    def _parts(self, H: int) -> Tensor:
+        parts = min(-(-len(self.x) // FEWEST_ROWS), 4 * processors(self.x.device))
+        return self.x.new_empty(parts, H, dtype=accumulate_dtype(self.x.dtype))
 
     def result(self) -> list[Tensor | None]:
         """x first: zeros where nothing was added."""
         found: list[Tensor | None] = [self.dx]
         if self.wants_dx and self.dx is None:
             found[0] = torch.zeros_like(self.x)
+        added = self._added_up()
         for place, (θ, wanted) in enumerate(zip(self.params, self.wanted, strict=True)):
             if not wanted or θ is None:
                 found.append(None)
-            elif place in self.weights:
-                found.append(self.weights[place])
-            elif place in self.parts:
-                # One number may serve nodes of several widths.
-                parts = [p.sum(0) if p.shape[1] == θ.shape[0] else p.sum().view(1)
-                         for p in self._joined(place)]  # fmt: skip
-                total = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-                found.append(total.to(θ.dtype))
-            else:
-                found.append(torch.zeros_like(θ))
+                continue
+            total = self.weights.get(place, added.get(place))
+            numbers = self.numbers.get(place)
+            if numbers is not None:
+                own = [p.sum().view(1) for p in numbers]
+                own += [] if total is None else [total.to(own[0].dtype)]
+                total = (own[0] if len(own) == 1 else torch.stack(own).sum(0)).to(θ.dtype)
+            found.append(torch.zeros_like(θ) if total is None else total)
         return found
 
-    def _joined(self, place: int) -> list[Tensor]:
-        parts = self.parts[place]
-        alike = len({p.shape[1] for p in parts}) == 1
-        return [torch.cat(parts)] if alike and len(parts) > 1 else parts
+    def _added_up(self) -> dict[int, Tensor]:
+        """Of the rows of parameters to which anything was added."""
+        if self.partials is None:
+            return {}
+        found = {place: torch.empty_like(given(self.params[place])) for place in sorted(self.begun)}
+        block = 64
+        launch(
+            reduce_gradients, (-(-self.offsets[-1] // block),), self.x, self.partials,
+            tuple(found.get(place) for place in self.places), len(self.partials),
+            OFFSETS=tuple(self.offsets), ADD=False, BLOCK=block, SLICES=32,
+        )  # fmt: skip
+        return found

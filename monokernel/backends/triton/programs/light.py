@@ -146,11 +146,12 @@ def combine(
 
 @triton.jit(do_not_specialize=["N"])
 def column_sums(
-    sums, P, u, F, rows, total, N,
+    sums, P, u, F, rows, total, N, stride,
     FACTOR: tl.constexpr, H: tl.constexpr, P_: tl.constexpr, U: tl.constexpr, F_: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, A: tl.constexpr,
+    ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
-    """sums[program] = Σ factor ∘ P over the program's rows, in a fixed order."""
+    """sums[program] (of a stride) = Σ factor ∘ P over the program's rows, in a fixed order; with
+    ADD it is added to what is there."""
     count = count_of(total, N)
     j = tl.program_id(1) * BN + tl.arange(0, BN)
     acc = tl.zeros((BM, BN), A)
@@ -163,7 +164,11 @@ def column_sums(
         )
         own = tl.load(P + place_of(i, n, j, 0, N, P_), mask=mask, other=0.0).to(A)
         acc += tl.where(mask, factor * own, tl.zeros_like(own))
-    tl.store(sums + tl.program_id(0) * H + j, tl.sum(acc, 0), mask=j < H)
+    at = sums + tl.program_id(0).to(tl.int64) * stride + j
+    found = tl.sum(acc, 0)
+    if ADD:
+        found += tl.load(at, mask=j < H, other=0.0)
+    tl.store(at, found, mask=j < H)
 
 
 @triton.jit

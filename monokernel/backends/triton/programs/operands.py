@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from ....activations import Activation
-from ....problem import accumulate_dtype
 from ....program import Node
 from ..active import Active
 from ..constants import IDENTITY, ActivationCode, accumulator, activation_code
 from ..launch import launch
-from ..target import approximate, processors
+from ..target import approximate
 from . import light
 from .config import row_tile, tile
 
@@ -169,21 +168,20 @@ class On:
             num_warps=warps,
         )  # fmt: skip
 
-    def sums(self, P: Operand, factor: Factor | None = None) -> Tensor:
-        """factor ∘ P summed over rows: (programs, H), to be added up."""
+    def sums(self, out: Tensor, P: Operand, factor: Factor | None, add: bool) -> None:
+        """factor ∘ P summed over rows, in as many parts as ``out`` (parts, H) has; ``add``: added
+        to what is there."""
         t, pairs = tensor_of(P), self.active is not None
         assert t is not None
         factor, H = factor or Factor(), t.shape[-1]
         BM, BN = tile(H)
-        programs = min(-(-self.count // BM), 4 * processors(self.x.device))
-        sums = self.x.new_empty(programs, H, dtype=accumulate_dtype(self.x.dtype))
         launch(
-            light.column_sums, (programs, -(-H // BN)), self.x,
-            sums, t, tensor_of(factor.u), tensor_of(factor.F), *self._rows(), self.count,
-            FACTOR=factor.kind, H=H, P_=layout_of(P, pairs), U=layout_of(factor.u, pairs),
-            F_=layout_of(factor.F, pairs), BM=BM, BN=BN, A=accumulator(self.x.dtype),
+            light.column_sums, (len(out), -(-H // BN)), self.x,
+            out, t, tensor_of(factor.u), tensor_of(factor.F), *self._rows(), self.count,
+            out.stride(0), FACTOR=factor.kind, H=H, P_=layout_of(P, pairs),
+            U=layout_of(factor.u, pairs), F_=layout_of(factor.F, pairs), ADD=add,
+            BM=BM, BN=BN, A=accumulator(self.x.dtype),
         )  # fmt: skip
-        return sums
 
     def dense(self, t: Tensor) -> Tensor:
         """The pairs' t (1, M, H) as a product wants it."""
