@@ -150,6 +150,7 @@ def whole_cases() -> Iterator[Case]:
         if H > 32:
             yield Case((*hidden, 1), "relu", 4, "adjoint", half)
             yield Case((*hidden, 1), "silu", 4, "adjoint", brain)
+            yield Case((*hidden, 1), "relu", 4, "adjoint", brain)
         if H < 128:
             yield Case((*hidden, 1), "silu", 4, "adjoint", single, "high")
             yield Case((*hidden, 8), "silu", 1, "tangent", single, "high")
@@ -173,7 +174,10 @@ def narrow_cases() -> Iterator[Case]:
     hidden = (8, 128, 128, 128)
     yield Case((*hidden, 1), "silu", 1, "adjoint", brain, path="narrow")
     yield Case((*hidden, 1), "hardtanh", 3, "adjoint", brain, path="narrow")
-    yield Case((16, 100, 128, 72, 1), "silu", 4, "adjoint", half, path="narrow")
+    # Whom it serves beside these depends on the Triton: the others are one kernel.
+    yield Case((16, 100, 128, 72, 1), "silu", 4, "adjoint", half, path="served")
+    yield Case((8, 100, 100, 100, 1), "relu", 4, "adjoint", brain, path="served")
+    yield Case((*hidden, 1), "leaky_relu", 1, "adjoint", half, path="served")
     yield Case((8, 128, 128, 1), "relu", 1, "adjoint", half, path="narrow")
     yield Case((8, 128, 1), "silu", 2, "adjoint", half, path="narrow")
     yield from Case((*hidden, 1), "silu", 4, "adjoint", half, path="narrow").variants()

@@ -13,6 +13,7 @@ import torch
 import triton
 
 __all__ = [
+    "OLD_TRITON",
     "approximate",
     "assumed",
     "assumption",
@@ -33,6 +34,10 @@ def _probe() -> None:
 def interpreting() -> bool:
     """Whether kernels run under Triton's interpreter (decided when they were defined)."""
     return not isinstance(_probe, triton.JITFunction)
+
+
+# Before 3.7 Triton takes out of loops what they are asked to keep, and registers run short.
+OLD_TRITON = not interpreting() and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 
 
 _assumed: list[tuple[str, int]] = []
@@ -85,14 +90,14 @@ def approximate(dtype: torch.dtype) -> int:
     return 0 if amd else 1
 
 
-def register_limit(device: torch.device) -> dict[str, int]:
-    """The launch option that lets a kernel have every register; only CUDA knows it.
+def register_limit(device: torch.device, most: int = 255) -> dict[str, int]:
+    """The launch option that lets a kernel have every register, or so many; only CUDA knows it.
 
     Without it ptxas may spill a little to have room for one more program (168 registers and 16
     bytes of stack on sm_80).
     """
     cuda = device.type == "cuda" and torch.version.hip is None
-    return {"maxnreg": 255} if cuda or _assumed else {}
+    return {"maxnreg": most} if cuda or _assumed else {}
 
 
 def processors(device: torch.device) -> int:

@@ -17,7 +17,7 @@ from ..constants import activation_table, as_compiled
 from ..device.activations import activation
 from ..device.tiles import bias_row, input_tile, input_weights, of_rows
 from ..launch import launch
-from ..target import products, register_limit
+from ..target import OLD_TRITON, dot_precision, products, register_limit
 from ..tuning import tuned
 from .config import (
     Values,
@@ -203,8 +203,13 @@ class _Rows:
             q, place = self.pairs.joining(l), self.pairs.active.place
         # Strict float32 multiplies in registers: with 168 of them it spilled 8 bytes on sm_80, and
         # with all 16 bytes on sm_90 and sm_100, where it needs no more than 168.
-        tight = self.x.dtype == torch.float32 and products(self.x.device) == "warp"
-        limit = register_limit(self.x.device) if tight else {}
+        # With two kinds of call Triton 3.6 spilled 8 bytes on sm_100.
+        strict = self.x.dtype == torch.float32 and dot_precision(self.x.dtype) == "ieee"
+        limit = {}
+        if self.x.dtype == torch.float32 and products(self.x.device) == "warp":
+            limit = register_limit(self.x.device)
+        elif OLD_TRITON and products(self.x.device) == "tcgen05" and not strict:
+            limit = register_limit(self.x.device, 168)
         launch(
             layer_back, (self.sums.slices, columns), self.x, *self.a.of(l), P, gy,
             None if q is None else place, q, g, h, part(2 * l + 1) if l < self.top else None,

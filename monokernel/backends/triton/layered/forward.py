@@ -22,6 +22,7 @@ from ..device.hinge import PENALTY_SUM, hinge_epilogue
 from ..device.tiles import bias_row, of_rows, pre_activation
 from ..launch import launch
 from ..slopes import Hinging, hinged, hinging
+from ..target import OLD_TRITON, register_limit
 from .config import (
     Values,
     kept_chain,
@@ -189,13 +190,17 @@ class _Forward:
         grid, tile = row_tile(len(y), H)
         linear = problem.activations[-1].kind == "identity"
         args, options = ((None,) * 8, {}) if hinge is None else (hinge.args, hinge.options)
+        # Triton 3.6 spills 8 bytes with the slopes of four columns. Elsewhere with a limit ptxas
+        # takes more than it needs, and the kernel waits for memory.
+        tight = OLD_TRITON and hinge is not None and problem.k <= FEW.value
+        limit = register_limit(y.device) if tight else {}
         launch(
             chain_down, grid, y, *self.a.of(l), P, b if l == top else None,
             None if linear else self.a.a[-1], y, p, None if hinge is None else first, *args,
             len(y), H=H, TOP=l == top, ACT=self.table[l], LAST_ACT=self.table[-1],
             K=problem.k, K_TILE=power_of_two(problem.k, 16), W_ROW=first.stride(0),
             **({"OUT": 0, "SQUARED": False, "SAVE": False} | options), **self.a.inputs(l), **tile,
-            **self.types,
+            **self.types, **limit,
         )  # fmt: skip
 
 

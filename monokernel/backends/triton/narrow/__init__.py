@@ -16,9 +16,9 @@ from ....problem import Problem
 from ... import Params
 from .. import layered
 from ..layered import saved_like
-from ..target import interpreting, products
+from ..target import OLD_TRITON, interpreting, products
 from .backward import gradients
-from .config import COLUMNS, DEEPEST, INPUTS, SERVED, WIDEST
+from .config import COLUMNS, DEEPEST, INPUTS, PADDED, SERVED, WIDEST, is_padded
 from .forward import forward
 
 __all__ = ["backward", "forward", "refuses", "saved_like"]
@@ -30,7 +30,11 @@ def refuses(problem: Problem, x: Tensor) -> str | None:
         return "more than one linear output in adjoint mode"
     if not 2 <= problem.depth <= DEEPEST or max(problem.widths) > WIDEST:
         return f"not of 2 to {DEEPEST} layers of up to {WIDEST} units"
-    kinds = {σ.kind for σ in problem.activations[:-1]} - set(SERVED)
+    padded = is_padded(problem)
+    if padded and OLD_TRITON:
+        return f"not of {WIDEST} units in each hidden layer, with which Triton 3.6 spills"
+    served = PADDED if padded or OLD_TRITON else SERVED
+    kinds = {σ.kind for σ in problem.activations[:-1]} - set(served)
     if kinds:
         return f"{' and '.join(sorted(kinds))}, with which a kernel spills"
     if problem.d > INPUTS or problem.k > COLUMNS:
@@ -52,6 +56,7 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients of x and of every parameter, None where ``needs`` is false."""
-    if gy is None or needs[0] or not x.shape[0]:
+    # Without pairs the sums spill 8 bytes in Triton 3.6.
+    if gy is None or needs[0] or not x.shape[0] or (OLD_TRITON and gout is None):
         return layered.backward(problem, gy, gout, x, params, saved, needs)
     return gradients(problem, gy, gout, x, params, saved, needs[1:])

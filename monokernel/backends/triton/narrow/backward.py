@@ -8,13 +8,14 @@ from torch import Tensor
 
 from ....problem import Problem, accumulate_dtype
 from ... import Params
+from ..constants import power_of_two
 from ..launch import launch
 from ..layered.config import kept_chain
 from ..reduce import reduce_gradients
 from ..target import processors, register_limit
 from ..whole.backward import gradients_like, offsets_of
 from ..whole.config import split
-from .config import GRADIENTS, shape_of
+from .config import gradients_config, shape_of
 from .gradients import narrow_gradients
 from .pairs import walk
 
@@ -39,7 +40,7 @@ def gradients(
     if not any(wanted):
         return [None, *grads]
     N, x, gy = len(x), x.contiguous(), gy.contiguous()
-    P = min(-(-min(N, MOST) // GRADIENTS.rows), processors(x.device))
+    P = min(-(-min(N, MOST) // gradients_config(problem).rows), processors(x.device))
     offsets, block = offsets_of(problem), 64
     parts = range(0, N, MOST)
     partials = x.new_empty(len(parts) * P, offsets[-1], dtype=accumulate_dtype(x.dtype))
@@ -68,12 +69,13 @@ def _sums(
     partials: Tensor,
 ) -> None:
     """Each program's sums over some rows and their active pairs."""
-    shape, (ws, bs) = shape_of(problem, x), split(params)
+    shape, (ws, bs), config = shape_of(problem, x), split(params), gradients_config(problem)
     a = tuple(saved[: problem.depth - 2]) or None
     chain = tuple(kept_chain(problem, saved)) or None
     pairs = walk(problem, gout, x, ws, bs[0], a, chain, saved, shape)
     launch(
         narrow_gradients, (len(partials),), x, x, ws[0], bs[0], ws[-1], a, chain, gy, *pairs,
-        partials, len(x), NEEDS=wanted, OFFSETS=offsets_of(problem), BM=GRADIENTS.rows, **shape,
-        **register_limit(x.device), num_warps=GRADIENTS.warps, num_stages=1,
+        partials, len(x), NEEDS=wanted, OFFSETS=offsets_of(problem), BM=config.rows,
+        **shape | {"FAN_TILE": power_of_two(problem.d + 1, 16)}, **register_limit(x.device),
+        num_warps=config.warps, num_stages=1,
     )  # fmt: skip

@@ -19,11 +19,13 @@ __all__ = [
     "COLUMNS",
     "DEEPEST",
     "FORWARD",
-    "GRADIENTS",
     "INPUTS",
+    "PADDED",
     "SERVED",
     "WIDEST",
     "NarrowConfig",
+    "gradients_config",
+    "is_padded",
     "pairs_config",
     "shape_of",
 ]
@@ -34,6 +36,9 @@ WIDEST, DEEPEST, INPUTS, COLUMNS = 128, 4, 16, 4
 # Others spill: 8 bytes with GELU's tanh form, 96 in the forward with tanh, 256 with GELU, 1048 with
 # Mish.
 SERVED = ("relu", "leaky_relu", "hardtanh", "silu")
+# Of those, which also beside padded units, where the forward spills 16 and 72 bytes with leaky
+# ReLU, and in Triton 3.6, where it spills 8.
+PADDED = ("relu", "hardtanh", "silu")
 
 
 class NarrowConfig(NamedTuple):
@@ -47,11 +52,22 @@ FORWARD = NarrowConfig(128, 8)
 PAIRS = NarrowConfig(32, 8)
 PADDED_PAIRS = NarrowConfig(16, 8)
 GRADIENTS = NarrowConfig(32, 8)
+PADDED_GRADIENTS = NarrowConfig(16, 8)
 
 
 def pairs_config(problem: Problem) -> NarrowConfig:
     """With masks for the columns of a padded layer 32 pairs spill 112 bytes."""
-    return PAIRS if set(problem.widths[1:-1]) == {WIDEST} else PADDED_PAIRS
+    return PADDED_PAIRS if is_padded(problem) else PAIRS
+
+
+def gradients_config(problem: Problem) -> NarrowConfig:
+    """With those masks 32 rows spill 8 to 16 bytes."""
+    return PADDED_GRADIENTS if is_padded(problem) else GRADIENTS
+
+
+def is_padded(problem: Problem) -> bool:
+    """Whether a hidden layer has fewer units than a tile."""
+    return set(problem.widths[1:-1]) != {WIDEST}
 
 
 def shape_of(problem: Problem, x: Tensor) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from ..layered.config import kept_chain, saved_like
 from ..slopes import hinging, output_like
 from ..target import processors, register_limit
 from ..whole.config import split
-from ..whole.tiles import after, matmul, packed, unpacked, within
+from ..whole.tiles import after, matmul, packed, unmoving, unpacked, within
 from .config import FORWARD, shape_of
 
 __all__ = ["forward", "narrow_forward"]
@@ -70,11 +70,12 @@ def narrow_forward(
     for tile in tl.range(tl.program_id(0), tl.cdiv(N, BM), tl.num_programs(0), disable_licm=True):
         start = tile * tl.full((), BM, tl.int64)  # 64 bits, also where tile is a Python int
         n = tl.arange(0, BM)
+        still = unmoving(tile)
         ok = n < N - tile * BM
         inputs = input_tile(x + start * d, n, ok, d, FAN_TILE, C)
         p, value, kept = up(
-            inputs, start, n, ok, weights, ws, bs, y, a_out, zero, WIDTHS, ACTS, BIAS, H, FAN_TILE,
-            C, A, PRECISION,
+            inputs, start, n, ok, weights, ws, bs, y, a_out, zero, still, WIDTHS, ACTS, BIAS, H,
+            FAN_TILE, C, A, PRECISION,
         )  # fmt: skip
         p = down(p, start, n, ok, weights, kept, P_out, zero, WIDTHS, ACTS, H, C, A, PRECISION)
         weight_ = weight
@@ -88,7 +89,7 @@ def narrow_forward(
             slopes_ = slopes + start * K
         # One slope at a time: a tile of four spilled 64 bytes.
         for c in tl.static_range(K):
-            J = slope_of(p, ws[0], c, WIDTHS[1], d, RUNS, A)
+            J = slope_of(p, ws[0] + still, c, WIDTHS[1], d, RUNS, A)
             one = c + tl.arange(0, 1)
             penalty = hinge_epilogue(
                 J, value[:, None], n, ok, one, one < K, direction, weight_, weight_row, margin,
@@ -112,7 +113,7 @@ def hidden_weights(ws, WIDTHS: tl.constexpr, H: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def up(
-    inputs, start, n, ok, weights, ws, bs, y, a_out, zero, WIDTHS: tl.constexpr,
+    inputs, start, n, ok, weights, ws, bs, y, a_out, zero, still, WIDTHS: tl.constexpr,
     ACTS: tl.constexpr, BIAS: tl.constexpr, H: tl.constexpr, FAN_TILE: tl.constexpr,
     C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -130,11 +131,11 @@ def up(
         h = after(first, h, zero, C, HOW)
         a = within(matmul(h, tl.trans(weights[l - 1]), C, PRECISION), WIDTHS[l + 1])
         if BIAS[l]:
-            a += bias_row(bs[l], unit, WIDTHS[l + 1], A)
+            a += bias_row(bs[l] + still, unit, WIDTHS[l + 1], A)
         if a_out is not None:
             leave(a_out[l - 1], a, start, n, ok, WIDTHS[l + 1])
         h, slope, _curvature = activation_of(a, ACTS, l)
-    last = bias_row(ws[L - 1], unit, WIDTHS[L - 1], A)
+    last = bias_row(ws[L - 1] + still, unit, WIDTHS[L - 1], A)
     value = tl.sum(within(h * last, WIDTHS[L - 1]), 1)
     if BIAS[L - 1]:
         value += tl.load(bs[L - 1]).to(A)

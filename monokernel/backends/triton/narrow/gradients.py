@@ -5,6 +5,8 @@ both; what products take lies in shared memory, where the compiler puts it. With
 cotangent of a row is gy·σ'∘P, so that no product is left but those of the sums themselves.
 """
 
+# ruff: noqa: RET505 (see ``device/__init__.py``)
+
 from __future__ import annotations
 
 import triton
@@ -18,7 +20,7 @@ from ..whole.tiles import matmul, packed, unpacked
 
 __all__ = ["narrow_gradients"]
 
-ONES = tl.constexpr(8)
+ONES = tl.constexpr(16)  # Triton 3.6 has no wgmma of fewer columns, and holds the operands
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -61,12 +63,14 @@ def narrow_gradients(
 
 @triton.jit
 def no_sums(WIDTHS: tl.constexpr, H: tl.constexpr, FAN_TILE: tl.constexpr, A: tl.constexpr):
-    """Zeros for dW and db of the hidden layers, and last for dW of the output. Of a bias all
-    columns are the same."""
+    """Zeros for dW and db of the hidden layers, and last for dW of the output. db of the first is
+    a column of its dW; of the others all columns are the same."""
     sums = ()
     for l in tl.static_range(len(WIDTHS) - 2):
         weight = tl.zeros((H, H if l else FAN_TILE), A)
-        sums = sums + (weight, tl.zeros((H, ONES), A))  # type: ignore[assignment] # noqa: RUF005
+        sums = sums + (weight,)  # type: ignore[assignment] # noqa: RUF005
+        if l > 0:
+            sums = sums + (tl.zeros((H, ONES), A),)  # type: ignore[assignment] # noqa: RUF005
     return sums + (tl.zeros((H, ONES), A),)  # noqa: RUF005 (Triton unpacks no tuples)
 
 
@@ -80,7 +84,7 @@ def of_tile(
     L: tl.constexpr = len(ACTS)
     HOW: tl.constexpr = ACTS[0][4]
     unit = tl.arange(0, H)
-    below = input_tile(x + start * WIDTHS[0], n, ok, WIDTHS[0], FAN_TILE, C)
+    below = with_ones(input_tile(x + start * WIDTHS[0], n, ok, WIDTHS[0], FAN_TILE, C), WIDTHS[0])
     factor = of_rows(gy + start, n, ok, A)
     own = tl.dot(below, w, input_precision=PRECISION).to(A)
     if b is not None:
@@ -99,10 +103,10 @@ def of_tile(
             above = rows_of(chain[l], start, n, ok, unit, WIDTHS[l + 1], A)
         g = (slope * above * factor).to(C)
         found = found + added(
-            sums[2 * l], sums[2 * l + 1], g, below, NEEDS[2 * l], NEEDS[2 * l + 1], C, PRECISION
+            sums[place_of_weight(l)], sums, l, g, below, NEEDS, C, PRECISION
         )  # fmt: skip
         below = value.to(C)
-    output = sums[2 * L - 2]
+    output = sums[2 * L - 3]
     if NEEDS[2 * L - 2]:
         every = tl.broadcast_to(factor.to(C), (n.shape[0], ONES))
         output += matmul(tl.trans(below), every, C, PRECISION)
@@ -118,17 +122,34 @@ def rows_of(t, start, n, ok, unit, WIDTH: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def with_ones(inputs, d: tl.constexpr):
+    """The tile with a column of ones behind the d inputs: db_1 is then a column of dW_1."""
+    last = tl.arange(0, inputs.shape[1]) == d
+    return tl.where(last[None, :], tl.full(inputs.shape, 1, inputs.dtype), inputs)
+
+
+@triton.constexpr_function
+def place_of_weight(l):
+    """Which of the sums is dW of layer l; its db is the next, but that of the first."""
+    return max(2 * l - 1, 0)
+
+
+@triton.jit
 def added(
-    weight, bias, left, right, WEIGHT: tl.constexpr, BIAS: tl.constexpr, C: tl.constexpr,
+    weight, sums, l: tl.constexpr, left, right, NEEDS: tl.constexpr, C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(dW, db) with leftᵀ right and the sum of left over the rows."""
-    if WEIGHT:
+    """(dW, db) of layer l with leftᵀ right and the sum of left over the rows."""
+    if NEEDS[2 * l] or (l == 0 and NEEDS[1]):
         weight += matmul(tl.trans(left), right, C, PRECISION)
-    if BIAS:
-        ones = tl.full((left.shape[0], ONES), 1, C)
-        bias += matmul(tl.trans(left), ones, C, PRECISION)
-    return (weight, bias)
+    if l == 0:
+        return (weight,)
+    else:
+        bias = sums[2 * l]
+        if NEEDS[2 * l + 1]:
+            ones = tl.full((left.shape[0], ONES), 1, C)
+            bias += matmul(tl.trans(left), ones, C, PRECISION)
+        return (weight, bias)
 
 
 @triton.jit
@@ -141,25 +162,23 @@ def of_pairs(
     L: tl.constexpr = len(WIDTHS) - 1
     unit = tl.arange(0, H)
     n = tl.load(rows + start + i, mask=ok, other=0).to(tl.int64)
-    below = input_tile(x, n, ok, WIDTHS[0], FAN_TILE, C)
+    below = with_ones(input_tile(x, n, ok, WIDTHS[0], FAN_TILE, C), WIDTHS[0])
     place = place_of(tl.arange(0, FAN_TILE), RUNS)
     inside = ok[:, None] & ((place >= 0) & (place < K))[None, :]
     at = i[:, None] * K + place[None, :]
     below_dot = tl.load(x_dot + start * K + at, mask=inside, other=0.0).to(C)
     found = ()
     for l in tl.static_range(L - 1):
-        weight = sums[2 * l]
+        weight = sums[place_of_weight(l)]
         if NEEDS[2 * l]:
             left = rows_of(p[l], start, i, ok, unit, WIDTHS[l + 1], C)
             weight += matmul(tl.trans(left), below_dot, C, PRECISION)
         left = rows_of(q[l], start, i, ok, unit, WIDTHS[l + 1], C)
-        found = found + added(
-            weight, sums[2 * l + 1], left, below, NEEDS[2 * l], NEEDS[2 * l + 1], C, PRECISION
-        )  # fmt: skip
+        found = found + added(weight, sums, l, left, below, NEEDS, C, PRECISION)
         below_dot = rows_of(h_dot[l], start, i, ok, unit, WIDTHS[l + 1], C)
         if l < L - 2:
             below = rows_of(h[l], start, i, ok, unit, WIDTHS[l + 1], C)
-    output = sums[2 * L - 2]
+    output = sums[2 * L - 3]
     if NEEDS[2 * L - 2]:
         ones = tl.full((n.shape[0], ONES), 1, C)
         output += matmul(tl.trans(below_dot), ones, C, PRECISION)
@@ -172,16 +191,24 @@ def leave_sums(
 ):
     """The sums become the program's slice."""
     L: tl.constexpr = len(WIDTHS) - 1
-    for l in tl.static_range(L - 1):
+    first = sums[0]
+    if NEEDS[0]:
+        column = tl.arange(0, first.shape[1])
+        put_weight(first, column, partials + OFFSETS[0], WIDTHS[1], WIDTHS[0], False)
+    if NEEDS[1]:
+        last = tl.arange(0, first.shape[1]) == WIDTHS[0]
+        own = tl.where(last[None, :], first, tl.zeros_like(first))
+        put_bias(tl.sum(own, 1), partials + OFFSETS[1], WIDTHS[1], False)
+    for l in tl.static_range(1, L - 1):
         if NEEDS[2 * l]:
-            column = tl.arange(0, sums[2 * l].shape[1])
-            at = partials + OFFSETS[2 * l]
-            put_weight(sums[2 * l], column, at, WIDTHS[l + 1], WIDTHS[l], False)
+            weight = sums[2 * l - 1]
+            column = tl.arange(0, weight.shape[1])
+            put_weight(weight, column, partials + OFFSETS[2 * l], WIDTHS[l + 1], WIDTHS[l], False)
         if NEEDS[2 * l + 1]:
             at = partials + OFFSETS[2 * l + 1]
-            put_bias(tl.sum(sums[2 * l + 1], 1) * (1 / ONES), at, WIDTHS[l + 1], False)
+            put_bias(tl.sum(sums[2 * l], 1) * (1 / ONES), at, WIDTHS[l + 1], False)
     if NEEDS[2 * L - 2]:
         at = partials + OFFSETS[2 * L - 2]
-        put_bias(tl.sum(sums[2 * L - 2], 1) * (1 / ONES), at, WIDTHS[L - 1], False)
+        put_bias(tl.sum(sums[2 * L - 3], 1) * (1 / ONES), at, WIDTHS[L - 1], False)
     if NEEDS[2 * L - 1]:
         tl.store(partials + OFFSETS[2 * L - 1], tl.sum(output))

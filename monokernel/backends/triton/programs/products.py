@@ -11,6 +11,7 @@ from ..active.config import NO_INPUTS, product_config, product_options
 from ..active.products import pairs_product, pairs_weight
 from ..constants import IDENTITY
 from ..launch import launch
+from ..target import OLD_TRITON, products
 from .operands import On, given
 
 __all__ = ["Products"]
@@ -55,6 +56,8 @@ class Products:
         if u.stride(2) != 1 and q is not None:
             u = u.contiguous()
         config = self.config.fitted(inputs, alone=q is None)
+        if OLD_TRITON and products(u.device) == "tcgen05":  # 16 to 80 bytes with 128 columns
+            config = config.fitted(min(inputs, 64))
         launch(
             pairs_weight, (*config.grid(outputs, inputs), 1), u,
             None if p is None else self.on.dense(p), None if q is None else self.on.dense(q),

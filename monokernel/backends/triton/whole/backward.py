@@ -35,7 +35,14 @@ from ..constants import as_compiled
 from ..device.hinge import PENALTY_SUM, slope_cotangent
 from ..launch import launch
 from ..reduce import reduce_gradients
-from ..target import approximate, compute_dtype, processors, products, register_limit
+from ..target import (
+    OLD_TRITON,
+    approximate,
+    compute_dtype,
+    processors,
+    products,
+    register_limit,
+)
 from ..tuning import tuned
 from .config import (
     WholeConfig,
@@ -76,13 +83,12 @@ def backward(
 @lru_cache(maxsize=256)
 def _rule(problem: Problem, dtype: torch.dtype, way: str, precision: str, dx: bool) -> WholeConfig:
     shape = shape_of(problem, dtype)
-    return backward_config(
-        max(shape["H"], shape["PD"]),
-        dtype.itemsize,
-        way,
-        precision == "tf32x3",
-        few=problem.depth <= 4 and max(problem.d, problem.D) <= INPUTS_AT_A_TIME and not dx,
-    )
+    few = problem.depth <= 4 and max(problem.d, problem.D) <= INPUTS_AT_A_TIME and not dx
+    # Triton 3.6 spills 8 bytes with four columns and ReLU.
+    if OLD_TRITON and dtype == torch.bfloat16 and problem.k > 3:
+        few = few and not all(σ.piecewise_linear for σ in problem.activations)
+    width = max(shape["H"], shape["PD"])
+    return backward_config(width, dtype.itemsize, way, precision == "tf32x3", few)
 
 
 def launch_backward(
