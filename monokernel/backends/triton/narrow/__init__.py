@@ -18,7 +18,7 @@ from .. import layered
 from ..layered import saved_like
 from ..target import OLD_TRITON, interpreting, products
 from .backward import gradients
-from .config import COLUMNS, DEEPEST, INPUTS, PADDED, SERVED, WIDEST, is_padded
+from .config import COLUMNS, DEEPEST, INPUTS, SERVED, WIDEST, is_padded
 from .forward import forward
 
 __all__ = ["backward", "forward", "refuses", "saved_like"]
@@ -30,11 +30,9 @@ def refuses(problem: Problem, x: Tensor) -> str | None:
         return "more than one linear output in adjoint mode"
     if not 2 <= problem.depth <= DEEPEST or max(problem.widths) > WIDEST:
         return f"not of 2 to {DEEPEST} layers of up to {WIDEST} units"
-    padded = is_padded(problem)
-    if padded and OLD_TRITON:
+    if OLD_TRITON and is_padded(problem):
         return f"not of {WIDEST} units in each hidden layer, with which Triton 3.6 spills"
-    served = PADDED if padded or OLD_TRITON else SERVED
-    kinds = {σ.kind for σ in problem.activations[:-1]} - set(served)
+    kinds = {σ.kind for σ in problem.activations[:-1]} - set(SERVED)
     if kinds:
         return f"{' and '.join(sorted(kinds))}, with which a kernel spills"
     if problem.d > INPUTS or problem.k > COLUMNS:
