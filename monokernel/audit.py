@@ -28,11 +28,11 @@ from .columns import Columns
 from .layers import layers_of
 from .network import unwrap
 from .planning import choose, twice
-from .probing import doubts, evaluating, hidden, spread, untouched
+from .probing import doubts, evaluating, hidden, output, spread, untouched
 from .report import Audit
 from .sampling import sample_points
 from .signs import direction_table
-from .steps import along
+from .steps import Steps, along
 
 __all__ = ["audit"]
 
@@ -191,6 +191,23 @@ def _slopes_at(mlp: nn.Module, columns: Columns) -> Callable[[Tensor], Tensor]:
     return slopes_at
 
 
+def _falls(mlp: nn.Module, x: Tensor, columns: Columns, flat: Tensor, moved: Steps) -> Tensor:
+    """Of the entries (D, k) in which every slope is 0, those where y falls by more than rounding as
+    the column moves: in two calls of the one row that fell farthest, which round alike. Of many
+    rows, or in a batch of another size, a product may round otherwise, and a norm over few units
+    makes much of that."""
+    found = flat & (moved.rate > 0).to(flat.device)
+    for d, i in found.nonzero().tolist():
+        peak, behind = (x[moved.worst_row[d, i]].unsqueeze(0).clone() for _ in range(2))
+        peak[:, columns[i]] = moved.drop_from[d, i].to(x.dtype)
+        behind[:, columns[i]] = moved.drop_to[d, i].to(x.dtype)
+        try:
+            found[d, i] = bool((output(mlp, peak)[0, d] != output(mlp, behind)[0, d]).item())
+        except Exception:  # a network that wants more rows is taken at its word
+            continue
+    return found
+
+
 def slopes_in_direction(
     mlp: nn.Module, x: Tensor, columns: Columns, signs: Direction
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -242,8 +259,8 @@ def _measure(mlp: nn.Module, x: Tensor, asked: _Asked) -> Audit:
             if asked.steps:
                 how = asked.columns, asked.labels, table, asked.steps
                 moved = along(mlp, x, asked.data, *how)
-        if moved is not None:
-            blind |= flat & (moved.rate > 0).to(flat.device)
+            if moved is not None:
+                blind |= _falls(mlp, x, asked.columns, flat & ~blind, moved)
         flat &= ~blind
     else:
         low = rate = torch.full_like(table, torch.nan)
