@@ -156,9 +156,9 @@ def test_the_products_of_a_narrow_chain_are_those_of_the_mathematics() -> None:
     kernels, hidden, narrow = committed()[128, "sm_90"], 128 * 128, 16 * 128
     wanted = {
         "narrow_forward": (4 * hidden + narrow,) * 2,  # up and down; the slope is a sum
-        # a_1, and the sums: two of hidden layers, the first's, and three biases' and the output's
-        # with 8 columns each. Of a pair the same sums, those of weights twice.
-        "narrow_gradients": (2 * hidden + 4 * narrow, 6 * hidden + 8 * narrow),
+        # a_1, and the sums: two of hidden layers, the first's with its bias, and of two biases and
+        # the output with 16 columns each. Of a pair the same sums, those of weights twice.
+        "narrow_gradients": (2 * hidden + 5 * narrow, 6 * hidden + 10 * narrow),
         "narrow_pairs": (0, 4 * hidden + 2 * narrow),
     }
     for kernel, call in zip(kernels, launches(case_of(128), "sm_90"), strict=True):
