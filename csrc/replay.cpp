@@ -138,7 +138,7 @@ Operand operand_of(Numbers& code) {
   return o;
 }
 
-// In the order in which replay.py writes.
+// In the order in which recording.py writes.
 Plan plan_of(Numbers code, const char* const* names) {
   Plan plan;
   for (int64_t steps = code.next(); steps > 0; --steps) {

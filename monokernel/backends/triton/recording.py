@@ -93,16 +93,9 @@ class Recorder(TorchDispatchMode):
         self._try(self._operation, func, args, kwargs, found)
         return found
 
-    def launched(
-        self,
-        kernel: Any,
-        compiled: Compiled | None,
-        programs: tuple[int, ...],
-        args: Any,
-        options: Any,
-    ) -> None:
-        """Writes a launch down that has been made."""
-        self._try(self._launch, kernel, compiled, programs, args, options)
+    def launched(self, *launch: Any) -> None:
+        """Writes a launch down that has been made, as ``launch.noted`` tells it."""
+        self._try(self._launch, *launch)
 
     def _try(self, write: Callable[..., None], *args: Any) -> None:
         if self.why is None:
@@ -228,9 +221,11 @@ class Recorder(TorchDispatchMode):
         last = dict[int, int]()
         for i, step in enumerate(steps):
             last |= dict.fromkeys([*step.reads, *step.makes], i)
+        for n in ends:
+            last.pop(n, None)
         code = [len(steps)]
         for i, step in enumerate(steps):
-            dropped = [order[n] for n, at in last.items() if at == i and n not in set(ends)]
+            dropped = [order[n] for n, at in last.items() if at == i]
             code += [order[c] if isinstance(c, Number) else c for c in step.code] + _sized(dropped)
         return code + _sized([order[n] for n in ends]), self._names
 

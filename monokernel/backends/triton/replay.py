@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ...operands import check_forward, check_gradients, check_saved, shapes_of
-from ...problem import Hinge, Problem
+from ...problem import Problem
 from ...signs import capturing
 from .. import Params, Step, load, operators
 from . import launch
@@ -231,7 +231,7 @@ def _with_margin(problem: Problem, margin: Sequence[float]) -> Problem:
     if hinge is None or tuple(margin) == (0.0,):
         return problem
     own = margin[0] if len(margin) == 1 else tuple(margin)
-    return problem._replace(hinge=Hinge(hinge.direction, own, hinge.squared, hinge.elementwise))
+    return problem._replace(hinge=hinge._replace(margin=own))
 
 
 def _written(
