@@ -84,7 +84,7 @@ struct Step {
 
 struct Plan {
   std::vector<Step> steps;
-  std::vector<int64_t> outputs;  // -1: none
+  std::vector<int64_t> outputs;
 };
 
 struct Hash {
@@ -263,9 +263,7 @@ variable_list replay(const Plan& plan, variable_list operands, at::Device device
   }
   variable_list outputs;
   outputs.reserve(plan.outputs.size());
-  for (const int64_t n : plan.outputs) {
-    outputs.push_back(n < 0 ? Tensor() : run.tensors[size_t(n)]);
-  }
+  for (const int64_t n : plan.outputs) outputs.push_back(run.tensors[size_t(n)]);
   return outputs;
 }
 
