@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 pytest.importorskip("triton")
 
 import monokernel
-from monokernel import signs
+from monokernel import fused_mono_penalty, signs
 from monokernel.backends.triton import launch, layered, programs, tuning, whole
 from monokernel.backends.triton.launch import Launch, recorded
 from monokernel.backends.triton.target import interpreting
@@ -33,6 +33,7 @@ from monokernel.signs import direction_table, shared_direction_table
 from tests.problems import inputs, problem
 from tests.support import mlp, points
 from tests.test_programs import CASES, operands
+from tests.zoo import network
 
 BOTH = pytest.mark.parametrize("path", [whole, layered], ids=["whole", "layered"])
 MODES = pytest.mark.parametrize("mode", ["tangent", "adjoint"])
@@ -269,7 +270,29 @@ def test_layer_by_layer_takes_fewer_launches_than_node_by_node(mode: Mode) -> No
         with recorded() as down:
             path.backward(p, y, out, x, params, saved, [False, *(t is not None for t in params)])
         found.append((len(up), len(down)))
-    assert found == ([(6, 19), (8, 39)] if mode == "adjoint" else [(5, 20), (5, 35)])
+    assert found == ([(6, 19), (8, 26)] if mode == "adjoint" else [(5, 20), (5, 30)])
+
+
+LAUNCHES = {
+    "PReLU": (6, 20),
+    "pre-norm LayerNorm": (14, 50),
+    "SwiGLU": (16, 62),
+    "tabular ResNet": (16, 44),
+    "DCN-v2": (17, 38),
+    "highway": (26, 69),
+    "mixture of experts": (28, 82),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_the_launches_of_ordinary_networks(name: str) -> None:
+    """As docs/triton.md has them: y and a penalty of one output, the parameters' gradients."""
+    net, (x1, x2) = network(name, 4, 1, 12, torch.float32, seed=7), points(64, 3, 1, torch.float32)
+    with recorded() as up:
+        y, penalty = fused_mono_penalty(net, x1, x2, return_output=True, backend="triton")
+    with recorded() as down:
+        (y.sum() + penalty).backward()
+    assert (len(up), len(down)) == LAUNCHES[name]
 
 
 class Peak(TorchDispatchMode):

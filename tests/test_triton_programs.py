@@ -17,9 +17,12 @@ from monokernel import fused_mono_penalty, plan, value_and_jacobian
 from monokernel.activations import ACTIVATIONS, KINDS
 from monokernel.backends import handwritten
 from monokernel.backends import triton as backend
+from monokernel.backends.schedule import facts_of
 from monokernel.backends.triton import programs as path
+from monokernel.backends.triton.launch import recorded
 from monokernel.backends.triton.programs.config import WIDEST_ROW
-from monokernel.backends.triton.target import interpreting
+from monokernel.backends.triton.programs.fusion import deferred_of
+from monokernel.backends.triton.target import assumed, interpreting
 from monokernel.columns import last_columns
 from monokernel.problem import Hinge, Mode, Problem
 from monokernel.program import Node
@@ -138,14 +141,73 @@ AFFINE = (
 )
 
 
+STANDARDISED = (*AFFINE[:1], *[n._replace(inputs=(n.inputs[0] - 1,)) for n in AFFINE[2:]])
+
+
 @BOTH_MODES
-def test_a_norm_and_what_follows_it_with_any_of_them_frozen(mode: Mode) -> None:
-    p = Problem(4, AFFINE, last_columns(4, 2), mode, None)
+@pytest.mark.parametrize("nodes", [AFFINE, STANDARDISED], ids=["behind a norm", "by themselves"])
+@pytest.mark.parametrize("task", [True, False])
+def test_a_scale_and_what_goes_with_it_with_any_of_them_frozen(
+    mode: Mode, nodes: tuple[Node, ...], task: bool
+) -> None:
+    """Which is one launch for all, and one for their sums, at the scale where that is trained."""
+    p = Problem(4, nodes, last_columns(4, 2), mode, None)
     for single in (False, True):
-        x, params = operands(4, AFFINE, 22, single=single)
-        assert_agrees(p, x, params)
-        for on in (0, 3):  # x, the scale
-            assert_agrees(p, x, params, needs=[i == on for i in range(7)])
+        x, params = operands(4, nodes, 22, single=single)
+        assert_agrees(p, x, params, task=task)
+        for on in ((0,), (3,), (4,), (3, 4), (2, 4)):  # x, the scale, the shift, both, a bias
+            assert_agrees(p, x, params, task=task, needs=[i in on for i in range(7)])
+
+
+GATED = (
+    linear(0, 0, 6),
+    Node("sigmoid", (1,), (), (0.0, 0.0, 0.0), 6),
+    linear(0, 2, 6),
+    Node("tanh", (3,), (), (0.0, 0.0, 0.0), 6),
+    Node("product", (2, 4), (), (), 6),  # of which one factor is made by it
+    Node("product", (3, 1), (), (), 6),
+    Node("sum", (5, 6, 1), (), (0.5, -2.0, 1.0), 6),  # which makes both
+    Node("columns", (0,), (), (0.0, 1.0), 1),
+    linear(8, 4, 6),
+    Node("silu", (9,), (), (0.0, 0.0, 0.0), 6),
+    Node("product", (7, 10), (), (), 6),  # with a factor that x2 does not reach
+    linear(11, 6, 1),
+)
+
+
+@BOTH_MODES
+@pytest.mark.parametrize("k", [1, 2])
+def test_what_its_only_reader_makes(mode: Mode, k: int) -> None:
+    p = Problem(4, GATED, last_columns(4, k), mode, None)
+    x, params = operands(4, GATED, 22)
+    assert deferred_of(facts_of(p).steps) == {2, 5, 6, 10}
+    for task in (True, False):
+        assert_agrees(p, x, params, task=task, violating=torch.rand(22) < 0.5)
+        for on in ((0,), (1,), (3, 4), (5, 6)):
+            assert_agrees(p, x, params, task=task, needs=[i in on for i in range(9)])
+
+
+@BOTH_MODES
+@pytest.mark.parametrize("task", [True, False])
+def test_rows_and_pairs_in_parts(mode: Mode, task: bool) -> None:
+    """More than one slice of the rows, and of the pairs; a layer that serves twice adds to both."""
+    nodes = (
+        linear(0, 0, 12),
+        Node("silu", (1,), (), (0.0, 0.0, 0.0), 12),
+        linear(2, 2, 12),
+        Node("tanh", (3,), (), (0.0, 0.0, 0.0), 12),
+        linear(4, 2, 12),
+        linear(5, 4, 1),
+    )
+    p = Problem(5, nodes, last_columns(5, 1), mode, None)
+    x, params = operands(5, nodes, 1100)
+    with assumed("wgmma", 40), recorded() as launched:
+        run(path, p, x, params, task=task)
+    parts = {call.kernel.fn.__name__: call.programs for call in launched}
+    assert parts["pairs_weight"][2] > 1
+    assert parts["collect"][0] > 1
+    with assumed("wgmma", 40):
+        assert_agrees(p, x, params, task=task, violating=torch.rand(1100) < 0.5)
 
 
 def test_chunks_of_which_one_has_no_part_in_the_slopes() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..constants import TL_DTYPES, accumulator, power_of_two
-from ..target import compute_dtype, dot_precision, products
+from ..target import compute_dtype, dot_precision, processors, products
 
 __all__ = [
     "NO_INPUTS",
@@ -46,6 +46,12 @@ class ProductConfig:
 
     def grid(self, rows: int, columns: int) -> tuple[int, int]:
         return -(-rows // self.rows), -(-columns // self.columns)
+
+    def parts(self, pairs: int, weight: tuple[int, int], device: torch.device) -> int:
+        """Into how many so many pairs are cut for the gradient of a weight of that shape: a program
+        for each processor, but where a part would be short."""
+        rows, columns = self.grid(*weight)
+        return max(1, min(processors(device) // (rows * columns), -(-pairs // (32 * self.inner))))
 
 
 def product_config(dtype: torch.dtype, device: torch.device) -> ProductConfig:

@@ -100,17 +100,18 @@ def pairs_down(
 @triton.jit
 def pairs_weight(
     p, q, h_dot, a, x, W_first, b, rows, total, dW, db,
-    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, RUNS: tl.constexpr, TANGENTS: tl.constexpr,
-    BELOW_ROW: tl.constexpr, ACT: tl.constexpr, FRESH: tl.constexpr, SIZE: tl.constexpr,
-    FAN: tl.constexpr, FAN_TILE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BR: tl.constexpr, C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
+    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, LEFT: tl.constexpr, RUNS: tl.constexpr,
+    TANGENTS: tl.constexpr, BELOW_ROW: tl.constexpr, ACT: tl.constexpr, FRESH: tl.constexpr,
+    SIZE: tl.constexpr, FAN: tl.constexpr, FAN_TILE: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BR: tl.constexpr, C: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dW += qᵀ h + pᵀ ḣ and db += Σ q over a part of the pairs, by one program per tile: a fixed
     order. Of several parts each has a slice of its own, SIZE apart.
 
     h = σ of ``pre_activation``, or the input itself (ACT is the identity there), in rows that lie
-    BELOW_ROW apart. ``h_dot`` has TANGENTS columns, which stand for those RUNS of INPUTS.
-    FRESH: the sums begin at 0.
+    BELOW_ROW apart. ``h_dot`` has TANGENTS columns, which stand for those RUNS of INPUTS. LEFT says
+    how p lies: the strides of its rows and columns, and whether they are those of all rows, of
+    which the pairs take theirs. FRESH: the sums begin at 0.
     """
     count = tl.load(total)
     o = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -126,7 +127,11 @@ def pairs_weight(
         i = i.to(tl.int64)
         inside = (o[:, None] < OUTPUTS) & ok[None, :]
         if p is not None:
-            left = tl.load(p + i[None, :] * OUTPUTS + o[:, None], mask=inside, other=0.0)
+            own = i
+            if LEFT[2]:
+                own = tl.load(rows + i, mask=ok, other=0).to(tl.int64)
+            at = p + own[None, :] * LEFT[0] + o[:, None] * LEFT[1]
+            left = tl.load(at, mask=inside, other=0.0)
             right = tl.load(
                 h_dot + i[:, None] * TANGENTS + t[None, :],
                 mask=ok[:, None] & (t[None, :] >= 0) & (t[None, :] < TANGENTS),

@@ -28,7 +28,7 @@ from .config import (
     tiles_of,
     weight_of,
 )
-from .gradients import Gradients, Sums
+from .gradients import Gradients
 from .pairs import Pairs
 
 __all__ = ["backward", "layer_back"]
@@ -81,9 +81,9 @@ def _backward(
         if rows is not None:
             rows.layer(l, l > lowest)
     if rows is not None:
-        rows.sums.add_up(add=False)
+        rows.sums.add_up(grads.begun, add=False)
     if pairs is not None:
-        pairs.sums.add_up(add=rows is not None)
+        pairs.sums.add_up(grads.begun, add=rows is not None)
     if needs[0] and rows is not None:
         assert rows.g is not None
         dx = torch.mm(rows.g, weight_of(params, 0))
@@ -125,7 +125,7 @@ def _in_blocks(
         sums = pairs.sums
         del pairs  # before the next ones take as much memory
     assert sums is not None
-    sums.add_up(add=not fresh)
+    sums.add_up(grads.begun, add=not fresh)
 
 
 class _Rows:
@@ -154,7 +154,7 @@ class _Rows:
         places = [2 * l + 1 for l in range(self.top)]
         places += [0] if self.first else []
         places += [2 * self.top] if self.kept else []
-        self.sums = Sums(grads, places, slices_of(problem, x), 32, x)
+        self.sums = grads.sums(places, slices_of(problem, x), 32, x)
         self.g: Tensor | None = gy
         if problem.activations[-1].kind != "identity":
             self.g = torch.empty_like(gy)

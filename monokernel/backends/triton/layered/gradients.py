@@ -7,12 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ....problem import accumulate_dtype
 from ... import Params
-from ..launch import launch
-from ..reduce import reduce_gradients
+from ..reduce import Sums
 
-__all__ = ["Gradients", "Sums"]
+__all__ = ["Gradients"]
 
 
 class Gradients:
@@ -47,38 +45,6 @@ class Gradients:
             found.append(d)
         return found
 
-
-class Sums:
-    """Partial sums of some gradients, one slice (S, SIZE) for each part of the rows, for kernels to
-    fill and one launch to add up, some ``at_once``: a fixed order, and one rounding. That number
-    is of the kernel, and must not follow the rows."""
-
-    def __init__(
-        self, grads: Gradients, places: Sequence[int], slices: int, at_once: int, x: Tensor
-    ) -> None:
-        self.grads, self.slices, self.at_once = grads, slices, at_once
-        self.places = [place for place in places if grads.wanted[place]]
-        self.offsets = [0]
-        for place in self.places:
-            p = grads.params[place]
-            assert p is not None
-            self.offsets.append(self.offsets[-1] + p.numel())
-        self.partials = x.new_empty(slices, self.offsets[-1], dtype=accumulate_dtype(x.dtype))
-
-    def part(self, place: int) -> Tensor | None:
-        """The slices of one (S, its numbers), None if it is none of them."""
-        if place not in self.places:
-            return None
-        i = self.places.index(place)
-        return self.partials[:, self.offsets[i] : self.offsets[i + 1]]
-
-    def add_up(self, add: bool) -> None:
-        """Into the gradients: ``add`` to what they are, or as what they begin with."""
-        if not self.places:
-            return
-        block = min(256, 2048 // self.at_once)
-        launch(
-            reduce_gradients, (-(-self.offsets[-1] // block),), self.partials, self.partials,
-            tuple(self.grads.begun(place) for place in self.places), self.slices,
-            OFFSETS=tuple(self.offsets), ADD=add, BLOCK=block, SLICES=self.at_once,
-        )  # fmt: skip
+    def sums(self, places: Sequence[int], slices: int, at_once: int, x: Tensor) -> Sums:
+        """Partial sums of those that are wanted."""
+        return Sums(self.params, [p for p in places if self.wanted[p]], slices, at_once, x)

@@ -20,9 +20,10 @@ from ..active.products import pairs_down, pairs_product, pairs_weight
 from ..constants import IDENTITY, accumulator, activation_table
 from ..device.activations import activation
 from ..launch import launch
+from ..reduce import Sums
 from ..target import processors, register_limit
 from .config import Values, kept_chain, kept_layers, tiles_of, weight_of
-from .gradients import Gradients, Sums
+from .gradients import Gradients
 
 __all__ = ["Pairs", "seed_cotangents"]
 
@@ -59,7 +60,7 @@ class Pairs:
         weights = [2 * l for l in range(problem.depth)]
         places = [p for place in weights for p in (place, place + 1)] if alone else weights
         self.fresh = sums is None
-        self.sums = Sums(grads, places, self._slices(), 4, x) if sums is None else sums
+        self.sums = grads.sums(places, self._slices(), 4, x) if sums is None else sums
 
     @property
     def most(self) -> int:
@@ -67,13 +68,10 @@ class Pairs:
         return len(self.active.rows)
 
     def _slices(self) -> int:
-        """Into how many the pairs are cut for a weight's gradient: a program for each processor,
-        but where a part would be short."""
+        """Into how many the pairs are cut for a weight's gradient."""
         widest = max(self.problem.widths[1:-1], default=1)
         tile = self.config.fitted(widest, not self.alone)
-        tiles = -(-widest // tile.rows) * -(-widest // tile.columns)
-        most = -(-self.most // (32 * tile.inner))
-        return max(1, min(processors(self.x.device) // tiles, most))
+        return tile.parts(self.most, (widest, widest), self.x.device)
 
     def _product(
         self,
@@ -195,7 +193,8 @@ class Pairs:
             pairs_weight, (*tile.grid(O, I), self.sums.slices), self.p, self.p,
             self.q if self.alone else None, self.h_dot[l - 1] if l else self.active.x_dot, *below,
             self.active.rows, self.active.total, dW, db,
-            OUTPUTS=O, INPUTS=I, RUNS=((0, 0, I),) if l else runs_of(self.problem.columns),
+            OUTPUTS=O, INPUTS=I, LEFT=(O, 1, False),
+            RUNS=((0, 0, I),) if l else runs_of(self.problem.columns),
             TANGENTS=I if l else self.problem.k, BELOW_ROW=I,
             ACT=self.table[l - 1] if l else IDENTITY, FRESH=self.fresh, SIZE=self.sums.offsets[-1],
             **(self.a.inputs(l - 1) if l else NO_INPUTS), BM=tile.rows, BN=tile.columns,

@@ -1,9 +1,9 @@
 """The path of programs: any network of nodes that is no chain of layers.
 
 The walk is that of ``handwritten.py``, over all rows: linear nodes are products of PyTorch's
-(cuBLAS), with one launch for each node between them (``light.py``). The active pairs are listed on
-the device, and what runs for them alone takes their number from there: products are Triton's
-(``active``), light nodes the same kernels as for all rows.
+(cuBLAS), with one launch for each node between them (``light.py``), or for several that go together
+(``fusion.py``). The active pairs are listed on the device, and what runs for them alone takes their
+number from there: products are Triton's (``active``), light nodes the same kernels as for all rows.
 """
 
 from __future__ import annotations

@@ -21,13 +21,12 @@ from ...schedule import (
     weight_of,
 )
 from ..active import list_active
-from . import light
-from .affine import Affine, affine_of
-from .cotangents import Cotangents, parted_of
+from .cotangents import Bent, Cotangents, parted_of
 from .forward import contiguous
+from .fusion import Affine, affine_of, deferred_of
 from .gradients import Gradients
-from .nodes import At, by_value, value_of
-from .operands import OfRows, On, Operand, times
+from .nodes import At, at_step, deferred, value_of
+from .operands import Collected, Deferred, On, Operand, given
 from .pairs import Pairs
 
 __all__ = ["backward"]
@@ -73,14 +72,13 @@ class Descent:
         self.fan = problem.D if problem.mode == "adjoint" else problem.k
         self.y = facts.steps[-1].v
         self.affine = affine_of(facts.steps)
-        self.parts = {
-            s.v: one for one in self.affine.values() for s in (one.norm, one.scale, one.last)
-        }
+        self.parts = {s.v: one for one in self.affine.values() for s in one.parts}
         self.dtypes, self.cast = dtypes_of(problem, x.dtype), problem.cast or x.dtype
         x = x[rows]
         self.θ = parameters_of(facts, params, rows, x)
         self.on = On(x, x.shape[0])
         self.values: dict[int, Tensor] = {0: x.unsqueeze(0)}
+        self.deferred: dict[int, Deferred] = {}
         for v, t in zip(facts.saved, saved, strict=False):
             self.values[v] = t[rows].unsqueeze(0)
         # Of all rows: g of the values that have it for themselves, P of those with gy∘P + q.
@@ -100,18 +98,16 @@ class Descent:
             self.pairs = Pairs(self, list_active(problem, gout, S, x))
 
     def at(self, step: Step) -> At:
-        u: list[Operand] = [OfRows(self.values[i]) for i in step.node.inputs]
-        v = self.values.get(step.v)
-        of_v = u[0] if v is None else OfRows(v)
-        return At(step.node, u, of_v, self.θ[step.v], self.dtypes[step.v])
+        return at_step(step, self.values, self.deferred, self.θ, self.dtypes)
 
     def run(self, way: WayDown, grads: Gradients) -> None:
-        self._again(way.again)
+        self._again(way.again, grads)
         if self.pairs is not None:
-            self.pairs.run_tangent(way.tangents)
+            self.pairs.run_tangent(way.tangents, grads)
         for down in way.nodes:
             (self._linear if down.step.linear else self._light)(down, grads)
             self.values.pop(down.step.v, None)
+            self.deferred.pop(down.step.v, None)
             if self.pairs is not None:
                 self.pairs.dots.pop(down.step.v, None)
         if not grads.wants_dx:
@@ -122,80 +118,128 @@ class Descent:
         if self.pairs is not None and q is not None:
             self.pairs.join(dx.unsqueeze(0), q)
 
-    def _again(self, steps: Sequence[Step]) -> None:
+    def _again(self, steps: Sequence[Step], grads: Gradients) -> None:
         """The values of light nodes, once more."""
-        here = {step.v for step in steps}
-        within = dict[int, Affine]()
-        for one in self.affine.values():
-            inner = [s.v for s in (one.norm, one.scale) if s is not one.last]
-            if here.issuperset((*inner, one.last.v)):
-                within |= dict.fromkeys((*inner, one.last.v), one)
+        within, later = self.fused(steps), deferred_of(self.facts.steps)
         for step in steps:
             affine = within.get(step.v)
-            if affine is None:
+            if step.v in later:
+                self.deferred[step.v] = deferred(self.at(step))
+            elif affine is None:
                 self.values[step.v] = value_of(self.on, self.at(step))
             elif step.v == affine.last.v:
-                at, H = self.at(affine.norm), step.node.width
-                plain = self.on.new(1, H, self.dtypes[affine.norm.v])
-                out = self.on.new(1, H, self.dtypes[step.v])
-                affine.run(self.on, at, out, at.u[0], light.VALUE.value, self.θ, plain)
-                # A shift asks of its input the width alone.
-                self.values |= {affine.norm.v: plain, affine.scale.v: out, step.v: out}
+                out = self.on.new(1, step.node.width, self.dtypes[step.v])
+                plain = self.plain(self.on, affine, grads)
+                affine.value(self.on, self.at(affine.first), out, self.θ, plain)
+                # Of what is in no one's gradient nodes ask the width alone.
+                self.values |= {s.v: out for s in affine.parts}
+                if plain is not None:
+                    self.values[affine.first.v] = plain
+
+    def fused(self, steps: Sequence[Step]) -> dict[int, Affine]:
+        """By the values in it, each scale of which all that goes with it is among these steps."""
+        here, within = {step.v for step in steps}, dict[int, Affine]()
+        for one in self.affine.values():
+            parts = {step.v for step in one.parts}
+            if parts <= here:
+                within |= dict.fromkeys(parts, one)
+        return within
+
+    def plain(self, on: On, affine: Affine, grads: Gradients) -> Tensor | None:
+        """Where what the norm itself makes goes, which its scale's gradient is of."""
+        norm = affine.norm
+        if norm is None or not grads.wanted[affine.scale.node.params[0]]:
+            return None
+        return on.new(1, norm.node.width, self.dtypes[norm.v])
 
     def _pulling(self, at: At, step: Step) -> At:
         """The node as it pulls: a scale after a norm leaves its part to the norm."""
         one = self.parts.get(step.v)
         if one is None or step.node.kind == "shift":
             return at
-        if step.v == one.norm.v:
-            return at._replace(scale=one.row(self.θ))
+        if step.v == one.first.v:
+            return one.pulling(at, self.θ)
         return at._replace(node=at.node._replace(kind="identity", params=(), numbers=(0, 0, 0)))
 
-    def _cotangent(self, v: int, P: Tensor | None) -> Tensor | None:
-        """g of value v for all rows, without what is the pairs'."""
-        if not self.facts.kept[v]:
-            return self.g.pop(v)
-        if self.gy is None or P is None:
-            return None
-        out = self.on.new(1, P.shape[-1], self.dtypes[v])
-        gy = self.gy.expand(-1, -1, P.shape[-1])
-        self.on.combine(out, P, factor=times(gy))
-        return out
+    def _collected(
+        self, v: int, P: Tensor | None, q: Tensor | None, bent: Bent | None = None
+    ) -> Collected:
+        """Of what the cotangent of value v is made."""
+        gy = self.gy if self.facts.kept[v] and P is not None else None
+        if gy is None:
+            P = None if self.facts.kept[v] else self.g.pop(v)
+        else:
+            gy = gy.expand(-1, -1, self.facts.widths[v])
+        place = None if self.pairs is None else self.pairs.active.place
+        return Collected(P, gy, q, bent, place, self.fan)
+
+    def _cotangent(
+        self, v: int, of: Collected, stored: bool, grads: Gradients, plain: int | None = None,
+        scaled: int | None = None, u: Operand | None = None, below: bool = False,
+    ) -> Tensor | None:  # fmt: skip
+        """The cotangent g of value v, q in it, if it is to be ``stored`` or needs no making; None
+        where there is none but the pairs' own. Its sums go to the gradients of the parameters in
+        these places."""
+        H, made = self.facts.widths[v], of.gy is not None or (of.P is not None and of.q is not None)
+        g = None
+        if made and stored:
+            mine = of.gy is None and v in self.g.own
+            g = of.P if mine else self.on.new(1, H, self.dtypes[v])
+        if of.P is None and of.q is None:
+            plain = None
+            scaled = scaled if of.bent else None
+        sums = grads.rows(plain, H), grads.rows(scaled, H)
+        if g is not None or sums != (None, None):
+            self.on.collect(grads.parts, of, g, u, below, *sums)
+        return g if made else of.P
 
     def _linear(self, down: Down, grads: Gradients) -> None:
         (v, node, *_), _, (direct,), (kept,), _ = down
         W, u, P = weight_of(self.θ[v]), node.inputs[0], self.P.pop(v)
-        trained = [grads.wanted[place] for place in node.params]
-        g = self._cotangent(v, P) if any(trained) or direct else None
+        trained = grads.wanted[node.params[0]]
         q = None if self.pairs is None else self.pairs.q.pop(v)
-        if g is not None:
-            if self.pairs is not None and q is not None:
-                self.pairs.join(g, q)
-            if trained[0]:
-                grads.product(node.params[0], g, self.values[u])
-            if trained[1]:
-                grads.rows(node.params[1], self.on, g)
-            if direct:
-                self.g.add_product(u, g, W)
+        of = self._collected(v, P, q)
+        g = self._cotangent(v, of, trained or direct, grads, node.params[1])
+        if g is not None and trained:
+            grads.product(node.params[0], g, self.values[u])
+        if g is not None and direct:
+            self.g.add_product(u, g, W)
         if self.pairs is not None:
-            self.pairs.linear(down, P, q, trained, grads, g is not None)
+            self.pairs.linear(down, P, q, grads, of.P is not None)
         if kept and P is not None and self.facts.uniform[v]:  # else it was saved
             self.P.add_product(u, P, W)
 
     def _light(self, down: Down, grads: Gradients) -> None:
         step, trained, direct, kept, _ = down
-        v, node, P = step.v, step.node, self.P.pop(step.v)
+        v, P = step.v, self.P.pop(step.v)
         at = self.at(step)
         pulling = self._pulling(at, step)
-        g = self._cotangent(v, P) if trained or True in direct else None
-        if g is not None:
-            if trained:
-                grads.rows(node.params[0], self.on, g, by_value(at))
+        p, q, u_dot = None, None, list[Tensor | None]()
+        if self.pairs is not None:
+            p, q, u_dot = self.pairs.at(down, P)
+        joined = False
+        if trained or True in direct:
+            plain, scaled = self._collecting(step, grads) if trained else (None, None)
+            bent = None if p is None or scaled is None else (p, given(u_dot[0]))
+            of = self._collected(v, P, q, bent)
+            below = step.node.kind == "prelu"
+            g = self._cotangent(v, of, True in direct, grads, plain, scaled, at.u[0], below)
+            joined = g is not None
             for i, mine in enumerate(direct):
-                if mine:
+                if mine and g is not None:
                     self.g.add_pulled(pulling, g, i)
         if self.pairs is not None:
-            self.pairs.light(down, at, pulling, P, grads)
+            self.pairs.light(down, pulling, p, q, u_dot, joined)
         for i, mine in enumerate(kept):
             if mine and P is not None:
                 self.P.add_pulled(pulling, P, i)
+
+    def _collecting(self, step: Step, grads: Gradients) -> tuple[int | None, int | None]:
+        """The places of the parameters whose sums are taken at this node: plain ones and those
+        times its input. The shift behind a scale is summed there, of the same cotangent."""
+        node, one = step.node, self.parts.get(step.v)
+        if node.kind != "shift":
+            shift = None if one is None or one.shift is None else one.shift.node.params[0]
+            return shift, node.params[0]
+        later = one is not None and grads.wanted[one.scale.node.params[0]]
+        return None if later else node.params[0], None

@@ -16,7 +16,6 @@ from .nodes import BY_ROW, At
 from .operands import (
     ONE,
     Factor,
-    OfRows,
     On,
     Operand,
     converted,
@@ -27,7 +26,10 @@ from .operands import (
 )
 from .products import Products
 
-__all__ = ["Cotangents", "parted_of"]
+__all__ = ["Bent", "Cotangents", "parted_of"]
+
+Bent = tuple[Operand, Tensor]
+MOVES = ("expand", "total", "concat", "columns")  # nodes that move columns: none has a curvature
 
 
 class Cotangents:
@@ -73,29 +75,32 @@ class Cotangents:
     def add(
         self,
         v: int,
-        P: Operand,
+        P: Tensor | None,
         c: float = 1.0,
         factor: Factor = ONE,
-        bent: tuple[Operand, Tensor] | None = None,
+        bent: Bent | None = None,
     ) -> None:
         """Adds c·factor ∘ P, and what is bent, or takes P itself where that is all."""
         held = self.of.get(v)
-        if held is None and factor.kind == ONE.kind and c == 1 and not isinstance(P, OfRows):
+        if held is None and P is not None and bent is None and factor.kind == ONE.kind and c == 1:
             self.of[v] = P
             return
-        t: Tensor = given(tensor_of(P))
+        t: Tensor = given(tensor_of(bent[0] if P is None and bent else P))
         # What the pairs take from a row is theirs.
         one_row = t.dim() == 2 and factor.one_row and is_one_row(held) and self.products is None
         out, base = self._target(v, t.shape[0], t.shape[-1], one_row)
         self.on.combine(out, P, c=c, base=base, factor=factor, bent=bent)
 
-    def add_by_row(self, v: int, P: Operand, kind: int, does: int, H: int, **more: Any) -> None:
-        t = given(tensor_of(P))
+    def add_by_row(
+        self, v: int, P: Tensor | None, kind: int, does: int, H: int, bent: Bent | None = None,
+        **more: Any,
+    ) -> None:  # fmt: skip
+        t = given(tensor_of(bent[0] if P is None and bent else P))
         held = self.of.get(v)
         one_row = t.dim() == 2 and is_one_row(more.get("u")) and is_one_row(held)
         one_row = one_row and self.products is None
         out, base = self._target(v, t.shape[0], H, one_row)
-        self.on.by_row(out, P, kind, does, base=base, **more)
+        self.on.by_row(out, P, kind, does, base=base, bent=bent, **more)
 
     def add_product(self, v: int, P: Tensor, W: Tensor) -> None:
         """Adds P W."""
@@ -118,14 +123,20 @@ class Cotangents:
         else:
             self.add(v, out)
 
-    def add_pulled(self, at: At, P: Tensor, i: int) -> None:
-        """Adds what a light node pulls down of P to its input i."""
+    def add_pulled(self, at: At, P: Tensor | None, i: int, bent: Bent | None = None) -> None:
+        """Adds what a light node pulls down of P to its input i, and what its curvature makes of
+        what is bent."""
         node, kind, v = at.node, at.node.kind, at.node.inputs[i]
+        if P is None and bent is None:
+            return
         width = given(tensor_of(at.u[i])).shape[-1]
         if kind in BY_ROW:
             does = light.PULL.value
             more = {"u": at.point, "scale": at.scale, "epsilon": at.epsilon}
-            self.add_by_row(v, P, BY_ROW[kind], does, width, **more)
+            self.add_by_row(v, P, BY_ROW[kind], does, width, bent, **more)
+        elif P is None or kind not in MOVES:
+            factor, c = at.factor(i)
+            self.add(v, P, c, factor, bent)
         elif kind == "expand":
             self.add_by_row(v, P, light.SUM.value, light.VALUE.value, 1)
         elif kind == "total":
@@ -133,11 +144,8 @@ class Cotangents:
         elif kind == "concat":
             start = sum(given(tensor_of(u)).shape[-1] for u in at.u[:i])
             self.add(v, P[..., start : start + width])
-        elif kind == "columns":
-            self._add_columns(v, P, columns_of(node), width)
         else:
-            factor, c = at.factor(i)
-            self.add(v, P, c, factor)
+            self._add_columns(v, P, columns_of(node), width)
 
     def _add_columns(self, v: int, P: Tensor, columns: slice, width: int) -> None:
         """Adds P to those columns. The parts of a chunk go to where they belong: the pull of each

@@ -24,11 +24,10 @@ from ...schedule import (
     weight_of,
 )
 from ..slopes import hinged
-from . import light
-from .affine import ups
 from .cotangents import Cotangents, parted_of
-from .nodes import At, push, value_of
-from .operands import OfRows, On, Operand, converted, flattened, given, slope_of
+from .fusion import deferred_of, ups
+from .nodes import At, at_step, deferred, push, value_of
+from .operands import Deferred, On, converted, flattened, given, slope_of
 
 __all__ = ["contiguous", "forward"]
 
@@ -76,44 +75,44 @@ class Ascent:
         self.tangent, self.dtypes = problem.mode == "tangent", dtypes_of(problem, x.dtype)
         self.on = On(x, x.shape[0])
         self.values: dict[int, Tensor] = {0: x.unsqueeze(0)}
+        self.deferred: dict[int, Deferred] = {}
         self.dots: dict[int, Tensor] = {}  # (k, n, H), or (k, H) where it is the same in all rows
 
     def at(self, step: Step) -> At:
-        of = OfRows
-        u: list[Operand] = [of(self.values[i]) for i in step.node.inputs]
-        v = self.values.get(step.v)
-        of_v = u[0] if v is None else of(v)
-        return At(step.node, u, of_v, self.θ[step.v], self.dtypes[step.v])
+        return at_step(step, self.values, self.deferred, self.θ, self.dtypes)
 
     def run(self, buffers: dict[int, Tensor], y: Tensor) -> None:
         """The values, those of linear nodes in ``buffers`` if given, the outputs in y; in tangent
         mode the tangents beside them."""
-        last = self.facts.steps[-1].v
+        last, later = self.facts.steps[-1].v, deferred_of(self.facts.steps)
         for step, affine, spent in ups(self.facts.steps):
             v, node, _, linear, _ = step
             beside = self.tangent and self.facts.moving[v]
             if affine is not None:
-                at = self.at(affine.norm)
-                value = self.values[v] = self.on.new(1, node.width, self.dtypes[v])
-                affine.run(self.on, at, value, at.u[0], light.VALUE.value, self.θ)
+                at, dtype = self.at(affine.first), self.dtypes[v]
+                value = self.values[v] = self.on.new(1, node.width, dtype)
+                affine.value(self.on, at, value, self.θ, None)
                 if beside:
                     t: Tensor = given(self._dots_of(at.node)[0])
-                    dot = self.dots[v] = self.on.new(t.shape[0], node.width, self.dtypes[v])
-                    affine.run(self.on, at, dot, t, light.PUSH.value, self.θ)
+                    self.dots[v] = affine.push(self.on, at, t, dtype, self.θ, None)
             elif linear:
                 to = y if v == last else buffers.get(v)
                 self.values[v] = linear_value(self.values[node.inputs[0]], self.θ[v], to)
                 if beside:
                     self.dots[v] = self._linear_dots(node, self.θ[v])
-            elif beside and node.kind in ACTIVATIONS and node.kind != "identity":
+            elif beside and v not in later and node.kind in ACTIVATIONS and node.kind != "identity":
                 self._activation(step)
             else:
-                self.values[v] = value_of(self.on, self.at(step))
+                if v in later:
+                    self.deferred[v] = deferred(self.at(step))
+                else:
+                    self.values[v] = value_of(self.on, self.at(step))
                 if beside:
                     self.dots[v] = push(self.on, self.at(step), self._dots_of(node))
             for u in spent:
                 if self.tangent or not self.facts.read[u]:
-                    del self.values[u]
+                    self.values.pop(u, None)
+                    self.deferred.pop(u, None)
                 self.dots.pop(u, None)
         if not self.facts.steps[-1].linear:
             y.copy_(self.values[last][0])
@@ -168,10 +167,9 @@ class Ascent:
                 chain.add(v, pulled[v].unsqueeze(0))
             P = chain.pop(v)
             if not linear:
-                at = self.at(step if affine is None else affine.norm)
-                if affine is not None:
-                    node, at = at.node, at._replace(scale=affine.row(self.θ))
-                for i, u in enumerate(node.inputs):
+                at = self.at(affine.first if affine else step)
+                at = affine.pulling(at, self.θ) if affine else at
+                for i, u in enumerate(at.node.inputs):
                     if wanted[u] or not u:
                         chain.add_pulled(at, given(P), i)
                 continue

@@ -1,9 +1,9 @@
 """The nodes between the products of a program, each pass over memory one launch of three kernels.
 
 Value, push, pull and curvature of an element-wise node are all ``out = constant + c_base·base +
-c·factor ∘ P`` with a factor of a few kinds (``combine``); what its parameters collect is a sum of
-factor ∘ P over the rows (``column_sums``). Nodes that look at a whole row (norms, softmax, totals)
-hold it in registers (``by_row``).
+c·factor ∘ P`` with a factor of a few kinds (``combine``). Nodes that look at a whole row (norms,
+softmax, totals) hold it in registers (``by_row``). The cotangent of a node with parameters, and
+what they collect of it over the rows, is a third (``collect``).
 
 Both kinds of chains run through the same kernels: those of all rows, and those of the active pairs,
 whose number is on the device (``total``) and whose values are those of their rows (``rows``).
@@ -23,7 +23,7 @@ import triton.language as tl
 
 from ..device.activations import activation
 
-__all__ = ["by_row", "column_sums", "combine"]
+__all__ = ["by_row", "collect", "combine"]
 
 ONE_ROW = tl.constexpr(0)
 OWN_ROW = tl.constexpr(1)
@@ -33,15 +33,13 @@ GATHERED = tl.constexpr(2)
 ONE = tl.constexpr(0)
 TIMES = tl.constexpr(1)  # F
 SLOPE = tl.constexpr(2)  # σ'(u)
-CURVATURE = tl.constexpr(3)  # σ''(u)∘F
-KINK = tl.constexpr(4)  # 1 where u > 0, else F
-BELOW = tl.constexpr(5)  # 0 where u > 0, else F
+KINK = tl.constexpr(3)  # 1 where u > 0, else F
+ACTIVATED = tl.constexpr(4)  # σ(u)
 
 # What is done with whole rows.
 VALUE = tl.constexpr(0)
 PUSH = tl.constexpr(1)
-PULL = tl.constexpr(2)
-BEND = tl.constexpr(3)
+PULL = tl.constexpr(2)  # the curvature beside it, of a p and a tangent s
 # And the kinds of nodes that do it.
 SUM = tl.constexpr(0)
 NORMALISE = tl.constexpr(1)
@@ -87,7 +85,7 @@ def factor_of(
     u, F, i, n, j, mask, N, FACTOR: tl.constexpr, ACT: tl.constexpr, U: tl.constexpr,
     F_: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
-    """The factor; σ(u) and σ''(u) where it is one of σ."""
+    """The factor; σ(u) and σ''(u) where it is σ'(u), else ones."""
     factor = tl.zeros(mask.shape, A) + 1
     value = factor
     second = factor
@@ -97,14 +95,10 @@ def factor_of(
         a = tl.load(u + place_of(i, n, j, 0, N, U), mask=mask, other=0.0).to(A)
         if FACTOR == KINK:
             factor = tl.where(a > 0, tl.zeros_like(a) + 1, factor)
-        elif FACTOR == BELOW:
-            factor = tl.where(a > 0, tl.zeros_like(a), factor)
+        elif FACTOR == ACTIVATED:
+            factor, _first, _second = activation(a, ACT)
         else:
-            value, first, second = activation(a, ACT)
-            if FACTOR == SLOPE:
-                factor = first
-            else:
-                factor *= second
+            value, factor, second = activation(a, ACT)
     return factor, value, second
 
 
@@ -118,7 +112,8 @@ def combine(
 ):  # fmt: skip
     """out = constant + c_base·base + c·factor ∘ P for T parts, and value = σ(u).
 
-    With p and s, of a factor σ'(u), σ''(u)∘s∘p is added: the curvature joins what is pulled.
+    With p and s the curvature joins what is pulled, or is all without a P: σ''(u)∘s∘p of a factor
+    σ'(u), s∘p of others.
     """
     count = count_of(total, N)
     if tl.program_id(0) * BM >= count:
@@ -130,8 +125,10 @@ def combine(
     factor, own, second = factor_of(u, F, i, n, j, mask, N, FACTOR, ACT, U, F_, A)
     if out is not None:
         for t in range(T):
-            found = tl.load(P + place_of(i, n, j, t, N, P_), mask=mask, other=0.0).to(A)
-            found = c * (factor * found) + constant
+            found = tl.zeros((BM, BN), A) + constant
+            if P is not None:
+                own_P = tl.load(P + place_of(i, n, j, t, N, P_), mask=mask, other=0.0).to(A)
+                found += c * (factor * own_P)
             if base is not None:
                 at = place_of(i, n, j, t, N, B)
                 found += c_base * tl.load(base + at, mask=mask, other=0.0).to(A)
@@ -145,30 +142,73 @@ def combine(
 
 
 @triton.jit(do_not_specialize=["N"])
-def column_sums(
-    sums, P, u, F, rows, total, N, stride,
-    FACTOR: tl.constexpr, H: tl.constexpr, P_: tl.constexpr, U: tl.constexpr, F_: tl.constexpr,
-    ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, A: tl.constexpr,
+def collect(
+    out, P, gy, q, p, u, u_dot, place, plain, scaled, N, stride_plain, stride_scaled,
+    H: tl.constexpr, T: tl.constexpr, BELOW: tl.constexpr, O: tl.constexpr, P_: tl.constexpr,
+    GY: tl.constexpr, Q: tl.constexpr, SEED: tl.constexpr, U: tl.constexpr, DOT: tl.constexpr,
+    IN_PLACE: tl.constexpr, ADD_PLAIN: tl.constexpr, ADD_SCALED: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
-    """sums[program] (of a stride) = Σ factor ∘ P over the program's rows, in a fixed order; with
-    ADD it is added to what is there."""
-    count = count_of(total, N)
+    """The cotangent g = gy∘P + Σ_t q of all rows, each with what its pairs (n, t) give, in ``out``
+    (IN_PLACE of P: where it has pairs), and over each program's rows, in a fixed order, the sums
+
+        plain[program] = Σ g,   scaled[program] = Σ (g∘u + Σ_t p∘u̇),
+
+    which are ∂/∂θ of a bias or shift and of a scale; BELOW: of a PReLU, which counts them where u
+    is not above 0. Whatever is None is not there: without gy, g begins with P. With ADD the sums
+    are added to what is there."""
     j = tl.program_id(1) * BN + tl.arange(0, BN)
-    acc = tl.zeros((BM, BN), A)
-    for tile in range(tl.program_id(0), tl.cdiv(count, BM), tl.num_programs(0)):
+    sums = tl.zeros((BM, BN), A)
+    products = tl.zeros((BM, BN), A)
+    for tile in range(tl.program_id(0), tl.cdiv(N, BM), tl.num_programs(0)):
         i = tile * tl.full((), BM, tl.int64) + tl.arange(0, BM)
-        n = rows_of(rows, i, count)
-        mask = (i[:, None] < count) & (j[None, :] < H)
-        factor, _value, _second = factor_of(
-            u, F, i, n, j, mask, N, FACTOR, (0, 0.0, 0.0, 0.0, 0), U, F_, A
-        )
-        own = tl.load(P + place_of(i, n, j, 0, N, P_), mask=mask, other=0.0).to(A)
-        acc += tl.where(mask, factor * own, tl.zeros_like(own))
-    at = sums + tl.program_id(0).to(tl.int64) * stride + j
-    found = tl.sum(acc, 0)
-    if ADD:
-        found += tl.load(at, mask=j < H, other=0.0)
-    tl.store(at, found, mask=j < H)
+        mask = (i[:, None] < N) & (j[None, :] < H)
+        g = tl.zeros((BM, BN), A)
+        by_slope = tl.zeros((BM, BN), A)
+        changed = mask
+        if IN_PLACE:
+            changed = mask & (i[:, None] < 0)
+        if P is not None:
+            g += tl.load(P + place_of(i, i, j, 0, N, P_), mask=mask, other=0.0).to(A)
+        if gy is not None:
+            g *= tl.load(gy + place_of(i, i, j, 0, N, GY), mask=mask, other=0.0).to(A)
+        if place is not None:
+            for t in range(T):
+                of = place + i + tl.full((), 1, tl.int64) * t * N
+                pair = tl.load(of, mask=i < N, other=-1).to(tl.int64)
+                there = mask & (pair[:, None] >= 0)
+                changed |= there
+                if q is not None:
+                    at = place_of(pair, i, j, 0, N, Q)
+                    g += tl.load(q + at, mask=there, other=0.0).to(A)
+                if p is not None:
+                    at = place_of(pair, i, j, 0, N, SEED)
+                    seed = tl.load(p + at, mask=there, other=0.0).to(A)
+                    at = place_of(pair, i, j, 0, N, DOT)
+                    by_slope += seed * tl.load(u_dot + at, mask=there, other=0.0).to(A)
+        if out is not None:
+            tl.store(out + place_of(i, i, j, 0, N, O), g, mask=changed)
+        if plain is not None:
+            sums += g
+        if scaled is not None:
+            x = tl.load(u + place_of(i, i, j, 0, N, U), mask=mask, other=0.0).to(A)
+            found = g * x + by_slope
+            if BELOW:
+                found = tl.where(x > 0, tl.zeros_like(x), found)
+            products += found
+    program = tl.program_id(0).to(tl.int64)
+    if plain is not None:
+        at = plain + program * stride_plain + j
+        found = tl.sum(sums, 0)
+        if ADD_PLAIN:
+            found += tl.load(at, mask=j < H, other=0.0)
+        tl.store(at, found, mask=j < H)
+    if scaled is not None:
+        at = scaled + program * stride_scaled + j
+        found = tl.sum(products, 0)
+        if ADD_SCALED:
+            found += tl.load(at, mask=j < H, other=0.0)
+        tl.store(at, found, mask=j < H)
 
 
 @triton.jit
@@ -179,18 +219,67 @@ def centred(t, inside, H: tl.constexpr, KIND: tl.constexpr):
         return t
 
 
+@triton.jit
+def row_value(t, inside, epsilon, H: tl.constexpr, KIND: tl.constexpr):
+    """What the node is of t."""
+    if KIND == SOFTMAX or KIND == LOG_SOFTMAX:  # noqa: SIM109 (not in Triton)
+        least = tl.zeros_like(t) - float("inf")
+        t = t - tl.max(tl.where(inside, t, least), 1)[:, None]
+        e = tl.where(inside, tl.exp(t), tl.zeros_like(t))
+        found = e / tl.sum(e, 1)[:, None] if KIND == SOFTMAX else t - tl.log(tl.sum(e, 1)[:, None])
+    else:
+        found = centred(t, inside, H, KIND)
+        found *= 1 / tl.sqrt(tl.sum(found * found, 1)[:, None] / H + epsilon)
+    return found
+
+
+@triton.jit
+def row_slope(x, r, t, inside, H: tl.constexpr, KIND: tl.constexpr, DOES: tl.constexpr):
+    """The tangent that t is pushed to, or the cotangent that it is pulled to."""
+    if KIND == SOFTMAX:
+        found = x * (t - tl.sum(x * t, 1)[:, None])
+    elif KIND == LOG_SOFTMAX:
+        found = t - tl.sum(x * t, 1)[:, None] if DOES == PUSH else t - x * tl.sum(t, 1)[:, None]
+    else:
+        b = centred(t, inside, H, KIND)
+        found = r * (b - x * (tl.sum(x * b, 1)[:, None] / H))
+    return found
+
+
+@triton.jit
+def row_curvature(x, r, t, s, inside, H: tl.constexpr, KIND: tl.constexpr):
+    """The cotangent that the curvature makes of t and a tangent s."""
+    if KIND == SOFTMAX:
+        alpha = tl.sum(x * t, 1)[:, None]
+        beta = tl.sum(x * s, 1)[:, None]
+        bent = t * s - beta * t - alpha * s
+        found = x * (bent - tl.sum(x * bent, 1)[:, None])
+    elif KIND == LOG_SOFTMAX:
+        slope = x * (s - tl.sum(x * s, 1)[:, None])
+        found = -tl.sum(t, 1)[:, None] * slope
+    else:
+        a = centred(t, inside, H, KIND)
+        b = centred(s, inside, H, KIND)
+        alpha = tl.sum(x * a, 1)[:, None] / H
+        beta = tl.sum(x * b, 1)[:, None] / H
+        both = tl.sum(a * b, 1)[:, None] / H - 3 * alpha * beta
+        found = -r * r * (alpha * b + beta * a + x * both)
+    return found
+
+
 @triton.jit(do_not_specialize=["N"])
 def by_row(
-    out, P, base, u, s, scale, shift, plain, rows, total, epsilon, N,
+    out, P, base, u, p, s, scale, shift, plain, rows, total, epsilon, N,
     KIND: tl.constexpr, DOES: tl.constexpr, H: tl.constexpr, T: tl.constexpr,
-    O: tl.constexpr, P_: tl.constexpr, B: tl.constexpr, U: tl.constexpr, S: tl.constexpr,
-    SCALE: tl.constexpr, SHIFT: tl.constexpr, V: tl.constexpr,
+    O: tl.constexpr, P_: tl.constexpr, B: tl.constexpr, U: tl.constexpr, BENT: tl.constexpr,
+    S: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, V: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
     """out = base + what a node that looks at whole rows (H) does, for T parts.
 
-    Value, sum: of P. Push and pull: of P, at the input u of a norm or the value u of a softmax.
-    Curvature: of P and the tangent s. A norm's x̂ is computed again from u: that is less to read.
+    Value, sum: of P. Push and pull: of P, at the input u of a norm or the value u of a softmax. The
+    curvature of p and the tangent s joins what is pulled, or is all without a P. A norm's x̂ is
+    computed again from u: that is less to read.
 
     A norm may have a scale after it, and its value a shift: ``plain`` is what it is without them.
     """
@@ -214,60 +303,36 @@ def by_row(
             x = centred(x, inside, H, KIND)
             r = 1 / tl.sqrt(tl.sum(x * x, 1)[:, None] / H + epsilon)
             x *= r
+    γ = tl.zeros((BM, BN), A) + 1
+    if scale is not None:
+        γ = tl.load(scale + place_of(i, n, j, 0, N, SCALE), mask=mask, other=0.0).to(A)
     for part in range(T):
-        t = tl.load(P + place_of(i, n, j, part, N, P_), mask=mask, other=0.0).to(A)
-        if scale is not None:
-            γ = tl.load(scale + place_of(i, n, j, 0, N, SCALE), mask=mask, other=0.0).to(A)
-            if DOES >= PULL:
+        found = tl.zeros((BM, BN), A)
+        if P is not None:
+            t = tl.load(P + place_of(i, n, j, part, N, P_), mask=mask, other=0.0).to(A)
+            if scale is not None and DOES == PULL:
                 t *= γ
+            if KIND == SUM:
+                found = t
+            elif DOES == VALUE:
+                found = row_value(t, inside, epsilon, H, KIND)
+            else:
+                found = row_slope(x, r, t, inside, H, KIND, DOES)
+        if p is not None:
+            t = tl.load(p + place_of(i, n, j, part, N, BENT), mask=mask, other=0.0).to(A)
+            if scale is not None:
+                t *= γ
+            b = tl.load(s + place_of(i, n, j, part, N, S), mask=mask, other=0.0).to(A)
+            found += row_curvature(x, r, t, b, inside, H, KIND)
         if KIND == SUM:
             single = tl.arange(0, 1)
-            found = tl.sum(t, 1)[:, None]
+            one = tl.sum(found, 1)[:, None]
             at = place_of(i, n, single, part, N, O)
             if base is not None:
                 more = base + place_of(i, n, single, part, N, B)
-                found += tl.load(more, mask=i[:, None] < count, other=0.0).to(A)
-            tl.store(out + at, found, mask=i[:, None] < count)
+                one += tl.load(more, mask=i[:, None] < count, other=0.0).to(A)
+            tl.store(out + at, one, mask=i[:, None] < count)
         else:
-            if DOES == VALUE:
-                if KIND == SOFTMAX or KIND == LOG_SOFTMAX:  # noqa: SIM109 (not in Triton)
-                    least = tl.zeros_like(t) - float("inf")
-                    t = t - tl.max(tl.where(inside, t, least), 1)[:, None]
-                    e = tl.where(inside, tl.exp(t), tl.zeros_like(t))
-                    if KIND == SOFTMAX:
-                        found = e / tl.sum(e, 1)[:, None]
-                    else:
-                        found = t - tl.log(tl.sum(e, 1)[:, None])
-                else:
-                    found = centred(t, inside, H, KIND)
-                    found *= 1 / tl.sqrt(tl.sum(found * found, 1)[:, None] / H + epsilon)
-            elif DOES == BEND:
-                b = tl.load(s + place_of(i, n, j, part, N, S), mask=mask, other=0.0).to(A)
-                if KIND == SOFTMAX:
-                    alpha = tl.sum(x * t, 1)[:, None]
-                    beta = tl.sum(x * b, 1)[:, None]
-                    bent = t * b - beta * t - alpha * b
-                    found = x * (bent - tl.sum(x * bent, 1)[:, None])
-                elif KIND == LOG_SOFTMAX:
-                    slope = x * (b - tl.sum(x * b, 1)[:, None])
-                    found = -tl.sum(t, 1)[:, None] * slope
-                else:
-                    a = centred(t, inside, H, KIND)
-                    b = centred(b, inside, H, KIND)
-                    alpha = tl.sum(x * a, 1)[:, None] / H
-                    beta = tl.sum(x * b, 1)[:, None] / H
-                    both = tl.sum(a * b, 1)[:, None] / H - 3 * alpha * beta
-                    found = -r * r * (alpha * b + beta * a + x * both)
-            elif KIND == SOFTMAX:
-                found = x * (t - tl.sum(x * t, 1)[:, None])
-            elif KIND == LOG_SOFTMAX:
-                if DOES == PUSH:
-                    found = t - tl.sum(x * t, 1)[:, None]
-                else:
-                    found = t - x * tl.sum(t, 1)[:, None]
-            else:
-                b = centred(t, inside, H, KIND)
-                found = r * (b - x * (tl.sum(x * b, 1)[:, None] / H))
             if plain is not None:
                 tl.store(plain + place_of(i, n, j, part, N, V), found, mask=mask)
             if scale is not None and DOES < PULL:

@@ -1,4 +1,4 @@
-"""What a light node does to stacks: value, push, curvature, and the sums of its parameters.
+"""What a light node does to stacks: value, push, and of what its curvature is.
 
 What it pulls is in ``cotangents.py``, where it is added to what is there.
 """
@@ -14,15 +14,16 @@ from torch import Tensor
 from ....activations import ACTIVATIONS
 from ....nodes import columns_of
 from ....program import Node
-from ...schedule import Params
+from ...schedule import Params, Step
 from . import light
 from .operands import (
     ONE,
+    Deferred,
     Factor,
     OfRows,
     On,
     Operand,
-    act_of,
+    activated,
     as_row,
     given,
     is_one_row,
@@ -31,7 +32,7 @@ from .operands import (
     times,
 )
 
-__all__ = ["BY_ROW", "At", "bend", "by_slope", "by_value", "linear_push", "push", "value_of"]
+__all__ = ["BY_ROW", "At", "at_step", "bent", "deferred", "linear_push", "push", "value_of"]
 
 BY_ROW = {
     "normalise": light.NORMALISE.value,
@@ -43,14 +44,16 @@ OF_VALUE = ("softmax", "log_softmax")  # their Jacobian is known from v
 
 
 class At(NamedTuple):
-    """A light node with what it reads, and the dtype of what it makes. A norm may have the scale
-    after it in what it pulls."""
+    """A light node with what it reads, and the dtype of what it makes. In the place of inputs that
+    are ``deferred`` it has something of as many columns. A norm may have the scale after it in what
+    it pulls."""
 
     node: Node
     u: list[Operand]
     v: Operand
     θ: Params
     dtype: torch.dtype
+    deferred: dict[int, Deferred]
     scale: Operand | None = None
 
     @property
@@ -67,7 +70,8 @@ class At(NamedTuple):
         if kind == "prelu":
             return Factor(light.KINK.value, self.u[0], self.parameter), 1.0
         if kind == "product":
-            return times(self.u[1 - i]), 1.0
+            other = self.deferred.get(1 - i)
+            return times(self.u[1 - i]) if other is None else other.factor, 1.0
         if kind == "line":
             return ONE, numbers[0]
         if kind == "sum":
@@ -86,6 +90,32 @@ class At(NamedTuple):
         return self.v if self.node.kind in OF_VALUE else self.u[0]
 
 
+def at_step(
+    step: Step,
+    values: dict[int, Tensor],
+    made_later: dict[int, Deferred],
+    θ: dict[int, Params],
+    dtypes: Sequence[torch.dtype],
+) -> At:
+    """The light node among the values of a block of rows."""
+    u: list[Operand] = []
+    later: dict[int, Deferred] = {}
+    for i, at in enumerate(step.node.inputs):
+        if at in made_later:
+            later[i] = made_later[at]
+        u.append(later[i].as_wide if i in later else OfRows(values[at]))
+    v = values.get(step.v)
+    return At(step.node, u, u[0] if v is None else OfRows(v), θ[step.v], dtypes[step.v], later)
+
+
+def deferred(at: At) -> Deferred:
+    """v, for its reader to make."""
+    if at.node.kind in ACTIVATIONS:
+        return Deferred(activated(at.node, at.u[0]))
+    i = next(iter({0, 1} - at.deferred.keys()))  # of a product
+    return Deferred(at.factor(i)[0], at.u[i])
+
+
 def value_of(on: On, at: At) -> Tensor:
     """v; a view of its input where that is all it is."""
     node, H = at.node, at.node.width
@@ -94,11 +124,14 @@ def value_of(on: On, at: At) -> Tensor:
         out = on.new(1, H, at.dtype)
         on.by_row(out, u[0], BY_ROW.get(kind, light.SUM.value), epsilon=at.epsilon)
     elif kind in ("columns", "expand", "concat", "identity", "sum"):
-        return linear_push(on, at, u)
+        return linear_push(on, at, u, values=True)
     else:
         out = on.new(1, H, at.dtype)
         if kind in ACTIVATIONS:
             on.combine(None, None, factor=slope_of(node, u[0]), value=out)
+        elif kind == "product":
+            made = deferred(at)
+            on.combine(out, made.t, factor=made.factor)
         elif kind == "shift":
             on.combine(out, u[0], base=at.parameter)
         else:
@@ -119,9 +152,9 @@ def push(on: On, at: At, u_dot: Sequence[Tensor | None]) -> Tensor:
     return linear_push(on, at, u_dot)
 
 
-def linear_push(on: On, at: At, u_dot: Sequence[Tensor | None]) -> Tensor:
-    """What an element-wise node, or one that moves columns, makes of tangents; of the values too
-    where it does the same with them."""
+def linear_push(on: On, at: At, u_dot: Sequence[Tensor | None], values: bool = False) -> Tensor:
+    """What an element-wise node, or one that moves columns, makes of tangents; of the ``values``
+    too where it does the same with them."""
     node, kind, H = at.node, at.node.kind, at.node.width
     moving = [(i, t) for i, t in enumerate(u_dot) if t is not None]
     first, T = moving[0][1], moving[0][1].shape[0]
@@ -144,10 +177,18 @@ def linear_push(on: On, at: At, u_dot: Sequence[Tensor | None]) -> Tensor:
                 on.combine(part, t)
             start += width
         return out
+    if kind == "product" and len(moving) == 2 and T == 1:
+        i = 1 if 0 in at.deferred else 0
+        out = on.new(1, H, at.dtype)
+        on.combine(out, u_dot[i], factor=at.factor(i)[0], bent=(at.u[i], given(u_dot[1 - i])))
+        return out
     found: Tensor | None = None
     c_found, own = 1.0, False
+    moving.sort(key=lambda term: term[0] in at.deferred)  # a sum begins with what is there
     for i, t in moving:
         factor, c = at.factor(i)
+        if values and i in at.deferred:
+            factor, t = at.deferred[i].factor, given(tensor_of(at.deferred[i].t))
         if found is None and factor.kind == ONE.kind:
             found, c_found = t, c  # joins the next term, or is all
             continue
@@ -166,31 +207,9 @@ def linear_push(on: On, at: At, u_dot: Sequence[Tensor | None]) -> Tensor:
     return out
 
 
-def bend(
-    at: At, u_dot: Sequence[Tensor | None], P: Operand, i: int
-) -> tuple[Operand, Factor] | None:
-    """The curvature of an element-wise node in its input i, as a factor of an operand."""
-    kind = at.node.kind
-    if kind == "product":
-        t = u_dot[1 - i]
-        return None if t is None else (P, times(t))
-    t = given(u_dot[0])
-    return P, Factor(light.CURVATURE.value, at.u[0], t, act_of(at.node))
-
-
-def by_value(at: At) -> Factor:
-    """∂/∂θ of ⟨g, f(u; θ)⟩ as a factor of g."""
-    if at.node.kind == "scale":
-        return times(at.u[0])
-    if at.node.kind == "prelu":
-        return Factor(light.BELOW.value, at.u[0], at.u[0])
-    return ONE  # shift
-
-
-def by_slope(at: At, u_dot: Tensor) -> Factor | None:
-    """∂/∂θ of ⟨P, f'(u; θ) u̇⟩ as a factor of P, None where it is zero."""
-    if at.node.kind == "scale":
-        return times(u_dot)
-    if at.node.kind == "prelu":
-        return Factor(light.BELOW.value, at.u[0], u_dot)
-    return None
+def bent(
+    at: At, u_dot: Sequence[Tensor | None], p: Operand, i: int
+) -> tuple[Operand, Tensor] | None:
+    """Of what the curvature in input i is: p and a tangent, None where that does not move."""
+    s = u_dot[1 - i] if at.node.kind == "product" else u_dot[0]
+    return None if s is None else (p, s)

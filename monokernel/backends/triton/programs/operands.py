@@ -23,12 +23,16 @@ from .config import row_tile, tile
 
 __all__ = [
     "ONE",
+    "Collected",
+    "Deferred",
     "Factor",
     "OfRows",
     "On",
     "Operand",
-    "act_of",
+    "Slices",
+    "activated",
     "as_row",
+    "compiled_act",
     "converted",
     "flattened",
     "given",
@@ -84,6 +88,39 @@ class Factor(NamedTuple):
 ONE = Factor()
 
 
+class Deferred(NamedTuple):
+    """A value that is nowhere in memory, since its only reader makes it: factor∘t, or without a t
+    the factor."""
+
+    factor: Factor
+    t: Operand | None = None
+
+    @property
+    def as_wide(self) -> Operand:
+        """An operand of as many columns."""
+        u: Operand = given(self.factor.u if self.t is None else self.t)
+        return u
+
+
+class Collected(NamedTuple):
+    """Of what the cotangent of a node is made, and what its parameters collect of it: gy∘P, or P
+    alone, in all rows; of the pairs, by their places, q, and p with the tangent that is bent."""
+
+    P: Tensor | None = None
+    gy: Tensor | None = None
+    q: Tensor | None = None
+    bent: tuple[Operand, Tensor] | None = None
+    place: Tensor | None = None
+    fan: int = 1
+
+
+class Slices(NamedTuple):
+    """Partial sums (parts, H), or of a weight (parts, its numbers), to be filled or added to."""
+
+    parts: Tensor
+    add: bool
+
+
 @dataclass(frozen=True)
 class On:
     """What a chain runs over: ``count`` rows, or as many pairs at most."""
@@ -112,8 +149,8 @@ class On:
         value: Tensor | None = None,
         bent: tuple[Operand, Tensor] | None = None,
     ) -> None:
-        """out = constant + c_base·base + c·factor ∘ P; of a factor σ' also value = σ(u), and σ'' ∘
-        what is ``bent`` is added."""
+        """out = constant + c_base·base + c·factor ∘ P; of a factor σ' also value = σ(u). What is
+        ``bent``, p and s, adds s∘p, times σ'' of a factor σ'."""
         to = out if out is not None else value
         assert to is not None
         factor, pairs = factor or Factor(), self.active is not None
@@ -126,7 +163,7 @@ class On:
             light.combine, (-(-N // BM), -(-H // BN)), self.x,
             out, tensor_of(P), tensor_of(base), tensor_of(factor.u), tensor_of(factor.F), value,
             tensor_of(p), s, *self._rows(), float(constant), float(c), float(c_base), N,
-            FACTOR=factor.kind, ACT=(*factor.act[:4], approximate(self.x.dtype)),
+            FACTOR=factor.kind, ACT=compiled_act(factor.act, self.x.dtype),
             H=H, T=1 if out is None else out.shape[0],
             O=layout_of(out, pairs), P_=layout_of(P, pairs), B=layout_of(base, pairs),
             U=layout_of(factor.u, pairs), F_=layout_of(factor.F, pairs), V=layout_of(value, pairs),
@@ -137,50 +174,69 @@ class On:
     def by_row(
         self,
         out: Tensor,
-        P: Operand,
+        P: Operand | None,
         kind: int,
         does: int = light.VALUE.value,
         *,
         u: Operand | None = None,
-        s: Operand | None = None,
+        bent: tuple[Operand, Tensor] | None = None,
         base: Operand | None = None,
         scale: Operand | None = None,
         shift: Operand | None = None,
         plain: Tensor | None = None,
         epsilon: float = 0.0,
     ) -> None:
-        """out = base + what a node of that kind does to P, scaled and shifted."""
-        t, pairs = tensor_of(P), self.active is not None
-        assert t is not None
+        """out = base + what a node of that kind does to P, scaled and shifted; the curvature of
+        what is ``bent``, p and s, beside what is pulled."""
+        pairs = self.active is not None
+        p, s = bent or (None, None)
+        t: Tensor = given(tensor_of(p if P is None else P))
         H, N = t.shape[-1], 1 if out.dim() == 2 else self.count
         BM, BN, warps = row_tile(H)
         if not out.numel():
             return
         launch(
             light.by_row, (-(-N // BM),), self.x,
-            out, t, tensor_of(base), tensor_of(u), tensor_of(s), tensor_of(scale), tensor_of(shift),
-            plain, *self._rows(), float(epsilon), N,
+            out, tensor_of(P), tensor_of(base), tensor_of(u), tensor_of(p), s, tensor_of(scale),
+            tensor_of(shift), plain, *self._rows(), float(epsilon), N,
             KIND=kind, DOES=does, H=H, T=out.shape[0],
             O=layout_of(out, pairs), P_=layout_of(P, pairs), B=layout_of(base, pairs),
-            U=layout_of(u, pairs), S=layout_of(s, pairs), SCALE=layout_of(scale, pairs),
-            SHIFT=layout_of(shift, pairs), V=layout_of(plain, pairs),
+            U=layout_of(u, pairs), BENT=layout_of(p, pairs), S=layout_of(s, pairs),
+            SCALE=layout_of(scale, pairs), SHIFT=layout_of(shift, pairs),
+            V=layout_of(plain, pairs),
             BM=BM, BN=BN, A=accumulator(self.x.dtype),
             num_warps=warps,
         )  # fmt: skip
 
-    def sums(self, out: Tensor, P: Operand, factor: Factor | None, add: bool) -> None:
-        """factor ∘ P summed over rows, in as many parts as ``out`` (parts, H) has; ``add``: added
-        to what is there."""
-        t, pairs = tensor_of(P), self.active is not None
-        assert t is not None
-        factor, H = factor or Factor(), t.shape[-1]
+    def collect(
+        self,
+        parts: int,
+        of: Collected,
+        out: Tensor | None,
+        u: Operand | None,
+        below: bool,
+        plain: Slices | None,
+        scaled: Slices | None,
+    ) -> None:
+        """The cotangent in ``out`` and its sums over the rows, in so many parts (see ``light.py``):
+        those of a scale, or if they count only ``below`` 0 of a PReLU, are of its input u."""
+        kept = plain or scaled
+        H = given(out).shape[-1] if kept is None else kept.parts.shape[-1]
         BM, BN = tile(H)
+        p, u_dot = of.bent if of.bent and scaled else (None, None)
+        own = u if scaled else None
+        pairs = of.q is not None or p is not None
         launch(
-            light.column_sums, (len(out), -(-H // BN)), self.x,
-            out, t, tensor_of(factor.u), tensor_of(factor.F), *self._rows(), self.count,
-            out.stride(0), FACTOR=factor.kind, H=H, P_=layout_of(P, pairs),
-            U=layout_of(factor.u, pairs), F_=layout_of(factor.F, pairs), ADD=add,
-            BM=BM, BN=BN, A=accumulator(self.x.dtype),
+            light.collect, (parts, -(-H // BN)), self.x,
+            out, of.P, of.gy, of.q, tensor_of(p), tensor_of(own), u_dot,
+            of.place if pairs else None,
+            plain and plain.parts, scaled and scaled.parts, self.count,
+            plain.parts.stride(0) if plain else 0, scaled.parts.stride(0) if scaled else 0,
+            H=H, T=of.fan, BELOW=below, O=layout_of(out, False), P_=layout_of(of.P, False),
+            GY=layout_of(of.gy, False), Q=layout_of(of.q, True), SEED=layout_of(p, True),
+            U=layout_of(own, False), DOT=layout_of(u_dot, True),
+            IN_PLACE=out is not None and out is of.P, ADD_PLAIN=bool(plain and plain.add),
+            ADD_SCALED=bool(scaled and scaled.add), BM=BM, BN=BN, A=accumulator(self.x.dtype),
         )  # fmt: skip
 
     def dense(self, t: Tensor) -> Tensor:
@@ -200,8 +256,17 @@ def slope_of(node: Node, u: Operand) -> Factor:
     return Factor(light.SLOPE.value, u, act=act_of(node))
 
 
+def activated(node: Node, u: Operand) -> Factor:
+    return Factor(light.ACTIVATED.value, u, act=act_of(node))
+
+
 def act_of(node: Node) -> ActivationCode:
     return activation_code(Activation(node.kind, *node.numbers), 0)
+
+
+def compiled_act(act: ActivationCode, dtype: torch.dtype) -> ActivationCode:
+    """For operands of that dtype."""
+    return (*act[:4], approximate(dtype))
 
 
 def flattened(t: Tensor) -> Tensor:

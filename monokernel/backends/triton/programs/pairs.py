@@ -3,7 +3,7 @@
 Two chains come down for them. Their seeds p, unless the P of all rows is kept, which they then take
 theirs from; and the curvatures q, where g is not at hand to take them: with the kept P it is gy∘P
 and its q is the pairs', and without a gradient of y there is nothing else. Otherwise each curvature
-joins g in its rows.
+joins g in its rows: at once, or where it is of a linear node's value with that node's own sums.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ....activations import ACTIVATIONS
 from ....columns import spread, take
 from ....program import Node
 from ...schedule import Down, Step, weight_of
@@ -21,12 +20,12 @@ from ..active import Active
 from ..active.listing import gather_inputs
 from ..constants import accumulator
 from ..launch import launch
-from . import light
 from .config import tile
 from .cotangents import Cotangents
+from .fusion import Affine, activations_of
 from .gradients import Gradients
-from .nodes import BY_ROW, At, bend, by_slope, by_value, push
-from .operands import OfRows, On, Operand, given, slope_of, tensor_of
+from .nodes import At, bent, push
+from .operands import OfRows, On, Operand, given
 from .products import Products
 
 if TYPE_CHECKING:
@@ -49,19 +48,45 @@ class Pairs:
         self.keeps = self.facts.kept[block.y]
         # With g at hand in every row a curvature joins it there.
         self.joins = block.gy is not None and not self.keeps
+        self.joined_at = {step.v for step in self.facts.steps if step.linear}
         if self.facts.moving[block.y] and not self.keeps:
             self.p.add(block.y, active.seed.unsqueeze(0))
 
-    def run_tangent(self, steps: Sequence[Step]) -> None:
+    def run_tangent(self, steps: Sequence[Step], grads: Gradients) -> None:
         """The tangents that the walk down needs."""
+        within, after = self.block.fused(steps), activations_of(tuple(steps))
         for step in steps:
             v, node, _, linear, _ = step
+            if v in self.dots:
+                continue
+            affine = within.get(v)
+            if affine is not None:
+                if v == affine.scale.v:  # a shift changes no tangent
+                    self._push(affine, grads)
+                elif v == affine.last.v:
+                    self.dots[v] = self.dots[affine.scale.v]
+                continue
             if not linear:
                 self.dots[v] = push(self.on, self.block.at(step), self._dots_of(node))
                 continue
             u, W = node.inputs[0], weight_of(self.block.θ[v])
             t = self.dots[u] if u else self.x_dot
-            self.dots[v] = self.products.up(t, W if u else take(W, self.block.x2))
+            W = W if u else take(W, self.block.x2)
+            if v not in after:
+                self.dots[v] = self.products.up(t, W)
+                continue
+            of, a = after[v], self.block.values[v]
+            out = self.on.new(1, node.width, self.block.dtypes[of.v])
+            self.dots[v] = self.products.up(t, W, of.node, a, out)
+            self.dots[of.v] = out
+
+    def _push(self, affine: Affine, grads: Gradients) -> None:
+        at, dtype = self.block.at(affine.first), self.block.dtypes[affine.scale.v]
+        t: Tensor = given(self._dots_of(at.node)[0])
+        plain = self.block.plain(self.on, affine, grads)
+        self.dots[affine.scale.v] = affine.push(self.on, at, t, dtype, self.block.θ, plain)
+        if plain is not None:
+            self.dots[affine.first.v] = plain
 
     def _dots_of(self, node: Node) -> list[Tensor | None]:
         if 0 in node.inputs and 0 not in self.dots:
@@ -88,87 +113,55 @@ class Pairs:
         )  # fmt: skip
 
     def linear(
-        self,
-        down: Down,
-        P: Tensor | None,
-        q: Tensor | None,
-        trained: Sequence[bool],
-        grads: Gradients,
-        joined: bool,
+        self, down: Down, P: Tensor | None, q: Tensor | None, grads: Gradients, joined: bool
     ) -> None:
-        """The pairs' part in dW and db; p and q go down the node. If q ``joined`` g its part is in
-        there, also in what g hands down."""
+        """The pairs' part in dW; p and q go down the node. If q ``joined`` g its part is in there,
+        also in what g hands down."""
         (v, node, *_), _, (direct,), (kept,), _ = down
-        u, wanted = node.inputs[0], direct or kept
+        u, W = node.inputs[0], weight_of(self.block.θ[v])
         p = self._seeds(v, P)
         alone = None if joined else q
-        if trained[0] and not (p is None and alone is None):
-            seeds: Tensor | None = None
-            if p is not None:
-                seeds = self._own(p)
+        if grads.wanted[node.params[0]] and not (p is None and alone is None):
             u_dot = None if p is None else self.dots[u] if u else self.x_dot
-            dW, fresh = grads.weight(node.params[0])
-            x2 = None if u else self.block.x2
-            self.products.weight(seeds, alone, u_dot, self.block.values[u], dW, fresh, x2)
-        if trained[1] and alone is not None:
-            grads.rows(node.params[1], self.on, alone)
-        if not wanted:
+            below, x2 = self.block.values[u], None if u else self.block.x2
+            self.products.weight(grads, node.params[0], p, alone, u_dot, below, x2)
+        if not (direct or kept):
             return
         if q is not None and not (joined and direct):
-            self.q.add_product(u, q, weight_of(self.block.θ[v]))
+            self.q.add_product(u, q, W)
         if not self.keeps and isinstance(p, Tensor) and u and self.facts.moving[u]:
-            self.p.add_product(u, p, weight_of(self.block.θ[v]))
+            self.p.add_product(u, p, W)
 
-    def _own(self, p: Operand) -> Tensor:
-        """p of the pairs in memory of their own."""
-        if isinstance(p, Tensor) and p.dim() == 3:
-            return p
-        t = given(tensor_of(p))
-        out = self.on.new(1, t.shape[-1], t.dtype)
-        self.on.combine(out, p)
-        return out
+    def at(
+        self, down: Down, P: Tensor | None
+    ) -> tuple[Operand | None, Tensor | None, list[Tensor | None]]:
+        """p and q of a light node's value, and the tangents of its inputs where they are needed."""
+        node, v = down.step.node, down.step.v
+        needed = self.facts.moving[v] and (down.trained or down.step.rule.curved)
+        return self._seeds(v, P), self.q.pop(v), self._dots_of(node) if needed else []
 
-    def light(self, down: Down, at: At, pulling: At, P: Tensor | None, grads: Gradients) -> None:
-        """The pairs' part in dθ; p and q go down the node, and its curvature joins them or g."""
-        step, trained, direct, kept, _ = down
-        v, node = step.v, step.node
-        p, q = self._seeds(v, P), self.q.pop(v)
-        u_dot = self._dots_of(node) if trained or step.rule.curved else []
-        if trained and p is not None:
-            factor = by_slope(at, given(u_dot[0]))
-            if factor is not None:
-                grads.rows(node.params[0], self.on, p, factor)
-        if trained and q is not None:
-            grads.rows(node.params[0], self.on, q, by_value(at))
+    def light(
+        self,
+        down: Down,
+        at: At,
+        p: Operand | None,
+        q: Tensor | None,
+        u_dot: Sequence[Tensor | None],
+        joined: bool,
+    ) -> None:
+        """p and q go down the node, and its curvature joins q, or g in the pairs' rows. A q that
+        ``joined`` g goes down in what g hands down."""
+        node, curved = down.step.node, p is not None and down.step.rule.curved
         for i, u in enumerate(node.inputs):
-            if not (direct[i] or kept[i]):
+            if not (down.direct[i] or down.kept[i]):
                 continue
             if not self.keeps and isinstance(p, Tensor) and u and self.facts.moving[u]:
-                self.p.add_pulled(pulling, p, i)
-            curved = p is not None and step.rule.curved
-            if q is not None and curved and node.kind in ACTIVATIONS:
-                self.q.add(u, q, 1.0, slope_of(node, at.u[0]), (given(p), given(u_dot[0])))
-                continue
-            if q is not None:
-                self.q.add_pulled(pulling, q, i)
-            if curved:
-                self._curve(pulling, u_dot, given(p), i)
-
-    def _curve(self, at: At, u_dot: Sequence[Tensor | None], p: Operand, i: int) -> None:
-        """The curvature in input i joins g of its rows, or q."""
-        node, u = at.node, at.node.inputs[i]
-        chain = self.q
-        if self.joins:
-            chain = Cotangents(self.on, self.block.dtypes, {}, self.products)
-        if node.kind in BY_ROW:
-            chain.add_by_row(
-                u, p, BY_ROW[node.kind], light.BEND.value, node.width, u=at.point,
-                s=given(u_dot[0]), scale=at.scale, epsilon=at.epsilon,
-            )  # fmt: skip
-        else:
-            bent = bend(at, u_dot, p, i)
-            if bent is None:
-                return
-            chain.add(u, bent[0], factor=bent[1])
-        if self.joins:
-            self.join(self.block.g.of[u], chain.of[u])
+                self.p.add_pulled(at, p, i)
+            bends = bent(at, u_dot, given(p), i) if curved else None
+            if not self.joins or u in self.joined_at:  # which join it to g themselves
+                own = None if joined and down.direct[i] else q
+                self.q.add_pulled(at, own, i, bends)
+            elif bends is not None:
+                alone = Cotangents(self.on, self.block.dtypes, {}, self.products)
+                alone.add_pulled(at, None, i, bends)
+                self.join(self.block.g.of[u], alone.of[u])

@@ -88,7 +88,8 @@ def _rule(problem: Problem, dtype: torch.dtype, way: str, precision: str, dx: bo
     if OLD_TRITON and dtype == torch.bfloat16 and problem.k > 3:
         few = few and not all(σ.piecewise_linear for σ in problem.activations)
     width = max(shape["H"], shape["PD"])
-    return backward_config(width, dtype.itemsize, way, precision == "tf32x3", few)
+    dear = problem.depth > 4 and any(σ.kind == "mish" for σ in problem.activations)
+    return backward_config(width, dtype.itemsize, way, precision == "tf32x3", few, dear)
 
 
 def launch_backward(

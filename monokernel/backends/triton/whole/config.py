@@ -86,10 +86,12 @@ def forward_config(width: int, adjoint: bool, products: str, split: bool) -> Who
 
 
 def backward_config(
-    width: int, itemsize: int, products: str, split: bool, few: bool = True
+    width: int, itemsize: int, products: str, split: bool, few: bool = True, dear: bool = False
 ) -> WholeConfig:
     """``few``: at most four layers, inputs and outputs that one product takes, and no gradient of
-    the inputs, with which sums in registers spill 24 to 56 bytes on sm_90."""
+    the inputs, with which sums in registers spill 24 to 56 bytes on sm_90. ``dear``: an activation
+    takes so many registers that seven hidden layers of 64 spill 8 bytes there, unless operands of
+    products go by way of memory."""
     # Whole TF32 products at width 64 spill up to 568 bytes in Triton 3.6, with dx of 40 inputs.
     if split or products != "wgmma" or (itemsize == 4 and width > 32):
         return in_steps(width, products, split)
@@ -100,7 +102,7 @@ def backward_config(
         # rows has 25. With 64 the kernel is a tenth cheaper at v = 1.
         return WholeConfig(128, 8, 1, inner=64, in_registers=True, active_rows=32)
     if width <= 64:
-        return WholeConfig(64, 4, 2, chunk=32)
+        return WholeConfig(64, 4, 2, inner=64 if dear else 0, chunk=32)
     return WholeConfig(64, 8, 1, inner=64, chunk=32)
 
 
