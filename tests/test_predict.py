@@ -26,6 +26,7 @@ from tools.predict import (
     _work,
     case_of,
     committed,
+    compiled_for,
     launches,
     page,
     predict,
@@ -133,8 +134,8 @@ def products(width: int, active: bool, forward: bool) -> int:
 def test_the_products_of_a_tile_are_those_of_the_mathematics() -> None:
     """So that no loop, and no way round one, was missed."""
     checked = 0
-    for (width, target), kernels in committed().items():
-        for kernel, call in zip(kernels, launches(case_of(width), target), strict=True):
+    for (N, width, target), kernels in committed().items():
+        for kernel, call in zip(kernels, launches(case_of(width, N), target), strict=True):
             if not kernel.name.startswith("whole"):
                 continue
             for share in (0.0, 1.0):
@@ -142,18 +143,18 @@ def test_the_products_of_a_tile_are_those_of_the_mathematics() -> None:
                 done = sum(
                     s.counts["tensor"] * n for s, n in zip(kernel.sections, trips, strict=True)
                 )
-                rows = -(-1024 // call.programs[0])
+                rows = -(-N // call.programs[0])
                 forward = kernel.name == "whole_forward"
                 ideal = rows * products(width, share == 1.0, forward)
                 # Warps that have no columns of a narrow product to themselves repeat each other's.
-                assert 0.999 <= done * kernel.warps / ideal <= 1.4, (width, target, share)
+                assert 0.999 <= done * kernel.warps / ideal <= 1.4, (N, width, target, share)
                 checked += 1
-    assert checked == 20
+    assert checked == 32
 
 
 def test_the_products_of_a_narrow_chain_are_those_of_the_mathematics() -> None:
     """Of 1024 rows, all with an active pair or none: of hidden layers, and of 16 columns."""
-    kernels, hidden, narrow = committed()[128, "sm_90"], 128 * 128, 16 * 128
+    kernels, hidden, narrow = committed()[1024, 128, "sm_90"], 128 * 128, 16 * 128
     wanted = {
         "narrow_forward": (4 * hidden + narrow,) * 2,  # up and down; the slope is a sum
         # a_1, and the sums: two of hidden layers, the first's with its bias, and of two biases and
@@ -178,7 +179,7 @@ def test_the_products_and_bytes_of_a_wide_layer_are_those_of_the_mathematics() -
     """Of launches over 1024 rows, or as many pairs, of hidden layers alone."""
     N, H, checked = 1024, 1024, Counter[str]()
     for target in ("sm_80", "sm_90", "gfx942"):
-        kernels = committed()[H, target]
+        kernels = committed()[1024, H, target]
         for kernel, call in zip(kernels, launches(case_of(H), target), strict=True):
             given = dict(zip(call.kernel.arg_names, call.args, strict=False)) | call.options
             programs, trips = _work(kernel, call, 1.0)
@@ -277,7 +278,7 @@ def test_the_plain_step_has_its_products(N: int, width: int) -> None:
 
 def test_cards_and_shares_are_in_their_order() -> None:
     for N, width in STEPS:
-        kernels = committed()[width, "sm_90"]
+        kernels = committed()[compiled_for(N), width, "sm_90"]
         times = [predict(N, width, CARDS["H200"], kernels, v).ours for v in (0.0, 0.05, 1.0)]
         assert times == sorted(times)
         assert predict(N, width, CARDS["H100"], kernels).ours >= times[1]

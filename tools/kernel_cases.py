@@ -163,6 +163,13 @@ def whole_cases() -> Iterator[Case]:
     yield Case((8, 64, 64, 100), "silu", 1, "tangent", brain)
     for D, k, mode in SIDES:
         yield from Case((8, 64, 64, 64, D), "silu", k, mode, half).variants()
+        for case in (
+            Case((8, 64, 64, 64, D), "relu", k, mode, brain),
+            Case((8, 64, 64, 64, D), "silu", k, mode, half),
+            *Case((8, 64, 64, 64, D), "silu", k, mode, brain).variants(),
+        ):
+            if case.N != 1:  # small tiles, at two processors
+                yield replace(case, N=64)
         yield Case((40, 64, 64, 64, D), "silu", k, mode, half, dx=True)
         yield Case((40, 64, 64, 64, D), "silu", k, mode, single, "high", dx=True)
         yield Case((40, 128, 128, 128, D), "silu", k, mode, half, dx=True)

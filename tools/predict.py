@@ -65,6 +65,11 @@ class Spent(NamedTuple):
     by: str
 
 
+def compiled_for(N: int) -> int:
+    """The rows for which kernels are compiled that serve N rows of a card: at two processors."""
+    return 64 if N < 4096 else 1024
+
+
 def case_of(width: int, N: int = 1024) -> Case:
     widths = (8, width, width, width, 1)
     return Case(widths, "silu", 1, "adjoint", torch.bfloat16, path="served", N=N)
@@ -332,22 +337,23 @@ def predict(
     return Prediction(sum(by.values()), floor, max(by, key=lambda name: by[name]), dict(named))
 
 
-Known = dict[tuple[int, str], list[Kernel]]  # by width and target
+# By the rows that they are compiled for, width and target.
+Known = dict[tuple[int, int, str], list[Kernel]]
 
 
 def compiled_kernels() -> Known:
     """Of every width and target, as the compiler makes them now."""
     found: Known = {}
-    for width in sorted({width for _, width in STEPS}):
+    known: dict[str, Kernel] = {}
+    for rows, width in sorted({(compiled_for(N), width) for N, width in STEPS}):
         for target in TARGETS:
-            known: dict[str, Kernel] = {}
-            found[width, target] = []
-            for call in launches(case_of(width), target):
+            found[rows, width, target] = []
+            for call in launches(case_of(width, rows), target):
                 source, options = source_of(call)
-                key = f"{source.hash()} {options}"
+                key = f"{target} {source.hash()} {options}"
                 if key not in known:
                     known[key] = _kernel(compiled_code(call, target), call, target)
-                found[width, target].append(known[key])
+                found[rows, width, target].append(known[key])
     return found
 
 
@@ -362,13 +368,12 @@ def _kernel(made: Compiled, call: Launch, target: str) -> Kernel:
 def written(known: Known) -> str:
     """The counts as text."""
     rows = []
-    for (width, target), kernels in known.items():
+    for key, kernels in known.items():
         for kernel in kernels:
             sections = [[s.depth, dict(sorted(s.counts.items()))] for s in kernel.sections]
             rows.append(
                 [
-                    width,
-                    target,
+                    *key,
                     kernel.name,
                     kernel.registers,
                     kernel.shared,
@@ -382,10 +387,11 @@ def written(known: Known) -> str:
 
 def read(text: str) -> Known:
     found: Known = {}
-    for width, target, name, registers, shared, warps, sections in json.loads(text)["kernels"]:
+    for *key, name, registers, shared, warps, sections in json.loads(text)["kernels"]:
+        rows, width, target = key
         own = tuple([Section(depth, Counter(counts)) for depth, counts in sections])
         kernel = Kernel(name, registers, shared, warps, own)
-        found.setdefault((width, target), []).append(kernel)
+        found.setdefault((rows, width, target), []).append(kernel)
     return found
 
 
@@ -399,7 +405,7 @@ def worse(now: Known, before: Known) -> list[str]:
     found = []
     for name, card in CARDS.items():
         for N, width in STEPS:
-            key = width, card.target
+            key = compiled_for(N), width, card.target
             new, old = (predict(N, width, card, of[key]) for of in (now, before))
             pairs = {"the step": (new.ours, old.ours)} | {
                 kernel: (seconds, old.kernels.get(kernel, seconds))
@@ -425,8 +431,9 @@ def table(known: Known) -> str:
     ]
     for N, width in STEPS:
         for name, card in CARDS.items():
-            p = predict(N, width, card, known[width, card.target])
-            every = predict(N, width, card, known[width, card.target], 1.0)
+            kernels = known[compiled_for(N), width, card.target]
+            p = predict(N, width, card, kernels)
+            every = predict(N, width, card, kernels, 1.0)
             lines.append(
                 f"| {N:,} × {width} | {name} | {p.ours * 1e6:.0f} | {p.plain * 1e6:.0f} | "
                 f"{p.ratio:.2f} | {p.binding} | {every.ratio:.2f} |"
@@ -437,26 +444,27 @@ def table(known: Known) -> str:
 def tiles(known: Known) -> str:
     """What the kernels of a whole network execute for a row and layer of a tile, in Markdown."""
     lines = [
-        "| kernel, width | target | registers | shared, KB | special | arithmetic | integer | all "
-        "| bytes | barriers |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| kernel, width | target | rows | registers | shared, KB | special | arithmetic | integer "
+        "| all | bytes | barriers |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for (width, target), kernels in known.items():
+    for (compiled, width, target), kernels in known.items():
         card = next(card for card in CARDS.values() if card.target == target)
-        for kernel, call in zip(kernels, launches(case_of(width), target), strict=True):
-            if kernel.name not in BY_TILE:
-                continue
+        case = case_of(width, compiled)
+        for kernel, call in zip(kernels, launches(case, target), strict=True):
+            BM = call.options.get("BM", 0)
+            if kernel.name not in BY_TILE or (compiled < 1024 and compiled <= BM):
+                continue  # what is no other than for more rows
             _, trips = _work(kernel, call, 0.0)
             total = defaultdict[str, float](float)
             for section, n in zip(kernel.sections, trips, strict=True):
                 if section.depth and (section.counts["tensor"] or section.depth > 1):
                     for name, amount in section.counts.items():
                         total[name] += amount * kernel.warps * n
-            BM = call.options["BM"]
-            rows = BM * ceil(case_of(width).N / BM / call.programs[0])
+            rows = BM * ceil(case.N / BM / call.programs[0])
             each = {name: amount * card.warp / rows / 4 for name, amount in total.items()}
             lines.append(
-                f"| {kernel.name}, {width} | {target} | {kernel.registers} | "
+                f"| {kernel.name}, {width} | {target} | {BM} | {kernel.registers} | "
                 f"{kernel.shared / 1024:.0f} | {each['special']:.0f} | {each['arithmetic']:.0f} | "
                 f"{each['integer']:.0f} | {each['issue']:.0f} | "
                 f"{total['memory'] / rows / 4:.0f} | "

@@ -67,8 +67,9 @@ class Products:
         sums, (parts, add) = grads.weight(place, self.on.count, self.config)
         # 72 bytes on sm_90 with 256 columns that are added to float32.
         config = self.config.fitted(inputs, alone=q is None and not add)
-        if OLD_TRITON and products(u.device) == "tcgen05":  # 16 to 80 bytes with 128 columns
-            config = config.fitted(min(inputs, 64))
+        if OLD_TRITON and products(u.device) == "tcgen05":
+            # 16 to 80 bytes with 128 columns, 8 with 64 that p and q have a part in.
+            config = config.fitted(min(inputs, 64 if q is None else 32))
         launch(
             pairs_weight, (*config.grid(outputs, inputs), sums.slices), u,
             tensor_of(p), None if q is None else self.on.dense(q),

@@ -45,6 +45,7 @@ from ..target import (
 )
 from ..tuning import tuned
 from .config import (
+    SMALL_TILE,
     WholeConfig,
     backward_config,
     candidates,
@@ -75,13 +76,16 @@ def backward(
 ) -> list[Tensor | None]:
     """The gradients of x and of every parameter, None where ``needs`` is false."""
     known = as_compiled(problem)
-    rule = _rule(known, x.dtype, products(x.device), precision_of(x.dtype), needs[0])
+    small = len(x) <= SMALL_TILE * processors(x.device)
+    rule = _rule(known, x.dtype, products(x.device), precision_of(x.dtype), needs[0], small)
     run = partial(launch_backward, problem, gy, gout, x, params, saved, needs)
     return tuned(rule, candidates, ("backward", known, tuple(needs)), x, run)
 
 
 @lru_cache(maxsize=256)
-def _rule(problem: Problem, dtype: torch.dtype, way: str, precision: str, dx: bool) -> WholeConfig:
+def _rule(
+    problem: Problem, dtype: torch.dtype, way: str, precision: str, dx: bool, small: bool
+) -> WholeConfig:
     shape = shape_of(problem, dtype)
     few = problem.depth <= 4 and max(problem.d, problem.D) <= INPUTS_AT_A_TIME and not dx
     # Triton 3.6 spills 8 bytes with four columns and ReLU.
@@ -89,7 +93,7 @@ def _rule(problem: Problem, dtype: torch.dtype, way: str, precision: str, dx: bo
         few = few and not all(σ.piecewise_linear for σ in problem.activations)
     width = max(shape["H"], shape["PD"])
     dear = problem.depth > 4 and any(σ.kind == "mish" for σ in problem.activations)
-    return backward_config(width, dtype.itemsize, way, precision == "tf32x3", few, dear)
+    return backward_config(width, dtype.itemsize, way, precision == "tf32x3", few, dear, small)
 
 
 def launch_backward(

@@ -29,6 +29,7 @@ from ..target import compute_dtype, dot_precision
 
 __all__ = [
     "DEEPEST",
+    "SMALL_TILE",
     "WIDEST",
     "WholeConfig",
     "backward_config",
@@ -45,6 +46,7 @@ __all__ = [
 WIDEST = {2: 128, 4: 64, 8: 64}
 # Its linear layers. They are unrolled at compile time: beyond 8 that takes long for nothing.
 DEEPEST = 8
+SMALL_TILE = 32  # rows
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,14 @@ def forward_config(width: int, adjoint: bool, products: str, split: bool) -> Who
 
 
 def backward_config(
-    width: int, itemsize: int, products: str, split: bool, few: bool = True, dear: bool = False
-) -> WholeConfig:
+    width: int, itemsize: int, products: str, split: bool, few: bool = True, dear: bool = False,
+    small: bool = False,
+) -> WholeConfig:  # fmt: skip
     """``few``: at most four layers, inputs and outputs that one product takes, and no gradient of
     the inputs, with which sums in registers spill 24 to 56 bytes on sm_90. ``dear``: an activation
     takes so many registers that seven hidden layers of 64 spill 8 bytes there, unless operands of
-    products go by way of memory."""
+    products go by way of memory. ``small``: a batch of too few rows for large tiles on all
+    processors."""
     # Whole TF32 products at width 64 spill up to 568 bytes in Triton 3.6, with dx of 40 inputs.
     if split or products != "wgmma" or (itemsize == 4 and width > 32):
         return in_steps(width, products, split)
@@ -100,7 +104,9 @@ def backward_config(
     if width <= 64 and few and itemsize == 2:
         # By the model few violations are cheapest in tiles of 32 rows: at v = 5 % a program of 500
         # rows has 25. With 64 the kernel is a tenth cheaper at v = 1.
-        return WholeConfig(128, 8, 1, inner=64, in_registers=True, active_rows=32)
+        # Batches that large tiles would leave on a few processors take small ones throughout.
+        rows = SMALL_TILE if small else 128
+        return WholeConfig(rows, 8, 1, inner=64, in_registers=True, active_rows=SMALL_TILE)
     if width <= 64:
         return WholeConfig(64, 4, 2, inner=64 if dear else 0, chunk=32)
     return WholeConfig(64, 8, 1, inner=64, chunk=32)
