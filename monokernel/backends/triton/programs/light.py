@@ -141,6 +141,16 @@ def combine(
         tl.store(value + place_of(i, n, j, 0, N, V), own, mask=mask)
 
 
+@triton.jit
+def leave(to, sums, j, stride, H: tl.constexpr, ADD: tl.constexpr):
+    """The sums of a tile's columns j in the program's slice; with ADD to what is there."""
+    at = to + tl.program_id(0).to(tl.int64) * stride + j
+    found = tl.sum(sums, 0)
+    if ADD:
+        found += tl.load(at, mask=j < H, other=0.0)
+    tl.store(at, found, mask=j < H)
+
+
 @triton.jit(do_not_specialize=["N"])
 def collect(
     out, P, gy, q, p, u, u_dot, place, plain, scaled, N, stride_plain, stride_scaled,
@@ -196,19 +206,10 @@ def collect(
             if BELOW:
                 found = tl.where(x > 0, tl.zeros_like(x), found)
             products += found
-    program = tl.program_id(0).to(tl.int64)
     if plain is not None:
-        at = plain + program * stride_plain + j
-        found = tl.sum(sums, 0)
-        if ADD_PLAIN:
-            found += tl.load(at, mask=j < H, other=0.0)
-        tl.store(at, found, mask=j < H)
+        leave(plain, sums, j, stride_plain, H, ADD_PLAIN)
     if scaled is not None:
-        at = scaled + program * stride_scaled + j
-        found = tl.sum(products, 0)
-        if ADD_SCALED:
-            found += tl.load(at, mask=j < H, other=0.0)
-        tl.store(at, found, mask=j < H)
+        leave(scaled, products, j, stride_scaled, H, ADD_SCALED)
 
 
 @triton.jit
