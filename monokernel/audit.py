@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import attack as descent
+from .again import twice
 from .api import slopes
 from .arguments import (
     Direction,
@@ -27,7 +28,7 @@ from .backends import general
 from .columns import Columns
 from .layers import layers_of
 from .network import unwrap
-from .planning import choose, twice
+from .planning import choose
 from .probing import doubts, evaluating, hidden, output, spread, untouched
 from .report import Audit
 from .sampling import sample_points

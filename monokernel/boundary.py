@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .backends import BACKENDS, Step, load
+from .backends import BACKENDS, Prepare, load
 from .operands import check_forward, check_gradients, check_saveable, check_saved, shapes_of
 from .problem import Problem, accumulate_dtype, pack, unpack
 
-__all__ = ["FusedMonoPenalty", "evaluate", "operand_dtype", "traced", "transformed"]
+__all__ = ["FusedMonoPenalty", "evaluate", "operand_dtype", "preparing", "traced", "transformed"]
 
 Params = Sequence[Tensor | None]
 
@@ -36,10 +36,10 @@ def evaluate(
     problem: Problem, backend: str, x: Tensor, weight: Tensor | None, params: Params
 ) -> tuple[Tensor, Tensor]:
     """y (N, D) and the penalty, or J where there is no hinge, differentiable once."""
-    step = None if traced() else _step(backend)
-    if step is not None:
+    prepare = None if traced() else preparing(backend)
+    if prepare is not None:
         try:
-            y, out = step(problem, x, weight, params)
+            y, out = prepare(problem, x.dtype)(x, weight, params)
         except RuntimeError:
             check_saveable(params)
             raise
@@ -57,8 +57,8 @@ def evaluate(
 
 
 @cache
-def _step(backend: str) -> Step | None:
-    """The backend's own operator for a whole step, if it has one."""
+def preparing(backend: str) -> Prepare | None:
+    """What prepares the backend's own operator for a whole step, if it has one."""
     return load(backend).step()
 
 

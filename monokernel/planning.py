@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any, NamedTuple, TypeVar
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import capture, network, probing, reading
 from .advice import FEW, advice, cost
+from .again import as_before, remember
 from .arguments import (
     BACKEND_CHOICES,
     BATCH_STATS,
@@ -30,16 +29,14 @@ from .arguments import (
     check_parameter,
 )
 from .backends import BACKENDS, general, refusal
-from .boundary import operand_dtype, traced, transformed
+from .boundary import operand_dtype, transformed
 from .columns import Columns
 from .operands import has_memory
 from .problem import Mode, Problem, cheaper_mode
 from .program import Node, unread
 from .signs import direction_table
 
-__all__ = ["Plan", "Route", "choose", "not_read", "plan", "twice"]
-
-T = TypeVar("T")
+__all__ = ["Plan", "Route", "choose", "not_read", "plan"]
 
 Refused = tuple[tuple[str, str], ...]  # a backend's name and the reason
 
@@ -251,7 +248,7 @@ def choose(
     """The route of a call; raises where ``backend`` was asked for by name and cannot serve. A
     ``rehearsal`` leaves no trace of that."""
     asked = mode, backend, batch_stats, rehearsal
-    served = _as_before(mlp, inputs, asked)
+    served = as_before(mlp, inputs, asked)
     again: network.Chain | reading.Reading | str | None = None
     if served is not None:
         again = reading.read(mlp, inputs) if served.chain is None else served.chain.again()
@@ -305,77 +302,8 @@ def choose(
         raise ValueError(f"backend: {backend!r} was asked for but cannot serve: {refused[0][1]}")
     route = Route(name, chosen, found, functional, refused)
     if name in BACKENDS and not (aside or inputs.autocast):
-        _remember(mlp, inputs, asked, route)
+        remember(mlp, inputs, asked, route)
     return route
-
-
-# --- networks that were served before -------------------------------------------------------------
-# Most calls are like the last one: then who serves need not be asked. Of a chain a look at each
-# layer is enough, and 12 µs of 50 are saved, but not at its parameters: a backend asks of every
-# operand what it is before it reads it (operands.py, csrc/boundary.cpp), and where one is refused
-# ``twice`` has the network read. Of any other what its forward does is written down anew.
-
-
-class _Served(NamedTuple):
-    """Which network, asked for how, on which inputs; what it was; and its route, less the
-    network."""
-
-    mlp: weakref.ref[nn.Module]
-    asked: tuple[Any, ...]
-    chain: network.Known | None
-    nodes: tuple[Node, ...]
-    route: Route
-
-
-_served: dict[int, _Served] = {}
-
-
-def _like(inputs: Inputs) -> tuple[Any, ...]:
-    x = inputs.like
-    return inputs.d, inputs.columns, x.dtype, x.device
-
-
-def _as_before(mlp: nn.Module, inputs: Inputs, asked: tuple[Any, ...]) -> _Served | None:
-    """What is known of a call of the same network that was like this one."""
-    if traced():
-        return None
-    kept = _served.get(id(mlp))
-    if (
-        kept is None
-        or kept.mlp() is not mlp
-        or inputs.autocast
-        or kept.asked != (*asked, *_like(inputs))
-        or transformed()
-        or _wrapped(inputs)
-    ):
-        return None
-    return kept
-
-
-def twice(serve: Callable[..., T], mlp: nn.Module, *asked: Any) -> T:
-    """``serve(mlp, *asked)``, which chooses a route; where that is refused an operand once more, by
-    a route that is chosen anew."""
-    try:
-        return serve(mlp, *asked)
-    except RuntimeError:
-        kept = _served.pop(id(mlp), None)
-        if kept is None or kept.chain is None:  # it was looked at as a whole
-            raise
-    return serve(mlp, *asked)
-
-
-def _remember(mlp: nn.Module, inputs: Inputs, asked: tuple[Any, ...], route: Route) -> None:
-    found = route.network
-    assert found is not None
-    chain = None
-    if isinstance(found, network.Chain):
-        chain = network.known(mlp, found)
-        if chain is None:
-            return
-    forget = partial(_served.pop, id(mlp), None)
-    own = weakref.ref(mlp, lambda _: forget())
-    asked = (*asked, *_like(inputs))
-    _served[id(mlp)] = _Served(own, asked, chain, found.nodes, route._replace(network=None))
 
 
 @lru_cache(maxsize=1024)

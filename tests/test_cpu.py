@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from monokernel import boundary, fused_mono_penalty, plan, value_and_jacobian
+from monokernel import again, boundary, fused_mono_penalty, plan, value_and_jacobian
 from monokernel.activations import ACTIVATIONS, Activation
 from monokernel.backends import cpu, handwritten, native, operators
 from monokernel.backends.cpu import Params
@@ -189,7 +189,7 @@ def test_autocast_takes_the_weights_as_they_are(
     """The same bits as without autocast but for y and its gradient, which are in autocast's dtype:
     weights that were rounded first give other slopes."""
     monkeypatch.setenv("MONOKERNEL_BOUNDARY", built)
-    boundary._step.cache_clear()
+    boundary.preparing.cache_clear()
     net, (x1, x2) = mlp(3, 2, 2, dtype=torch.float32), points(50, 3, 2, torch.float32)
     net[2].requires_grad_(False)
     params = [t for t in net.parameters() if t.requires_grad]
@@ -207,7 +207,7 @@ def test_autocast_takes_the_weights_as_they_are(
     rounded = value_and_jacobian(net, x1.to(dtype), x2.to(dtype), backend="cpu")[1]
     assert (rounded - J).abs().max() > 10 * torch.finfo(torch.float32).eps * J.abs().max()
     monkeypatch.undo()
-    boundary._step.cache_clear()
+    boundary.preparing.cache_clear()
 
 
 def test_autocast_brings_dtypes_together() -> None:
@@ -414,9 +414,9 @@ def by_python(p: Problem, x: Tensor, weight: Tensor | None, params: Params) -> A
 
 
 def by_operator(p: Problem, x: Tensor, weight: Tensor | None, params: Params) -> Any:
-    step = cpu.step()
-    assert step is not None
-    return step(p, x, weight, params)
+    prepare = cpu.step()
+    assert prepare is not None
+    return prepare(p, x.dtype)(x, weight, params)
 
 
 def leaves(
@@ -525,12 +525,13 @@ def test_the_operator_serves_the_public_call(monkeypatch: pytest.MonkeyPatch) ->
     found = []
     for way in ("1", "0"):
         monkeypatch.setenv("MONOKERNEL_BOUNDARY", way)
-        boundary._step.cache_clear()
+        boundary.preparing.cache_clear()
+        again._served.clear()
         y, penalty = fused_mono_penalty(net, x1, x2, margin=0.1, return_output=True)
         assert ("CppFunction" in type(y.grad_fn).__name__) == (way == "1")
         found.append([y, penalty, *torch.autograd.grad(y.sum() + penalty, params)])
     monkeypatch.undo()
-    boundary._step.cache_clear()
+    boundary.preparing.cache_clear()
     assert all(map(torch.equal, *found))
 
 

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from monokernel import fused_mono_penalty, plan, planning, value_and_jacobian
+from monokernel import again, fused_mono_penalty, plan, value_and_jacobian
 from monokernel.arguments import check_inputs
 from monokernel.nodes import rule, wrong_nodes
 from monokernel.program import chain_of
@@ -797,11 +797,11 @@ def test_a_chain_that_was_served_is_let_go() -> None:
     for _ in range(3):
         value_and_jacobian(net, x1, x2)
     gone, key = weakref.ref(net), id(net)
-    assert key in planning._served
+    assert key in again._served
     del net
     gc.collect()
     assert gone() is None
-    assert key not in planning._served
+    assert key not in again._served
 
 
 def leaf(t: Tensor) -> Tensor:

@@ -142,11 +142,11 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
 
     monkeypatch.setattr(replay, "_written", asked)
     replay._connected.cache_clear()
-    boundary._step.cache_clear()
+    boundary.preparing.cache_clear()
     library.mk_device_forget()
     yield made
     replay._connected.cache_clear()
-    boundary._step.cache_clear()
+    boundary.preparing.cache_clear()
     library.mk_device_forget()
 
 

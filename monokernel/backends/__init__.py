@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..problem import Problem
 
-__all__ = ["BACKENDS", "Backend", "Params", "Record", "Step", "load", "refusal"]
+__all__ = ["BACKENDS", "Backend", "Params", "Prepare", "Record", "Step", "load", "refusal"]
 
 
 class Record(NamedTuple):
@@ -49,8 +49,9 @@ BACKENDS = {
 }
 
 Params = Sequence[Tensor | None]
-# A whole step, autograd included: y and the penalty or J.
-Step = Callable[[Problem, Tensor, Tensor | None, Params], tuple[Tensor, Tensor]]
+# A whole step, autograd included: x, the weight and the parameters → y and the penalty or J.
+Step = Callable[[Tensor, Tensor | None, Params], tuple[Tensor, Tensor]]
+Prepare = Callable[[Problem, torch.dtype], Step]  # of a problem on rows of that dtype
 
 
 class Backend(Protocol):
@@ -79,8 +80,9 @@ class Backend(Protocol):
     ) -> list[Tensor | None]:
         """The gradients of x and of every parameter, None where ``needs`` is false."""
 
-    def step(self) -> Step | None:
-        """One operator for the whole step that autograd knows, if it has one. Asked once."""
+    def step(self) -> Prepare | None:
+        """What prepares one operator for the whole step, which autograd knows, if it has one. Asked
+        once."""
 
 
 @cache

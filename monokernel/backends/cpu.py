@@ -26,7 +26,7 @@ from ..enclosures import Slopes
 from ..problem import Problem
 from ..program import Node
 from ..ranges import THIRD, described
-from . import Step, native, operators
+from . import Prepare, Step, native, operators
 from .native import NativeProblem, check, codes_of, isa, missing, required
 
 if TYPE_CHECKING:
@@ -148,21 +148,19 @@ def _native(problem: Problem, dtype: torch.dtype) -> NativeProblem:
     return NativeProblem(required(), problem, dtype)
 
 
-def step() -> Step | None:
-    """y and the penalty or J by one operator that autograd knows, if there is one for this PyTorch
-    (and MONOKERNEL_BOUNDARY is not 0). ``boundary.py`` asks once."""
+def step() -> Prepare | None:
+    """What prepares y and the penalty or J by one operator that autograd knows, if there is one for
+    this PyTorch (and MONOKERNEL_BOUNDARY is not 0). ``boundary.py`` asks once."""
     connected = _operators()
     if connected is None:
         return None
     operator: Any = connected.cpu_step.default
 
-    def run(
-        problem: Problem, x: Tensor, weight: Tensor | None, params: Params
-    ) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = operator(_native(problem, x.dtype).handle, x, weight, params)
-        return found
+    def prepare(problem: Problem, dtype: torch.dtype) -> Step:
+        own = _native(problem, dtype)  # which lasts as long as what is prepared
+        return lambda x, weight, params: operator(own.handle, x, weight, params)
 
-    return run
+    return prepare
 
 
 def _operators() -> Any:

@@ -25,7 +25,7 @@ from torch import Tensor
 from ...operands import check_forward, check_gradients, check_saved, shapes_of
 from ...problem import Problem
 from ...signs import capturing
-from .. import Params, Step, load, operators
+from .. import Params, Prepare, Step, load, operators
 from . import launch
 from .recording import Recorder
 from .target import assumption, interpreting
@@ -76,28 +76,35 @@ def _number(asked: Asked) -> int:
     return found
 
 
-def step() -> Step | None:
-    """y and the penalty or J by one operator that autograd knows, where it was built and the driver
-    can be reached. ``boundary.py`` asks once."""
+def step() -> Prepare | None:
+    """What prepares y and the penalty or J by one operator that autograd knows, where it was built
+    and the driver can be reached. ``boundary.py`` asks once."""
     if not _connected():
         return None
     operator: Any = torch.ops.monokernel.device_step.default
 
-    def run(
-        problem: Problem, x: Tensor, weight: Tensor | None, params: Params
-    ) -> tuple[Tensor, Tensor]:
+    def prepare(problem: Problem, dtype: torch.dtype) -> Step:
         hinge = problem.hinge
         margin: tuple[float, ...] = (0.0,)
         if hinge is not None and hinge.margin != 0.0:
             margin = hinge.margin if isinstance(hinge.margin, tuple) else (float(hinge.margin),)
             problem = problem._replace(hinge=hinge._replace(margin=0.0))
-        replays = not launch.watched() and (not x.is_cuda or _streams_agree(x.get_device()))
-        dtype = x.dtype
-        number = _number(Asked(problem, dtype, _settings(dtype)))
-        found: tuple[Tensor, Tensor] = operator(number, replays, margin, x, weight, params)
-        return found
+        asked = Asked(problem, dtype, _settings(dtype))
+        number = _number(asked)
 
-    return run
+        def run(x: Tensor, weight: Tensor | None, params: Params) -> tuple[Tensor, Tensor]:
+            nonlocal asked, number
+            settings = _settings(dtype)
+            if settings != asked.settings or number not in _asked:
+                asked = asked._replace(settings=settings)
+                number = _number(asked)
+            replays = not launch.watched() and (not x.is_cuda or _streams_agree(x.get_device()))
+            found: tuple[Tensor, Tensor] = operator(number, replays, margin, x, weight, params)
+            return found
+
+        return run
+
+    return prepare
 
 
 @cache
