@@ -26,8 +26,9 @@ pytest.importorskip("triton")
 
 from monokernel import MonotonePenalty, boundary, fused_mono_penalty, value_and_jacobian
 from monokernel.backends import operators
-from monokernel.backends.triton import launch, recording, replay, whole
+from monokernel.backends.triton import launch, recording, replay
 from monokernel.backends.triton.target import interpreting
+from monokernel.backends.triton.whole import config
 from tests.support import mlp, points
 from tests.zoo import network
 
@@ -448,7 +449,7 @@ def test_float32_precision_that_is_set_before_the_backward(
     driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which path a backward takes follows from what was saved, as it does without the operator."""
-    monkeypatch.setattr(whole, "interpreting", lambda: False)  # strict float32 is none of it then
+    monkeypatch.setattr(config, "interpreting", lambda: False)  # strict float32 is none of it then
     net = mlp(3, 2, 1, (16, 16), dtype=SINGLE)
     before = torch.get_float32_matmul_precision()
     try:

@@ -27,6 +27,7 @@ from monokernel import fused_mono_penalty, signs
 from monokernel.backends.triton import launch, layered, programs, tuning, whole
 from monokernel.backends.triton.launch import Launch, recorded
 from monokernel.backends.triton.target import interpreting
+from monokernel.backends.triton.whole import config
 from monokernel.columns import last_columns
 from monokernel.problem import Hinge, Mode, Problem
 from monokernel.signs import direction_table, shared_direction_table
@@ -214,6 +215,28 @@ def test_no_mode_of_the_caller_reaches_a_shared_table() -> None:
     with torch.inference_mode():
         table = shared_direction_table((1, -1), 8, 2, torch.float32, CPU)
     assert not table.is_inference()
+
+
+def test_one_kernel_takes_no_strict_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a backward of a forward without them: three TF32 products stand for one."""
+    monkeypatch.setattr(config, "interpreting", lambda: False)
+    monkeypatch.delenv("MONOKERNEL_FP32", raising=False)
+    p = problem((4, 16, 16, 1), "silu", 1, "tangent", Hinge())
+    x, params = inputs(p, 50, torch.float32)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert whole.refuses(p, x) is None
+        with recorded() as forward:
+            y, out, saved = whole.forward(p, x, None, params, True)
+        torch.set_float32_matmul_precision("highest")
+        assert "strict float32" in str(whole.refuses(p, x))
+        with recorded() as backward:
+            whole.backward(p, y, out, x, params, saved, [False, *(t is not None for t in params)])
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert forward[0].options["PRECISION"] == "tf32"
+    assert backward[0].options["PRECISION"] == "tf32x3"
 
 
 # --- what a step costs ---------------------------------------------------------------------------

@@ -8,13 +8,11 @@ launches it; both are made of the pieces in ``tiles.py``, the backward also of `
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ....problem import Problem
-from ..target import interpreting
 from .backward import backward
-from .config import DEEPEST, WIDEST, precision_of
+from .config import DEEPEST, WIDEST, strict
 from .forward import forward, saved_like
 
 __all__ = ["backward", "forward", "refuses", "saved_like"]
@@ -31,9 +29,9 @@ def refuses(problem: Problem, x: Tensor) -> str | None:
         return f"{problem.depth} layers; one kernel serves up to {DEEPEST}"
     if x.shape[0] >= 2**31 - 2**16:
         return f"N = {x.shape[0]} rows; one kernel serves below 2^31"
-    if x.dtype == torch.float32 and not interpreting() and precision_of(x.dtype) == "ieee":
+    if strict(x.dtype):
         return (
-            "strict float32 products (torch.get_float32_matmulprecision_of() is 'highest') leave "
+            "strict float32 products (torch.get_float32_matmul_precision() is 'highest') leave "
             "no tensor core to a fused network"
         )
     return None

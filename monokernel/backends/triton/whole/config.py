@@ -25,7 +25,7 @@ from ..constants import (
     output_code,
     power_of_two,
 )
-from ..target import compute_dtype, dot_precision
+from ..target import compute_dtype, dot_precision, interpreting
 
 __all__ = [
     "DEEPEST",
@@ -40,6 +40,7 @@ __all__ = [
     "precision_of",
     "shape_of",
     "split",
+    "strict",
 ]
 
 # Hidden and output widths that a whole-network kernel serves, by operand size in bytes.
@@ -157,7 +158,7 @@ def _shape_of(problem: Problem, table: tuple[ActivationCode, ...]) -> dict[str, 
     }
 
 
-def precision_of(dtype: torch.dtype) -> str:
+def _asked_precision(dtype: torch.dtype) -> str:
     """At "highest", MONOKERNEL_FP32=tf32x3 lets narrow networks use three TF32 products for one.
 
     Triton has none such for AMD.
@@ -166,6 +167,19 @@ def precision_of(dtype: torch.dtype) -> str:
         return dot_precision(dtype)
     wanted = "ieee" if torch.version.hip else os.environ.get("MONOKERNEL_FP32", "ieee")
     return dot_precision(dtype, highest=wanted)
+
+
+def strict(dtype: torch.dtype) -> bool:
+    """Whether products are asked for that no tensor core has."""
+    return dtype == torch.float32 and not interpreting() and _asked_precision(dtype) == "ieee"
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """As asked for; where it was raised between a forward and its backward, which one kernel then
+    serves, the nearest to it that a tensor core has."""
+    if strict(dtype):
+        return "tf32" if torch.version.hip else "tf32x3"
+    return _asked_precision(dtype)
 
 
 def dtypes_of(dtype: torch.dtype) -> dict[str, Any]:
