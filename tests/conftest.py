@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -12,6 +13,10 @@ from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():  # without a GPU the Triton kernels run in its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+    from tests.interpreter import quicken
+
+    quicken()
 
 settings.register_profile(
     "monokernel",
