@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ....activations import ACTIVATIONS
 from ....columns import take
 from ....problem import Problem
 from ....program import Node
@@ -26,7 +25,7 @@ from ...schedule import (
 from ..slopes import hinged
 from .cotangents import Cotangents, parted_of
 from .fusion import deferred_of, ups
-from .nodes import At, at_step, deferred, push, value_of
+from .nodes import CURVES, At, at_step, deferred, push, value_of
 from .operands import Deferred, On, converted, flattened, given, slope_of
 
 __all__ = ["contiguous", "forward"]
@@ -100,7 +99,7 @@ class Ascent:
                 self.values[v] = linear_value(self.values[node.inputs[0]], self.θ[v], to)
                 if beside:
                     self.dots[v] = self._linear_dots(node, self.θ[v])
-            elif beside and v not in later and node.kind in ACTIVATIONS and node.kind != "identity":
+            elif beside and v not in later and node.kind in CURVES:
                 self._activation(step)
             else:
                 if v in later:

@@ -15,10 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ....activations import ACTIVATIONS
 from ...schedule import Params, Step
 from . import light
-from .nodes import BY_ROW, At
+from .nodes import BY_ROW, CURVES, At
 from .operands import On, as_row, given, tensor_of, times
 
 __all__ = ["Affine", "activations_of", "affine_of", "deferred_of", "ups"]
@@ -105,7 +104,7 @@ def deferred_of(steps: tuple[Step, ...]) -> frozenset[int]:
         kind = step.node.kind
         if kind == "product" and only(step, "sum"):
             found.add(step.v)
-        elif kind in ACTIVATIONS and kind != "identity":
+        elif kind in CURVES:
             reader = only(step, "product")
             if reader is not None and reader.v not in reading:
                 found.add(step.v)
@@ -121,7 +120,7 @@ def activations_of(steps: tuple[Step, ...]) -> dict[int, Step]:
     found: dict[int, Step] = {}
     for step in steps:
         kind, u = step.node.kind, step.node.inputs[0]
-        if kind in ACTIVATIONS and kind != "identity" and u in linear:
+        if kind in CURVES and u in linear:
             found.setdefault(u, step)
     return found
 

@@ -32,7 +32,17 @@ from .operands import (
     times,
 )
 
-__all__ = ["BY_ROW", "At", "at_step", "bent", "deferred", "linear_push", "push", "value_of"]
+__all__ = [
+    "BY_ROW",
+    "CURVES",
+    "At",
+    "at_step",
+    "bent",
+    "deferred",
+    "linear_push",
+    "push",
+    "value_of",
+]
 
 BY_ROW = {
     "normalise": light.NORMALISE.value,
@@ -40,6 +50,7 @@ BY_ROW = {
     "softmax": light.SOFTMAX.value,
     "log_softmax": light.LOG_SOFTMAX.value,
 }
+CURVES = ACTIVATIONS.keys() - {"identity"}  # activations with a slope of their own
 OF_VALUE = ("softmax", "log_softmax")  # their Jacobian is known from v
 
 
@@ -76,7 +87,7 @@ class At(NamedTuple):
             return ONE, numbers[0]
         if kind == "sum":
             return ONE, numbers[i]
-        if kind in ACTIVATIONS and kind != "identity":
+        if kind in CURVES:
             return slope_of(self.node, self.u[0]), 1.0
         return ONE, 1.0  # shift, identity
 
