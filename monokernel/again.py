@@ -1,8 +1,8 @@
 """Calls like one before: what was found out for it is kept, and looked at again.
 
 The calls of a training loop differ in numbers alone. So of a network that was served who serves it
-is kept, and where it is a chain of layers and the inputs are rows (N, d) the call as a whole: for
-one with the same arguments a look at each layer leads straight to the backend's operator.
+is kept, and where it is a chain of layers the call as a whole: for one with the same arguments a
+look at each layer leads straight to the backend's operator.
 
 No parameter is looked at here: a backend asks of every operand what it is before it reads it
 (``operands.py``, ``csrc/boundary.cpp``), and where one is refused the network is read anew.
@@ -10,7 +10,6 @@ No parameter is looked at here: a backend asks of every operand what it is befor
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -19,11 +18,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .arguments import Inputs
+from .arguments import Inputs, check_weight, freeze, is_finite
 from .backends import BACKENDS, Prepare, Step
 from .boundary import preparing, traced, transformed
 from .network import Chain, Known, known
-from .operands import has_memory
+from .operands import has_memory, kernel_weight
 from .problem import Hinge, Problem
 from .program import Node
 
@@ -41,7 +40,6 @@ class Call(NamedTuple):
     """What serves a call, and what prepares the same for another margin."""
 
     problem: Problem
-    margin: float
     step: Step
     prepare: Prepare
 
@@ -119,101 +117,121 @@ def twice(serve: Callable[..., T], mlp: nn.Module, *asked: Any) -> T:
 def keep(
     mlp: nn.Module,
     inputs: Inputs,
+    margin: object,
     asked: tuple[object, ...],
     route: tuple[object, ...],
     hinge: Hinge | None,
 ) -> None:
-    """Of a call that was served, if its arguments ``asked`` are values that cannot change. Those
-    that the ``route`` follows from are the last of them."""
-    margin = 0.0 if hinge is None else hinge.margin
-    k = inputs.k if len(inputs.blocks) > 1 else 0
-    first, d1 = inputs.blocks[0], inputs.d - k
-    if (
-        len(inputs.batch) != 1
-        or d1 == 0
-        or isinstance(margin, tuple)
-        or not all(map(_is_constant, asked))
-    ):
-        return
+    """Of a call that was served, by its ``margin`` and the other arguments that it was ``asked``
+    with, if these are plain values. The ``route`` follows from the last of them."""
     kept = as_before(mlp, inputs, (*route, False))
+    d1 = inputs.d if len(inputs.blocks) == 1 else inputs.d - inputs.k
     if kept is None or kept.chain is None or kept.route.backend not in BACKENDS:
         return
     prepare = preparing(kept.route.backend)
-    if prepare is None:
+    try:
+        frozen = tuple(map(freeze, (*_of_key(margin), *asked)))
+    except TypeError:
+        return
+    if prepare is None or not all(map(_is_plain, frozen)):
         return
     if len(kept.calls) >= MOST_CALLS:
         kept.calls.clear()
+    x = inputs.like
     problem = Problem(inputs.d, kept.nodes, inputs.columns, kept.route.mode, hinge)
-    call = Call(problem, margin, prepare(problem, first.dtype), prepare)
-    kept.calls[(first.dtype, first.device, d1, k, *asked)] = call
+    key = x.dtype, x.device, d1, inputs.d - d1, *frozen
+    kept.calls[key] = Call(problem, prepare(problem, x.dtype), prepare)
 
 
-def _is_constant(given: object) -> bool:
-    if type(given) is tuple:
-        return all(map(_is_constant, given))
-    return given is None or type(given) in (int, float, str)
+def _of_key(margin: object) -> tuple[bool, object]:
+    """Whether it is one number, which may move, and what it is if not."""
+    moves = type(margin) in (float, int)
+    return moves, None if moves else margin
+
+
+def _is_plain(given: object) -> bool:
+    if isinstance(given, tuple):
+        return all(map(_is_plain, given))
+    return given is None or type(given) in (bool, int, float, str)
 
 
 def repeated(
-    mlp: nn.Module, x1: Tensor, x2: Tensor | None, margin: object, asked: tuple[object, ...]
+    mlp: nn.Module,
+    x1: Tensor,
+    x2: Tensor | None,
+    margin: Any,
+    weight: Any,
+    asked: tuple[object, ...],
 ) -> tuple[Tensor, Tensor, Problem] | None:
-    """y (N, D) and the penalty or J, and the problem, of a call like one that was kept; None if
-    there is none, or something is to be said of this one."""
-    if traced():
-        return None
-    kept = _served.get(id(mlp))
+    """y and the penalty or J, and the problem, of a call like one that was kept; None if there is
+    none, or something is to be said of this one."""
+    kept = None if traced() else _served.get(id(mlp))
     if (
         kept is None
+        or kept.chain is None
         or not kept.calls
         or kept.mlp() is not mlp
-        or type(margin) is not float
-        or not _is_dense(x1)
         or torch._C._is_any_autocast_enabled()
         or transformed()
+        or (isinstance(weight, Tensor) and (type(weight) is not Tensor or weight.requires_grad))
     ):
         return None
-    shape, dtype, device, k = x1.shape, x1.dtype, x1.device, 0
-    if len(shape) != 2:
+    blocks, like = _read(x1, x2)
+    key, call = _find(kept.calls, (*like, *_of_key(margin), *asked))
+    if call is None or (chain := kept.chain.again()) is None:
         return None
-    if x2 is None:
-        if x1.is_inference():
+    problem = call.problem
+    if problem.hinge is not None and problem.hinge.margin != margin and key[len(like)]:
+        if not is_finite(margin):
             return None
-        x = x1
-    else:
-        if not _is_dense(x2) or x2.dtype is not dtype or x2.device != device:
-            return None
-        of_x2 = x2.shape
-        if len(of_x2) == 1:
-            x2, k = x2.unsqueeze(-1), 1
-        elif len(of_x2) == 2:
-            k = of_x2[1]
-        if k == 0 or of_x2[0] != shape[0]:
-            return None
+        problem = problem._replace(hinge=problem.hinge._replace(margin=float(margin)))
+        call = kept.calls[key] = Call(problem, call.prepare(problem, x1.dtype), call.prepare)
+    of_x = blocks[-1]
+    if weight is not None:
+        weight = kernel_weight(check_weight(weight, of_x, problem.D, problem.k), of_x, problem)
     try:
-        call = kept.calls.get((dtype, device, shape[1], k, *asked))
-    except TypeError:  # some argument may change, as a list
-        return None
-    chain = None if call is None or kept.chain is None else kept.chain.again()
-    if call is None or chain is None:
-        return None
-    if call.margin != margin:
-        if not math.isfinite(margin):
-            return None
-        call = kept.calls[(dtype, device, shape[1], k, *asked)] = _with_margin(call, margin, dtype)
-    if x2 is not None:
-        x = torch.cat((x1, x2), -1)
-    try:
-        return *call.step(x, None, chain.parameters(x)), call.problem
+        x = of_x if x2 is None else torch.cat(blocks, -1)
+        rows, params = chain.operands(x)
+        y, out = call.step(rows, weight, params)
     except RuntimeError:  # of which the call as a whole has the sentence
         return None
+    if rows is not x:
+        batch = x.shape[:-1]
+        y = y.view(*batch, problem.D)
+        out = out.view(*batch, *out.shape[1:]) if out.dim() else out
+    return y, out, problem
+
+
+def _read(x1: Tensor, x2: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[object, ...]]:
+    """The blocks of columns that the inputs are, and what a call is kept by of them, which is like
+    nothing that was kept if something is to be said of them. Blocks that do not go together are
+    refused when they are joined."""
+    if not _is_dense(x1) or not (shape := x1.shape):
+        return (), ()
+    dtype = x1.dtype
+    if x2 is None:
+        return (x1,), (dtype, x1.device, shape[-1], 0)
+    if not _is_dense(x2) or x2.dtype is not dtype:
+        return (), ()
+    if x2.dim() == len(shape) - 1:
+        x2 = x2.unsqueeze(-1)
+    return (x1, x2), (dtype, x1.device, shape[-1], x2.shape[-1] if x2.dim() else 0)
 
 
 def _is_dense(t: object) -> bool:
     return type(t) is Tensor and t.layout is torch.strided and not t.is_nested
 
 
-def _with_margin(call: Call, margin: float, dtype: torch.dtype) -> Call:
-    hinge = call.problem.hinge
-    assert hinge is not None
-    problem = call.problem._replace(hinge=hinge._replace(margin=margin))
-    return Call(problem, margin, call.prepare(problem, dtype), call.prepare)
+def _find(
+    calls: dict[tuple[object, ...], Call], key: tuple[object, ...]
+) -> tuple[tuple[object, ...], Call | None]:
+    """The call of such a key, in which a list or a dict goes by its entries."""
+    try:
+        return key, calls.get(key)
+    except TypeError:
+        pass
+    try:
+        key = tuple(map(freeze, key))
+        return key, calls.get(key)
+    except TypeError:
+        return key, None

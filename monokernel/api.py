@@ -41,7 +41,7 @@ from .backends import BACKENDS, general, reference
 from .boundary import evaluate, operand_dtype
 from .columns import take
 from .network import unwrap
-from .operands import check_saveable, has_memory, traced
+from .operands import check_saveable, has_memory, kernel_weight, traced
 from .planning import Route, choose, not_read
 from .problem import Hinge, Problem, accumulate_dtype
 from .reading import Reading
@@ -163,18 +163,18 @@ def fused_mono_penalty(
     """
     route = mode, backend, batch_stats
     asked = direction, columns, hinge, reduction, *route
-    found = repeated(mlp, x1, x2, margin, asked) if weight is None else None
+    found = repeated(mlp, x1, x2, margin, weight, asked)
     if found is not None:
         y, penalty, problem = found
         assert problem.hinge is not None
-        signs, N, D, k = problem.hinge.direction, len(y), problem.D, problem.k
+        signs, D, k = problem.hinge.direction, problem.D, problem.k
+        N = math.prod(y.shape[:-1])
     else:
         mlp, inputs = unwrap(mlp), check_inputs(x1, x2)
-        inputs, given, margin, _ = check_constraints(inputs, direction, columns, margin)
-        static = check_hinge(given.flat, margin, hinge, reduction)
+        inputs, given, own, _ = check_constraints(inputs, direction, columns, margin)
+        static = check_hinge(given.flat, own, hinge, reduction)
         y, penalty = twice(_serve, mlp, inputs, weight, given, static, *route)
-        if weight is None:
-            keep(mlp, inputs, asked, route, static)
+        keep(mlp, inputs, margin, asked, route, static)
         D = y.shape[-1] if y.dim() == inputs.like.dim() else 1
         signs, N, k = static.direction, math.prod(inputs.batch), inputs.k
     if reduction == "mean":
@@ -208,7 +208,7 @@ def value_and_jacobian(
     """
     route = mode, backend, batch_stats
     asked = columns, names, *route
-    found = repeated(mlp, x1, x2, 0.0, asked)
+    found = repeated(mlp, x1, x2, 0.0, None, asked)
     if found is not None:
         return found[:2]
     mlp = unwrap(mlp)
@@ -220,7 +220,7 @@ def value_and_jacobian(
     y, J = twice(_serve, mlp, inputs, None, Direction((1,), ()), None, *route)
     if order is not None:
         return y, take(J, order)
-    keep(mlp, inputs, asked, route, None)
+    keep(mlp, inputs, 0.0, asked, route, None)
     return y, J
 
 
@@ -443,8 +443,8 @@ def _fused(
     if hinge is not None and outside is not None:
         hinge = Hinge(hinge.direction, hinge.margin, hinge.squared, True)
     problem, x, params = _problem(inputs, route, hinge)
-    kernel_weight = None if outside is not None else _kernel_weight(weight, inputs, problem)
-    y, out = evaluate(problem, route.backend, x, kernel_weight, params)
+    inside = None if outside is not None else kernel_weight(weight, inputs.like, problem)
+    y, out = evaluate(problem, route.backend, x, inside, params)
     if inputs.autocast:  # the backend may have computed in a wider one
         y = y.to(inputs.like.dtype if _unrounded(route) else operand_dtype(inputs.like))
     y = _output(y, inputs, route)
@@ -485,18 +485,6 @@ def _problem(
             ],
         )
     return problem, x, params
-
-
-def _kernel_weight(weight: Tensor | None, inputs: Inputs, problem: Problem) -> Tensor | None:
-    """The hinge weight as the kernels take it: contiguous (D, k) or (N, D, k)."""
-    if weight is None:
-        return None
-    D, k = problem.D, problem.k
-    dtype = accumulate_dtype(inputs.like.dtype)
-    weight = weight.to(device=inputs.like.device, dtype=dtype)
-    if weight.dim() <= 2:
-        return weight.expand(D, k).contiguous()
-    return weight.expand(*inputs.batch, D, k).reshape(math.prod(inputs.batch), D, k).contiguous()
 
 
 def _output(y: Tensor, inputs: Inputs, route: Route) -> Tensor:

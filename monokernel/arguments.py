@@ -56,6 +56,8 @@ __all__ = [
     "check_tables",
     "check_values",
     "check_weight",
+    "freeze",
+    "is_finite",
     "is_mapping",
     "plain",
 ]
@@ -408,7 +410,7 @@ def check_constraints(
     """The inputs with the columns that are constrained, the signs and the margins of these, and
     their names: of x2, or without it of what any output constrains of all of x."""
     whole, n = len(inputs.blocks) == 1, inputs.k
-    if not whole and columns is None and type(margin) is float and _is_finite(margin):
+    if not whole and columns is None and type(margin) is float and is_finite(margin):
         return inputs, check_direction(direction, n), margin, None
     if not whole:
         names = check_names(columns, n, " of x2")
@@ -419,7 +421,7 @@ def check_constraints(
         chosen, signs, margin, names = _constraints(n, direction, columns, margin)
     else:
         try:
-            known = _known_constraints(n, _frozen(direction), _frozen(columns), _frozen(margin))
+            known = _known_constraints(n, freeze(direction), freeze(columns), freeze(margin))
             chosen, signs, margin, names = known
         except TypeError:  # something in there may change, or is wrong
             chosen, signs, margin, names = _constraints(n, direction, columns, margin)
@@ -454,9 +456,12 @@ class _Items(NamedTuple):
     of: tuple[tuple[Any, Any], ...]
 
 
-def _frozen(given: Any) -> Any:
+def freeze(given: Any) -> Any:
+    """An argument as a key: lists and dicts by their entries. Raises a TypeError for a tensor."""
     if type(given) is dict:
-        return _Items(tuple(given.items()))
+        return _Items(tuple([(key, freeze(value)) for key, value in given.items()]))
+    if type(given) is list:
+        return tuple(map(freeze, given))
     if isinstance(given, Tensor):
         raise TypeError("a tensor may change")
     return given
@@ -550,14 +555,17 @@ def check_margin(
 
 
 def _finite(margin: float) -> float:
-    if not _is_finite(margin):
+    if not is_finite(margin):
         raise ValueError(f"margin: expected finite numbers, got {margin}")
     return float(margin)
 
 
-def _is_finite(number: float) -> bool:
+def is_finite(number: float) -> bool:
     """Not looked at under torch.compile, where a number of a dynamic graph may be a symbol."""
-    return torch.compiler.is_compiling() or math.isfinite(number)
+    try:
+        return torch.compiler.is_compiling() or math.isfinite(number)
+    except OverflowError:  # a whole number that no float can hold
+        return False
 
 
 def _entries(

@@ -30,6 +30,7 @@ __all__ = [
     "check_saved",
     "has_memory",
     "holds",
+    "kernel_weight",
     "shapes_of",
     "traced",
 ]
@@ -89,6 +90,19 @@ def check_forward(
             t = _operand(name, t, sizes[-1] if t.shape == sizes[-1] else sizes[0], own, device)
         operands.append(t)
     return x, weight, operands
+
+
+def kernel_weight(weight: Tensor | None, like: Tensor, problem: Problem) -> Tensor | None:
+    """The hinge weight as the kernels take it, contiguous (D, k) or (N, D, k); ``like`` (*batch, d)
+    are inputs of the call."""
+    if weight is None:
+        return None
+    D, k = problem.D, problem.k
+    weight = weight.to(device=like.device, dtype=accumulate_dtype(like.dtype))
+    if weight.dim() <= 2:
+        return weight.expand(D, k).contiguous()
+    batch = like.shape[:-1]
+    return weight.expand(*batch, D, k).reshape(batch.numel(), D, k).contiguous()
 
 
 def check_saveable(params: Iterable[Tensor | None]) -> None:

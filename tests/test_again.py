@@ -57,9 +57,10 @@ def assert_seen(net: nn.Module, x1: Any, x2: Any, **asked: Any) -> None:
         own = {} if function is value_and_jacobian else {"return_output": True, **asked}
         fresh = copy.deepcopy(net)
         assert id(fresh) not in again._served
-        want = outcome(lambda n=fresh, o=own, f=function: f(n, x1, x2, **o), fresh, x1, x2)
+        given = x1, x2, own.get("weight")
+        want = outcome(lambda n=fresh, o=own, f=function: f(n, x1, x2, **o), fresh, *given)
         for _ in range(2):
-            got = outcome(lambda o=own, f=function: f(net, x1, x2, **o), net, x1, x2)
+            got = outcome(lambda o=own, f=function: f(net, x1, x2, **o), net, *given)
             assert got[0] == want[0]
             assert len(got[1]) == len(want[1])
             assert all(map(same, got[1], want[1])), asked
@@ -98,6 +99,11 @@ def straight(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         {"direction": ((1, 0), (0, -1)), "reduction": "none", "mode": "adjoint"},
         {"direction": (1, 0), "columns": ("a", "b"), "margin": 0.25, "backend": "cpu"},
         {"mode": "tangent", "batch_stats": "running"},
+        {"direction": [1, -1], "margin": [0.1, 0.2]},
+        {"direction": {"b": -1}, "columns": ["a", "b"], "margin": {"b": 0.5}},
+        {"direction": {0: [1, -1]}, "margin": 1},
+        {"weight": 0.5, "margin": 0.3},
+        {"weight": torch.tensor([0.5, 2.0]), "reduction": "none"},
     ],
     ids=str,
 )
@@ -122,6 +128,9 @@ def test_all_inputs_as_one(straight: list[bool]) -> None:
         assert_seen(net, x, None, **asked)
     assert_seen(net, x[:6].view(2, 3, D1 + K), None, **asked)
     assert_seen(net, x[0], None, **asked)
+    with torch.inference_mode():
+        made_there = x.clone()
+    assert_seen(net, made_there, None, **asked)
     fused_mono_penalty(net, x, **asked)
     straight.clear()
     want = fused_mono_penalty(copy.deepcopy(net), x, **asked)
@@ -153,8 +162,30 @@ def test_a_margin_may_move(straight: list[bool]) -> None:
         assert_seen(net, x1, x2, margin=margin)
         fused_mono_penalty(net, x1, x2, margin=margin)
         assert straight[-1]
-    for wrong in (float("nan"), float("inf"), "1", None, True, (0.1, 0.1, 0.1)):
+    for wrong in (float("nan"), float("inf"), "1", None, True, (0.1, 0.1, 0.1), 10**400):
         assert_seen(net, x1, x2, margin=wrong)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3), (2, 0, 3)])
+def test_rows_of_any_batch(shape: tuple[int, ...], straight: list[bool]) -> None:
+    net, _, _ = served()
+    x1, x2 = torch.randn(*shape, D1), torch.randn(*shape, K)
+    for asked in ({}, {"reduction": "none"}, {"reduction": "mean", "weight": 2.0}):
+        fused_mono_penalty(net, x1, x2, **asked)
+        assert_seen(net, x1, x2, **asked)
+        fused_mono_penalty(net, x1, x2, **asked)
+        assert straight[-1]
+
+
+def test_what_is_kept_does_not_follow_a_list_or_a_dict_that_changes(straight: list[bool]) -> None:
+    net, x1, x2 = served()
+    for signs in ([1, -1], {0: 1, 1: -1}):
+        for _ in range(2):
+            assert_seen(net, x1, x2, direction=signs)
+        signs[1] = 0
+        assert_seen(net, x1, x2, direction=signs)
+        fused_mono_penalty(net, x1, x2, direction=signs)
+        assert straight[-1]
 
 
 def test_many_kinds_of_calls_are_kept_and_no_more(straight: list[bool]) -> None:
@@ -238,6 +269,11 @@ INPUTS: dict[str, Callable[[Tensor, Tensor], tuple[Any, Any]]] = {
     "no columns": lambda x1, x2: (torch.cat([x1, x2], -1), x2[:, :0]),
     "all columns": lambda x1, x2: (x1[:, :0], torch.cat([x1, x2], -1)),
     "a row less": lambda x1, x2: (x1[1:], x2),
+    "one row of x2": lambda x1, x2: (x1, x2[:1]),
+    "no row of x2": lambda x1, x2: (x1, x2[:0]),
+    "x2 has more dimensions": lambda x1, x2: (x1, x2[None]),
+    "x2 has none": lambda x1, x2: (x1, x2[0, 0]),
+    "both sparse": lambda x1, x2: (x1.to_sparse(), x2.to_sparse()),
     "no rows": lambda x1, x2: (x1[:0], x2[:0]),
     "a batch": lambda x1, x2: (x1[:6].view(2, 3, D1), x2[:6].view(2, 3, K)),
     "one row": lambda x1, x2: (x1[0], x2[0]),
@@ -264,9 +300,11 @@ def test_other_inputs_are_seen(name: str) -> None:
     [
         {"direction": 2},
         {"direction": (1, 1, 1)},
-        {"direction": [1, -1]},
+        {"direction": [1, [1]]},
         {"direction": torch.tensor([1, -1])},
-        {"direction": {0: 1}},
+        {"direction": {2: 1}},
+        {"direction": {"a": 1}},
+        {"direction": {0: torch.tensor(1)}},
         {"direction": "1"},
         {"columns": ("a",)},
         {"columns": ("a", "a")},
@@ -278,9 +316,17 @@ def test_other_inputs_are_seen(name: str) -> None:
         {"backend": "gpu"},
         {"backend": "reference"},
         {"batch_stats": "none"},
-        {"weight": 0.5},
         {"weight": -0.5},
-        {"weight": torch.tensor([0.5, 2.0])},
+        {"weight": True},
+        {"weight": "1"},
+        {"weight": torch.tensor([0.5, -2.0])},
+        {"weight": torch.tensor([1, 2])},
+        {"weight": torch.ones(3)},
+        {"weight": torch.rand(7)},
+        {"weight": torch.rand(7, 2, 2)},
+        {"weight": torch.ones(2, requires_grad=True)},
+        {"weight": torch.ones(2).to_sparse()},
+        {"weight": torch.tensor([torch.nan, 1.0])},
     ],
     ids=str,
 )
