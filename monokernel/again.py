@@ -18,22 +18,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .arguments import Inputs, check_weight, freeze, is_finite
+from .arguments import Inputs, check_weight, is_finite
 from .backends import BACKENDS, Prepare, Step
 from .boundary import preparing, traced, transformed
-from .network import Chain, Known, known
-from .operands import has_memory, kernel_weight
+from .network import Chain, Known, known, read
+from .operands import check_saveable, has_memory, kernel_weight
 from .problem import Hinge, Problem
 from .program import Node
 
 if TYPE_CHECKING:
     from .planning import Route
 
-__all__ = ["Served", "as_before", "keep", "remember", "repeated", "twice"]
+__all__ = ["Served", "as_before", "forget", "keep", "remember", "repeated", "twice"]
 
 T = TypeVar("T")
 
 MOST_CALLS = 16  # of one network
+DENSE = torch.strided
 
 
 class Call(NamedTuple):
@@ -71,10 +72,17 @@ def remember(mlp: nn.Module, inputs: Inputs, asked: tuple[Any, ...], route: Rout
         chain = known(mlp, found)
         if chain is None:
             return
-    forget = partial(_served.pop, id(mlp), None)
-    own = weakref.ref(mlp, lambda _: forget())
+    gone = partial(_served.pop, id(mlp), None)
+    own = weakref.ref(mlp, lambda _: gone())
     of = *asked, *_like(inputs)
     _served[id(mlp)] = Served(own, of, chain, found.nodes, route._replace(network=None), {})
+
+
+def forget(mlp: nn.Module) -> None:
+    """What is known of a network that is another now, or is served in another way: a record is of
+    the last call. Tracers and transforms, which do not ask for it, leave it."""
+    if not (traced() or transformed()):
+        _served.pop(id(mlp), None)
 
 
 def as_before(mlp: nn.Module, inputs: Inputs, asked: tuple[Any, ...]) -> Served | None:
@@ -99,16 +107,34 @@ def _like(inputs: Inputs) -> tuple[Any, ...]:
     return inputs.d, inputs.columns, x.dtype, x.device
 
 
-def twice(serve: Callable[..., T], mlp: nn.Module, *asked: Any) -> T:
-    """``serve(mlp, *asked)``, which chooses a route; where that is refused an operand once more, by
-    a route that is chosen anew."""
+def twice(serve: Callable[..., T], mlp: nn.Module, inputs: Inputs, *asked: Any) -> T:
+    """``serve(mlp, inputs, *asked)``, which chooses a route. Where that was done by what is known
+    of the network and is refused an operand, which was not looked at, once more by a route that is
+    chosen anew."""
+    kept = _served.get(id(mlp))
     try:
-        return serve(mlp, *asked)
+        return serve(mlp, inputs, *asked)
     except RuntimeError:
-        kept = _served.pop(id(mlp), None)
-        if kept is None or kept.chain is None:  # it was looked at as a whole
+        if kept is None or _served.get(id(mlp)) is not kept or not _outdated(kept, inputs.like):
             raise
-    return serve(mlp, *asked)
+    forget(mlp)
+    return serve(mlp, inputs, *asked)
+
+
+def _outdated(kept: Served, x: Tensor) -> bool:
+    """Whether a parameter of a chain is no longer what a layer on such inputs takes: then, and not
+    where memory is short or a hook of the user's raises, an error speaks of what is known."""
+    mlp = kept.mlp()
+    if kept.chain is None or mlp is None or traced() or transformed():
+        return False
+    found = read(mlp)
+    if not isinstance(found, Chain) or found[1:] != (kept.chain.widths, kept.nodes, None):
+        return True
+    return any(
+        p is not None and (p.dtype != x.dtype or p.device != x.device)
+        for linear in found.linears
+        for p in linear._parameters.values()
+    )
 
 
 # --- calls ----------------------------------------------------------------------------------------
@@ -123,36 +149,49 @@ def keep(
     hinge: Hinge | None,
 ) -> None:
     """Of a call that was served, by its ``margin`` and the other arguments that it was ``asked``
-    with, if these are plain values. The ``route`` follows from the last of them."""
+    with, if these are plain values: first two that may be anything, then choices of words, from
+    the last of which the ``route`` follows."""
     kept = as_before(mlp, inputs, (*route, False))
-    d1 = inputs.d if len(inputs.blocks) == 1 else inputs.d - inputs.k
     if kept is None or kept.chain is None or kept.route.backend not in BACKENDS:
         return
     prepare = preparing(kept.route.backend)
+    d1 = inputs.d if len(inputs.blocks) == 1 else inputs.d - inputs.k
+    x = inputs.like
     try:
-        frozen = tuple(map(freeze, (*_of_key(margin), *asked)))
+        key = _key((x.dtype, x.device, d1, inputs.d - d1), margin, asked)
     except TypeError:
         return
-    if prepare is None or not all(map(_is_plain, frozen)):
+    if prepare is None:
         return
     if len(kept.calls) >= MOST_CALLS:
         kept.calls.clear()
-    x = inputs.like
     problem = Problem(inputs.d, kept.nodes, inputs.columns, kept.route.mode, hinge)
-    key = x.dtype, x.device, d1, inputs.d - d1, *frozen
     kept.calls[key] = Call(problem, prepare(problem, x.dtype), prepare)
 
 
-def _of_key(margin: object) -> tuple[bool, object]:
-    """Whether it is one number, which may move, and what it is if not."""
+def _key(like: tuple[object, ...], margin: object, asked: tuple[object, ...]) -> tuple[object, ...]:
+    """By which a call on such inputs is kept. One number as the margin may move, which is said by
+    True. Raises a TypeError for an argument that may change or is no plain value."""
     moves = type(margin) in (float, int)
-    return moves, None if moves else margin
+    first, second, *choices = asked
+    return (
+        *like, moves, None if moves else _frozen(margin), _frozen(first), _frozen(second), *choices
+    )  # fmt: skip
 
 
-def _is_plain(given: object) -> bool:
-    if isinstance(given, tuple):
-        return all(map(_is_plain, given))
-    return given is None or type(given) in (bool, int, float, str)
+def _frozen(given: object) -> object:
+    """An argument, in which lists and dicts are tuples of their entries and which is unlike all
+    that only equals it: True is 1, and so is a complex number."""
+    kind = type(given)
+    if given is None or kind is str or kind is int:
+        return given
+    if kind is float or kind is bool:
+        return kind, given
+    if isinstance(given, (tuple, list)) and kind in (tuple, list):
+        return tuple(map(_frozen, given))
+    if isinstance(given, dict) and kind is dict:
+        return dict, tuple([(_frozen(key), _frozen(value)) for key, value in given.items()])
+    raise TypeError(f"{kind.__name__} may change")
 
 
 def repeated(
@@ -173,28 +212,41 @@ def repeated(
         or kept.mlp() is not mlp
         or torch._C._is_any_autocast_enabled()
         or transformed()
-        or (isinstance(weight, Tensor) and (type(weight) is not Tensor or weight.requires_grad))
+        or (blocks := _blocks(x1, x2)) is None
     ):
         return None
-    blocks, like = _read(x1, x2)
-    key, call = _find(kept.calls, (*like, *_of_key(margin), *asked))
+    of_x = blocks[-1]
+    dtype, k = of_x.dtype, 0 if x2 is None else of_x.shape[-1]
+    try:
+        key = _key((dtype, of_x.device, x1.shape[-1], k), margin, asked)
+        call = kept.calls.get(key)
+    except TypeError:
+        return None
     if call is None or (chain := kept.chain.again()) is None:
         return None
     problem = call.problem
-    if problem.hinge is not None and problem.hinge.margin != margin and key[len(like)]:
+    if problem.hinge is not None and problem.hinge.margin != margin and key[4]:
         if not is_finite(margin):
             return None
         problem = problem._replace(hinge=problem.hinge._replace(margin=float(margin)))
-        call = kept.calls[key] = Call(problem, call.prepare(problem, x1.dtype), call.prepare)
-    of_x = blocks[-1]
+        call = kept.calls[key] = Call(problem, call.prepare(problem, dtype), call.prepare)
     if weight is not None:
-        weight = kernel_weight(check_weight(weight, of_x, problem.D, problem.k), of_x, problem)
+        try:
+            weight = check_weight(weight, of_x, problem.D, problem.k)
+        except (TypeError, ValueError):  # an earlier argument may be wrong too
+            return None
+        if type(weight) is not Tensor or weight.requires_grad:
+            return None
+        weight = kernel_weight(weight, of_x, problem)
+    x = of_x if x2 is None else torch.cat(blocks, -1)
+    rows, params = chain.operands(x)
     try:
-        x = of_x if x2 is None else torch.cat(blocks, -1)
-        rows, params = chain.operands(x)
         y, out = call.step(rows, weight, params)
-    except RuntimeError:  # of which the call as a whole has the sentence
-        return None
+    except RuntimeError:
+        if _outdated(kept, of_x):
+            return None
+        check_saveable(params)
+        raise
     if rows is not x:
         batch = x.shape[:-1]
         y = y.view(*batch, problem.D)
@@ -202,36 +254,20 @@ def repeated(
     return y, out, problem
 
 
-def _read(x1: Tensor, x2: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[object, ...]]:
-    """The blocks of columns that the inputs are, and what a call is kept by of them, which is like
-    nothing that was kept if something is to be said of them. Blocks that do not go together are
-    refused when they are joined."""
-    if not _is_dense(x1) or not (shape := x1.shape):
-        return (), ()
-    dtype = x1.dtype
+def _blocks(x1: Tensor, x2: Tensor | None) -> tuple[Tensor, ...] | None:
+    """The blocks of columns that the inputs are; None if something is to be said of them."""
+    if type(x1) is not Tensor or x1.layout is not DENSE or x1.is_nested or not (shape := x1.shape):
+        return None
     if x2 is None:
-        return (x1,), (dtype, x1.device, shape[-1], 0)
-    if not _is_dense(x2) or x2.dtype is not dtype:
-        return (), ()
-    if x2.dim() == len(shape) - 1:
+        return None if x1.is_inference() else (x1,)
+    if type(x2) is not Tensor or x2.layout is not DENSE or x2.is_nested:
+        return None
+    if x2.dtype is not x1.dtype or x2.device != x1.device:
+        return None
+    of_x2 = x2.shape
+    if len(of_x2) < len(shape):
         x2 = x2.unsqueeze(-1)
-    return (x1, x2), (dtype, x1.device, shape[-1], x2.shape[-1] if x2.dim() else 0)
-
-
-def _is_dense(t: object) -> bool:
-    return type(t) is Tensor and t.layout is torch.strided and not t.is_nested
-
-
-def _find(
-    calls: dict[tuple[object, ...], Call], key: tuple[object, ...]
-) -> tuple[tuple[object, ...], Call | None]:
-    """The call of such a key, in which a list or a dict goes by its entries."""
-    try:
-        return key, calls.get(key)
-    except TypeError:
-        pass
-    try:
-        key = tuple(map(freeze, key))
-        return key, calls.get(key)
-    except TypeError:
-        return key, None
+        of_x2 = x2.shape
+    if len(of_x2) != 2 or len(shape) != 2:
+        return (x1, x2) if of_x2[:-1] == shape[:-1] else None
+    return (x1, x2) if of_x2[0] == shape[0] else None

@@ -166,19 +166,19 @@ def fused_mono_penalty(
     found = repeated(mlp, x1, x2, margin, weight, asked)
     if found is not None:
         y, penalty, problem = found
-        assert problem.hinge is not None
-        signs, D, k = problem.hinge.direction, problem.D, problem.k
-        N = math.prod(y.shape[:-1])
-    else:
-        mlp, inputs = unwrap(mlp), check_inputs(x1, x2)
-        inputs, given, own, _ = check_constraints(inputs, direction, columns, margin)
-        static = check_hinge(given.flat, own, hinge, reduction)
-        y, penalty = twice(_serve, mlp, inputs, weight, given, static, *route)
-        keep(mlp, inputs, margin, asked, route, static)
-        D = y.shape[-1] if y.dim() == inputs.like.dim() else 1
-        signs, N, k = static.direction, math.prod(inputs.batch), inputs.k
+        if reduction == "mean":
+            assert problem.hinge is not None
+            N, signs = y.shape[:-1].numel(), problem.hinge.direction
+            penalty = hinges.mean(penalty, signs, N, problem.D, problem.k)
+        return (y, penalty) if return_output else penalty
+    mlp, inputs = unwrap(mlp), check_inputs(x1, x2)
+    inputs, given, own, _ = check_constraints(inputs, direction, columns, margin)
+    static = check_hinge(given.flat, own, hinge, reduction)
+    y, penalty = twice(_serve, mlp, inputs, weight, given, static, *route)
+    keep(mlp, inputs, margin, asked, route, static)
     if reduction == "mean":
-        penalty = hinges.mean(penalty, signs, N, D, k)
+        D = y.shape[-1] if y.dim() == inputs.like.dim() else 1
+        penalty = hinges.mean(penalty, static.direction, math.prod(inputs.batch), D, inputs.k)
     return (y, penalty) if return_output else penalty
 
 

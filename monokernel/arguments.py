@@ -56,7 +56,6 @@ __all__ = [
     "check_tables",
     "check_values",
     "check_weight",
-    "freeze",
     "is_finite",
     "is_mapping",
     "plain",
@@ -421,7 +420,7 @@ def check_constraints(
         chosen, signs, margin, names = _constraints(n, direction, columns, margin)
     else:
         try:
-            known = _known_constraints(n, freeze(direction), freeze(columns), freeze(margin))
+            known = _known_constraints(n, _frozen(direction), _frozen(columns), _frozen(margin))
             chosen, signs, margin, names = known
         except TypeError:  # something in there may change, or is wrong
             chosen, signs, margin, names = _constraints(n, direction, columns, margin)
@@ -456,12 +455,9 @@ class _Items(NamedTuple):
     of: tuple[tuple[Any, Any], ...]
 
 
-def freeze(given: Any) -> Any:
-    """An argument as a key: lists and dicts by their entries. Raises a TypeError for a tensor."""
+def _frozen(given: Any) -> Any:
     if type(given) is dict:
-        return _Items(tuple([(key, freeze(value)) for key, value in given.items()]))
-    if type(given) is list:
-        return tuple(map(freeze, given))
+        return _Items(tuple(given.items()))
     if isinstance(given, Tensor):
         raise TypeError("a tensor may change")
     return given

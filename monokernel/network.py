@@ -47,6 +47,7 @@ class Chain(NamedTuple):
     linears: tuple[nn.Linear, ...]
     widths: tuple[int, ...]  # (d, H_1, …, D)
     nodes: tuple[Node, ...]
+    plain: list[Tensor | None] | None = None  # its parameters, where they were looked at already
 
     @property
     def squeezed(self) -> bool:
@@ -61,6 +62,8 @@ class Chain(NamedTuple):
     def parameters(self, x: Tensor) -> list[Tensor | None]:
         """[W_1, b_1 or None, W_2, …] for inputs x. Each is read once, as a plain forward would:
         reading a parametrized weight computes it, and spectral_norm takes a power iteration."""
+        if self.plain is not None:
+            return self.plain
         params: list[Tensor | None] = []
         for l, linear in enumerate(self.linears):
             own = linear._parameters  # nn.Module's look-up of attributes takes ten times as long
@@ -110,20 +113,27 @@ def uncompiled(inside: Iterable[nn.Module]) -> AbstractContextManager[Any]:
 
 class Known(NamedTuple):
     """A chain of PyTorch's own layers that was read, so that a look at each part tells whether it
-    would be read the same again, but for its parameters, at which whoever is given their memory
-    looks anyway. By weak references: it must not keep a network alive."""
+    would be read the same again, but for the sizes, dtypes and devices of its parameters, at which
+    whoever is given their memory looks anyway. By weak references: it must not keep a network
+    alive."""
 
     # Of each part its class, and the attributes that are to be what they were, or, of an
     # nn.Sequential, the identities of its own parts.
     parts: tuple[tuple[Callable[[], Any], Any, Any], ...]
+    kinds: tuple[Any, ...]  # the classes
     widths: tuple[int, ...]
     nodes: tuple[Node, ...]
 
     def again(self) -> Chain | None:
         """The chain, if it is what it was."""
+        call, Linear, Parameter = nn.Module.__call__, nn.Linear, nn.Parameter
+        for kind in self.kinds:
+            if kind.__call__ is not call:
+                return None
         if global_hooks():
             return None
         linears: list[nn.Linear] = []  # list[nn.Linear]() would make that type anew
+        params: list[Tensor | None] = []
         for part, kind, held in self.parts:
             m = part()
             if type(m) is not kind:
@@ -137,8 +147,15 @@ class Known(NamedTuple):
                 or "forward" in own
             ):
                 return None
-            if kind is nn.Linear:
+            if kind is Linear:
+                has = own["_parameters"]
+                if len(has) != 2 or "weight" not in has or "bias" not in has:
+                    return None
+                for t in has.values():
+                    if type(t) is not Parameter and t is not None and type(t) not in PLAIN:
+                        return None
                 linears.append(m)
+                params += has["weight"], has["bias"]
             elif kind is nn.Sequential:
                 if [*map(id, own["_modules"].values())] != held:
                     return None
@@ -146,7 +163,7 @@ class Known(NamedTuple):
                 for name, value in held:
                     if own.get(name) is not value:
                         return None
-        return Chain(tuple(linears), self.widths, self.nodes)
+        return Chain(tuple(linears), self.widths, self.nodes, params)
 
 
 def known(mlp: nn.Module, chain: Chain) -> Known | None:
@@ -159,7 +176,7 @@ def known(mlp: nn.Module, chain: Chain) -> Known | None:
         kind, own = type(m), m.__dict__
         held: Any = None
         if kind is nn.Linear:
-            if own["_parameters"].get("weight") is None:
+            if own["_parameters"].get("weight") is None or "bias" not in own["_parameters"]:
                 return None
         elif kind is nn.Sequential:
             left += reversed(own["_modules"].values())
@@ -173,7 +190,8 @@ def known(mlp: nn.Module, chain: Chain) -> Known | None:
         else:
             return None
         parts.append((weakref.ref(m), kind, held))
-    return Known(tuple(parts), chain.widths, chain.nodes)
+    kinds = tuple(dict.fromkeys(kind for _, kind, _ in parts))
+    return Known(tuple(parts), kinds, chain.widths, chain.nodes)
 
 
 _OF_EVERY_MODULE = nn.Module().__dict__.keys()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import capture, network, probing, reading
 from .advice import FEW, advice, cost
-from .again import as_before, remember
+from .again import as_before, forget, remember
 from .arguments import (
     BACKEND_CHOICES,
     BATCH_STATS,
@@ -255,6 +255,8 @@ def choose(
         if isinstance(again, (network.Chain, reading.Reading)) and again.nodes == served.nodes:
             was = served.route  # whose _replace takes three times as long
             return Route(was.backend, was.mode, again, was.transformed, was.refused)
+    if not rehearsal:
+        forget(mlp)
     check_choice("mode", mode, MODES)
     check_choice("backend", backend, BACKEND_CHOICES)
     check_choice("batch_stats", batch_stats, BATCH_STATS)

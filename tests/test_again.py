@@ -6,11 +6,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from decimal import Decimal
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from monokernel import MonotonePenalty, again, api, fused_mono_penalty, value_and_jacobian
@@ -216,12 +218,45 @@ def widen(net: nn.Sequential) -> None:
     net[0], net[2] = nn.Linear(5, 8), nn.Linear(8, 7)
 
 
+class Tripled(Tensor):
+    """A weight with a way of its own to be multiplied with."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            args = args[0], 3 * args[1].as_subclass(Tensor), *args[2:]
+        return super().__torch_function__(func, (), args, kwargs or {})
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return nn.Parameter(self.detach().clone().as_subclass(Tripled))
+
+
+def attribute(layer: nn.Module, name: str, t: Tensor) -> None:
+    delattr(layer, name)
+    setattr(layer, name, t)
+
+
+def attributes(net: nn.Sequential) -> None:
+    for layer, inputs, outputs in ((net[0], 5, 16), (net[2], 16, 7)):
+        attribute(layer, "weight", torch.ones(outputs, inputs))
+        attribute(layer, "bias", torch.ones(outputs))
+
+
 CHANGES: dict[str, Callable[[nn.Sequential], object]] = {
     "other weights": lambda net: net[0].weight.data.mul_(-2),
     "a frozen layer": lambda net: net[0].requires_grad_(False),
     "another weight": lambda net: setattr(net[0], "weight", nn.Parameter(torch.ones(9, 5))),
     "wider layers": widen,
     "a smaller weight": lambda net: setattr(net[0], "weight", nn.Parameter(torch.ones(8, 5))),
+    "more inputs": lambda net: setattr(net[0], "weight", nn.Parameter(torch.ones(9, 6))),
+    "a weight with a way of its own": lambda net: setattr(
+        net[0], "weight", nn.Parameter(net[0].weight.detach().as_subclass(Tripled))
+    ),
+    "a weight that is no parameter": lambda net: attribute(net[0], "weight", torch.ones(9, 5)),
+    "a bias of another size": lambda net: attribute(net[0], "bias", torch.ones(1)),
+    "attributes": attributes,
+    "a weight in half precision": lambda net: net[0].half(),
+    "a weight elsewhere": lambda net: net[0].to("meta"),
     "no bias": lambda net: setattr(net[0], "bias", None),
     "a layer more": grow,
     "a layer less": lambda net: net.__delitem__(1),
@@ -285,6 +320,7 @@ INPUTS: dict[str, Callable[[Tensor, Tensor], tuple[Any, Any]]] = {
     "transposed": lambda x1, x2: (x1.T.contiguous().T, x2.T.contiguous().T),
     "parameters": lambda x1, x2: (nn.Parameter(x1), nn.Parameter(x2)),
     "NaN": lambda x1, x2: (x1 * torch.nan, x2),
+    "nothing in x1": lambda x1, x2: (torch.empty(0), torch.cat([x1, x2], -1)),
     "x1 alone": lambda x1, x2: (torch.cat([x1, x2], -1), None),
 }
 
@@ -302,6 +338,10 @@ def test_other_inputs_are_seen(name: str) -> None:
         {"direction": (1, 1, 1)},
         {"direction": [1, [1]]},
         {"direction": torch.tensor([1, -1])},
+        {"direction": Decimal(1)},
+        {"direction": 1 + 0j},
+        {"direction": True},
+        {"margin": (0.1, True)},
         {"direction": {2: 1}},
         {"direction": {"a": 1}},
         {"direction": {0: torch.tensor(1)}},
@@ -322,16 +362,95 @@ def test_other_inputs_are_seen(name: str) -> None:
         {"weight": torch.tensor([0.5, -2.0])},
         {"weight": torch.tensor([1, 2])},
         {"weight": torch.ones(3)},
-        {"weight": torch.rand(7)},
-        {"weight": torch.rand(7, 2, 2)},
+        {"weight": torch.linspace(0, 1, N)},
+        {"weight": torch.linspace(0, 1, 4 * N).view(N, 2, 2)},
         {"weight": torch.ones(2, requires_grad=True)},
         {"weight": torch.ones(2).to_sparse()},
         {"weight": torch.tensor([torch.nan, 1.0])},
     ],
-    ids=str,
+    ids=lambda asked: " ".join(f"{asked}".split()),
 )
 def test_other_arguments_are_seen(asked: dict[str, Any]) -> None:
     assert_seen(*served(), **asked)
+
+
+def test_the_first_argument_that_is_wrong_is_named() -> None:
+    net, x1, x2 = served()
+    for weight in (torch.ones(7), -1.0, "1"):
+        assert_seen(net, x1, x2[1:], weight=weight)
+        assert_seen(net, x1, x2.to("meta"), weight=weight)
+
+
+def test_a_way_to_call_all_layers_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x1, x2 = served()
+
+    def call(layer: nn.Module, x: Tensor) -> Any:
+        return 3 * nn.Module.__call__(layer, x)
+
+    monkeypatch.setattr(nn.Linear, "__call__", call)
+    assert_seen(net, x1, x2)
+
+
+@pytest.mark.parametrize("D", [1, 3])
+def test_what_was_known_of_another_network_keeps_no_call(D: int) -> None:
+    """In between the general path serves, with another number of outputs."""
+    asked = {"direction": ((1, -1),) * D}
+    for other in (
+        nn.utils.parametrizations.weight_norm(nn.Linear(7, D)),
+        nn.Sequential(nn.Linear(7, D), Raises(())),
+    ):
+        net, x1, x2 = served()
+        last, net[4] = net[4], other.float()
+        assert_seen(net, x1, x2, **asked)
+        net[4] = last
+        assert_seen(net, x1, x2, **asked)
+
+
+class Raises(nn.Module):
+    """In the calls with these numbers."""
+
+    def __init__(self, calls: tuple[int, ...]) -> None:
+        super().__init__()
+        self.calls, self.count = calls, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        if self.count in self.calls:
+            raise RuntimeError("on purpose")
+        return x + 0 * x.sum() if self.count < 0 else x
+
+
+def test_an_error_of_a_layer_comes_once() -> None:
+    net, x1, x2 = served()
+    net[5] = Raises((1,))
+    net[5].register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fused_mono_penalty(net, x1, x2)
+    assert net[5].count == 1
+
+
+def test_an_error_of_a_hook_on_saved_tensors_comes_once() -> None:
+    net, x1, x2 = served()
+    packed = []
+
+    def pack(t: Tensor) -> Tensor:
+        packed.append(t)
+        raise RuntimeError("on purpose")
+
+    for own in (copy.deepcopy(net), net):
+        packed.clear()
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+            pytest.raises(RuntimeError, match="on purpose"),
+        ):
+            fused_mono_penalty(own, x1, x2)
+        assert len(packed) == 1
+
+
+def test_a_trace_that_fails_says_so() -> None:
+    net, x1, x2 = served()
+    with pytest.raises(RuntimeError, match="requires grad as a constant"):
+        torch.jit.trace(lambda a, b: fused_mono_penalty(net, a, b), (x1, x2), check_trace=False)
 
 
 AROUND: dict[str, Callable[[], AbstractContextManager[Any]]] = {
