@@ -111,7 +111,7 @@ def twice(serve: Callable[..., T], mlp: nn.Module, inputs: Inputs, *asked: Any) 
     """``serve(mlp, inputs, *asked)``, which chooses a route. Where that was done by what is known
     of the network and is refused an operand, which was not looked at, once more by a route that is
     chosen anew."""
-    kept = _served.get(id(mlp))
+    kept = None if traced() else _served.get(id(mlp))
     try:
         return serve(mlp, inputs, *asked)
     except RuntimeError:
@@ -125,7 +125,7 @@ def _outdated(kept: Served, x: Tensor) -> bool:
     """Whether a parameter of a chain is no longer what a layer on such inputs takes: then, and not
     where memory is short or a hook of the user's raises, an error speaks of what is known."""
     mlp = kept.mlp()
-    if kept.chain is None or mlp is None or traced() or transformed():
+    if kept.chain is None or mlp is None or transformed():
         return False
     found = read(mlp)
     if not isinstance(found, Chain) or found[1:] != (kept.chain.widths, kept.nodes, None):
