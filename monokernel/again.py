@@ -4,8 +4,9 @@ The calls of a training loop differ in numbers alone. So of a network that was s
 is kept, and where it is a chain of layers the call as a whole: for one with the same arguments a
 look at each layer leads straight to the backend's operator.
 
-No parameter is looked at here: a backend asks of every operand what it is before it reads it
-(``operands.py``, ``csrc/boundary.cpp``), and where one is refused the network is read anew.
+Of a parameter only the class is looked at here: a backend asks of every operand what it is before
+it reads it (``operands.py``, ``csrc/boundary.cpp``), and where one is refused the network is read
+anew.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from torch import Tensor, nn
 
 from .arguments import Inputs, check_weight, is_finite
 from .backends import BACKENDS, Prepare, Step
-from .boundary import preparing, traced, transformed
+from .boundary import preparing, traced, transformed, whole_step
 from .network import Chain, Known, known, read
-from .operands import check_saveable, has_memory, kernel_weight
+from .operands import has_memory, kernel_weight
 from .problem import Hinge, Problem
 from .program import Node
 
@@ -34,7 +35,7 @@ __all__ = ["Served", "as_before", "forget", "keep", "remember", "repeated", "twi
 T = TypeVar("T")
 
 MOST_CALLS = 16  # of one network
-DENSE = torch.strided
+DENSE = torch.strided  # the layout
 
 
 class Call(NamedTuple):
@@ -155,13 +156,15 @@ def keep(
     if kept is None or kept.chain is None or kept.route.backend not in BACKENDS:
         return
     prepare = preparing(kept.route.backend)
+    if prepare is None:
+        return
     d1 = inputs.d if len(inputs.blocks) == 1 else inputs.d - inputs.k
     x = inputs.like
     try:
         key = _key((x.dtype, x.device, d1, inputs.d - d1), margin, asked)
     except TypeError:
         return
-    if prepare is None or key in kept.calls:
+    if key in kept.calls:
         return
     if len(kept.calls) >= MOST_CALLS:
         kept.calls.clear()
@@ -241,11 +244,10 @@ def repeated(
     x = of_x if x2 is None else torch.cat(blocks, -1)
     rows, params = chain.operands(x)
     try:
-        y, out = call.step(rows, weight, params)
+        y, out = whole_step(call.step, rows, weight, params)
     except RuntimeError:
         if _outdated(kept, of_x):
             return None
-        check_saveable(params)
         raise
     if rows is not x:
         batch = x.shape[:-1]
@@ -268,6 +270,4 @@ def _blocks(x1: Tensor, x2: Tensor | None) -> tuple[Tensor, ...] | None:
     if len(of_x2) < len(shape):
         x2 = x2.unsqueeze(-1)
         of_x2 = x2.shape
-    if len(of_x2) != 2 or len(shape) != 2:
-        return (x1, x2) if of_x2[:-1] == shape[:-1] else None
-    return (x1, x2) if of_x2[0] == shape[0] else None
+    return (x1, x2) if of_x2[:-1] == shape[:-1] else None

@@ -17,11 +17,19 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .backends import BACKENDS, Prepare, load
+from .backends import BACKENDS, Prepare, Step, load
 from .operands import check_forward, check_gradients, check_saveable, check_saved, shapes_of
 from .problem import Problem, accumulate_dtype, pack, unpack
 
-__all__ = ["FusedMonoPenalty", "evaluate", "operand_dtype", "preparing", "traced", "transformed"]
+__all__ = [
+    "FusedMonoPenalty",
+    "evaluate",
+    "operand_dtype",
+    "preparing",
+    "traced",
+    "transformed",
+    "whole_step",
+]
 
 Params = Sequence[Tensor | None]
 
@@ -38,12 +46,7 @@ def evaluate(
     """y (N, D) and the penalty, or J where there is no hinge, differentiable once."""
     prepare = None if traced() else preparing(backend)
     if prepare is not None:
-        try:
-            y, out = prepare(problem, x.dtype)(x, weight, params)
-        except RuntimeError:
-            check_saveable(params)
-            raise
-        return y, out
+        return whole_step(prepare(problem, x.dtype), x, weight, params)
     tracked = torch.is_grad_enabled() and (
         x.requires_grad or any(p is not None and p.requires_grad for p in params)
     )
@@ -54,6 +57,17 @@ def evaluate(
         return y, out
     y, out, _ = _forward(problem, backend, x, weight, params, save=False)
     return y, out
+
+
+def whole_step(
+    step: Step, x: Tensor, weight: Tensor | None, params: Params
+) -> tuple[Tensor, Tensor]:
+    """A whole step by a backend's own operator."""
+    try:
+        return step(x, weight, params)
+    except RuntimeError:
+        check_saveable(params)
+        raise
 
 
 @cache

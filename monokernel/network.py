@@ -126,7 +126,7 @@ class Known(NamedTuple):
 
     def again(self) -> Chain | None:
         """The chain, if it is what it was."""
-        call, Linear, Parameter = nn.Module.__call__, nn.Linear, nn.Parameter
+        call = nn.Module.__call__
         for kind in self.kinds:
             if kind.__call__ is not call:
                 return None
@@ -147,12 +147,12 @@ class Known(NamedTuple):
                 or "forward" in own
             ):
                 return None
-            if kind is Linear:
+            if kind is nn.Linear:
                 has = own["_parameters"]
                 if len(has) != 2 or "weight" not in has or "bias" not in has:
                     return None
                 for t in has.values():
-                    if type(t) is not Parameter and t is not None and type(t) not in PLAIN:
+                    if t is not None and type(t) not in PLAIN:
                         return None
                 linears.append(m)
                 params += has["weight"], has["bias"]

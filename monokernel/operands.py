@@ -8,6 +8,7 @@ tensors have no memory to begin with. So both passes look before they call a ker
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -102,7 +103,7 @@ def kernel_weight(weight: Tensor | None, like: Tensor, problem: Problem) -> Tens
     if weight.dim() <= 2:
         return weight.expand(D, k).contiguous()
     batch = like.shape[:-1]
-    return weight.expand(*batch, D, k).reshape(batch.numel(), D, k).contiguous()
+    return weight.expand(*batch, D, k).reshape(math.prod(batch), D, k).contiguous()
 
 
 def check_saveable(params: Iterable[Tensor | None]) -> None:
